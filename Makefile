@@ -1,0 +1,43 @@
+# The two commands of a newcomer are `make demo` and `make test`; `make ui` opens the web UI on the demo's instance.
+# Recipes use paths relative to this folder, so that a checkout under a path with spaces works.
+
+PYTHON ?= python3
+# Where the demo keeps its store, jobs and Dagster instance.
+KD_HOME ?= $(CURDIR)/var
+PORT ?= 3000
+export KD_HOME
+export DAGSTER_HOME = $(KD_HOME)/dagster
+
+BIN = .venv/bin
+READY = .venv/.ready
+
+.PHONY: setup demo ui test check clean
+
+setup: $(READY)
+
+# torch first and alone: its pinned build must be chosen before anything else asks for "any torch".
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kd_assets needs Python 3.11 or newer; found $$($(PYTHON) --version). Say which: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "this Python has no venv: apt-get install python3-venv" >&2; exit 2; }
+	@echo "Installing into .venv (once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[control,compute,dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python -m kd_assets.defs.demo.run
+
+ui: $(READY)
+	@mkdir -p "$(DAGSTER_HOME)" && cp dagster.yaml "$(DAGSTER_HOME)/dagster.yaml"
+	@echo "Dagster on http://127.0.0.1:$(PORT) (Ctrl-C ends it; running jobs go on)"
+	@exec $(BIN)/python -m dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
+
+check: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+test: check
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv

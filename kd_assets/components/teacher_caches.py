@@ -1,0 +1,309 @@
+"""`TeacherCaches`: a recipe's YAML → its assets, checks, jobs and schedules.
+
+The pydantic models here are the recipe file's schema (`dg check yaml` validates against them); right behind them stands
+the frozen `Recipe` that everything else uses. Adding a teacher is adding a file, never code.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import dagster as dg
+from pydantic import Field, field_validator, model_validator
+
+from kd_assets.contract import EmbeddingParams, HiddenStateParams, StudentParams, TopkParams
+from kd_assets.orchestration.materialize import materialize_caches, materialize_plan, materialize_student
+from kd_assets.orchestration.nightly import nightly_requests
+from kd_assets.orchestration.platform import Platform
+from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, Source, Tasks, Teacher
+from kd_assets.orchestration.recording import check_specs
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class SourceModel(dg.Model, dg.Resolvable):
+    """A file of documents: records with a text field, or with a list of chat messages."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    path: str
+    """A file; `$NAME` stands for an environment variable, looked up when the shard plan is made."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    text_field: str = "text"
+    messages_field: str = "messages"
+    licence: str = "unknown"
+    revision: str | None = None
+    made_by: str | None = None
+    """Key of the asset that writes this file, for the lineage (`demo/corpus`)."""
+
+
+class TeacherModel(dg.Model, dg.Resolvable):
+    """The model that is run. (`model_id` and not `model`: dagster's Resolvable has a method of that name.)"""
+
+    model_id: str
+    """A hub id, or a folder when it starts with `/`, `.`, `~` or `$`."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    token_budget: Positive = 16384
+    recompute_documents: Annotated[int, Field(ge=1)] = 2
+    seed: int = 0
+    made_by: str | None = None
+
+
+class TopkModel(dg.Model, dg.Resolvable):
+    k: Positive
+    max_length: Positive
+
+
+class HiddenStatesModel(dg.Model, dg.Resolvable):
+    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    max_length: Positive
+
+
+class EmbeddingsModel(dg.Model, dg.Resolvable):
+    max_length: Positive
+
+
+class CachesModel(dg.Model, dg.Resolvable):
+    """Which caches the recipe has; one that is left out is not made."""
+
+    topk: TopkModel | None = None
+    hidden_states: HiddenStatesModel | None = None
+    embeddings: EmbeddingsModel | None = None
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> "CachesModel":
+        if self.topk is None and self.hidden_states is None and self.embeddings is None:
+            raise ValueError("name at least one of topk, hidden_states, embeddings")
+        return self
+
+
+class StudentModel(dg.Model, dg.Resolvable):
+    steps: Positive = 60
+    batch_documents: Positive = 8
+    max_length: Positive = 256
+    hidden_size: Positive = 128
+    n_layers: Positive = 2
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    seed: int = 0
+
+
+class TasksModel(dg.Model, dg.Resolvable):
+    n_tasks: Positive = 1
+    concurrency: Positive = 1
+
+
+class JobsModel(dg.Model, dg.Resolvable):
+    """How each kind of job is split into array tasks."""
+
+    shards: TasksModel = TasksModel()
+    teacher: TasksModel = TasksModel()
+
+
+class NightlyModel(dg.Model, dg.Resolvable):
+    """Cron lines of the two nightly schedules."""
+
+    plan: str = "30 1 * * *"
+    caches: str = "0 2 * * *"
+
+
+class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
+    """Teacher caches of one recipe: shard plan, tokenised shards, top-k, hidden-state and embedding caches, and a
+    student that learns from them."""
+
+    recipe: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+    """First part of every asset key, and the folder in the store."""
+    description: str | None = None
+    sources: Annotated[list[SourceModel], Field(min_length=1)]
+    documents_per_shard: Positive = 10000
+    teacher: TeacherModel
+    caches: CachesModel
+    student: StudentModel | None = None
+    """Leave it out for no student_smoke asset."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    part_documents: Positive = 256
+    part_tokens: Positive = 131072
+    jobs: JobsModel = JobsModel()
+    nightly: NightlyModel = NightlyModel()
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct_names(cls, sources: list[SourceModel]) -> list[SourceModel]:
+        names = [s.name for s in sources]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"two sources are called {sorted(twice)[0]!r}")
+        return sources
+
+    def to_recipe(self) -> Recipe:
+        caches = self.caches
+        return Recipe(
+            name=self.recipe,
+            sources=tuple(Source(file_format=s.format, **s.model_dump(exclude={"format"})) for s in self.sources),
+            teacher=Teacher(model=self.teacher.model_id, **self.teacher.model_dump(exclude={"model_id"})),
+            documents_per_shard=self.documents_per_shard,
+            topk=None if caches.topk is None else TopkParams(**caches.topk.model_dump()),
+            hidden_states=None
+            if caches.hidden_states is None
+            else HiddenStateParams(
+                blocks=tuple(sorted(set(caches.hidden_states.blocks))), max_length=caches.hidden_states.max_length
+            ),
+            embeddings=None if caches.embeddings is None else EmbeddingParams(**caches.embeddings.model_dump()),
+            student=None if self.student is None else StudentParams(**self.student.model_dump()),
+            on_bad_record=self.on_bad_record,
+            part_documents=self.part_documents,
+            part_tokens=self.part_tokens,
+            tasks={
+                "shards": Tasks(**self.jobs.shards.model_dump()),
+                "teacher": Tasks(**self.jobs.teacher.model_dump()),
+            },
+            nightly_plan_cron=self.nightly.plan,
+            nightly_caches_cron=self.nightly.caches,
+        )
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        recipe = self.to_recipe()
+        assets = [shard_plan_asset(recipe, self.description), caches_assets(recipe)]
+        if recipe.student is not None:
+            assets.append(student_asset(recipe))
+        return dg.Definitions.merge(
+            dg.Definitions(assets=assets, schedules=[plan_schedule(recipe), caches_schedule(recipe)]),
+            recipe_jobs(recipe),
+        )
+
+
+def _made_by(*keys: str | None) -> list[dg.AssetKey]:
+    return [dg.AssetKey.from_user_string(key) for key in dict.fromkeys(keys) if key is not None]
+
+
+def shard_plan_asset(recipe: Recipe, description: str | None) -> dg.AssetsDefinition:
+    @dg.asset(
+        key=recipe.key(SHARD_PLAN),
+        deps=_made_by(*(s.made_by for s in recipe.sources)),
+        description=description or "Pins the sources and says which records make which shard.",
+        group_name=recipe.name,
+        kinds={"python", "dataset"},
+        code_version=recipe.code_version(SHARD_PLAN),
+        # An unpartitioned asset has one run anyway; the policy lets the CLI take it into a range of partitions.
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def shard_plan(context: dg.AssetExecutionContext, platform: Platform) -> dg.MaterializeResult[None]:
+        return materialize_plan(context, recipe, platform)
+
+    return shard_plan
+
+
+def caches_specs(recipe: Recipe) -> list[dg.AssetSpec]:
+    """One spec a partitioned asset: the shards, then each cache of the recipe."""
+    described = {
+        SHARDS_MANIFEST: ("Tokenised documents with their loss masks.", {"parquet", "huggingface"}),
+        "topk_cache": ("Top-k next-token log-probabilities against the full vocabulary.", {"parquet", "pytorch"}),
+        "hidden_state_cache": ("Outputs of decoder blocks, in bfloat16.", {"arrow", "pytorch"}),
+        "embedding_cache": ("Final hidden states pooled over each document.", {"parquet", "pytorch"}),
+    }
+    partitions = recipe.partitions
+    specs = []
+    for asset in (SHARDS_MANIFEST, *recipe.caches):
+        description, kinds = described[asset]
+        deps = (
+            [recipe.key(SHARD_PLAN), *_made_by(recipe.teacher.made_by)]
+            if asset == SHARDS_MANIFEST
+            else [recipe.key(SHARDS_MANIFEST), *_made_by(recipe.teacher.made_by)]
+        )
+        specs.append(
+            dg.AssetSpec(
+                recipe.key(asset),
+                deps=deps,
+                description=description,
+                group_name=recipe.name,
+                kinds=kinds,
+                code_version=recipe.code_version(asset),
+                partitions_def=partitions,
+                skippable=True,
+            )
+        )
+    return specs
+
+
+def caches_assets(recipe: Recipe) -> dg.AssetsDefinition:
+    """Shards and caches in one step that any subset can be taken from.
+
+    One step, so that a shard that cannot be tokenised does not keep the other shards of the same run from their caches,
+    and a re-execution from failure comes back to both.
+    """
+
+    @dg.multi_asset(
+        name=f"{recipe.name}__teacher_caches",
+        specs=caches_specs(recipe),
+        check_specs=check_specs(recipe, recipe.partitions),
+        can_subset=True,
+        partitions_def=recipe.partitions,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool=f"{recipe.name}_teacher",
+    )
+    def teacher_caches(context: dg.AssetExecutionContext, platform: Platform) -> Iterator[dg.MaterializeResult[None]]:
+        yield from materialize_caches(context, recipe, platform)
+
+    return teacher_caches
+
+
+def student_asset(recipe: Recipe) -> dg.AssetsDefinition:
+    @dg.asset(
+        key=recipe.key(STUDENT_SMOKE),
+        deps=[recipe.key(asset) for asset in recipe.caches],
+        description="A small student trained for a few steps: proof that the caches teach.",
+        group_name=recipe.name,
+        kinds={"pytorch"},
+        code_version=recipe.code_version(STUDENT_SMOKE),
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def student_smoke(context: dg.AssetExecutionContext, platform: Platform) -> dg.MaterializeResult[None]:
+        return materialize_student(context, recipe, platform)
+
+    return student_smoke
+
+
+def recipe_jobs(recipe: Recipe) -> dg.Definitions:
+    """`<recipe>_plan`, `<recipe>_caches` and, with a student, `<recipe>_student`."""
+    jobs = [
+        dg.define_asset_job(
+            f"{recipe.name}_plan",
+            selection=dg.AssetSelection.assets(recipe.key(SHARD_PLAN)),
+            description="Pin the sources and register the shards.",
+        ),
+        dg.define_asset_job(
+            f"{recipe.name}_caches",
+            selection=dg.AssetSelection.assets(*(recipe.key(a) for a in (SHARDS_MANIFEST, *recipe.caches))),
+            description="Tokenise shards and fill all caches of them in one teacher pass.",
+        ),
+    ]
+    if recipe.student is not None:
+        student = dg.define_asset_job(
+            f"{recipe.name}_student",
+            selection=dg.AssetSelection.assets(recipe.key(STUDENT_SMOKE)),
+            description="Train the small student on every complete shard.",
+        )
+        jobs.append(student)
+    return dg.Definitions(jobs=jobs)
+
+
+def plan_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
+    return dg.ScheduleDefinition(
+        name=f"{recipe.name}_nightly_plan",
+        job_name=f"{recipe.name}_plan",
+        cron_schedule=recipe.nightly_plan_cron,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Looks at the sources, so that the night's caches follow what changed in them.",
+    )
+
+
+def caches_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name=f"{recipe.name}_nightly_caches",
+        job_name=f"{recipe.name}_caches",
+        cron_schedule=recipe.nightly_caches_cron,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Back-fills what is missing or stale; never what a live run already holds.",
+    )
+    def nightly_caches(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        yield from nightly_requests(context.instance, recipe)
+
+    return nightly_caches

@@ -1,0 +1,96 @@
+"""Every error this project raises on purpose, as one tree.
+
+Anyone may import it. A message says what was expected, what was found, which file, job or shard, and what to do next.
+`exit_code` is what the worker and the command line end with when the error reaches them.
+"""
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_RESUMABLE = 75
+"""EX_TEMPFAIL of sysexits.h: stopped on request after flushing; started again, the task goes on where it was."""
+
+
+class KdAssetsError(Exception):
+    """Base of all errors that are an answer to the user rather than a bug of ours."""
+
+    exit_code: int = EXIT_FAILED
+
+
+class InputError(KdAssetsError):
+    """What the user gave is missing, empty or malformed. Nothing was written."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class MissingInputError(InputError):
+    """A file, folder, environment variable or model that was named does not exist or is empty."""
+
+
+class BadRecordError(InputError):
+    """A line or row of a source cannot become a document; the message names file, line and reason."""
+
+
+class RecipeError(InputError):
+    """A recipe asks for something that cannot be: an unknown block, k above the vocabulary, no cache at all."""
+
+
+class ContractError(KdAssetsError):
+    """A job file or event line is not of this version of the contract, or not of its shape."""
+
+
+class StoreError(KdAssetsError):
+    """Base of what can be wrong with results on disk."""
+
+
+class NotCommittedError(StoreError):
+    """A folder was read as a result and has no manifest: its job is still running, or was killed."""
+
+
+class CorruptManifestError(StoreError):
+    """A manifest is not JSON, of another format version, or contradicts itself."""
+
+
+class CorruptPartError(StoreError):
+    """A part file is missing, truncated, or its hash or counts differ from the manifest's."""
+
+
+class VariantConflictError(StoreError):
+    """A reader was pointed at results of several variants and not told which; the message lists them."""
+
+
+class UnknownFieldError(StoreError):
+    """A cache was asked for a field it does not hold; the message lists those it does."""
+
+
+class ResultBusyError(StoreError):
+    """Another live task holds the lease of this result and is computing it."""
+
+
+class StorageUnavailableError(StoreError):
+    """The store cannot be written: disk full, or the folder is missing or read-only. A rerun continues."""
+
+
+class TeacherError(KdAssetsError):
+    """Base of what can be wrong with a teacher."""
+
+
+class TeacherChangedError(TeacherError):
+    """The weights or the tokenizer on disk are not those the job was planned with."""
+
+
+class NonFiniteTeacherError(TeacherError):
+    """The teacher gave NaN or infinity; the message names the document."""
+
+
+class SchedulerError(KdAssetsError):
+    """A scheduler refused or lost a job for a reason it states."""
+
+
+class JobFailedError(SchedulerError):
+    """A job ended and some of its results are not committed; the message names them, the cause and the log."""
+
+
+class InterruptedTaskError(KdAssetsError):
+    """USR1 or TERM arrived; everything finished is on disk and a restart resumes."""
+
+    exit_code = EXIT_RESUMABLE

@@ -1,0 +1,186 @@
+"""What Dagster is told of a committed result: one materialization with metadata and provenance, and its checks.
+
+The manifest on disk is the only source; an event of a job never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from kd_assets.contract import CACHES, Asset, Output, WorkUnit
+from kd_assets.orchestration.dagster_internals import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_TAG,
+    CheckTarget,
+    input_tags,
+)
+from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
+from kd_assets.store import (
+    CheckResult,
+    Manifest,
+    check_complete,
+    check_finite,
+    check_recomputed,
+    check_schema,
+    read_manifest,
+)
+from kd_assets.store.fingerprint import INPUT_KEY
+
+FINGERPRINT_TAG = "kd_assets/fingerprint"
+CHECKS: dict[str, str] = {
+    "complete": "Documents and tokens of the part files equal those of the shards manifest.",
+    "schema": "Every part file has exactly the schema of FORMAT.md.",
+    "finite": "No stored number is NaN or infinite; kept probabilities add up to at most 1.",
+    "recomputed": "A seeded sample of documents, computed again one at a time with a plain log_softmax, agrees.",
+}
+
+UpstreamVersion = tuple[dg.AssetKey, str]
+"""An input's key and the data version that was read."""
+
+
+class Recorder:
+    """Records each result at most once in a run, and remembers which checks failed."""
+
+    def __init__(self, context: dg.AssetExecutionContext, recipe: Recipe, *, plan_hash: str) -> None:
+        """`plan_hash` is the data version of the shard plan this run works from."""
+        self._context, self._recipe, self._plan_hash = context, recipe, plan_hash
+        self._recorded: set[tuple[str, Asset]] = set()
+        self.failed_checks: dict[str, list[str]] = {}
+        """Partition key → what failed, in words."""
+
+    def record(self, unit: WorkUnit, output: Output, *, reused: bool, facts: Mapping[str, Any]) -> None:
+        """Log the materialization and the checks of one committed output, unless this run already has.
+
+        `facts` are metadata of this run rather than of the result: where the log is, for instance.
+        """
+        if (unit.partition_key, output.asset) in self._recorded:
+            return
+        folder = Path(output.path)
+        manifest = read_manifest(folder)
+        self._context.log_event(
+            dg.AssetMaterialization(
+                self._recipe.key(output.asset),
+                partition=unit.partition_key,
+                metadata=result_metadata(manifest, folder) | {"reused": reused} | dict(facts),
+                tags=self._tags(output.asset, manifest),
+            )
+        )
+        self._recorded.add((unit.partition_key, output.asset))
+        if output.asset in CACHES:
+            (shard_folder,) = unit.inputs[SHARDS_MANIFEST]
+            self._record_checks(unit.partition_key, output.asset, folder, Path(shard_folder))
+
+    def _tags(self, asset: Asset, manifest: Manifest) -> dict[str, str]:
+        tags = {
+            DATA_VERSION_TAG: manifest.data_version,
+            CODE_VERSION_TAG: self._recipe.code_version(asset),
+            FINGERPRINT_TAG: manifest.fingerprint,
+        }
+        for upstream, data_version in upstream_versions(self._recipe, asset, manifest, self._plan_hash):
+            tags |= input_tags(upstream, data_version, self._latest_storage_id(upstream, manifest.partition_key))
+        return tags
+
+    def _latest_storage_id(self, key: dg.AssetKey, partition_key: str) -> int | None:
+        partitioned = key == self._recipe.key(SHARDS_MANIFEST)
+        records = self._context.instance.fetch_materializations(
+            dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition_key] if partitioned else None), limit=1
+        ).records
+        return records[0].storage_id if records else None
+
+    def _record_checks(self, partition_key: str, asset: Asset, folder: Path, shard_folder: Path) -> None:
+        key = self._recipe.key(asset)
+        wanted = {c.name for c in self._context.selected_asset_check_keys if c.asset_key == key}
+        if not wanted:
+            return
+        (record,) = self._context.instance.fetch_materializations(
+            dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition_key]), limit=1
+        ).records
+        # Without the target Dagster shows no status at the partition.
+        target = CheckTarget(run_id=record.run_id, storage_id=record.storage_id, timestamp=record.timestamp)
+        for result in check_results(folder, shard_folder):
+            if result.name not in wanted:
+                continue
+            self._context.log_event(
+                dg.AssetCheckEvaluation(
+                    asset_key=key,
+                    check_name=result.name,
+                    passed=result.passed,
+                    partition=partition_key,
+                    blocking=True,
+                    description=result.description,
+                    metadata=dict(result.numbers),
+                    target_materialization_data=target,
+                )
+            )
+            if not result.passed:
+                self.failed_checks.setdefault(partition_key, []).append(
+                    f"{asset}: check {result.name} failed: {result.description}"
+                )
+
+
+def check_results(folder: Path, shard_folder: Path) -> list[CheckResult]:
+    """The four checks of a cache's partition, computed now from its files."""
+    return [
+        check_complete(folder, shard_folder),
+        check_schema(folder),
+        check_finite(folder),
+        check_recomputed(folder),
+    ]
+
+
+def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetCheckSpec]:
+    return [
+        dg.AssetCheckSpec(
+            name, asset=recipe.key(asset), description=description, blocking=True, partitions_def=partitions
+        )
+        for asset in recipe.caches
+        for name, description in CHECKS.items()
+    ]
+
+
+def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """What the web UI shows of a committed result. Numbers stay numbers, so that Dagster can plot them."""
+    facts, provenance = manifest.facts, manifest.provenance
+    metadata: dict[str, Any] = {
+        "dagster/partition_row_count": manifest.n_documents,
+        "dagster/uri": str(folder),
+        "documents": manifest.n_documents,
+        "tokens": manifest.n_tokens,
+        "bytes": manifest.n_bytes,
+        "folder": dg.MetadataValue.path(str(folder)),
+        "variant": manifest.variant,
+        "fingerprint": manifest.fingerprint,
+        "data_version": manifest.data_version,
+        "parameters": dg.MetadataValue.json(dict(manifest.identity)),
+        "statistics": dg.MetadataValue.json(dict(manifest.stats)),
+        "provenance": dg.MetadataValue.json(dict(provenance)),
+    }
+    if manifest.n_tokens:
+        metadata["bytes_per_token"] = round(manifest.n_bytes / manifest.n_tokens, 2)
+    for name in ("tokens_per_s", "wall_s", "joules", "peak_memory_gib", "padding_fraction", "n_bad_records"):
+        value = facts.get(name, provenance.get(name))
+        if value is not None:
+            metadata[name] = value
+    for name in ("host", "device", "gpu", "slurm_job_id", "attempt", "code_commit", "teacher"):
+        if provenance.get(name) is not None:
+            metadata[name] = provenance[name]
+    other = {k: v for k, v in facts.items() if k not in metadata}
+    if other:
+        metadata["facts"] = dg.MetadataValue.json(other)
+    return metadata
+
+
+def upstream_versions(recipe: Recipe, asset: Asset, manifest: Manifest, plan_hash: str) -> list[UpstreamVersion]:
+    """The inputs a result stands for, with their data versions. A reused shard stands for today's plan, whichever plan
+    it was made under: its content is what today's plan names."""
+    if asset == SHARDS_MANIFEST:
+        return [(recipe.key(SHARD_PLAN), plan_hash)]
+    versions = [(recipe.key(SHARDS_MANIFEST), str(manifest.identity[INPUT_KEY]))]
+    if recipe.teacher.made_by is not None:
+        teacher = dg.AssetKey.from_user_string(recipe.teacher.made_by)
+        versions.append((teacher, str(manifest.identity["weights_fingerprint"])))
+    return versions

@@ -1,0 +1,129 @@
+"""The process that stands for one local job: starts its tasks, restarts those that ask, writes their states.
+
+Run by `LocalScheduler` as `python -m kd_assets.scheduler.supervisor FOLDER LOCK_FD`, in a session of its own.
+Standard library only. Its state file informs; the lock it inherited says whether the job lives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kd_assets.errors import EXIT_RESUMABLE
+from kd_assets.scheduler.job import Submission, TaskPhase, task_environment
+
+SPEC_FILE = "spec.json"
+STATE_FILE = "state.json"
+GROUP_FILE = "group"
+"""Holds the process group of the job's processes, which is also its SLURM_ARRAY_JOB_ID."""
+JOB_LOCK = "job.lock"
+POLL_S = 0.05
+MAX_RESTARTS = 1000
+"""A task that stops on request again and again is somebody's loop, not progress."""
+
+
+@dataclass(slots=True)
+class _Task:
+    phase: TaskPhase = TaskPhase.PENDING
+    exit_code: int | None = None
+    restarts: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+
+class Supervisor:
+    def __init__(self, folder: Path, lock_fd: int) -> None:
+        self._submission = Submission(folder=folder)
+        self._lock_fd = lock_fd
+        self._spec: dict[str, Any] = json.loads((folder / SPEC_FILE).read_bytes())
+        self._tasks = [_Task() for _ in range(self._spec["n_tasks"])]
+        self._cancelled = False
+
+    def run(self) -> None:
+        """Work through all tasks; after a TERM start none and wait for those that run."""
+        signal.signal(signal.SIGTERM, self._on_term)
+        # USR1 to the whole group is for the tasks. A handler and not SIG_IGN, which they would inherit.
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)
+        self._write_states()
+        while any(t.phase is not TaskPhase.ENDED for t in self._tasks):
+            if self._reap() | self._start_or_give_up():
+                self._write_states()
+            time.sleep(POLL_S)
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:
+        self._cancelled = True
+
+    def _start_or_give_up(self) -> bool:
+        changed = False
+        for index, task in enumerate(self._tasks):
+            if task.phase is not TaskPhase.PENDING:
+                continue
+            if self._cancelled:
+                task.phase, changed = TaskPhase.ENDED, True
+            elif sum(t.phase is TaskPhase.RUNNING for t in self._tasks) < self._spec["concurrency"]:
+                task.process = self._start(index, task.restarts)
+                task.phase, changed = TaskPhase.RUNNING, True
+        return changed
+
+    def _start(self, index: int, restarts: int) -> subprocess.Popen[bytes]:
+        submission = self._submission
+        environment = task_environment(
+            job_id=os.getpgrp(),
+            name=self._spec["name"],
+            task_index=index,
+            n_tasks=len(self._tasks),
+            restarts=restarts,
+            node=socket.gethostname(),
+            cpus=os.cpu_count() or 1,
+            folder=submission.folder,
+        )
+        with submission.log_file(index).open("ab") as log:
+            return subprocess.Popen(
+                ["bash", self._spec["script"], str(submission.job_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=submission.folder,
+                env={**os.environ, **environment},
+                pass_fds=(self._lock_fd,),
+            )
+
+    def _reap(self) -> bool:
+        changed = False
+        for task in self._tasks:
+            if task.process is None or (exit_code := task.process.poll()) is None:
+                continue
+            task.process, task.exit_code, changed = None, exit_code, True
+            if exit_code == EXIT_RESUMABLE and not self._cancelled and task.restarts < MAX_RESTARTS:
+                task.phase, task.restarts = TaskPhase.PENDING, task.restarts + 1
+            else:
+                task.phase = TaskPhase.ENDED
+        return changed
+
+    def _write_states(self) -> None:
+        states = {
+            str(i): {"phase": t.phase.value, "exit_code": t.exit_code, "restarts": t.restarts}
+            for i, t in enumerate(self._tasks)
+        }
+        temporary = self._submission.folder / f"{STATE_FILE}.tmp"
+        temporary.write_text(json.dumps(states))
+        temporary.replace(self._submission.folder / STATE_FILE)
+
+
+def main(folder: Path, lock_fd: int) -> None:
+    """Note the process group, let go of whoever started this, and supervise."""
+    (folder / GROUP_FILE).write_text(str(os.getpgrp()))
+    if os.fork() == 0:
+        Supervisor(folder, lock_fd).run()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,251 @@
+"""Which records make which shard: the plan that names a recipe's partitions and pins what they are made of.
+
+Runs inside Dagster, so it imports neither torch nor transformers, and reads each source once in constant memory. The
+invariants: a shard holds records of one source, in the file's order; partition keys sort in that order and stay what
+they were when the last source grows at its end; a changed record changes the `input_hash` of its own shard only; the
+same records give the same plan wherever their files lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kd_assets.contract import RecordRange, decode
+from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
+from kd_assets.sources.records import ID_FIELD, RawRecord, ShardHash, iter_jsonl, iter_parquet, open_source
+
+MAX_SHARDS = 100_000
+"""Five digits of a partition key: beyond them, sorted keys would no longer be in order."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """One file of a recipe's sources, as the recipe names it."""
+
+    name: str
+    """Stands in the ids of documents that bring none: letters, digits, `_`, `.`, `-`."""
+    path: str
+    """May hold `$NAME` and `${NAME}`; see `resolve_path`."""
+    file_format: Literal["jsonl", "parquet"]
+    text_field: str = "text"
+    messages_field: str = "messages"
+    licence: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedShard:
+    """One partition: its records and the hash of all that its documents are made of."""
+
+    partition_key: str
+    records: tuple[RecordRange, ...]
+    input_hash: str
+    n_records: int
+    n_bytes: int
+    """Of the records as `RawRecord.content` has them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PinnedSource:
+    """A source as it was when the plan was made."""
+
+    name: str
+    path: str
+    """Absolute."""
+    sha256: str
+    """Of the whole file."""
+    n_records: int
+    n_bytes: int
+    """Of the whole file."""
+    licence: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardPlan:
+    """A recipe's partitions, in sorted order of their keys, and the sources they come from."""
+
+    shards: tuple[PlannedShard, ...]
+    sources: tuple[PinnedSource, ...]
+    plan_hash: str
+    """SHA-256 over keys, input hashes and pinned sources; not over paths."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str = "shard plan") -> ShardPlan:
+        """The plan that `to_json` wrote. Raises ContractError, naming `where`, for anything else."""
+        try:
+            raw = json.loads(text)
+        except ValueError as e:
+            raise ContractError(f"{where} is not JSON ({e}): materialize shard_plan again") from e
+        return decode(cls, raw, where=where)
+
+
+def resolve_path(
+    path: str, base_folder: Path, *, what: str = "path", environment: Mapping[str, str] = os.environ
+) -> Path:
+    """`path` made absolute: `$NAME` and `${NAME}` replaced, `~` expanded, relative to `base_folder`.
+
+    Raises MissingInputError, naming the variable and `what` (such as "source 'web'"), for a variable that is unset or
+    empty: a path with a hole in it would lead somewhere else.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if value := environment.get(name):
+            return value
+        raise MissingInputError(
+            f"{what}: the environment variable {name} of its path {path} is not set: set it where Dagster runs"
+        )
+
+    resolved = _VARIABLE.sub(value_of, path)
+    if not resolved:
+        raise MissingInputError(f"{what}: its path is empty")
+    return Path(os.path.abspath(base_folder / os.path.expanduser(resolved)))
+
+
+def plan_shards(
+    sources: Sequence[SourceSpec],
+    *,
+    documents_per_shard: int,
+    shard_prefix: str,
+    base_folder: Path | None = None,
+) -> ShardPlan:
+    """Read every source once and cut it into shards of `documents_per_shard` records (a source's last has the rest).
+
+    Relative paths start from `base_folder` (default: the working folder). Raises MissingInputError for a source that
+    is missing, unreadable or without records, InputError for one of another format or that changes meanwhile,
+    RecipeError for names and sizes that cannot be.
+    """
+    _check_recipe(sources, documents_per_shard=documents_per_shard, shard_prefix=shard_prefix)
+    shards: list[PlannedShard] = []
+    pinned: list[PinnedSource] = []
+
+    def next_key() -> str:
+        if len(shards) >= MAX_SHARDS:
+            raise RecipeError(f"more than {MAX_SHARDS:,} shards: raise documents_per_shard ({documents_per_shard:,})")
+        return f"{shard_prefix}-{len(shards):05d}"
+
+    for spec in sources:
+        path = resolve_path(spec.path, base_folder or Path.cwd(), what=f"source {spec.name!r}")
+        try:
+            pinned.append(_plan_source(spec, path, documents_per_shard, next_key, shards))
+        except InputError as e:
+            raise type(e)(f"source {spec.name!r}: {e}") from e
+    return ShardPlan(shards=tuple(shards), sources=tuple(pinned), plan_hash=_plan_hash(shards, pinned))
+
+
+def _plan_source(
+    spec: SourceSpec, path: Path, documents_per_shard: int, next_key: Callable[[], str], shards: list[PlannedShard]
+) -> PinnedSource:
+    """Append the shards of one source to `shards`; returns the source, pinned."""
+    file_hash = hashlib.sha256()
+    with open_source(path) as f:
+        before = os.fstat(f.fileno())
+        if before.st_size == 0:
+            raise MissingInputError(f"{path} is empty: write its records, or take the source out of the recipe")
+        if spec.file_format == "jsonl":
+            records = iter_jsonl(f, path, file_hash=file_hash)
+        else:
+            while chunk := f.read(1 << 22):
+                file_hash.update(chunk)
+            records = iter_parquet(path, text_field=spec.text_field, messages_field=spec.messages_field)
+        n_records = 0
+        while (shard := _take_shard(records, spec, path, documents_per_shard, next_key)) is not None:
+            shards.append(shard)
+            n_records += shard.n_records
+        after = os.fstat(f.fileno())
+    if n_records == 0:
+        raise MissingInputError(f"{path} holds no records: write some, or take the source out of the recipe")
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise InputError(f"{path} changed while it was being planned: plan again once nothing writes to it")
+    return PinnedSource(
+        name=spec.name,
+        path=str(path),
+        sha256=file_hash.hexdigest(),
+        n_records=n_records,
+        n_bytes=before.st_size,
+        licence=spec.licence,
+        revision=spec.revision,
+    )
+
+
+def _take_shard(
+    records: Iterator[RawRecord], spec: SourceSpec, path: Path, n_most: int, next_key: Callable[[], str]
+) -> PlannedShard | None:
+    """The shard of the next `n_most` records, or of what is left; None when nothing is."""
+    first = next(records, None)
+    if first is None:
+        return None
+    partition_key = next_key()
+    shard_hash = ShardHash()
+    shard_hash.begin_range(
+        source=spec.name, first_record=first.number, text_field=spec.text_field, messages_field=spec.messages_field
+    )
+    shard_hash.add(first)
+    n_records, n_bytes = 1, len(first.content)
+    while n_records < n_most and (record := next(records, None)) is not None:
+        shard_hash.add(record)
+        n_records += 1
+        n_bytes += len(record.content)
+    return PlannedShard(
+        partition_key=partition_key,
+        records=(
+            RecordRange(
+                source=spec.name,
+                path=str(path),
+                file_format=spec.file_format,
+                first_record=first.number,
+                n_records=n_records,
+                byte_offset=first.byte_offset,
+                first_line=first.line,
+                text_field=spec.text_field,
+                messages_field=spec.messages_field,
+            ),
+        ),
+        input_hash=shard_hash.hexdigest(),
+        n_records=n_records,
+        n_bytes=n_bytes,
+    )
+
+
+def _check_recipe(sources: Sequence[SourceSpec], *, documents_per_shard: int, shard_prefix: str) -> None:
+    if not sources:
+        raise RecipeError("the recipe names no source: give at least one")
+    if documents_per_shard < 1:
+        raise RecipeError(f"documents_per_shard is {documents_per_shard}: a shard holds at least one document")
+    if not _NAME.fullmatch(shard_prefix):
+        raise RecipeError(f"shard_prefix {shard_prefix!r}: use letters, digits, '_', '.' and '-' (it names folders)")
+    names: set[str] = set()
+    for spec in sources:
+        if not _NAME.fullmatch(spec.name):
+            raise RecipeError(f"source name {spec.name!r}: use letters, digits, '_', '.' and '-' (it names documents)")
+        if spec.name in names:
+            raise RecipeError(f"two sources are named {spec.name!r}: their documents would have the same ids")
+        names.add(spec.name)
+        if len({ID_FIELD, spec.text_field, spec.messages_field}) < 3:
+            raise RecipeError(
+                f"source {spec.name!r}: text_field {spec.text_field!r}, messages_field {spec.messages_field!r} and "
+                f"{ID_FIELD!r} must be three different fields"
+            )
+
+
+def _plan_hash(shards: Sequence[PlannedShard], sources: Sequence[PinnedSource]) -> str:
+    content: dict[str, Any] = {
+        "shards": [[shard.partition_key, shard.input_hash] for shard in shards],
+        "sources": [[source.name, source.sha256, source.licence, source.revision] for source in sources],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""The store: how results lie on disk. FORMAT.md specifies it; everything that touches its files is in this package.
+
+Needs pyarrow and numpy; imports neither torch nor dagster. Anyone may import the names below. The invariant: a result
+exists exactly when its manifest does, and what a manifest says about the bytes beside it is true.
+"""
+
+from kd_assets.store.checks import CheckResult, check_complete, check_finite, check_recomputed, check_schema
+from kd_assets.store.documents import Documents, PartPlan, plan_parts
+from kd_assets.store.encode import encode_embeddings, encode_hidden_states, encode_shard, encode_topk, part_stats
+from kd_assets.store.files import atomic_write, prepare_folder
+from kd_assets.store.fingerprint import (
+    FORMAT_VERSION,
+    INPUT_KEY,
+    canonical_json,
+    fingerprint,
+    plan_output,
+    variant_of,
+)
+from kd_assets.store.layout import result_folder
+from kd_assets.store.manifest import Manifest, PartRecord, append_audit, committed, read_head, read_manifest
+from kd_assets.store.provenance import task_provenance
+from kd_assets.store.reader import CacheReader, current_results, variants_of
+from kd_assets.store.shard import Shard, read_shard
+from kd_assets.store.verify import Note, Problem, VerifyReport, verify
+from kd_assets.store.writer import ResultWriter, commit_file_result, set_head
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INPUT_KEY",
+    "CacheReader",
+    "CheckResult",
+    "Documents",
+    "Manifest",
+    "Note",
+    "PartPlan",
+    "PartRecord",
+    "Problem",
+    "ResultWriter",
+    "Shard",
+    "VerifyReport",
+    "append_audit",
+    "atomic_write",
+    "canonical_json",
+    "check_complete",
+    "check_finite",
+    "check_recomputed",
+    "check_schema",
+    "commit_file_result",
+    "committed",
+    "current_results",
+    "encode_embeddings",
+    "encode_hidden_states",
+    "encode_shard",
+    "encode_topk",
+    "fingerprint",
+    "part_stats",
+    "plan_output",
+    "plan_parts",
+    "prepare_folder",
+    "read_head",
+    "read_manifest",
+    "read_shard",
+    "result_folder",
+    "set_head",
+    "task_provenance",
+    "variant_of",
+    "variants_of",
+    "verify",
+]

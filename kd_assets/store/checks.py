@@ -1,0 +1,233 @@
+"""Checks of a committed result that need only its files. The control plane runs them; each gives its numbers.
+
+A check never raises for what is wrong with a result: it fails, and its description names the file or the number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kd_assets.errors import CorruptPartError, StoreError
+from kd_assets.store import schema as schemas
+from kd_assets.store.columns import column_of
+from kd_assets.store.documents import Int64Array
+from kd_assets.store.manifest import Manifest, read_manifest
+from kd_assets.store.partfile import PartFile
+
+PROBABILITY_TOLERANCE = 1e-3
+"""Σp of the kept tokens may exceed 1 by this: float16 rounds a logprob near 0 by up to 2⁻¹¹ of itself."""
+
+Number = float | int | str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckResult:
+    """What a check found. `numbers` are for people and for plots over time."""
+
+    name: str
+    passed: bool
+    description: str
+    numbers: dict[str, Number]
+
+
+class _FailedError(StoreError):
+    """Ends a check early."""
+
+
+def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | None:
+    """The schema that the part files of a result must have; None for an asset whose files are no tables.
+
+    `hidden_size` is the teacher's, which no parameter tells. Raises StoreError where the identity lacks a parameter.
+    """
+    try:
+        match manifest.asset:
+            case "shards_manifest":
+                return schemas.shard_schema()
+            case "topk_cache":
+                return schemas.topk_schema(int(manifest.params["k"]))
+            case "hidden_state_cache":
+                return schemas.hidden_state_schema([int(b) for b in manifest.params["blocks"]], hidden_size or 0)
+            case "embedding_cache":
+                return schemas.embedding_schema(hidden_size or 0)
+            case _:
+                return None
+    except KeyError as e:
+        raise _FailedError(f"the identity of {manifest.asset} lacks params[{e}]") from e
+
+
+def check_schema(folder: Path) -> CheckResult:
+    """Every part file has exactly the columns, types and metadata of FORMAT.md for the result's parameters."""
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest = read_manifest(folder)
+        numbers |= {"n_parts": len(manifest.parts), "n_columns": 0}
+        expected = expected_schema(manifest, None)
+        if expected is None:
+            return "the files of this asset are no tables"
+        for record in manifest.parts:
+            with PartFile(folder / record.name) as part:
+                found = part.schema
+            if record.index == 0:
+                expected = expected_schema(manifest, schemas.hidden_size_of(found))
+                assert expected is not None
+                numbers["n_columns"] = len(expected)
+            if difference := schema_difference(expected, found):
+                raise _FailedError(f"{folder / record.name}: {difference}")
+        return f"all parts have the {numbers['n_columns']} columns of {manifest.asset}"
+
+    return _run("schema", check)
+
+
+def check_complete(folder: Path, shard_folder: Path) -> CheckResult:
+    """The result has every document of its shard, in order, with all its tokens up to the cache's `max_length`.
+
+    Counted from the columns of the part files on both sides, not from what manifests say; for a shard itself give
+    its folder twice, and the files are compared with its manifest.
+    """
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest, shard = read_manifest(folder), read_manifest(shard_folder)
+        ids, lengths = _documents(folder, manifest)
+        expected_ids, expected_lengths = _documents(shard_folder, shard)
+        max_length = manifest.params.get("max_length")
+        if isinstance(max_length, int):
+            expected_lengths = np.minimum(expected_lengths, max_length)
+        numbers |= {
+            "n_documents": len(ids),
+            "expected_documents": len(expected_ids),
+            "n_tokens": int(lengths.sum()),
+            "expected_tokens": int(expected_lengths.sum()),
+        }
+        if len(ids) != len(expected_ids):
+            raise _FailedError(f"{folder} has {len(ids)} documents, its shard has {len(expected_ids)}")
+        differing = [i for i, pair in enumerate(zip(ids, expected_ids, strict=True)) if pair[0] != pair[1]]
+        if differing:
+            i = differing[0]
+            raise _FailedError(f"{folder}: document {i} is {ids[i]!r}, in its shard {expected_ids[i]!r}")
+        if (shorter := np.flatnonzero(lengths != expected_lengths)).size:
+            i = int(shorter[0])
+            raise _FailedError(f"{folder}: {ids[i]!r} has {lengths[i]} tokens, expected {expected_lengths[i]}")
+        if (manifest.n_documents, manifest.n_tokens) != (len(ids), int(lengths.sum())):
+            raise _FailedError(
+                f"{folder} says {manifest.n_documents} documents and {manifest.n_tokens} tokens, its files have "
+                f"{len(ids)} and {int(lengths.sum())}"
+            )
+        return f"{len(ids)} documents and {int(lengths.sum())} tokens, as in the shard"
+
+    return _run("complete", check)
+
+
+def check_finite(folder: Path) -> CheckResult:
+    """No number is NaN or infinite, and no position's kept probabilities add up to more than 1.
+
+    Asks the statistics that were taken while the parts were encoded.
+    """
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest = read_manifest(folder)
+        numbers |= manifest.stats
+        if manifest.asset == "shards_manifest":
+            return "tokens are integers"
+        for record in manifest.parts:
+            path = folder / record.name
+            if record.stats.get("n_non_finite", math.nan) != 0:
+                found = record.stats.get("n_non_finite", "an unknown number of")
+                raise _FailedError(f"{path} has {found} values that are NaN or infinite")
+            if manifest.asset == "topk_cache" and not record.stats["max_probability_sum"] <= 1 + PROBABILITY_TOLERANCE:
+                raise _FailedError(f"{path}: probabilities add up to {record.stats['max_probability_sum']:.6f}")
+        return "all numbers are finite"
+
+    return _run("finite", check)
+
+
+def check_recomputed(folder: Path) -> CheckResult:
+    """A sample of documents, computed again one at a time by the plain reference path, gave the same numbers.
+
+    The task that made the result did it and recorded the differences; without a record the check fails.
+    """
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest = read_manifest(folder)
+        record = manifest.checks.get("recomputed")
+        if not isinstance(record, dict):
+            raise _FailedError(f"{folder} has no record of a recomputation")
+        numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        tolerance = record.get("tolerance")
+        if isinstance(tolerance, dict):
+            numbers |= {f"tolerance_{name}": value for name, value in tolerance.items()}
+        if manifest.n_documents and not numbers.get("n_documents"):
+            raise _FailedError(f"{folder}: no document was recomputed")
+        for name, value in record.items():
+            if name.startswith("max_") and not isinstance(value, (int, float)):
+                raise _FailedError(f"{folder}: {name} is {value}")
+            limit = tolerance.get(name) if isinstance(tolerance, dict) else None
+            if limit is not None and not value <= limit:
+                raise _FailedError(f"{folder}: {name} is {value:.3g}, allowed is {limit:.3g}")
+        if record.get("passed") is not True:
+            raise _FailedError(f"{folder}: the recomputation was recorded as failed")
+        return f"{numbers.get('n_documents', 0)} documents recomputed"
+
+    return _run("recomputed", check)
+
+
+def schema_difference(expected: pa.Schema, found: pa.Schema) -> str | None:
+    """The first difference in words; None for equal schemas, metadata included."""
+    if expected.equals(found, check_metadata=True):
+        return None
+    for name in expected.names:
+        if name not in found.names:
+            return f"column {name} is missing"
+        if not expected.field(name).equals(found.field(name), check_metadata=True):
+            return f"column {name}: expected {_in_words(expected.field(name))}, found {_in_words(found.field(name))}"
+    if extra := [name for name in found.names if name not in expected.names]:
+        return f"column {extra[0]} is not of this format"
+    if expected.names != found.names:
+        return f"columns are in the order {', '.join(found.names)}, expected {', '.join(expected.names)}"
+    return f"schema metadata: expected {expected.metadata}, found {found.metadata}"
+
+
+def part_documents(part: PartFile) -> tuple[list[str], Int64Array]:
+    """Ids and token counts of a part's rows. Raises CorruptPartError where `input_ids` has another length."""
+    ids: list[str] = []
+    lengths = [np.zeros(0, np.int64)]
+    for group in range(part.n_groups):
+        table = part.read_group(group, ["document_id", "n_tokens", "input_ids"])
+        n_tokens = table["n_tokens"].to_numpy().astype(np.int64)
+        counted = column_of(table["input_ids"]).lengths
+        if counted is None or (counted != n_tokens).any():
+            raise CorruptPartError(f"{part.path}: n_tokens differs from the length of input_ids")
+        ids += table["document_id"].to_pylist()
+        lengths.append(n_tokens)
+    return ids, np.concatenate(lengths)
+
+
+def _documents(folder: Path, manifest: Manifest) -> tuple[list[str], Int64Array]:
+    ids: list[str] = []
+    lengths = [np.zeros(0, np.int64)]
+    for record in manifest.parts:
+        with PartFile(folder / record.name) as part:
+            part_ids, part_lengths = part_documents(part)
+        ids += part_ids
+        lengths.append(part_lengths)
+    return ids, np.concatenate(lengths)
+
+
+def _run(name: str, check: Callable[[dict[str, Number]], str]) -> CheckResult:
+    numbers: dict[str, Number] = {}
+    try:
+        return CheckResult(name=name, description=check(numbers), passed=True, numbers=numbers)
+    except StoreError as e:
+        return CheckResult(name=name, description=str(e), passed=False, numbers=numbers)
+
+
+def _in_words(field: pa.Field) -> str:
+    null = " null" if field.nullable else ""
+    metadata: dict[Any, Any] = field.metadata or {}
+    return f"{field.type}{null} {({k.decode(): v.decode() for k, v in metadata.items()}) or ''}".strip()

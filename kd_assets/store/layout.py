@@ -1,0 +1,82 @@
+"""Where everything of a store lies: the one place that knows folder and file names.
+
+`<store>/<recipe>/<asset>/<variant>/<partition_key>/<fingerprint[:16]>/`. The names are normative (FORMAT.md); the rest
+of the project asks this module and never joins such a path itself.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kd_assets.errors import InputError
+
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "journal.jsonl"
+LEASE_NAME = ".lease"
+HEAD_NAME = "head.json"
+AUDIT_NAME = "audit.jsonl"
+TEMPORARY_SUFFIX = ".tmp"
+
+VARIANT_LENGTH = 12
+FOLDER_FINGERPRINT_LENGTH = 16
+_MAX_NAME_BYTES = 255  # NAME_MAX of every file system we care about
+
+_ASSET = re.compile(r"[a-z][a-z0-9_]*")
+_HEX = re.compile(r"[0-9a-f]+")
+
+
+def result_folder(recipe_folder: Path, asset: str, variant: str, partition_key: str, fingerprint: str) -> Path:
+    """The folder of one result. Nothing is created.
+
+    `variant` has 12 hexadecimal digits, `fingerprint` 64 (its first 16 name the folder). Raises InputError for a
+    partition key that is no safe folder name, and for anything else that would leave its place in the tree.
+    """
+    if not _ASSET.fullmatch(asset):
+        raise InputError(f"asset {asset!r} cannot name a folder: use lower-case letters, digits and underscores")
+    if not _is_hex(variant, VARIANT_LENGTH):
+        raise InputError(f"variant {variant!r} is not {VARIANT_LENGTH} hexadecimal digits")
+    if not _is_hex(fingerprint, 64):
+        raise InputError(f"fingerprint {fingerprint!r} is not 64 hexadecimal digits")
+    check_partition_key(partition_key)
+    return recipe_folder / asset / variant / partition_key / fingerprint[:FOLDER_FINGERPRINT_LENGTH]
+
+
+def check_partition_key(partition_key: str) -> None:
+    """Raise InputError unless the key can be a folder's name on every file system, and stays inside its parent."""
+    reason = None
+    if not partition_key:
+        reason = "it is empty"
+    elif "/" in partition_key or "\\" in partition_key:
+        reason = "it holds a slash"
+    elif ".." in partition_key or partition_key.startswith("."):
+        reason = "it starts with a dot or holds two in a row"
+    elif not partition_key.isprintable():
+        reason = "it holds a control character, such as NUL or a newline"
+    elif len(partition_key.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
+        reason = f"it is longer than {_MAX_NAME_BYTES} bytes"
+    elif partition_key == HEAD_NAME:
+        reason = "the store uses this name"
+    if reason is not None:
+        raise InputError(f"partition key {partition_key[:80]!r} cannot name a folder: {reason}")
+
+
+def part_name(index: int, suffix: str) -> str:
+    return f"part-{index:05d}{suffix}"
+
+
+def is_result_folder_name(name: str) -> bool:
+    return _is_hex(name, FOLDER_FINGERPRINT_LENGTH)
+
+
+def is_variant_name(name: str) -> bool:
+    return _is_hex(name, VARIANT_LENGTH)
+
+
+def recipe_folder_of(folder: Path) -> Path:
+    """The recipe's folder of a result folder."""
+    return folder.parents[3]
+
+
+def _is_hex(text: str, n_digits: int) -> bool:
+    return len(text) == n_digits and _HEX.fullmatch(text) is not None

@@ -1,0 +1,260 @@
+"""The manifest: what a result is, written last. A result exists when its manifest does, and never before.
+
+Also the head (which result of a partition is current) and the audit log (one line a commit). A manifest carries the
+hash of itself, so that a changed byte anywhere in a result is found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_assets.contract import decode
+from kd_assets.errors import ContractError, CorruptManifestError, NotCommittedError
+from kd_assets.store.files import append_line, atomic_write, storage_errors
+from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint
+from kd_assets.store.layout import AUDIT_NAME, HEAD_NAME, MANIFEST_NAME, recipe_folder_of
+
+_SELF_HASH = "manifest_sha256"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartRecord:
+    """One file of a result."""
+
+    index: int
+    name: str
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    sha256: str
+    stats: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A committed result."""
+
+    format_version: int
+    asset: str
+    recipe: str
+    partition_key: str
+    variant: str
+    fingerprint: str
+    identity: dict[str, Any]
+    data_version: str
+    """Hash of the content; equal content has an equal one, whoever computed it and when."""
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    """Of all part files."""
+    parts: tuple[PartRecord, ...]
+    stats: dict[str, float]
+    """Of all parts: `max_…` the largest, `min_…` the smallest, `n_…` the sum."""
+    checks: dict[str, Any]
+    facts: dict[str, Any]
+    """What the runner wants to tell about the result, such as counts of records that were kept out."""
+    provenance: dict[str, Any]
+    created_at: str
+    """UTC, ISO 8601."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters that made the result, as its identity has them."""
+        params = self.identity.get("params")
+        return params if isinstance(params, dict) else {}
+
+    def to_json(self) -> str:
+        raw = without_non_finite(dataclasses.asdict(self))
+        return json.dumps(raw | {_SELF_HASH: fingerprint(raw)}, indent=1, sort_keys=True) + "\n"
+
+
+def merge_stats(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Statistics of all parts from those of each. Raises ValueError for a name that does not say how to merge it."""
+    merged: dict[str, float] = {}
+    for stats in parts:
+        for name, value in stats.items():
+            if name.startswith("n_"):
+                merged[name] = merged.get(name, 0.0) + value
+            elif name.startswith("max_"):
+                merged[name] = max(merged.get(name, value), value)
+            elif name.startswith("min_"):
+                merged[name] = min(merged.get(name, value), value)
+            else:
+                raise ValueError(f"statistic {name!r}: the name must start with n_, max_ or min_")
+    return merged
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a result folder.
+
+    Raises NotCommittedError where there is none, CorruptManifestError where it is not one of this format or
+    contradicts itself.
+    """
+    path = folder / MANIFEST_NAME
+    with storage_errors(path, "read"):
+        data = _read_if_there(path)
+    if data is None:
+        raise NotCommittedError(
+            f"{folder} has no {MANIFEST_NAME}: its job is still running or was killed; materialize it (again)"
+        )
+    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """The manifest in `data`, checked against itself. Raises CorruptManifestError, which names `path`."""
+    try:
+        raw = json.loads(data)
+    except ValueError as e:
+        raise CorruptManifestError(f"{path} is not JSON: {e}") from e
+    if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
+        found = raw.get("format_version") if isinstance(raw, dict) else raw
+        raise CorruptManifestError(
+            f"{path} is of format version {found!r:.40}, this version of kd_assets reads {FORMAT_VERSION}"
+        )
+    claimed = raw.pop(_SELF_HASH, None)
+    if claimed != fingerprint(raw):
+        raise CorruptManifestError(
+            f"{path} was changed after it was written: its {_SELF_HASH} is not that of its content"
+        )
+    try:
+        manifest = decode(Manifest, raw, where=str(path))
+    except ContractError as e:
+        raise CorruptManifestError(str(e)) from e
+    if contradiction := _contradiction(manifest):
+        raise CorruptManifestError(f"{path} contradicts itself: {contradiction}")
+    return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What cannot be true of a manifest that we wrote; None when all is well."""
+    parts = manifest.parts
+    if [part.index for part in parts] != list(range(len(parts))):
+        return f"parts {[part.index for part in parts]} are not 0 to {len(parts) - 1}"
+    for name in ("n_documents", "n_tokens", "n_bytes"):
+        total, summed = getattr(manifest, name), sum(getattr(part, name) for part in parts)
+        if total != summed:
+            return f"{name} is {total}, its parts have {summed}"
+    if manifest.fingerprint != fingerprint(manifest.identity):
+        return "fingerprint is not that of identity"
+    if manifest.data_version != data_version(manifest.asset, [part.sha256 for part in parts]):
+        return "data_version is not that of its parts"
+    return None
+
+
+def committed(folder: Path, fingerprint: str) -> Manifest | None:
+    """The manifest when the folder holds the committed result of this fingerprint, else None.
+
+    A result whose part files are missing or of another size counts as not committed, so that a rerun mends it. Raises
+    CorruptManifestError when the folder holds another result: it is never overwritten.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except NotCommittedError:
+        return None
+    if manifest.fingerprint != fingerprint:
+        raise CorruptManifestError(
+            f"{folder / MANIFEST_NAME} is of fingerprint {manifest.fingerprint}, expected {fingerprint}: something "
+            "else is in this folder; move it away"
+        )
+    return manifest if all(_has_size(folder / part.name, part.n_bytes) for part in manifest.parts) else None
+
+
+def read_head(partition_folder: Path) -> Path | None:
+    """The folder of the partition's current result; None when nothing was committed. Raises CorruptManifestError."""
+    path = partition_folder / HEAD_NAME
+    with storage_errors(path, "read"):
+        data = _read_if_there(path)
+    if data is None:
+        return None
+    try:
+        current = json.loads(data)["fingerprint"]
+        if not isinstance(current, str) or len(current) != 64:
+            raise ValueError(f"fingerprint is {current!r:.80}")
+    except (ValueError, KeyError, TypeError) as e:
+        raise CorruptManifestError(f"{path} is no head: {e}") from e
+    return partition_folder / current[:16]
+
+
+def write_head(folder: Path, fingerprint: str) -> None:
+    """Make the result in `folder` its partition's current one; nothing is written when it already is."""
+    try:
+        if read_head(folder.parent) == folder:
+            return
+    except CorruptManifestError:
+        pass  # it is replaced
+    atomic_write(folder.parent / HEAD_NAME, json.dumps({"fingerprint": fingerprint}).encode() + b"\n")
+
+
+def append_audit(recipe_folder: Path, record: Mapping[str, Any]) -> None:
+    """Append one line to the recipe's audit log; nothing in it is ever changed."""
+    append_line(recipe_folder / AUDIT_NAME, without_non_finite(dict(record)))
+
+
+def audit_commit(folder: Path, manifest: Manifest) -> None:
+    """Append the line of this commit to the audit log of its recipe."""
+    recipe_folder = recipe_folder_of(folder)
+    record = {
+        "event": "commit",
+        "time": manifest.created_at,
+        "path": str(folder.relative_to(recipe_folder)),
+        **{
+            name: getattr(manifest, name)
+            for name in (
+                "recipe",
+                "asset",
+                "partition_key",
+                "variant",
+                "fingerprint",
+                "data_version",
+                "n_documents",
+                "n_tokens",
+                "n_bytes",
+                "provenance",
+            )
+        },
+    }
+    append_audit(recipe_folder, record)
+
+
+def audited(recipe_folder: Path) -> set[tuple[str, str]]:
+    """(path of the result, time of its commit) of all lines of the audit log; torn lines are passed over."""
+    path = recipe_folder / AUDIT_NAME
+    found = set()
+    with storage_errors(path, "read"):
+        for line in (_read_if_there(path) or b"").splitlines():
+            try:
+                record = json.loads(line)
+                found.add((record["path"], record["time"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return found
+
+
+def without_non_finite(value: Any) -> Any:
+    """A copy of a JSON value in which NaN and infinity, which JSON lacks, are null."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {str(key): without_non_finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [without_non_finite(item) for item in value]
+    return value
+
+
+def _has_size(path: Path, n_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == n_bytes
+    except FileNotFoundError:
+        return False
+
+
+def _read_if_there(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -1,0 +1,139 @@
+"""The columns of every asset's part files: one Arrow schema an asset, with its conventions in the metadata.
+
+Encoders build exactly these, `check_schema` compares with exactly these. Every column and element is non-null. Numbers
+without an Arrow type of their own (bfloat16) are stored as their bits, and the field says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from kd_assets.store.fingerprint import FORMAT_VERSION
+
+BLOCK_CONVENTION = (
+    "output of decoder block <block>, counted from 0: transformers' hidden_states[<block> + 1] before any final norm"
+)
+_POSITION_CONVENTION = "row i is predicted from tokens 0..i and concerns token i+1; a document of L tokens has L-1 rows"
+CONVENTIONS = {
+    "shards_manifest": "one row a document; loss_mask marks the tokens a student learns to predict",
+    "topk_cache": (
+        f"one row a document; {_POSITION_CONVENTION}; log-probabilities are natural logarithms at temperature 1 "
+        "against the full vocabulary, computed in float32; logsumexp is that of the float32 logits"
+    ),
+    "hidden_state_cache": f"one row a document, one vector a token; {BLOCK_CONVENTION}",
+    "embedding_cache": (
+        "one row a document; mean_embedding is the mean over the document's tokens of the final hidden states (after "
+        "the final norm), last_token_embedding the one of its last token; accumulated in float32"
+    ),
+}
+"""What the numbers of each asset mean: the schema's metadata `kd_assets.convention`."""
+
+_HIDDEN_PREFIX = "hidden_block_"
+
+
+def element(value_type: pa.DataType) -> pa.Field:
+    # Parquet's own name for a list's element, so that a schema read back equals the one written.
+    return pa.field("element", value_type, nullable=False)
+
+
+def list_of(value_type: pa.DataType) -> pa.DataType:
+    return pa.list_(element(value_type))
+
+
+def vector_of(value_type: pa.DataType, size: int) -> pa.DataType:
+    return pa.list_(element(value_type), size)
+
+
+def hidden_field(block: int) -> str:
+    """The name of the column that holds the outputs of decoder block `block`."""
+    return f"{_HIDDEN_PREFIX}{block}"
+
+
+def shard_schema() -> pa.Schema:
+    return _schema("shards_manifest", [_column("source", pa.string()), _column("source_record", pa.int64())])
+
+
+def topk_schema(k: int) -> pa.Schema:
+    return _schema(
+        "topk_cache",
+        [
+            _column("topk_ids", list_of(vector_of(pa.uint32(), k))),
+            _column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
+            _column("logsumexp", list_of(pa.float32())),
+            _column("target_logprob", list_of(pa.float32())),
+        ],
+    )
+
+
+def hidden_state_schema(blocks: Sequence[int], hidden_size: int) -> pa.Schema:
+    states = list_of(vector_of(pa.uint16(), hidden_size))
+    return _schema(
+        "hidden_state_cache",
+        [
+            _column(
+                hidden_field(block),
+                states,
+                dtype="bfloat16",
+                block=str(block),
+                convention=BLOCK_CONVENTION.replace("<block>", str(block)),
+            )
+            for block in sorted(blocks)
+        ],
+    )
+
+
+def embedding_schema(hidden_size: int) -> pa.Schema:
+    vector = vector_of(pa.float32(), hidden_size)
+    return _schema("embedding_cache", [_column("mean_embedding", vector), _column("last_token_embedding", vector)])
+
+
+def hidden_size_of(schema: pa.Schema) -> int | None:
+    """H as the first column of vectors has it; None where the schema has no such column."""
+    for field in schema:
+        if field.name.startswith(_HIDDEN_PREFIX) and pa.types.is_list(field.type):
+            inner = field.type.value_type
+        elif field.name == "mean_embedding":
+            inner = field.type
+        else:
+            continue
+        if pa.types.is_fixed_size_list(inner):
+            return int(inner.list_size)
+    return None
+
+
+def split_columns(schema: pa.Schema) -> list[str]:
+    """Parquet paths of the columns to store with BYTE_STREAM_SPLIT: 4-byte floats and token ids.
+
+    Token ids are small numbers: split into byte planes, most planes are zeros. Not float16: DuckDB reads no 2-byte
+    BYTE_STREAM_SPLIT, and a cache that opens everywhere is worth its 10 %.
+    """
+    return [path for path, leaf in _leaves(schema) if leaf in (pa.float32(), pa.uint32())]
+
+
+def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
+    for field in schema:
+        path, leaf = str(field.name), field.type
+        while pa.types.is_list(leaf) or pa.types.is_fixed_size_list(leaf):
+            path, leaf = f"{path}.list.element", leaf.value_type
+        yield path, leaf
+
+
+def _schema(asset: str, columns: list[pa.Field]) -> pa.Schema:
+    common = [
+        _column("document_id", pa.string()),
+        _column("n_tokens", pa.int32()),
+        _column("input_ids", list_of(pa.uint32())),
+        _column("loss_mask", list_of(pa.bool_())),
+    ]
+    metadata = {
+        "kd_assets.asset": asset,
+        "kd_assets.format_version": str(FORMAT_VERSION),
+        "kd_assets.convention": CONVENTIONS[asset],
+    }
+    return pa.schema([*common, *columns], metadata=metadata)
+
+
+def _column(name: str, data_type: pa.DataType, **metadata: str) -> pa.Field:
+    return pa.field(name, data_type, nullable=False, metadata=metadata or None)

@@ -1,0 +1,222 @@
+"""Teacher caches as a torch dataset: a student's training data, joined across caches by document.
+
+Used by training code; needs torch and `kd_assets.store`. A sample is a document with everything the teacher's caches
+say about it. Documents are joined by (partition key, document id), never by position, and only caches that were made
+from the same shards can be joined. The dataset is map-style with random access: any sampler, any number of loader
+workers and ranks see each document exactly as often as the sampler asks for it.
+
+Legend: B documents of a batch, L tokens of a document, T tokens of the longest document of a batch, k of top-k,
+H hidden size of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kd_assets.contract import CACHES
+from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
+from kd_assets.store import CacheReader
+
+Sample = dict[str, Any]
+"""`partition_key` and `document_id` are str, everything else is a tensor."""
+
+_KEY_FIELDS = ("partition_key", "document_id")
+_TOKEN_FIELDS = ("input_ids", "loss_mask")
+
+
+class TeacherCacheDataset(Dataset[Sample]):
+    """The documents that all given caches hold, in the order of the first cache.
+
+    A sample has `partition_key`, `document_id`, `input_ids` int64 [L], `loss_mask` bool [L], and of the caches that
+    are given:
+
+    - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: stored as float16), `logsumexp`
+      and `target_logprob` float32 [L-1]. Row i is about token i + 1.
+    - hidden_state_cache: `hidden_block_<n>` bfloat16 [L, H], bit for bit as the teacher gave it.
+    - embedding_cache: `mean_embedding`, `last_token_embedding` float32 [H], and `embedded_tokens` int64 []: how many
+      tokens they were pooled over.
+
+    Caches may have been cut at different lengths; L is the longest, and shorter fields end early.
+    """
+
+    def __init__(self, readers: Mapping[str, CacheReader], *, max_length: int | None = None) -> None:
+        """Join `readers` (asset name → reader). `max_length` cuts every document to its first tokens.
+
+        Raises RecipeError without readers, VariantConflictError when the caches were made from different shards, and
+        NotCommittedError when a cache lacks documents that another has.
+        """
+        if not readers:
+            raise RecipeError(f"a student needs at least one cache of {', '.join(CACHES)}")
+        if max_length is not None and max_length < 1:
+            raise RecipeError(f"max_length is {max_length}: a document needs at least one token")
+        self._readers = dict(readers)
+        self._max_length = max_length
+        for asset, reader in self._readers.items():
+            if absent := [name for name in _TOKEN_FIELDS if name not in reader.fields]:
+                raise UnknownFieldError(f"the reader of {asset} leaves out {absent[0]!r}: a student needs it")
+        _require_same_shards(self._readers)
+        first, *others = self._readers
+        keys = self._readers[first].keys()
+        # Only rows are kept, and as arrays: the dataset is pickled to every loader worker.
+        self._rows = {first: np.arange(len(keys))}
+        for asset in others:
+            self._rows[asset] = _rows_of(keys, self._readers[asset].keys(), asset=asset, first=first)
+
+    @classmethod
+    def from_folders(
+        cls, folders: Mapping[str, Sequence[Path]], *, max_length: int | None = None
+    ) -> TeacherCacheDataset:
+        """The dataset over committed result folders (asset name → one folder a shard)."""
+        readers = {asset: CacheReader.from_folders(paths) for asset, paths in folders.items()}
+        return cls(readers, max_length=max_length)
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe_folder: Path,
+        *,
+        assets: Iterable[str] = CACHES,
+        partition_keys: Iterable[str] | None = None,
+        max_length: int | None = None,
+    ) -> TeacherCacheDataset:
+        """The dataset over the current results of a recipe in a store."""
+        keys = None if partition_keys is None else tuple(partition_keys)
+        readers = {asset: CacheReader(recipe_folder, asset, partition_keys=keys) for asset in assets}
+        return cls(readers, max_length=max_length)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._rows.values())))
+
+    def __getitem__(self, i: int) -> Sample:
+        documents = {asset: reader[int(self._rows[asset][i])] for asset, reader in self._readers.items()}
+        longest = max(documents.values(), key=lambda document: len(document["input_ids"]))
+        sample: Sample = {name: longest[name] for name in _KEY_FIELDS}
+        sample["input_ids"] = torch.from_numpy(longest["input_ids"].astype(np.int64))
+        sample["loss_mask"] = torch.from_numpy(longest["loss_mask"].copy())
+        for asset, document in documents.items():
+            sample |= _tensors_of(asset, document)
+        return sample if self._max_length is None else _cut(sample, self._max_length)
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """(partition key, document id) of every sample."""
+        return next(iter(self._readers.values())).keys()
+
+    @property
+    def readers(self) -> Mapping[str, CacheReader]:
+        return self._readers
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """A batch: fields over tokens padded on the right to the longest document, others stacked.
+
+    `partition_key` and `document_id` become lists of str. Added to the samples' fields: `attention_mask` bool [B, T]
+    (False on padding), `topk_mask` bool [B, T-1] (rows that hold a teacher's prediction of a token the loss mask asks
+    for) and `hidden_mask` bool [B, T] (tokens with hidden states). Padded values are zero, and no mask is True there.
+    """
+    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in _KEY_FIELDS}
+    n_tokens = max(len(sample["input_ids"]) for sample in samples)
+    for name in samples[0]:
+        if name in _KEY_FIELDS:
+            continue
+        values: list[Tensor] = [sample[name] for sample in samples]
+        batch[name] = _pad(values, _padded_length(name, n_tokens)) if _is_over_tokens(name) else torch.stack(values)
+    batch["attention_mask"] = _lengths_mask([len(s["input_ids"]) for s in samples], n_tokens)
+    if "topk_ids" in batch:
+        predicted = _lengths_mask([len(s["topk_ids"]) for s in samples], n_tokens - 1)
+        batch["topk_mask"] = predicted & batch["loss_mask"][:, 1:]
+    if names := hidden_fields(batch):
+        batch["hidden_mask"] = _lengths_mask([len(s[names[0]]) for s in samples], n_tokens)
+    return batch
+
+
+def hidden_fields(fields: Iterable[str]) -> list[str]:
+    """The names of hidden-state fields among `fields`, in the order of their blocks."""
+    return sorted((f for f in fields if f.startswith("hidden_block_")), key=lambda f: int(f.removeprefix("hidden_block_")))
+
+
+def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
+    """A cache's own fields of one document as tensors that own their memory."""
+    tensors: Sample = {}
+    for name, value in document.items():
+        if name in (*_KEY_FIELDS, *_TOKEN_FIELDS, "n_tokens"):
+            continue
+        if name.startswith("hidden_block_"):
+            # The bits of bfloat16 as numpy knows them: a view, never a conversion.
+            tensors[name] = torch.from_numpy(value.copy()).view(torch.bfloat16)
+        elif name == "topk_ids":
+            tensors[name] = torch.from_numpy(value.astype(np.int64))
+        else:
+            tensors[name] = torch.from_numpy(value.astype(np.float32))
+    if asset == "embedding_cache":
+        tensors["embedded_tokens"] = torch.tensor(len(document["input_ids"]))
+    return tensors
+
+
+def _cut(sample: Sample, max_length: int) -> Sample:
+    """The sample's first `max_length` tokens with the rows that are about them."""
+    return {
+        name: value[: _padded_length(name, max_length)] if _is_over_tokens(name) else value
+        for name, value in sample.items()
+    }
+
+
+def _is_over_tokens(name: str) -> bool:
+    return name in _TOKEN_FIELDS or _is_over_predictions(name) or name.startswith("hidden_block_")
+
+
+def _is_over_predictions(name: str) -> bool:
+    return name in ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob")
+
+
+def _padded_length(name: str, n_tokens: int) -> int:
+    """Rows of a field over a document of `n_tokens`: the last token predicts nothing."""
+    return n_tokens - 1 if _is_over_predictions(name) else n_tokens
+
+
+def _pad(values: Sequence[Tensor], length: int) -> Tensor:
+    padded = values[0].new_zeros(len(values), length, *values[0].shape[1:])
+    for row, value in zip(padded, values, strict=True):
+        row[: len(value)] = value
+    return padded
+
+
+def _lengths_mask(lengths: Sequence[int], n: int) -> Tensor:
+    """bool [len(lengths), n]: True on the first `lengths[i]` columns of row i."""
+    return torch.arange(n) < torch.tensor(lengths)[:, None]
+
+
+def _require_same_shards(readers: Mapping[str, CacheReader]) -> None:
+    """Raise VariantConflictError unless every partition was made from one and the same shard in all caches."""
+    shards: dict[str, tuple[Any, str]] = {}
+    for asset, reader in readers.items():
+        for manifest in reader.manifests:
+            made_from = manifest.identity.get("input")
+            known, known_asset = shards.setdefault(manifest.partition_key, (made_from, asset))
+            if made_from != known:
+                raise VariantConflictError(
+                    f"partition {manifest.partition_key!r}: {asset} was made from shard {made_from!r:.20}, {known_asset} "
+                    f"from {known!r:.20}: materialize the older one again, they cannot teach together"
+                )
+
+
+def _rows_of(
+    wanted: Sequence[tuple[str, str]], held: Sequence[tuple[str, str]], *, asset: str, first: str
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where each of the `wanted` documents is among those `held`. Raises NotCommittedError for a difference."""
+    index = {key: row for row, key in enumerate(held)}
+    different = set(wanted).symmetric_difference(index)
+    if different:
+        partition_key, document_id = min(different)
+        raise NotCommittedError(
+            f"{first} and {asset} differ by {len(different)} documents, the first is {document_id!r} of partition "
+            f"{partition_key!r}: materialize the same partitions of both, or name the partitions to read"
+        )
+    return np.array([index[key] for key in wanted], dtype=np.int64)

@@ -1,0 +1,117 @@
+"""Which documents run together: batches under a token budget, sorted by length within a window.
+
+Used by `kd_assets.teacher` only; numpy, no torch. Names: D = documents of a window, B = documents of a batch,
+T = tokens of its longest document, N = real tokens, W = tokens of the window.
+
+The invariant: a batch depends on the lengths in its window and on the token budget, on nothing else. Not on which
+caches are wanted, nor on what an earlier attempt left behind: a matrix product may round differently in another shape,
+so only equal batches give equal bytes after an interruption.
+
+Padding is on the right, without an attention mask. That is exact for a causal model: position i attends to positions
+<= i only, and right of a document's last token there is nothing but padding, whose own rows are never read. It also
+keeps attention on its fastest path, since a mask of any kind would rule out the `is_causal` kernels. (Proved for each
+teacher on loading, see `load.prove_causal`.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BATCH_OVERHEAD_TOKENS = 64
+"""What starting one more batch costs, in tokens of work: reading all weights once more, and its launches. Measured
+between 20 (CPU) and 100 (an 8B model on an H200); it only weighs fewer batches against less padding."""
+
+PAD_ID = 0
+"""What fills a row after its document: any id the embedding table has, since nothing ever attends to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Documents that run together, longest first."""
+
+    documents_B: np.ndarray
+    """int64: indexes of documents in the window."""
+    lengths_B: np.ndarray
+    """int64: tokens of each that run."""
+
+    @property
+    def width(self) -> int:
+        """T: tokens of the longest document."""
+        return int(self.lengths_B[0])
+
+    @property
+    def n_tokens(self) -> int:
+        """N: real tokens."""
+        return int(self.lengths_B.sum())
+
+    @property
+    def n_padded_tokens(self) -> int:
+        """B x T: what the model computes."""
+        return self.width * len(self.lengths_B)
+
+
+def plan_batches(lengths_D: np.ndarray, *, token_budget: int) -> tuple[Batch, ...]:
+    """Batches of at most `token_budget` tokens, padding included, with the least padding; every document in one.
+
+    A document longer than the budget is a batch of its own: nothing is ever cut here. Documents are sorted by length
+    (longest first, so that running out of memory shows at once; ties in document order), and the sorted sequence is
+    cut where the sum over batches of B x T + `BATCH_OVERHEAD_TOKENS` is smallest: the shortest path from 0 to D,
+    where a step i → j is a batch of documents i..j-1.
+    """
+    order_D = np.argsort(-lengths_D, kind="stable")
+    sorted_D = lengths_D[order_D].astype(np.int64)
+    cuts = _cheapest_cuts(sorted_D, token_budget)
+    return tuple(
+        Batch(documents_B=order_D[first:end], lengths_B=sorted_D[first:end])
+        for first, end in zip(cuts[:-1], cuts[1:], strict=True)
+    )
+
+
+def _cheapest_cuts(sorted_D: np.ndarray, token_budget: int) -> list[int]:
+    """Ends of the batches of a descending sequence, from 0 to D, by dynamic programming from the back."""
+    n = len(sorted_D)
+    cost = np.zeros(n + 1, dtype=np.int64)  # cost[i]: cheapest way to batch documents i..D-1
+    end = np.zeros(n, dtype=np.int64)  # end[i]: where the first of those batches ends
+    for i in range(n - 1, -1, -1):
+        width = max(1, int(sorted_D[i]))
+        most = max(1, min(n - i, token_budget // width))
+        sizes = np.arange(1, most + 1)
+        costs = sizes * width + BATCH_OVERHEAD_TOKENS + cost[i + 1 : i + 1 + most]
+        best = int(costs.argmin())
+        cost[i], end[i] = costs[best], i + 1 + best
+    cuts = [0]
+    while cuts[-1] < n:
+        cuts.append(int(end[cuts[-1]]))
+    return cuts
+
+
+def padding_fraction(batches: tuple[Batch, ...]) -> float:
+    """The part of all computed tokens that is padding."""
+    computed = sum(b.n_padded_tokens for b in batches)
+    return 1.0 - sum(b.n_tokens for b in batches) / computed if computed else 0.0
+
+
+def concatenated_ranges(starts_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    """int64 [sum of lengths]: start, start + 1, ... of each range in turn, without a loop over ranges."""
+    ends_B = np.cumsum(lengths_B)
+    n = int(ends_B[-1]) if len(ends_B) else 0
+    return np.arange(n, dtype=np.int64) + np.repeat(starts_B - (ends_B - lengths_B), lengths_B)
+
+
+def padded_ids(input_ids_W: np.ndarray, offsets: np.ndarray, batch: Batch) -> np.ndarray:
+    """int64 [B, T]: the batch's documents out of the window's tokens, each padded on the right with `PAD_ID`.
+
+    `offsets` int64 [D + 1]: where the window's documents begin in `input_ids_W`.
+    """
+    ids_BT = np.full((len(batch.documents_B), batch.width), PAD_ID, dtype=np.int64)
+    rows_N = concatenated_ranges(offsets[batch.documents_B], batch.lengths_B)
+    ids_BT.reshape(-1)[batch_rows(batch, batch.lengths_B)] = input_ids_W[rows_N]
+    return ids_BT
+
+
+def batch_rows(batch: Batch, lengths_B: np.ndarray) -> np.ndarray:
+    """int64 [sum of lengths]: positions, in the flattened [B x T], of the first `lengths_B` tokens of each document."""
+    starts_B = np.arange(len(lengths_B), dtype=np.int64) * batch.width
+    return concatenated_ranges(starts_B, lengths_B)
