@@ -270,6 +270,7 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, Event | str]
 
 
 T = TypeVar("T")
+_MISFIT = object()
 
 
 def decode(cls: type[T], raw: Any, where: str) -> T:
@@ -279,27 +280,25 @@ def decode(cls: type[T], raw: Any, where: str) -> T:
 
 def _decode(expected: Any, raw: Any, where: str) -> Any:
     origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any:
-        return raw
-    if origin in (typing.Union, types.UnionType):
-        if raw is None and type(None) in args:
-            return None
+    decoded: Any = _MISFIT
+    if expected is Any or (origin is Literal and raw in args):
+        decoded = raw
+    elif origin in (typing.Union, types.UnionType):  # only `X | None` occurs here
         (inner,) = (a for a in args if a is not type(None))
-        return _decode(inner, raw, where)
-    if origin is Literal:
-        if raw in args:
-            return raw
+        decoded = None if raw is None else _decode(inner, raw, where)
     elif origin is tuple and isinstance(raw, list):
-        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+        decoded = tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
     elif origin is dict and isinstance(raw, dict):
-        return {k: _decode(args[1], v, f"{where}.{k}") for k, v in raw.items()}
+        decoded = {k: _decode(args[1], v, f"{where}.{k}") for k, v in raw.items()}
     elif dataclasses.is_dataclass(expected) and isinstance(raw, Mapping):
-        return _decode_dataclass(typing.cast(type, expected), raw, where)
+        decoded = _decode_dataclass(typing.cast(type, expected), raw, where)
     elif expected is float and isinstance(raw, (int, float)) and not isinstance(raw, bool):
-        return float(raw)
+        decoded = float(raw)
     elif expected in (int, str, bool) and type(raw) is expected:
-        return raw
-    raise ContractError(f"{where}: expected {getattr(expected, '__name__', expected)}, found {raw!r:.200}")
+        decoded = raw
+    if decoded is _MISFIT:
+        raise ContractError(f"{where}: expected {getattr(expected, '__name__', expected)}, found {raw!r:.200}")
+    return decoded
 
 
 def _decode_dataclass(cls: type, raw: Mapping[str, Any], where: str) -> Any:

@@ -160,14 +160,18 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        recipe = self.to_recipe()
-        assets = [shard_plan_asset(recipe, self.description), caches_assets(recipe)]
-        if recipe.student is not None:
-            assets.append(student_asset(recipe))
-        return dg.Definitions.merge(
-            dg.Definitions(assets=assets, schedules=[plan_schedule(recipe), caches_schedule(recipe)]),
-            recipe_jobs(recipe),
-        )
+        return recipe_definitions(self.to_recipe(), self.description)
+
+
+def recipe_definitions(recipe: Recipe, description: str | None = None) -> dg.Definitions:
+    """All that a recipe is in Dagster. Needs the resource `platform`."""
+    assets = [shard_plan_asset(recipe, description), caches_assets(recipe)]
+    if recipe.student is not None:
+        assets.append(student_asset(recipe))
+    return dg.Definitions.merge(
+        dg.Definitions(assets=assets, schedules=[plan_schedule(recipe), caches_schedule(recipe)]),
+        recipe_jobs(recipe),
+    )
 
 
 def _made_by(*keys: str | None) -> list[dg.AssetKey]:

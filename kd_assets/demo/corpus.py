@@ -208,7 +208,7 @@ def _grouped(groups: Iterable[str]) -> list[list[str]]:
     for group in groups:
         # A paragraph ending in a colon introduces the next one: they stay together.
         introduced = bool(passages) and passages[-1][-1].endswith(":")
-        if passages and (size < PASSAGE_CHARACTERS and size + len(group) <= LONGEST_PASSAGE_CHARACTERS or introduced):
+        if passages and ((size < PASSAGE_CHARACTERS and size + len(group) <= LONGEST_PASSAGE_CHARACTERS) or introduced):
             passages[-1].append(group)
             size += len(group)
         else:

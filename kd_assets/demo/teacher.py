@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from kd_assets.demo.corpus import CHATS_FILE, DOCUMENTS_FILE, passage_of
 from kd_assets.errors import InputError, KdAssetsError, MissingInputError
@@ -75,9 +75,9 @@ class TrainingPlan:
     n_key_value_heads: int = 2
     intermediate_size: int = 704
     max_position_embeddings: int = 2048
-    steps: int = 300
-    batch_sequences: int = 8
-    sequence_tokens: int = 256
+    steps: int = 420
+    batch_sequences: int = 6
+    sequence_tokens: int = 192
     learning_rate: float = 5e-3
     weight_decay: float = 0.1
     held_out_one_in: int = 16
@@ -228,7 +228,7 @@ def build_model(plan: TrainingPlan, tokenizer: Any) -> Any:
         num_attention_heads=plan.n_heads,
         num_key_value_heads=plan.n_key_value_heads,
         max_position_embeddings=plan.max_position_embeddings,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         use_cache=False,
         **special,
     )
@@ -271,7 +271,7 @@ def train_model(
         input_ids_BT = next(batches)
         with torch.autocast("cpu", torch.bfloat16, enabled=use_bfloat16):
             logits_BTV = model(input_ids=input_ids_BT[:, :-1]).logits
-        loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), input_ids_BT[:, 1:].flatten())
+        loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), input_ids_BT[:, 1:].flatten())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -326,7 +326,7 @@ def mean_loss(model: Any, documents: Sequence[Sequence[int]], *, max_length: int
     for document in documents:
         ids = torch.tensor(document[:max_length])
         logits_TV = model(input_ids=ids[None]).logits[0].float()
-        total += F.cross_entropy(logits_TV[:-1], ids[1:], reduction="sum").item()
+        total += functional.cross_entropy(logits_TV[:-1], ids[1:], reduction="sum").item()
         n_tokens += len(ids) - 1
     return total / max(n_tokens, 1)
 
@@ -393,7 +393,9 @@ def _read_note(folder: Path) -> TrainingSummary | None:
     try:
         return TrainingSummary(**json.loads((folder / NOTE_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as e:
-        raise InputError(f"{folder} is there and is not a demo teacher ({e}): move it away, or name another folder") from e
+        raise InputError(
+            f"{folder} is there and is not a demo teacher ({e}): move it away, or name another folder"
+        ) from e
 
 
 def _corpus_bytes(corpus: Path, name: str) -> bytes:

@@ -55,7 +55,7 @@ def follow(
     poll_interval_s: float = POLL_INTERVAL_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[FailedResult]:
-    """Pass every event to `on_event` until all tasks have ended; returns what was not committed, each with its cause."""
+    """Pass every event to `on_event` until all tasks have ended; returns what is not committed, with its cause."""
     job = read_job(submission.job_file)
     tail = EventTail(submission, len(job.tasks))
     causes: dict[str, str] = {}

@@ -247,7 +247,7 @@ class Run:
             teacher=planner.teacher_params() if work.kind == "teacher" else None,
             student=planner.student_params() if work.kind == "student" else None,
             provenance=planner.provenance(work.kind)
-            | {"code_commit": code_commit(), "dagster_run_id": self._context.run_id, "submission_key": spec.key},
+            | {"code_commit": code_commit(), "dagster_run_id": self._context.run.run_id, "submission_key": spec.key},
         )
 
     def _record(self, unit: WorkUnit, output: Output, *, reused: bool, facts: dict[str, Any]) -> None:

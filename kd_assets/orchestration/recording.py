@@ -30,7 +30,6 @@ from kd_assets.store import (
 )
 from kd_assets.store.fingerprint import INPUT_KEY
 
-FINGERPRINT_TAG = "kd_assets/fingerprint"
 CHECKS: dict[str, str] = {
     "complete": "Documents and tokens of the part files equal those of the shards manifest.",
     "schema": "Every part file has exactly the schema of FORMAT.md.",
@@ -78,7 +77,6 @@ class Recorder:
         tags = {
             DATA_VERSION_TAG: manifest.data_version,
             CODE_VERSION_TAG: self._recipe.code_version(asset),
-            FINGERPRINT_TAG: manifest.fingerprint,
         }
         for upstream, data_version in upstream_versions(self._recipe, asset, manifest, self._plan_hash):
             tags |= input_tags(upstream, data_version, self._latest_storage_id(upstream, manifest.partition_key))

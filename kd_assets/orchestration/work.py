@@ -130,10 +130,12 @@ class Planner:
 
     def shards_output(self, shard: PlannedShard) -> Output:
         """The tokenised shard that the current plan and recipe name."""
+        params = self.shards_params()
         variant = {
-            "tokenizer_fingerprint": self._tokenizer_identity()[1],
-            "max_length": self._recipe.max_length,
-            "on_bad_record": self._recipe.on_bad_record,
+            "tokenizer_fingerprint": params.tokenizer_fingerprint,
+            "max_length": params.max_length,
+            "on_bad_record": params.on_bad_record,
+            "part_documents": params.part_documents,
         }
         return self._output(SHARDS_MANIFEST, shard.partition_key, variant, shard.input_hash)
 

@@ -254,9 +254,11 @@ def iter_parquet(
             stop = file.metadata.num_rows if n_records is None else first_record + n_records
             groups, number = _row_groups(file.metadata, first_record, stop)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=schema.names):
+                if number >= stop:
+                    break  # the rest of the row group belongs to other shards
                 skip = max(0, first_record - number)
-                rows = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
-                for i, row in enumerate(rows.slice(skip, max(0, stop - number - skip)).to_pylist(), number + skip):
+                rows = pa.Table.from_batches([batch]).slice(skip, max(0, stop - number - skip))
+                for i, row in enumerate(rows.select(schema.names).cast(schema).to_pylist(), number + skip):
                     yield RawRecord(i, None, None, _canonical_row(row))
                 number += len(batch)
         except (pa.ArrowException, OSError) as e:
@@ -289,7 +291,9 @@ def _parse_object(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as e:
-        raise _NoDocumentError(f"not UTF-8: byte 0x{content[e.start]:02x} at position {e.start + 1} of the record") from e
+        raise _NoDocumentError(
+            f"not UTF-8: byte 0x{content[e.start]:02x} at position {e.start + 1} of the record"
+        ) from e
     except json.JSONDecodeError as e:
         raise _NoDocumentError(f"not JSON: {e.msg} at column {e.colno}") from e
     except ValueError as e:  # an integer of more digits than Python converts

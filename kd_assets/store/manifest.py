@@ -17,7 +17,13 @@ from kd_assets.contract import decode
 from kd_assets.errors import ContractError, CorruptManifestError, NotCommittedError
 from kd_assets.store.files import append_line, atomic_write, storage_errors
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint
-from kd_assets.store.layout import AUDIT_NAME, HEAD_NAME, MANIFEST_NAME, recipe_folder_of
+from kd_assets.store.layout import (
+    AUDIT_NAME,
+    FOLDER_FINGERPRINT_LENGTH,
+    HEAD_NAME,
+    MANIFEST_NAME,
+    recipe_folder_of,
+)
 
 _SELF_HASH = "manifest_sha256"
 
@@ -166,6 +172,12 @@ def committed(folder: Path, fingerprint: str) -> Manifest | None:
 
 def read_head(partition_folder: Path) -> Path | None:
     """The folder of the partition's current result; None when nothing was committed. Raises CorruptManifestError."""
+    current = head_fingerprint(partition_folder)
+    return None if current is None else partition_folder / current[:FOLDER_FINGERPRINT_LENGTH]
+
+
+def head_fingerprint(partition_folder: Path) -> str | None:
+    """The fingerprint in the partition's head; None when there is no head. Raises CorruptManifestError."""
     path = partition_folder / HEAD_NAME
     with storage_errors(path, "read"):
         data = _read_if_there(path)
@@ -177,13 +189,13 @@ def read_head(partition_folder: Path) -> Path | None:
             raise ValueError(f"fingerprint is {current!r:.80}")
     except (ValueError, KeyError, TypeError) as e:
         raise CorruptManifestError(f"{path} is no head: {e}") from e
-    return partition_folder / current[:16]
+    return current
 
 
 def write_head(folder: Path, fingerprint: str) -> None:
     """Make the result in `folder` its partition's current one; nothing is written when it already is."""
     try:
-        if read_head(folder.parent) == folder:
+        if head_fingerprint(folder.parent) == fingerprint:
             return
     except CorruptManifestError:
         pass  # it is replaced

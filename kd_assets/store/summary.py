@@ -1,13 +1,12 @@
 """What is in a store, for people: totals of each cache, and a few of its documents in readable form.
 
-Gathers; `kd_assets.cli` prints. Whoever can turn token ids into text passes a function that does; there is none here.
+Gathers; `kd_assets.cli` prints, and turns token ids into text.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.errors import CorruptManifestError, MissingInputError, NotCommittedError
-from kd_assets.store.documents import offsets_of
 from kd_assets.store.fingerprint import INPUT_KEY
-from kd_assets.store.layout import recipe_folder_of
-from kd_assets.store.manifest import Manifest, read_head, read_manifest
-from kd_assets.store.partfile import PartFile
+from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_manifest
 from kd_assets.store.reader import CacheReader
 from kd_assets.store.verify import result_folders
 
 SHOWN_TOKENS = 48
 SHOWN_POSITIONS = 3
-
-Decode = Callable[[Sequence[int]], str]
-"""Text of token ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,10 +160,73 @@ def _summary(results: Sequence[tuple[Path, Manifest]]) -> CacheSummary:
         bytes_per_token=n_bytes / n_tokens if n_tokens else None,
         params=latest.params,
         identity={k: v for k, v in latest.identity.items() if k not in kept_out},
-        stats=_merged_stats(manifests),
+        stats=merge_stats(m.stats for m in manifests),
         checks=_merged_checks(manifests),
         provenance=latest.provenance,
         first_created_at=min(m.created_at for m in manifests),
         last_created_at=latest.created_at,
         has_documents=any(m.n_documents for m in manifests),
     )
+
+
+def _merged_checks(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:
+    merged: dict[str, dict[str, Any]] = {}
+    for manifest in manifests:
+        for name, record in manifest.checks.items():
+            if not isinstance(record, dict):
+                continue
+            total = merged.setdefault(name, {"n_partitions": 0, "n_passed": 0})
+            total["n_partitions"] += 1
+            total["n_passed"] += record.get("passed") is True
+            for key, value in record.items():
+                if key.startswith("max_") and isinstance(value, (int, float)):
+                    total[key] = max(total.get(key, -math.inf), value)
+    return merged
+
+
+def _view(document: dict[str, Any]) -> DocumentView:
+    input_ids, loss_mask = document["input_ids"], document["loss_mask"]
+    vectors = {}
+    for name, values in document.items():
+        if name.startswith("hidden_block_"):
+            vectors[name] = _vector_view(bfloat16_to_float32(values))
+        elif name.endswith("_embedding"):
+            vectors[name] = _vector_view(values)
+    shown = ("partition_key", "document_id", "n_tokens")
+    return DocumentView(
+        partition_key=document["partition_key"],
+        document_id=document["document_id"],
+        n_tokens=len(input_ids),
+        n_loss_tokens=int(np.count_nonzero(loss_mask)),
+        input_ids=tuple(input_ids[:SHOWN_TOKENS].tolist()),
+        positions=_positions(document) if "topk_ids" in document else (),
+        vectors=vectors,
+        fields={k: v for k, v in document.items() if k not in shown and isinstance(v, (int, str))},
+    )
+
+
+def _vector_view(values: npt.NDArray[np.float32]) -> dict[str, Any]:
+    first = values if values.ndim == 1 else values[0]
+    norm = float(np.linalg.norm(first.astype(np.float64)))
+    return {"shape": list(values.shape), "first_norm": norm, "first_values": first[:4].tolist()}
+
+
+def _positions(document: dict[str, Any]) -> tuple[Position, ...]:
+    """A few predictions, spread evenly over the document."""
+    n_positions = len(document["target_logprob"])
+    chosen = sorted({(i + 1) * n_positions // (SHOWN_POSITIONS + 1) for i in range(SHOWN_POSITIONS)})
+    found = []
+    for i in (i for i in chosen if i < n_positions):
+        logprobs = document["topk_logprobs"][i].astype(np.float32)
+        order = np.argsort(-logprobs, kind="stable")
+        pairs = zip(document["topk_ids"][i][order].tolist(), np.exp(logprobs[order]).tolist(), strict=True)
+        found.append(
+            Position(
+                position=i,
+                token_id=int(document["input_ids"][i]),
+                target_id=int(document["input_ids"][i + 1]),
+                target_probability=float(np.exp(document["target_logprob"][i])),
+                top=tuple(pairs),
+            )
+        )
+    return tuple(found)

@@ -22,6 +22,7 @@ from kd_assets.errors import (
 from kd_assets.store.checks import expected_schema, part_documents, schema_difference
 from kd_assets.store.files import file_sha256, storage_errors
 from kd_assets.store.layout import (
+    FOLDER_FINGERPRINT_LENGTH,
     HEAD_NAME,
     JOURNAL_NAME,
     LEASE_NAME,
@@ -30,7 +31,7 @@ from kd_assets.store.layout import (
     is_variant_name,
     recipe_folder_of,
 )
-from kd_assets.store.manifest import Manifest, PartRecord, audited, read_head, read_manifest
+from kd_assets.store.manifest import Manifest, PartRecord, audited, head_fingerprint, read_manifest
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import hidden_size_of
 
@@ -44,6 +45,7 @@ ProblemKind = Literal[
     "wrong_documents",  # it has another number of documents than recorded
     "wrong_tokens",  # it has another number of tokens, or they contradict each other
     "corrupt_manifest",  # not JSON, changed, or contradicting itself
+    "wrong_identity",  # a manifest whose identity lacks what tells the columns
     "misplaced_result",  # a manifest under a folder name of another result
     "corrupt_head",  # a head.json that is none
     "dangling_head",  # a head.json that points to no committed result
@@ -177,6 +179,11 @@ class _Verifier:
             return
         self._manifests.append(manifest)
         self._place(folder, manifest)
+        try:
+            expected_schema(manifest, 0)
+        except StoreError as e:
+            path = folder / MANIFEST_NAME
+            self._problem("wrong_identity", path, f"{path}: {e}; it was written so: materialize it again elsewhere")
         for record in manifest.parts:
             self._part(folder, manifest, record)
         self._surroundings(folder, manifest)
@@ -184,28 +191,35 @@ class _Verifier:
     def head(self, path: Path) -> None:
         self.n_seen += 1
         try:
-            folder = read_head(path.parent)
-            assert folder is not None
-            manifest = read_manifest(folder)
+            current = head_fingerprint(path.parent)
         except CorruptManifestError as e:
-            if str(e).startswith(str(path)):  # a corrupt manifest of its target is reported as that
-                self._problem("corrupt_head", path, f"{e}; materialize the partition again")
-            return
-        except NotCommittedError:
-            self._problem(
-                "dangling_head", path, f"{path} points to {folder}, which is not committed; materialize it again"
-            )
+            self._problem("corrupt_head", path, f"{e}; materialize the partition again")
             return
         except StoreError as e:
             self._problem("unreadable", path, str(e))
             return
-        if folder.name != manifest.fingerprint[: len(folder.name)]:
-            self._problem("dangling_head", path, f"{path} points to {folder}, which holds {manifest.fingerprint}")
+        assert current is not None
+        folder = path.parent / current[:FOLDER_FINGERPRINT_LENGTH]
+        try:
+            found = read_manifest(folder).fingerprint
+        except NotCommittedError:
+            message = f"{path} points to {folder}, which is not committed; materialize the partition again"
+            self._problem("dangling_head", path, message)
+        except StoreError:
+            pass  # what is wrong with the result it points to is reported as that
+        else:
+            if found != current:
+                self._problem("dangling_head", path, f"{path} points to {current}, and {folder} holds {found}")
 
     def _place(self, folder: Path, manifest: Manifest) -> None:
         """The manifest must be of the result that the folders above it name: readers believe the folders."""
         absolute = folder.absolute()
-        expected = [manifest.fingerprint[:16], manifest.partition_key, manifest.variant, manifest.asset]
+        expected = [
+            manifest.fingerprint[:FOLDER_FINGERPRINT_LENGTH],
+            manifest.partition_key,
+            manifest.variant,
+            manifest.asset,
+        ]
         found = [absolute.name, *(parent.name for parent in absolute.parents[:3])]
         if not is_variant_name(found[2]):  # a copy outside a store: only its own name can be compared
             expected, found = expected[:1], found[:1]
@@ -238,7 +252,10 @@ class _Verifier:
         """What the rows of a part say, compared with the manifest. The bytes are those that were written, so a
         difference is a bug of the task that wrote them."""
         remedy = "it was written so: move the result away and materialize the partition again"
-        if expected_schema(manifest, 0) is None:
+        try:
+            if expected_schema(manifest, 0) is None:
+                return
+        except StoreError:  # reported once, of the manifest
             return
         try:
             with PartFile(path) as part:

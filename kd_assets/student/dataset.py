@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_assets.contract import CACHES
+from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader
 
@@ -46,7 +46,7 @@ class TeacherCacheDataset(Dataset[Sample]):
     Caches may have been cut at different lengths; L is the longest, and shorter fields end early.
     """
 
-    def __init__(self, readers: Mapping[str, CacheReader], *, max_length: int | None = None) -> None:
+    def __init__(self, readers: Mapping[Asset, CacheReader], *, max_length: int | None = None) -> None:
         """Join `readers` (asset name → reader). `max_length` cuts every document to its first tokens.
 
         Raises RecipeError without readers, VariantConflictError when the caches were made from different shards, and
@@ -71,7 +71,7 @@ class TeacherCacheDataset(Dataset[Sample]):
 
     @classmethod
     def from_folders(
-        cls, folders: Mapping[str, Sequence[Path]], *, max_length: int | None = None
+        cls, folders: Mapping[Asset, Sequence[Path]], *, max_length: int | None = None
     ) -> TeacherCacheDataset:
         """The dataset over committed result folders (asset name → one folder a shard)."""
         readers = {asset: CacheReader.from_folders(paths) for asset, paths in folders.items()}
@@ -82,7 +82,7 @@ class TeacherCacheDataset(Dataset[Sample]):
         cls,
         recipe_folder: Path,
         *,
-        assets: Iterable[str] = CACHES,
+        assets: Iterable[Asset] = CACHES,
         partition_keys: Iterable[str] | None = None,
         max_length: int | None = None,
     ) -> TeacherCacheDataset:
@@ -110,7 +110,7 @@ class TeacherCacheDataset(Dataset[Sample]):
         return next(iter(self._readers.values())).keys()
 
     @property
-    def readers(self) -> Mapping[str, CacheReader]:
+    def readers(self) -> Mapping[Asset, CacheReader]:
         return self._readers
 
 
@@ -139,7 +139,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 def hidden_fields(fields: Iterable[str]) -> list[str]:
     """The names of hidden-state fields among `fields`, in the order of their blocks."""
-    return sorted((f for f in fields if f.startswith("hidden_block_")), key=lambda f: int(f.removeprefix("hidden_block_")))
+    return sorted(
+        (f for f in fields if f.startswith("hidden_block_")), key=lambda f: int(f.removeprefix("hidden_block_"))
+    )
 
 
 def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
@@ -193,7 +195,7 @@ def _lengths_mask(lengths: Sequence[int], n: int) -> Tensor:
     return torch.arange(n) < torch.tensor(lengths)[:, None]
 
 
-def _require_same_shards(readers: Mapping[str, CacheReader]) -> None:
+def _require_same_shards(readers: Mapping[Asset, CacheReader]) -> None:
     """Raise VariantConflictError unless every partition was made from one and the same shard in all caches."""
     shards: dict[str, tuple[Any, str]] = {}
     for asset, reader in readers.items():
@@ -202,8 +204,8 @@ def _require_same_shards(readers: Mapping[str, CacheReader]) -> None:
             known, known_asset = shards.setdefault(manifest.partition_key, (made_from, asset))
             if made_from != known:
                 raise VariantConflictError(
-                    f"partition {manifest.partition_key!r}: {asset} was made from shard {made_from!r:.20}, {known_asset} "
-                    f"from {known!r:.20}: materialize the older one again, they cannot teach together"
+                    f"partition {manifest.partition_key!r}: {asset} was made from shard {made_from!r:.20}, "
+                    f"{known_asset} from {known!r:.20}: materialize the older one again, they cannot teach together"
                 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 _SMALLEST_TAIL = 1e-6
 """Least probability given to all tokens outside the top-k: float16 rounding can leave less than nothing."""
@@ -50,7 +50,7 @@ def response_loss(
         teacher_Mk = torch.cat([teacher_Mk, mass_M1.clamp(min=_SMALLEST_TAIL).log()], dim=-1)
     student_Mk = (student_Mk / temperature).log_softmax(-1)
     teacher_Mk = (teacher_Mk / temperature).log_softmax(-1)
-    return F.kl_div(student_Mk, teacher_Mk, reduction="batchmean", log_target=True) * temperature**2
+    return functional.kl_div(student_Mk, teacher_Mk, reduction="batchmean", log_target=True) * temperature**2
 
 
 def feature_mse_loss(projected_BTH: Tensor, hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def feature_mse_loss(projected_BTH: Tensor, hidden_BTH: Tensor, mask_BT: Tensor)
     projected_MH, hidden_MH = projected_BTH[mask_BT].float(), hidden_BTH[mask_BT].float()
     if not len(hidden_MH):
         return projected_BTH.float().sum() * 0.0
-    return F.mse_loss(projected_MH, hidden_MH)
+    return functional.mse_loss(projected_MH, hidden_MH)
 
 
 def feature_cosine_loss(projected_BTH: Tensor, hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def feature_cosine_loss(projected_BTH: Tensor, hidden_BTH: Tensor, mask_BT: Tens
     projected_MH, hidden_MH = projected_BTH[mask_BT].float(), hidden_BTH[mask_BT].float()
     if not len(hidden_MH):
         return projected_BTH.float().sum() * 0.0
-    return (1.0 - F.cosine_similarity(projected_MH, hidden_MH, dim=-1)).mean()
+    return (1.0 - functional.cosine_similarity(projected_MH, hidden_MH, dim=-1)).mean()
 
 
 def relation_distance_loss(student_MS: Tensor, teacher_MH: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def relation_distance_loss(student_MS: Tensor, teacher_MH: Tensor) -> Tensor:
     """
     if len(teacher_MH) < 2:
         return student_MS.float().sum() * 0.0
-    return F.huber_loss(_relative_distances(student_MS.float()), _relative_distances(teacher_MH.float()))
+    return functional.huber_loss(_relative_distances(student_MS.float()), _relative_distances(teacher_MH.float()))
 
 
 def relation_angle_loss(student_MS: Tensor, teacher_MH: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def relation_angle_loss(student_MS: Tensor, teacher_MH: Tensor) -> Tensor:
     """
     if len(teacher_MH) < 3:
         return student_MS.float().sum() * 0.0
-    return F.huber_loss(_angle_cosines(student_MS.float()), _angle_cosines(teacher_MH.float()))
+    return functional.huber_loss(_angle_cosines(student_MS.float()), _angle_cosines(teacher_MH.float()))
 
 
 def mean_pooled(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
@@ -106,14 +106,14 @@ def mean_pooled(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
 
 def _relative_distances(points_MH: Tensor) -> Tensor:
     """[M (M-1) / 2]: the distance of every pair over the mean distance."""
-    distances = F.pdist(points_MH)
+    distances = functional.pdist(points_MH)
     return distances / distances.mean().clamp(min=_EPSILON)
 
 
 def _angle_cosines(points_MH: Tensor) -> Tensor:
     """[M (M-1) (M-2)]: the cosine of the angle at document j between i and k, for all triples of different ones."""
     # directions[j, i] points from j to i.
-    directions_MMH = F.normalize(points_MH[None, :, :] - points_MH[:, None, :], dim=-1, eps=_EPSILON)
+    directions_MMH = functional.normalize(points_MH[None, :, :] - points_MH[:, None, :], dim=-1, eps=_EPSILON)
     cosines_MMM = directions_MMH @ directions_MMH.transpose(1, 2)
     same_MM = torch.eye(len(points_MH), dtype=torch.bool, device=points_MH.device)
     repeated_MMM = same_MM[:, :, None] | same_MM[:, None, :] | same_MM[None, :, :]

@@ -15,9 +15,13 @@ teacher on loading, see `load.prove_causal`.)
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
 
 BATCH_OVERHEAD_TOKENS = 64
 """What starting one more batch costs, in tokens of work: reading all weights once more, and its launches. Measured
@@ -31,9 +35,9 @@ PAD_ID = 0
 class Batch:
     """Documents that run together, longest first."""
 
-    documents_B: np.ndarray
+    documents_B: Int64Array
     """int64: indexes of documents in the window."""
-    lengths_B: np.ndarray
+    lengths_B: Int64Array
     """int64: tokens of each that run."""
 
     @property
@@ -52,24 +56,25 @@ class Batch:
         return self.width * len(self.lengths_B)
 
 
-def plan_batches(lengths_D: np.ndarray, *, token_budget: int) -> tuple[Batch, ...]:
+def plan_batches(lengths_D: Int64Array, *, token_budget: int, alone_above: int | None = None) -> tuple[Batch, ...]:
     """Batches of at most `token_budget` tokens, padding included, with the least padding; every document in one.
 
-    A document longer than the budget is a batch of its own: nothing is ever cut here. Documents are sorted by length
+    A document longer than the budget is a batch of its own (nothing is ever cut here), and so is one of more than
+    `alone_above` tokens, for a teacher whose numbers depend on the longest of the batch. Documents are sorted by length
     (longest first, so that running out of memory shows at once; ties in document order), and the sorted sequence is
     cut where the sum over batches of B x T + `BATCH_OVERHEAD_TOKENS` is smallest: the shortest path from 0 to D,
     where a step i → j is a batch of documents i..j-1.
     """
     order_D = np.argsort(-lengths_D, kind="stable")
     sorted_D = lengths_D[order_D].astype(np.int64)
-    cuts = _cheapest_cuts(sorted_D, token_budget)
+    n_alone = 0 if alone_above is None else int((sorted_D > alone_above).sum())
+    cuts = [*range(n_alone), *(n_alone + cut for cut in _cheapest_cuts(sorted_D[n_alone:], token_budget))]
     return tuple(
-        Batch(documents_B=order_D[first:end], lengths_B=sorted_D[first:end])
-        for first, end in zip(cuts[:-1], cuts[1:], strict=True)
+        Batch(documents_B=order_D[first:end], lengths_B=sorted_D[first:end]) for first, end in itertools.pairwise(cuts)
     )
 
 
-def _cheapest_cuts(sorted_D: np.ndarray, token_budget: int) -> list[int]:
+def _cheapest_cuts(sorted_D: Int64Array, token_budget: int) -> list[int]:
     """Ends of the batches of a descending sequence, from 0 to D, by dynamic programming from the back."""
     n = len(sorted_D)
     cost = np.zeros(n + 1, dtype=np.int64)  # cost[i]: cheapest way to batch documents i..D-1
@@ -93,14 +98,15 @@ def padding_fraction(batches: tuple[Batch, ...]) -> float:
     return 1.0 - sum(b.n_tokens for b in batches) / computed if computed else 0.0
 
 
-def concatenated_ranges(starts_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+def concatenated_ranges(starts_B: Int64Array, lengths_B: Int64Array) -> Int64Array:
     """int64 [sum of lengths]: start, start + 1, ... of each range in turn, without a loop over ranges."""
     ends_B = np.cumsum(lengths_B)
     n = int(ends_B[-1]) if len(ends_B) else 0
-    return np.arange(n, dtype=np.int64) + np.repeat(starts_B - (ends_B - lengths_B), lengths_B)
+    ranges: Int64Array = np.arange(n, dtype=np.int64) + np.repeat(starts_B - (ends_B - lengths_B), lengths_B)
+    return ranges
 
 
-def padded_ids(input_ids_W: np.ndarray, offsets: np.ndarray, batch: Batch) -> np.ndarray:
+def padded_ids(input_ids_W: npt.NDArray[np.uint32], offsets: Int64Array, batch: Batch) -> Int64Array:
     """int64 [B, T]: the batch's documents out of the window's tokens, each padded on the right with `PAD_ID`.
 
     `offsets` int64 [D + 1]: where the window's documents begin in `input_ids_W`.
@@ -111,7 +117,7 @@ def padded_ids(input_ids_W: np.ndarray, offsets: np.ndarray, batch: Batch) -> np
     return ids_BT
 
 
-def batch_rows(batch: Batch, lengths_B: np.ndarray) -> np.ndarray:
+def batch_rows(batch: Batch, lengths_B: Int64Array) -> Int64Array:
     """int64 [sum of lengths]: positions, in the flattened [B x T], of the first `lengths_B` tokens of each document."""
     starts_B = np.arange(len(lengths_B), dtype=np.int64) * batch.width
     return concatenated_ranges(starts_B, lengths_B)

@@ -1,7 +1,7 @@
 """From the states of a batch to what the caches keep of its documents, put back into document order.
 
 Used by `kd_assets.teacher` only. Names: D = documents of a window, B = documents of a batch, T = its padded tokens,
-F = B x T, N = real tokens, M = positions that have a next token (N - D), H = hidden size, V = vocabulary, k as in top-k.
+F = B x T, N = real tokens, M = positions that have a next token (N - D), H = hidden size, V = vocabulary, k of top-k.
 
 The invariant: only real tokens are read. Rows are gathered by index before anything is computed on them, so that
 padding never goes through the head, and never into a mean. There is no loop over tokens: positions are index arrays.
@@ -147,16 +147,17 @@ class Window:
         shard: Shard, first_document: int, n_documents: int, *, max_length: int, wanted: Wanted, teacher: Teacher
     ) -> Window:
         cut: Callable[[int], Documents] = partial(shard.slice, first_document, n_documents)
+        topk, hidden, embeddings = wanted.topk, wanted.hidden_states, wanted.embeddings
         return Window(
             documents=cut(max_length),
             wanted=wanted,
-            topk=wanted.topk and TopkArrays.empty(cut(wanted.topk.max_length), wanted.topk.k),
-            hidden_states=wanted.hidden_states
-            and HiddenStateArrays.empty(
-                cut(wanted.hidden_states.max_length), wanted.hidden_states.blocks, teacher.hidden_size
-            ),
-            embeddings=wanted.embeddings
-            and EmbeddingArrays.empty(cut(wanted.embeddings.max_length), teacher.hidden_size),
+            topk=None if topk is None else TopkArrays.empty(cut(topk.max_length), topk.k),
+            hidden_states=None
+            if hidden is None
+            else HiddenStateArrays.empty(cut(hidden.max_length), hidden.blocks, teacher.hidden_size),
+            embeddings=None
+            if embeddings is None
+            else EmbeddingArrays.empty(cut(embeddings.max_length), teacher.hidden_size),
         )
 
     def arrays(self) -> dict[Asset, CacheArrays]:
@@ -206,7 +207,7 @@ class Capture:
     def _keep_embeddings(self, kept: EmbeddingArrays, batch: Batch, states: States) -> None:
         assert states.final_FH is not None
         lengths_B = kept.documents.n_tokens_D[batch.documents_B]
-        final_BTH = states.final_FH.unflatten(0, (len(lengths_B), batch.width))
+        final_BTH = states.final_FH.view(len(lengths_B), batch.width, -1)
         mean_BH, last_BH = pooled(final_BTH, torch.from_numpy(lengths_B).to(self.teacher.device))
         finite_B = mean_BH.isfinite().all(dim=1)  # one NaN or infinity among the tokens is one in their mean
         self._check_finite(finite_B, kept.documents, batch, np.ones_like(lengths_B), "the final hidden state")
@@ -228,7 +229,9 @@ class Capture:
         n_chunks = -(-len(from_M) // self.buffers.rows)
         found = [
             topk_logprobs(
-                logits_NV := self._logits(states, rows_N), targets_N, kept.ids_Mk.shape[1],
+                logits_NV := self._logits(states, rows_N),
+                targets_N,
+                kept.ids_Mk.shape[1],
                 self.buffers.scratch(len(logits_NV)),
             )
             for rows_N, targets_N in zip(rows_M.chunk(n_chunks), targets_M.chunk(n_chunks), strict=True)
@@ -253,9 +256,10 @@ class Capture:
             return
         row = int((~finite).nonzero()[0])
         document = int(np.repeat(batch.documents_B, lengths_B)[row])
+        n_tokens = int(documents.n_tokens_D[document])
         raise NonFiniteTeacherError(
             f"partition {self.partition_key}: the teacher gave NaN or infinity in {where} for document "
-            f"{documents.document_ids[document]!r} ({batch.lengths_B[list(batch.documents_B).index(document)]} tokens): "
+            f"{documents.document_ids[document]!r} ({n_tokens} tokens): "
             "look at this document and at the teacher's weights; in float16 a wider dtype (bfloat16) may help"
         )
 

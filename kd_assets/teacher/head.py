@@ -12,7 +12,7 @@ logits (see `forward`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +58,19 @@ class Head:
     def _linear(self, final_NH: Tensor, buffers: ChunkBuffers) -> Tensor:
         # Straight into a buffer: fresh memory of this size comes from the kernel page by page, which on a CPU costs
         # a quarter of the product itself. A quantised or sharded head knows its own way.
-        linear = self.linear
-        if type(linear) is not nn.Linear or linear.weight.dtype != buffers.dtype:
-            result: Tensor = linear(final_NH)
-            return result
-        out_NV = buffers.logits(len(final_NH))
-        if linear.bias is None:
-            return torch.mm(final_NH, linear.weight.T, out=out_NV)
-        return torch.addmm(linear.bias, final_NH, linear.weight.T, out=out_NV)
+        if not is_plain(self.linear):
+            logits_NV: Tensor = self.linear(final_NH)
+            return logits_NV
+        out_NV, weight_HV = buffers.logits(len(final_NH)), self.linear.weight.T
+        bias_V = getattr(self.linear, "bias", None)
+        if bias_V is None:
+            return torch.mm(final_NH, weight_HV, out=out_NV)
+        return torch.addmm(bias_V, final_NH, weight_HV, out=out_NV)
+
+
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a matrix product and nothing else: quantised and sharded layers are subclasses or take hooks."""
+    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 class ChunkBuffers:
@@ -123,6 +128,7 @@ def configured_head(model: Any, config: Any) -> Head | None:
     )
 
 
+@torch.inference_mode()
 def proven_head(head: Head | None, final_BTH: Tensor, logits_BTV: Tensor) -> tuple[Head | None, float]:
     """`head` if it turns these final hidden states into these logits of the model's own, else None.
 
@@ -133,10 +139,9 @@ def proven_head(head: Head | None, final_BTH: Tensor, logits_BTV: Tensor) -> tup
     final_NH, logits_NV = final_BTH.flatten(0, 1), logits_BTV.flatten(0, 1)
     vocabulary_size = logits_NV.shape[-1]
     buffers = ChunkBuffers(vocabulary_size=vocabulary_size, dtype=final_NH.dtype, device=final_NH.device)
-    weight = getattr(head.linear, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2 and type(head.linear) is nn.Linear and len(weight) != vocabulary_size:
+    if is_plain(head.linear) and head.linear.out_features != vocabulary_size:
         return None, float("inf")
-    pieces = [head.logits(piece_NH, buffers).clone() for piece_NH in final_NH.split(buffers.rows)]
+    pieces = [head.logits(piece_NH, buffers).clone() for piece_NH in torch.split(final_NH, buffers.rows)]
     ours_NV = torch.cat(pieces)
     if ours_NV.shape != logits_NV.shape:
         return None, float("inf")
@@ -145,9 +150,9 @@ def proven_head(head: Head | None, final_BTH: Tensor, logits_BTV: Tensor) -> tup
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference over the largest magnitude of `theirs`. NaN in both is equal: NaN weights are not
-    the head's fault, and the pass will name the document."""
-    both_nan = ours.isnan() & theirs.isnan()
-    difference = (ours - theirs).abs().masked_fill(both_nan, 0.0).max().item()
-    scale = theirs.masked_fill(theirs.isnan(), 0.0).abs().max().item()
+    """Largest absolute difference over the largest magnitude of `theirs`. NaN or infinity in both is no difference:
+    broken weights are not the head's fault, and the pass will name the document."""
+    broken = ~ours.isfinite() & ~theirs.isfinite()
+    difference = (ours - theirs).abs().masked_fill(broken, 0.0).max().item()
+    scale = theirs.masked_fill(~theirs.isfinite(), 0.0).abs().max().item()
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))

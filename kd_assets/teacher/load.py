@@ -223,7 +223,9 @@ class Probe:
 
 
 @torch.inference_mode()
-def run_probe(model: Any, decoder: nn.Module, blocks: nn.ModuleList, *, n_token_ids: int, device: torch.device) -> Probe:
+def run_probe(
+    model: Any, decoder: nn.Module, blocks: nn.ModuleList, *, n_token_ids: int, device: torch.device
+) -> Probe:
     """One small forward of the whole model. Raises TeacherError when a block's output is not one state a token."""
     ids_BT = probe_ids(n_token_ids).to(device)
     with tapped((decoder, *blocks)) as outputs:

@@ -8,9 +8,10 @@ Names: L = tokens of a document, H = hidden size, V = vocabulary, k as in top-k.
 
 Tolerances have two terms. Storing rounds: float16 log-probabilities by 2^-11 of their size, bfloat16 states by 2^-8.
 Computing in another batch shape rounds differently, by a multiple of the precision of the teacher: relative to the
-largest logit for log-probabilities, to a state's norm for states. A larger difference is recorded as `passed: false` and the result is committed
-nevertheless: the check in the control plane then fails in everyone's sight with its numbers, while the data stays
-there to be looked at; a task that refused to commit would only be started again, with the same outcome.
+largest logit for log-probabilities, to a state's norm for states. A larger difference is recorded as `passed: false`
+and the result is committed nevertheless: the check in the control plane then fails in everyone's sight with its
+numbers, while the data stays there to be looked at; a task that refused to commit would only be started again, with
+the same outcome.
 """
 
 from __future__ import annotations
@@ -143,14 +144,14 @@ class Comparison:
         largest_Lk = logprobs_LV.topk(ids_Lk.shape[1], dim=1).values
         for plain_Lk in (at_ids_Lk, largest_Lk):
             tolerance_Lk = computing_L1 + FLOAT16_RTOL * plain_Lk.abs() + FLOAT16_ATOL
-            self._note("max_abs_delta_logprob", (stored_Lk - plain_Lk).abs(), tolerance_Lk)
+            self._note("max_abs_logprob_difference", (stored_Lk - plain_Lk).abs(), tolerance_Lk)
         self._note(
-            "max_abs_delta_logsumexp",
+            "max_abs_logsumexp_difference",
             (_on(row["logsumexp"], device) - logits_LV.logsumexp(dim=1)).abs(),
             computing_L1.squeeze(1),
         )
         self._note(
-            "max_abs_delta_target_logprob",
+            "max_abs_target_logprob_difference",
             (_on(row["target_logprob"], device) - logprobs_LV.gather(1, targets_L.unsqueeze(1)).squeeze(1)).abs(),
             2 * computing_L1.squeeze(1),
         )
@@ -173,9 +174,9 @@ class Comparison:
 
     def _add_states(self, name: str, stored_LH: Tensor, plain_LH: Tensor, tolerance: float) -> None:
         delta_LH = stored_LH - plain_LH
-        self._keep(f"max_abs_delta_{name}", delta_LH.abs().max())
+        self._keep(f"max_abs_{name}_difference", delta_LH.abs().max())
         relative_L = delta_LH.norm(dim=1) / plain_LH.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        self._note(f"max_relative_delta_{name}", relative_L, torch.full_like(relative_L, tolerance))
+        self._note(f"max_relative_{name}_difference", relative_L, torch.full_like(relative_L, tolerance))
 
     def _note(self, name: str, delta: Tensor, tolerance: Tensor) -> None:
         self._keep(name, delta.max())

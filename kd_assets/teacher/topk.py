@@ -74,7 +74,7 @@ def _largest_unordered(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if n_groups < 4 * k:
         values_Nk, ids_Nk = x_NV.topk(k, dim=1)
         return values_Nk, ids_Nk
-    grouped_NGg = x_NV[:, : n_groups * GROUP].unflatten(1, (n_groups, GROUP))
+    grouped_NGg = x_NV[:, : n_groups * GROUP].view(n_rows, n_groups, GROUP)
     groups_Nk = grouped_NGg.amax(dim=2).topk(k, dim=1, sorted=False).indices
     candidates = grouped_NGg.gather(1, groups_Nk.unsqueeze(2).expand(-1, -1, GROUP)).flatten(1)
     candidate_ids = (groups_Nk.unsqueeze(2) * GROUP + torch.arange(GROUP, device=x_NV.device)).flatten(1)

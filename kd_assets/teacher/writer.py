@@ -20,7 +20,7 @@ from kd_assets.errors import InterruptedTaskError
 from kd_assets.store import ResultWriter, part_stats
 
 QUEUED_PARTS = 2
-"""Parts that wait while one is written. Each holds its arrays in memory: 2 GB for 131,072 tokens of one block of 8,192."""
+"""Parts that wait while one is written. Each holds its arrays: 2 GB for 131,072 tokens of one block of 8,192 states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

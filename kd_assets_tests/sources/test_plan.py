@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -81,7 +80,7 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
     made = plan(spec(write_jsonl(tmp_path / "a.jsonl", list("abcd"))))
     assert ShardPlan.from_json(made.to_json()) == made
     for junk in ("{", "[]", "{}", made.to_json().replace("input_hash", "inputhash")):
-        with pytest.raises(ContractError, match="plan.json"):
+        with pytest.raises(ContractError, match=r"plan\.json"):
             ShardPlan.from_json(junk, where="plan.json")
 
 
@@ -89,7 +88,9 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_every_record_is_in_exactly_one_shard_and_hashes_as_planned(tmp_path: Path, write: Any, seed: int) -> None:
     rng = random.Random(seed)
-    texts = ["".join(rng.choices("aé\n\"\\\u2028\U0001f600 ", k=rng.randrange(30))) for _ in range(rng.randrange(1, 200))]
+    texts = [
+        "".join(rng.choices('aé\n"\\\u2028\U0001f600 ', k=rng.randrange(30))) for _ in range(rng.randrange(1, 200))
+    ]
     suffix = "parquet" if write is write_parquet else "jsonl"
     made = plan(spec(write(tmp_path / f"a.{suffix}", texts)), documents_per_shard=rng.randrange(1, 60))
     read = []
@@ -304,7 +305,9 @@ def test_variables_home_and_relative_paths_are_resolved(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("path", ["$KD_NOT_SET/a.jsonl", "${KD_NOT_SET}/a.jsonl", "/data/$KD_NOT_SET"])
 @pytest.mark.parametrize("environment", [{}, {"KD_NOT_SET": ""}])
 def test_an_unset_variable_is_named_with_its_source(tmp_path: Path, path: str, environment: dict[str, str]) -> None:
-    with pytest.raises(MissingInputError, match=r"source 'web': the environment variable KD_NOT_SET of its path .* is not"):
+    with pytest.raises(
+        MissingInputError, match=r"source 'web': the environment variable KD_NOT_SET of its path .* is not"
+    ):
         resolve_path(path, tmp_path, what="source 'web'", environment=environment)
 
 
@@ -346,7 +349,3 @@ def test_planning_imports_neither_torch_nor_transformers_nor_dagster(tmp_path: P
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert done.stdout.strip() == ""
-
-
-def test_specs_are_values(tmp_path: Path) -> None:
-    assert dataclasses.replace(spec("a"), name="b") == spec("a", "b")

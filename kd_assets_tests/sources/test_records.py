@@ -162,7 +162,9 @@ def test_an_error_names_its_line_when_the_shard_starts_in_the_middle_of_the_file
 
 def test_a_repeated_id_is_a_bad_record_that_names_the_first(tmp_path: Path) -> None:
     path = tmp_path / "web.jsonl"
-    path.write_text('{"id": 7, "text": "a"}\n{"id": "7", "text": "b"}\n{"text": "c"}\n{"id":"web-000000002","text":"d"}')
+    path.write_text(
+        '{"id": 7, "text": "a"}\n{"id": "7", "text": "b"}\n{"text": "c"}\n{"id":"web-000000002","text":"d"}'
+    )
     items = read_all(path)
     assert [isinstance(item, BadRecordError) for item in items] == [False, True, False, True]
     assert str(items[1]) == f"{path}:2: id '7' is already that of {path}:1"
@@ -181,7 +183,19 @@ def test_a_line_without_end_is_refused_instead_of_filling_memory(
 @pytest.mark.parametrize("seed", range(20))
 def test_random_bytes_never_crash_the_reader(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    pieces = [b"\n", b"\r\n", b'{"text": "x"}', b"\xff", b"\0", b"{", b"[", b'"\\ud800"', b" ", b'{"messages": [1]}', b"\xc3"]
+    pieces = [
+        b"\n",
+        b"\r\n",
+        b'{"text": "x"}',
+        b"\xff",
+        b"\0",
+        b"{",
+        b"[",
+        b'"\\ud800"',
+        b" ",
+        b'{"messages": [1]}',
+        b"\xc3",
+    ]
     path = tmp_path / "web.jsonl"
     path.write_bytes(b'{"text": "first"}\n' + b"".join(rng.choice(pieces) for _ in range(300)))
     items = read_all(path, documents_per_shard=7)
@@ -261,7 +275,9 @@ def test_any_range_of_any_layout_gives_the_rows_of_that_range(tmp_path: Path, se
     for _ in range(10):
         first, count = rng.randrange(n_rows), rng.randrange(1, n_rows + 50)
         rows = iter_parquet(path, text_field="text", messages_field="messages", first_record=first, n_records=count)
-        assert [(r.number, json.loads(r.content)["text"]) for r in rows] == list(enumerate(texts))[first : first + count]
+        assert [(r.number, json.loads(r.content)["text"]) for r in rows] == list(enumerate(texts))[
+            first : first + count
+        ]
 
 
 @pytest.mark.parametrize(
@@ -335,9 +351,6 @@ def test_a_named_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) 
 
 
 def test_reading_streams_the_file(tmp_path: Path) -> None:
-    class Line(RuntimeError):
-        pass
-
     class Endless:
         """More lines than would fit anywhere; raises if the reader runs ahead of its consumer."""
 
@@ -346,7 +359,7 @@ def test_reading_streams_the_file(tmp_path: Path) -> None:
         def readline(self, limit: int) -> bytes:
             self.n_lines += 1
             if self.n_lines > 100:
-                raise Line
+                raise RuntimeError("read ahead")
             return b'{"text": "x"}\n'
 
     endless: Any = Endless()

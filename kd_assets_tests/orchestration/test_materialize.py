@@ -1,0 +1,279 @@
+"""Any selection works and nothing is silent: runs over real jobs of a tiny teacher, and what Dagster has of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from kd_assets.orchestration.dagster_internals import CODE_VERSION_TAG, DATA_VERSION_TAG, input_data_version_tag
+from kd_assets.store import read_manifest
+from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text
+
+ALL = (SHARDS[0], SHARDS[-1])
+
+
+@pytest.fixture(scope="module")
+def full_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path
+) -> Iterator[tuple[Deployment, dg.ExecuteInProcessResult]]:
+    """One run of everything over all partitions, for the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "instance").mkdir()
+    with dg.DagsterInstance.local_temp(str(folder / "instance")) as instance:
+        deployment = Deployment(folder, tiny_teacher, instance)
+        deployment.plan()
+        result = deployment.run(*deployment.everything, partition_range=ALL)
+        assert result.success, failure_text(result)
+        yield deployment, result
+
+
+FullRun = tuple[Deployment, dg.ExecuteInProcessResult]
+
+
+def test_everything_in_one_run_over_all_partitions_records_each_partition_once(full_run: FullRun) -> None:
+    deployment, result = full_run
+    found = deployment.materializations(result.run_id)
+    expected = {(asset, key) for asset in ("shards_manifest", *CACHES) for key in SHARDS}
+    assert set(found) == expected | {("shard_plan", None), ("student_smoke", None)}
+    assert all(len(records) == 1 for records in found.values())
+    assert deployment.n_teacher_loads() == 1
+
+
+def test_each_partition_has_its_own_metadata_and_versions(full_run: FullRun) -> None:
+    deployment, result = full_run
+    partitioned = {k: v for k, v in deployment.materializations(result.run_id).items() if k[1] is not None}
+    found = {k: v[0] for k, v in partitioned.items()}
+    for (asset, key), materialization in found.items():
+        manifest = read_manifest(Path(str(materialization.metadata["folder"].value)))
+        tags = materialization.tags or {}
+        assert (manifest.asset, manifest.partition_key) == (asset, key)
+        assert tags[DATA_VERSION_TAG] == manifest.data_version
+        assert tags[CODE_VERSION_TAG] == deployment.recipe.code_version(asset)
+        assert materialization.metadata["documents"].value == 4
+        assert materialization.metadata["provenance"].value["dagster_run_id"] == result.run_id  # type: ignore[call-overload,index]
+        if asset in CACHES:
+            shard = found["shards_manifest", key].tags or {}
+            assert tags[input_data_version_tag(deployment.recipe.key("shards_manifest"))] == shard[DATA_VERSION_TAG]
+    versions = {(m.tags or {})[DATA_VERSION_TAG] for m in found.values()}
+    assert len(versions) == len(found), "every partition of every asset has content of its own"
+
+
+def test_one_cache_of_one_partition_makes_that_and_no_other(deployment: Deployment) -> None:
+    assert deployment.run("shards_manifest", partition_range=ALL).success
+    result = deployment.run("hidden_state_cache", partition=SHARDS[1])
+    assert result.success, failure_text(result)
+    assert set(deployment.materializations(result.run_id)) == {("hidden_state_cache", SHARDS[1])}
+    store = deployment.platform.recipe_folder("tiny")
+    assert not (store / "topk_cache").exists()
+    assert [p.name for p in (store / "hidden_state_cache").glob("*/*")] == [SHARDS[1]]
+
+
+def test_what_is_committed_is_recorded_again_and_never_computed_again(full_run: FullRun) -> None:
+    deployment, first = full_run
+    second = deployment.run("shards_manifest", *CACHES, partition_range=ALL)
+    assert second.success
+    assert deployment.n_teacher_loads() == 1
+    before, after = (deployment.materializations(r.run_id) for r in (first, second))
+    assert set(after) == {key for key in before if key[1] is not None}
+    for key, (materialization,) in after.items():
+        assert materialization.metadata["reused"].value is True
+        assert (materialization.tags or {})[DATA_VERSION_TAG] == (before[key][0].tags or {})[DATA_VERSION_TAG]
+
+
+def test_a_third_cache_is_added_to_two_by_one_more_pass_that_makes_only_it(deployment: Deployment) -> None:
+    assert deployment.run("shards_manifest", "topk_cache", "embedding_cache", partition=SHARDS[0]).success
+    result = deployment.run(*CACHES, partition=SHARDS[0])
+    assert result.success, failure_text(result)
+    reused = {k[0]: m[0].metadata["reused"].value for k, m in deployment.materializations(result.run_id).items()}
+    assert reused == {"topk_cache": True, "embedding_cache": True, "hidden_state_cache": False}
+    last = deployment.job_events("committed")[-1]
+    assert last.data["asset"] == "hidden_state_cache"
+
+
+def test_caches_without_their_shard_fail_and_say_what_to_materialize(deployment: Deployment) -> None:
+    result = deployment.run("topk_cache", partition=SHARDS[0])
+    assert not result.success
+    assert f"tiny/shards_manifest has no partition {SHARDS[0]}" in failure_text(result)
+    assert "select it in the same run" in failure_text(result)
+
+
+def test_a_shard_that_cannot_be_tokenised_fails_alone_and_by_name(deployment: Deployment) -> None:
+    lines = deployment.corpus.read_text().splitlines()
+    lines[5] = '{"text": 7}'
+    deployment.corpus.write_text("\n".join(lines) + "\n")
+    deployment.plan()
+    result = deployment.run("shards_manifest", *CACHES, "student_smoke", partition_range=ALL)
+    assert not result.success
+    assert set(deployment.materializations(result.run_id)) == {
+        (asset, key) for asset in ("shards_manifest", *CACHES) for key in (SHARDS[0], SHARDS[2])
+    }
+    text = failure_text(result)
+    assert SHARDS[1] in text
+    assert "corpus.jsonl:6" in text
+    assert SHARDS[0] not in text
+
+
+def test_re_execution_after_a_failure_does_only_what_is_missing(deployment: Deployment) -> None:
+    good = deployment.corpus.read_text()
+    lines = good.splitlines()
+    lines[5] = "not json"
+    deployment.corpus.write_text("\n".join(lines) + "\n")
+    deployment.plan()
+    assert not deployment.run("shards_manifest", *CACHES, partition_range=ALL).success
+    deployment.corpus.write_text(good)
+    deployment.plan()
+    result = deployment.run("shards_manifest", *CACHES, partition_range=ALL)
+    assert result.success, failure_text(result)
+    reused = {k: m[0].metadata["reused"].value for k, m in deployment.materializations(result.run_id).items()}
+    assert {key for (_, key), value in reused.items() if not value} == {SHARDS[1]}
+    assert len(reused) == len(SHARDS) * 4
+
+
+def test_a_partition_outside_the_plan_fails_by_name(deployment: Deployment) -> None:
+    deployment.write(documents(4))
+    deployment.plan()
+    deployment.instance.add_dynamic_partitions("tiny_shards", [SHARDS[1]])
+    result = deployment.run("shards_manifest", partition_range=(SHARDS[0], SHARDS[1]))
+    assert not result.success
+    assert set(deployment.materializations(result.run_id)) == {("shards_manifest", SHARDS[0])}
+    assert f"has no shard {SHARDS[1]}" in failure_text(result)
+
+
+def test_skipped_bad_records_are_counted_in_the_metadata(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy(on_bad_record="skip")
+    deployment.corpus.write_text(
+        deployment.corpus.read_text() + "{broken\n" + json.dumps({"text": "a last one"}) + "\n"
+    )
+    deployment.plan()
+    result = deployment.run("shards_manifest", partition="tiny-00003")
+    assert result.success, failure_text(result)
+    ((record,),) = deployment.materializations(result.run_id).values()
+    assert record.metadata["n_bad_records"].value == 1
+    assert record.metadata["documents"].value == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"sources": [{"name": "a", "path": "$KD_NO_SUCH_VARIABLE"}]},
+            "environment variable KD_NO_SUCH_VARIABLE",
+        ),
+        ({"sources": [{"name": "a", "path": "/no/such/file.jsonl"}]}, "/no/such/file.jsonl"),
+    ],
+)
+def test_a_source_that_is_not_there_fails_the_plan_and_writes_nothing(
+    deploy: Callable[..., Deployment], changes: dict[str, object], expected: str
+) -> None:
+    deployment = deploy(**changes)
+    result = deployment.run("shard_plan")
+    assert not result.success
+    assert expected in failure_text(result)
+    assert not (deployment.home / "store").exists()
+    assert list(deployment.instance.get_dynamic_partitions("tiny_shards")) == []
+
+
+def test_an_empty_source_fails_the_plan(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy()
+    deployment.corpus.write_text("")
+    result = deployment.run("shard_plan")
+    assert not result.success
+    assert "corpus.jsonl is empty" in failure_text(result)
+
+
+def test_a_missing_teacher_fails_the_run_with_its_path(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy(teacher={"model_id": "$KD_HOME/no-teacher"})
+    deployment.plan()
+    result = deployment.run("shards_manifest", *CACHES, partition=SHARDS[0])
+    assert not result.success
+    assert "no-teacher" in failure_text(result)
+
+
+def test_materializing_before_there_is_a_plan_says_so(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy()
+    deployment.instance.add_dynamic_partitions("tiny_shards", list(SHARDS))
+    result = deployment.run("topk_cache", partition=SHARDS[0])
+    assert not result.success
+    assert "materialize tiny/shard_plan first" in failure_text(result)
+
+
+def test_the_checks_of_every_partition_are_recorded_with_their_numbers(full_run: FullRun) -> None:
+    _, result = full_run
+    evaluations = [
+        e.asset_check_evaluation_data for e in result.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"
+    ]
+    assert {(e.asset_key.path[-1], e.partition, e.check_name) for e in evaluations} == {
+        (asset, key, name)
+        for asset in CACHES
+        for key in SHARDS
+        for name in ("complete", "schema", "finite", "recomputed")
+    }
+    assert all(e.passed and e.target_materialization_data is not None for e in evaluations)
+    recomputed = next(e for e in evaluations if (e.check_name, e.asset_key.path[-1]) == ("recomputed", "topk_cache"))
+    assert 0 < recomputed.metadata["max_abs_logprob_difference"].value < 0.05  # type: ignore[operator]
+
+
+def test_a_failed_check_is_recorded_and_fails_the_run_by_name(deployment: Deployment) -> None:
+    assert deployment.run("shards_manifest", *CACHES, partition=SHARDS[0]).success
+    (part,) = (deployment.platform.recipe_folder("tiny") / "embedding_cache").glob("*/*/*/part-*")
+    good = part.read_bytes()
+    part.write_bytes(good[:8] + bytes(len(good) - 16) + good[-8:])  # of the size it should have, and nothing else
+    result = deployment.run(*CACHES, partition=SHARDS[0])
+    assert not result.success
+    failed = {
+        (e.asset_check_evaluation_data.asset_key.path[-1], e.asset_check_evaluation_data.check_name)
+        for e in result.all_events
+        if e.event_type_value == "ASSET_CHECK_EVALUATION" and not e.asset_check_evaluation_data.passed
+    }
+    assert ("embedding_cache", "schema") in failed
+    assert {asset for asset, _ in failed} == {"embedding_cache"}
+    assert "embedding_cache: check schema failed" in failure_text(result)
+
+
+def test_the_student_learns_and_its_curve_is_a_picture(full_run: FullRun) -> None:
+    deployment, result = full_run
+    ((record,),) = deployment.materializations(result.run_id, "student_smoke").values()
+    assert record.metadata["last_loss"].value < record.metadata["first_loss"].value  # type: ignore[operator]
+    assert (record.metadata["shards"].value, record.metadata["shards_in_plan"].value) == (3, 3)
+    assert "data:image/png;base64,iVBOR" in str(record.metadata["loss_curve"].value)
+
+
+def test_the_student_without_a_complete_shard_says_so(deployment: Deployment) -> None:
+    result = deployment.run("student_smoke")
+    assert not result.success
+    assert "no partition of tiny has all its caches" in failure_text(result)
+
+
+def test_partitions_are_registered_in_sorted_order_also_when_the_source_grows_and_shrinks(
+    deployment: Deployment,
+) -> None:
+    def partitions() -> list[str]:
+        return list(deployment.instance.get_dynamic_partitions("tiny_shards"))
+
+    assert partitions() == list(SHARDS)
+    deployment.write(documents(45))
+    deployment.plan()
+    assert partitions() == [f"tiny-{i:05d}" for i in range(12)]
+    deployment.write(documents(3))
+    deployment.plan()
+    assert partitions() == [SHARDS[0]]
+    deployment.instance.delete_dynamic_partition("tiny_shards", SHARDS[0])
+    deployment.instance.add_dynamic_partitions("tiny_shards", [SHARDS[2], SHARDS[0]])
+    deployment.write(documents(12))
+    deployment.plan()
+    assert partitions() == list(SHARDS)
+
+
+def test_a_run_that_includes_the_plan_works_from_that_plan(deployment: Deployment) -> None:
+    deployment.write(documents(12, seed=3))
+    result = deployment.run("shard_plan", "shards_manifest", partition=SHARDS[0])
+    assert result.success, failure_text(result)
+    plan_version = result.asset_materializations_for_node("tiny__shard_plan")[0].tags or {}
+    ((shard,),) = deployment.materializations(result.run_id, "shards_manifest").values()
+    assert (shard.tags or {})[input_data_version_tag(deployment.recipe.key("shard_plan"))] == plan_version[
+        DATA_VERSION_TAG
+    ]

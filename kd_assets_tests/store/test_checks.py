@@ -1,0 +1,244 @@
+"""The checks pass on sound results, and each fails, with the right numbers, on what it is there to find."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kd_assets.contract import CACHES, Asset
+from kd_assets.store import (
+    CheckResult,
+    Documents,
+    check_complete,
+    check_finite,
+    check_recomputed,
+    check_schema,
+    encode_embeddings,
+    encode_hidden_states,
+    encode_topk,
+    part_stats,
+)
+from kd_assets_tests.store import examples
+from kd_assets_tests.store.test_verify import replace_part
+
+
+def test_sound_results_pass_all_checks_with_their_numbers(store: Path) -> None:
+    folders = examples.commit_all(store)
+    shard = folders["shards_manifest"]
+    for asset in CACHES:
+        results = [
+            check_schema(folders[asset]),
+            check_complete(folders[asset], shard),
+            check_finite(folders[asset]),
+            check_recomputed(folders[asset]),
+        ]
+        assert [result.name for result in results] == ["schema", "complete", "finite", "recomputed"]
+        assert [result.description for result in results if not result.passed] == []
+    assert check_complete(folders["topk_cache"], shard).numbers == {
+        "n_documents": 4,
+        "expected_documents": 4,
+        "n_tokens": 15,
+        "expected_tokens": 15,
+    }
+    assert check_schema(folders["hidden_state_cache"]).numbers == {"n_parts": 2, "n_columns": 6}
+    assert check_finite(folders["topk_cache"]).numbers["n_non_finite"] == 0
+    assert check_recomputed(folders["topk_cache"]).numbers == {
+        "n_documents": 2,
+        "max_abs_logprob_difference": 1e-4,
+        "tolerance_max_abs_logprob_difference": 1e-2,
+    }
+
+
+def test_shard_is_checked_against_itself(store: Path) -> None:
+    folder, _ = examples.commit(store, "shards_manifest")
+    for result in (check_schema(folder), check_complete(folder, folder), check_finite(folder)):
+        assert result.passed, result.description
+    assert check_complete(folder, folder).numbers["n_tokens"] == 16
+
+
+def test_missing_document_fails_complete(store: Path) -> None:
+    shard, _ = examples.commit(store, "shards_manifest")
+    folder, _ = examples.commit(store, "topk_cache", docs=examples.documents().slice(0, 3))
+    result = check_complete(folder, shard)
+    fails(result, "has 3 documents, its shard has 4")
+    assert (result.numbers["n_documents"], result.numbers["expected_documents"]) == (3, 4)
+    assert (result.numbers["n_tokens"], result.numbers["expected_tokens"]) == (9, 15)
+
+
+def test_documents_of_another_shard_fail_complete(store: Path) -> None:
+    docs = examples.documents()
+    renamed = Documents(
+        document_ids=["document-0", "document-1", "document-3", "document-2"],
+        offsets=docs.offsets,
+        input_ids=docs.input_ids,
+        loss_mask=docs.loss_mask,
+    )
+    shard, _ = examples.commit(store, "shards_manifest", docs=renamed)
+    folder, _ = examples.commit(store, "embedding_cache")
+    fails(check_complete(folder, shard), "document 2 is 'document-2', in its shard 'document-3'")
+
+
+def test_tokens_cut_too_short_fail_complete(store: Path) -> None:
+    shard, _ = examples.commit(store, "shards_manifest")
+    folder, _ = examples.commit(store, "topk_cache", params={"k": examples.K, "max_length": 7})  # cut at 6 all the same
+    result = check_complete(folder, shard)
+    fails(result, "'document-3' has 6 tokens, expected 7")
+    assert (result.numbers["n_tokens"], result.numbers["expected_tokens"]) == (15, 16)
+
+
+@pytest.mark.parametrize("asset", CACHES)
+def test_missing_and_truncated_parts_fail_complete_and_schema(store: Path, asset: Asset) -> None:
+    shard, _ = examples.commit(store, "shards_manifest")
+    folder, _ = examples.commit(store, asset)
+    part = sorted(folder.glob("part-*"))[1]
+    part.write_bytes(part.read_bytes()[:-20])
+    for result in (check_complete(folder, shard), check_schema(folder)):
+        fails(result, f"{part} is damaged")
+    part.unlink()
+    for result in (check_complete(folder, shard), check_schema(folder)):
+        fails(result, f"{part} is missing")
+
+
+def test_result_that_is_not_committed_fails_every_check(store: Path) -> None:
+    folder = store / "nothing here"
+    for result in (
+        check_schema(folder),
+        check_complete(folder, folder),
+        check_finite(folder),
+        check_recomputed(folder),
+    ):
+        fails(result, f"{folder} has no manifest.json")
+
+
+def test_columns_of_another_k_fail_schema(store: Path) -> None:
+    folder, _ = examples.commit(store, "topk_cache", params={"k": 5, "max_length": examples.MAX_LENGTH})
+    fails(check_schema(folder), r"column topk_ids: expected .*\[5\].*, found .*\[4\]")
+
+
+def test_columns_of_other_blocks_fail_schema(store: Path) -> None:
+    folder, _ = examples.commit(store, "hidden_state_cache", params={"blocks": [0, 1], "max_length": 6})
+    fails(check_schema(folder), "column hidden_block_1 is missing")
+
+
+def test_parameters_missing_from_the_identity_fail_schema(store: Path) -> None:
+    folder, _ = examples.commit(store, "topk_cache", params={})
+    fails(check_schema(folder), r"lacks params\['k'\]")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda rows: rows.append_column("extra", rows["n_tokens"]), "column extra is not of this format"),
+        (lambda rows: rows.select([1, 0, *range(2, 8)]), "columns are in the order n_tokens, document_id"),
+        (lambda rows: rows.replace_schema_metadata({}), "schema metadata"),
+        (lambda rows: rows.drop_columns(["loss_mask"]), "column loss_mask is missing"),
+    ],
+)
+def test_other_columns_fail_schema(store: Path, change: Any, reason: str) -> None:
+    folder, _ = examples.commit(store, "topk_cache")
+    replace_part(folder, change(examples.table("topk_cache", examples.documents((5, 1)))))
+    fails(check_schema(folder), reason)
+
+
+def test_hidden_sizes_that_differ_between_parts_fail_schema(store: Path) -> None:
+    docs = examples.documents((3, 2))
+    out = examples.output(store, "embedding_cache")
+    with examples.writer(store, out) as result:
+        for index, hidden_size in enumerate((4, 5)):
+            part = docs.slice(index, 1)
+            vectors = np.ones((1, hidden_size), np.float32)
+            rows = encode_embeddings(part, mean_DH=vectors, last_token_DH=vectors)
+            result.write_part(index, rows, n_tokens=part.n_tokens, stats=part_stats("embedding_cache", rows))
+        result.commit(parts=2, checks={}, provenance={})
+    fails(check_schema(Path(out.path)), r"part-00001\.parquet: column mean_embedding: expected .*\[4\].*found .*\[5\]")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_numbers_fail_finite_with_their_count(store: Path, value: float) -> None:
+    docs = examples.documents((3, 2))
+    mean = np.ones((2, 4), np.float32)
+    mean[1, 2:] = value
+    bits = (np.full((5, 4), value, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    numbers = np.full(3, value, np.float32)
+    tables = {
+        "embedding_cache": (encode_embeddings(docs, mean_DH=mean, last_token_DH=np.ones((2, 4), np.float32)), 2),
+        "hidden_state_cache": (encode_hidden_states(docs, {0: bits}), 20),
+        "topk_cache": (
+            encode_topk(
+                docs,
+                topk_ids_Mk=np.zeros((3, 2), np.uint32),
+                topk_logprobs_Mk=np.full((3, 2), -1, np.float16),
+                logsumexp_M=np.zeros(3, np.float32),
+                target_logprob_M=numbers,
+            ),
+            3,
+        ),
+    }
+    for asset in CACHES:
+        rows, n_non_finite = tables[asset]
+        result = check_finite(commit_rows(store, asset, rows))
+        fails(result, rf"part-00000.* has {n_non_finite}(\.0)? values that are NaN or infinite")
+        assert result.numbers["n_non_finite"] == n_non_finite
+
+
+def test_probabilities_above_one_fail_finite(store: Path) -> None:
+    """What the original scripts stored was normalised over the kept tokens; worse is a sum above 1."""
+    docs = examples.documents((3, 2))
+
+    def rows(probability: float) -> Any:
+        return encode_topk(
+            docs,
+            topk_ids_Mk=np.zeros((3, 2), np.uint32),
+            topk_logprobs_Mk=np.full((3, 2), np.log(probability), np.float16),
+            logsumexp_M=np.zeros(3, np.float32),
+            target_logprob_M=np.zeros(3, np.float32),
+        )
+
+    assert check_finite(commit_rows(store / "right", "topk_cache", rows(0.5))).passed  # rounding to float16 included
+    result = check_finite(commit_rows(store / "wrong", "topk_cache", rows(0.51)))
+    fails(result, "probabilities add up to 1.0")
+    assert result.numbers["max_probability_sum"] == pytest.approx(1.02, abs=1e-3)
+
+
+def test_statistics_that_were_not_taken_fail_finite(store: Path) -> None:
+    docs = examples.documents((3, 2))
+    folder = commit_rows(store, "topk_cache", examples.table("topk_cache", docs), stats={})
+    fails(check_finite(folder), "has an unknown number of values that are NaN")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (None, "no record of a recomputation"),
+        ({"passed": True}, "no document was recomputed"),
+        (examples.RECOMPUTED | {"n_documents": 0}, "no document was recomputed"),
+        (examples.RECOMPUTED | {"passed": False}, "recorded as failed"),
+        (examples.RECOMPUTED | {"passed": "yes"}, "recorded as failed"),
+        (
+            examples.RECOMPUTED | {"max_abs_logprob_difference": 0.5},
+            r"max_abs_logprob_difference is 0\.5, allowed is 0\.01",
+        ),
+        (examples.RECOMPUTED | {"max_abs_logprob_difference": math.nan}, "max_abs_logprob_difference is None"),
+    ],
+)
+def test_recomputation_that_differs_or_is_missing_fails(store: Path, record: Any, reason: str) -> None:
+    folder, _ = examples.commit(store, "topk_cache", checks={} if record is None else {"recomputed": record})
+    fails(check_recomputed(folder), reason)
+
+
+def fails(result: CheckResult, reason: str) -> None:
+    with pytest.raises(AssertionError, match=reason):
+        assert result.passed, result.description
+
+
+def commit_rows(store: Path, asset: Asset, rows: Any, *, stats: dict[str, float] | None = None) -> Path:
+    out = examples.output(store, asset)
+    with examples.writer(store, out) as result:
+        n_tokens = sum(rows["n_tokens"].to_pylist())
+        result.write_part(0, rows, n_tokens=n_tokens, stats=part_stats(asset, rows) if stats is None else stats)
+        result.commit(parts=1, checks={}, provenance={})
+    return Path(out.path)

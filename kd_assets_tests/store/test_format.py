@@ -1,0 +1,766 @@
+"""FORMAT.md, sentence by sentence: the docstring of each test starts with the number of the sentence it holds true."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+
+from kd_assets.contract import CACHES, Asset
+from kd_assets.errors import CorruptManifestError, InputError, NotCommittedError, ResultBusyError, VariantConflictError
+from kd_assets.store import (
+    CacheReader,
+    Documents,
+    canonical_json,
+    commit_file_result,
+    committed,
+    fingerprint,
+    part_stats,
+    plan_output,
+    plan_parts,
+    read_manifest,
+    result_folder,
+    set_head,
+    variant_of,
+    verify,
+)
+from kd_assets.store.encode import flat
+from kd_assets.store.files import append_line
+from kd_assets.store.manifest import merge_stats
+from kd_assets.store.partfile import PartFile
+from kd_assets_tests.store import examples
+
+FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"
+
+
+def test_every_sentence_of_the_format_has_a_test_and_every_test_a_sentence() -> None:
+    sentences = re.findall(r"^- \[(F\d+)\]", FORMAT_FILE.read_text(), re.MULTILINE)
+    cited = [
+        number
+        for name, test in vars(sys.modules[__name__]).items()
+        if name.startswith("test_")
+        for number in re.findall(r"\[(F\d+)\]", test.__doc__ or "")
+    ]
+    assert sentences == [f"F{i + 1}" for i in range(len(sentences))]
+    assert set(cited) == set(sentences)
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+def test_result_lies_under_recipe_asset_variant_partition_and_fingerprint(store: Path) -> None:
+    """[F1]"""
+    folder, manifest = examples.commit(store, "topk_cache")
+    expected = store / "tiny" / "topk_cache" / manifest.variant / "tiny-00000" / manifest.fingerprint[:16]
+    assert folder == expected
+    assert (folder / "manifest.json").is_file()
+
+
+def test_fingerprint_is_the_hash_of_the_canonical_json() -> None:
+    """[F2]"""
+    identity = {"b": [1, 2.5], "a": "é"}
+    assert canonical_json(identity) == '{"a":"\\u00e9","b":[1,2.5]}'
+    assert fingerprint(identity) == hashlib.sha256(b'{"a":"\\u00e9","b":[1,2.5]}').hexdigest()
+
+
+def test_variant_leaves_the_input_out() -> None:
+    """[F3]"""
+    identity = {"k": 16, "input": "one shard"}
+    assert variant_of(identity) == fingerprint({"k": 16})[:12] == variant_of({"k": 16, "input": "another"})
+    assert variant_of({"k": 17}) != variant_of(identity)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "a/b", "/", "..", "a..b", ".", ".hidden", "a\0b", "a\nb", "a\\b", "x" * 256, "head.json", "tab\there"],
+)
+def test_partition_key_that_is_no_folder_name_is_refused(tmp_path: Path, key: str) -> None:
+    """[F4]"""
+    with pytest.raises(InputError, match=r"partition key .* cannot name a folder"):
+        result_folder(tmp_path, "topk_cache", "0" * 12, key, "0" * 64)
+
+
+def test_partition_key_with_spaces_and_letters_of_any_script_is_a_folder_name(tmp_path: Path) -> None:
+    """[F4]"""
+    folder = result_folder(tmp_path, "topk_cache", "0" * 12, "Straße 7", "1" * 64)
+    assert folder.relative_to(tmp_path).parts == ("topk_cache", "0" * 12, "Straße 7", "1" * 16)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
+def test_modes_do_not_depend_on_the_umask(store: Path, umask: int) -> None:
+    """[F5]"""
+    previous = os.umask(umask)
+    try:
+        examples.commit(store, "topk_cache")
+    finally:
+        os.umask(previous)
+    modes = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in [store, *store.rglob("*")]}
+    assert modes == {(True, 0o750), (False, 0o640)}
+
+
+def test_folders_keep_the_setgid_bit_they_inherit(store: Path) -> None:
+    """[F5]"""
+    store.mkdir()
+    store.chmod(0o2770)
+    folder, _ = examples.commit(store, "topk_cache")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o2750
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def test_result_exists_when_its_manifest_does(store: Path) -> None:
+    """[F6]"""
+    folder, manifest = examples.commit(store, "topk_cache")
+    assert committed(folder, manifest.fingerprint) == manifest
+    (folder / "manifest.json").unlink()
+    assert committed(folder, manifest.fingerprint) is None
+    with pytest.raises(NotCommittedError, match=re.escape(str(folder))):
+        read_manifest(folder)
+
+
+def test_parts_are_numbered_and_named_by_container(store: Path) -> None:
+    """[F7]"""
+    names = {asset: sorted(path.name for path in examples.commit(store, asset)[0].glob("p*")) for asset in CACHES}
+    assert names == {
+        "topk_cache": ["part-00000.parquet", "part-00001.parquet"],
+        "hidden_state_cache": ["part-00000.arrow", "part-00001.arrow"],
+        "embedding_cache": ["part-00000.parquet", "part-00001.parquet"],
+    }
+
+
+def test_file_result_has_its_files_in_the_order_of_their_names(store: Path) -> None:
+    """[F8]"""
+    out = plan_output("student_smoke", {"input": "caches"}, recipe_folder=store / "tiny", partition_key="student")
+    files = {"losses.json": b"[2.0, 1.0]", "curve.png": b"picture"}
+    manifest = commit_file_result(
+        out,
+        recipe="tiny",
+        recipe_folder=store / "tiny",
+        partition_key="student",
+        files=files,
+        checks={},
+        provenance={},
+        facts={"last_loss": 1.0},
+    )
+    assert [(p.index, p.name, p.n_documents, p.n_tokens) for p in manifest.parts] == [
+        (0, "curve.png", 0, 0),
+        (1, "losses.json", 0, 0),
+    ]
+    assert (Path(out.path) / "curve.png").read_bytes() == b"picture"
+
+
+def test_files_are_synced_before_their_rename_and_their_folder_after_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[F9] The real calls run; they are only written down."""
+    calls: list[tuple[str, str]] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        real_fsync(descriptor)
+
+    def replace(source: str, target: Path) -> None:
+        calls.append(("rename", Path(target).name))
+        real_replace(source, target)
+
+    with examples.writer(store, examples.output(store, "topk_cache")) as result:
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "replace", replace)
+        docs = examples.documents()
+        rows = examples.table("topk_cache", docs)
+        result.write_part(0, rows, n_tokens=docs.n_tokens, stats=part_stats("topk_cache", rows))
+        result.commit(parts=1, checks={}, provenance={})
+    for name in ("part-00000.parquet", "manifest.json", "head.json"):
+        renamed = calls.index(("rename", name))
+        kind, temporary = calls[renamed - 1]
+        assert (kind, temporary.startswith(f".{name}.")) == ("sync", True)
+        assert calls[renamed + 1][0] == "sync"
+    order = [("rename", "part-00000.parquet"), ("sync", "journal.jsonl"), ("rename", "manifest.json")]
+    assert sorted(order, key=calls.index) == order
+
+
+def test_manifest_is_written_last_and_stays_as_it_is(store: Path) -> None:
+    """[F10]"""
+    folder, _ = examples.commit(store, "topk_cache")
+    before = (folder / "manifest.json").stat()
+    parts = [path.stat().st_mtime_ns for path in folder.glob("part-*")]
+    assert before.st_mtime_ns >= max(parts)
+    _, again = examples.commit(store, "topk_cache", checks={"recomputed": {"passed": False}})
+    after = (folder / "manifest.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert again == read_manifest(folder)
+    assert again.checks["recomputed"]["passed"] is True
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "journal.jsonl"])
+def test_folder_of_another_fingerprint_is_never_written_to(store: Path, name: str) -> None:
+    """[F11]"""
+    out = examples.output(store, "topk_cache")
+    other, manifest = examples.commit(store, "topk_cache", params={"k": examples.K, "max_length": 5})
+    folder = Path(out.path)
+    folder.mkdir(parents=True)
+    if name == "manifest.json":
+        (folder / name).write_bytes((other / name).read_bytes())
+    else:
+        record = {
+            "fingerprint": manifest.fingerprint,
+            "part": json.loads((other / "manifest.json").read_text())["parts"][0],
+        }
+        append_line(folder / name, record)
+    before = (folder / name).read_bytes()
+    with pytest.raises(CorruptManifestError, match=f"{manifest.fingerprint}, expected {out.fingerprint}"):
+        examples.commit(store, "topk_cache")
+    assert (folder / name).read_bytes() == before
+    if name == "manifest.json":
+        with pytest.raises(CorruptManifestError, match="move it away"):
+            committed(folder, out.fingerprint)
+
+
+def test_head_names_the_result_committed_or_reused_last(store: Path) -> None:
+    """[F12]"""
+    first_docs, second_docs = examples.documents(seed=1), examples.documents(seed=2)
+    first, first_manifest = commit_of_input(store, "one", first_docs)
+    second, second_manifest = commit_of_input(store, "two", second_docs)
+    head = first.parent / "head.json"
+    assert first.parent == second.parent
+    assert head.read_text() == json.dumps({"fingerprint": second_manifest.fingerprint}) + "\n"
+    set_head(first)
+    assert json.loads(head.read_text()) == {"fingerprint": first_manifest.fingerprint}
+
+
+def test_results_that_are_not_current_stay(store: Path) -> None:
+    """[F13]"""
+    first, manifest = commit_of_input(store, "one", examples.documents(seed=1))
+    before = contents(first)
+    commit_of_input(store, "two", examples.documents(seed=2))
+    assert contents(first) == before
+    assert CacheReader.from_folders([first]).manifests == (manifest,)
+
+
+def test_audit_log_gets_a_line_a_commit_and_is_only_appended_to(store: Path) -> None:
+    """[F14]"""
+    audit = store / "tiny" / "audit.jsonl"
+    folders = []
+    for asset in CACHES:
+        before = audit.read_bytes() if audit.exists() else b""
+        folders.append(examples.commit(store, asset)[0])
+        examples.commit(store, asset)  # reused, so no commit
+        assert audit.read_bytes().startswith(before)
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    assert [line["asset"] for line in lines] == list(CACHES)
+    assert [store / "tiny" / line["path"] for line in lines] == folders
+    assert all(line["provenance"] == {"host": "here"} for line in lines)
+
+
+def test_reader_reads_one_variant_and_does_not_choose(store: Path) -> None:
+    """[F15]"""
+    _, one = examples.commit(store, "topk_cache")
+    _, other = examples.commit(store, "topk_cache", params={"k": examples.K, "max_length": 99})
+    with pytest.raises(
+        VariantConflictError, match=f"{min(one.variant, other.variant)}.*{max(one.variant, other.variant)}"
+    ):
+        CacheReader(store / "tiny", "topk_cache")
+    assert CacheReader(store / "tiny", "topk_cache", variant=one.variant).manifests == (one,)
+
+
+# ------------------------------------------------------------------------------------- while a result is being made
+
+
+def test_lease_is_held_while_writing_and_its_file_stays(store: Path) -> None:
+    """[F16] That it ends with a killed process is in test_kill.py."""
+    out = examples.output(store, "topk_cache")
+    with examples.writer(store, out):
+        with pytest.raises(ResultBusyError, match="this very process"):
+            examples.writer(store, out).__enter__()
+    assert (Path(out.path) / ".lease").exists()
+    with examples.writer(store, out):
+        pass
+
+
+def test_journal_has_a_line_a_part_until_the_commit(store: Path) -> None:
+    """[F17]"""
+    out = examples.output(store, "topk_cache")
+    journal = Path(out.path) / "journal.jsonl"
+    with examples.writer(store, out) as result:
+        for index in range(2):
+            write_part(result, index)
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        result.commit(parts=2, checks={}, provenance={})
+    assert [line["fingerprint"] for line in lines] == [out.fingerprint] * 2
+    raw = json.loads((Path(out.path) / "manifest.json").read_text())
+    assert [line["part"] for line in lines] == raw["parts"]
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("torn", [b'{"fingerprint": "ab', b"\x00\x00\xff", b"{}\n", b"[1]\n", b'{"part": 3}\n'])
+def test_line_of_the_journal_that_is_no_record_is_passed_over(store: Path, torn: bytes) -> None:
+    """[F18]"""
+    out = examples.output(store, "topk_cache")
+    with examples.writer(store, out) as result:
+        write_part(result, 0)
+    with (Path(out.path) / "journal.jsonl").open("ab") as journal:
+        journal.write(torn)
+    with examples.writer(store, out) as result:
+        assert list(result.finished) == [0]
+        write_part(result, 1)
+    with examples.writer(store, out) as result:
+        assert list(result.finished) == [0, 1]
+
+
+def test_half_a_journal_line_costs_only_its_own_part(store: Path) -> None:
+    """[F18]"""
+    out = examples.output(store, "topk_cache")
+    with examples.writer(store, out) as result:
+        for index in range(3):
+            write_part(result, index)
+    journal = Path(out.path) / "journal.jsonl"
+    for cut in (1, 10, 100):
+        journal.write_bytes(journal.read_bytes()[:-cut])
+        with examples.writer(store, out) as result:
+            assert list(result.finished) == [0, 1]
+            write_part(result, 2)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "remove"])
+def test_part_that_differs_from_the_journal_is_made_again(store: Path, harm: str) -> None:
+    """[F19]"""
+    out = examples.output(store, "topk_cache")
+    with examples.writer(store, out) as result:
+        for index in range(3):
+            write_part(result, index)
+    parts = sorted(Path(out.path).glob("part-*"))
+    good = parts[1].read_bytes()
+    kept = parts[0].stat().st_mtime_ns
+    damage(parts[1], harm)
+    with examples.writer(store, out) as result:
+        assert list(result.finished) == [0, 2]
+        assert len(result.forgotten) == 1
+        assert result.forgotten[0].startswith("part-00001.parquet: ")
+        for index in range(3):
+            write_part(result, index)
+        result.commit(parts=3, checks={}, provenance={})
+    assert parts[1].read_bytes() == good
+    assert parts[0].stat().st_mtime_ns == kept
+    assert verify(store).ok
+
+
+def test_temporary_files_of_a_killed_writer_are_removed(store: Path) -> None:
+    """[F20]"""
+    out = examples.output(store, "topk_cache")
+    leftover = Path(out.path) / ".part-00000.parquet.abc123.tmp"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half a part")
+    with examples.writer(store, out) as result:
+        assert not result.finished
+        assert not leftover.exists()
+
+
+# ----------------------------------------------------------------------------------------------------- the manifest
+
+
+def test_manifest_has_exactly_these_keys(store: Path) -> None:
+    """[F21]"""
+    raw = raw_manifest(examples.commit(store, "topk_cache")[0])
+    listed = re.search(r"\[F21\](.*?)- \[F22\]", FORMAT_FILE.read_text(), re.DOTALL)
+    assert listed is not None
+    assert sorted(raw) == re.findall(r"`(\w+)`", listed[1])
+
+
+def test_part_record_has_the_hash_that_sha256sum_gives(store: Path) -> None:
+    """[F22]"""
+    folder, _ = examples.commit(store, "topk_cache")
+    for record in raw_manifest(folder)["parts"]:
+        assert sorted(record) == ["index", "n_bytes", "n_documents", "n_tokens", "name", "sha256", "stats"]
+        data = (folder / record["name"]).read_bytes()
+        assert (record["n_bytes"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_totals_are_sums_over_parts(store: Path, asset: Asset) -> None:
+    """[F23]"""
+    folder, manifest = examples.commit(store, asset)
+    assert (manifest.n_documents, manifest.n_tokens) == (4, 16 if asset == "shards_manifest" else 15)
+    assert [(p.n_documents, p.n_tokens) for p in manifest.parts] == [(2, 6), (2, manifest.n_tokens - 6)]
+    assert manifest.n_bytes == sum(path.stat().st_size for path in folder.glob("part-*"))
+
+
+def test_data_version_is_the_hash_of_the_parts_hashes(store: Path) -> None:
+    """[F24]"""
+    _, manifest = examples.commit(store, "embedding_cache")
+    first, second = (part.sha256 for part in manifest.parts)
+    expected = hashlib.sha256(f"embedding_cache\n1\n{first}\n{second}\n".encode()).hexdigest()
+    assert manifest.data_version == expected
+
+
+def test_change_of_any_value_of_a_manifest_is_found(store: Path) -> None:
+    """[F25]"""
+    folder, _ = examples.commit(store, "topk_cache")
+    raw = raw_manifest(folder)
+    rest = {key: value for key, value in raw.items() if key != "manifest_sha256"}
+    assert raw["manifest_sha256"] == fingerprint(rest)
+    for key in rest:
+        (folder / "manifest.json").write_text(json.dumps(raw | {key: "changed"}))
+        with pytest.raises(CorruptManifestError, match=re.escape(str(folder / "manifest.json"))):
+            read_manifest(folder)
+
+
+def test_statistics_merge_by_the_start_of_their_names() -> None:
+    """[F26]"""
+    merged = merge_stats([{"n_x": 1, "max_y": 2, "min_z": 3}, {"n_x": 10, "max_y": 1, "min_z": 5, "max_w": -1}])
+    assert merged == {"n_x": 11, "max_y": 2, "min_z": 3, "max_w": -1}
+    with pytest.raises(ValueError, match="mean_y"):
+        merge_stats([{"mean_y": 1}])
+
+
+def test_numbers_that_json_lacks_are_null(store: Path) -> None:
+    """[F27]"""
+    checks = {"recomputed": {"largest": math.inf, "all": [1.0, math.nan]}}
+    folder, manifest = examples.commit(store, "topk_cache", checks=checks)
+    assert manifest.checks == {"recomputed": {"largest": None, "all": [1.0, None]}}
+    assert read_manifest(folder) == manifest
+
+
+def test_manifest_of_another_format_version_is_refused(store: Path) -> None:
+    """[F28]"""
+    folder, _ = examples.commit(store, "topk_cache")
+    (folder / "manifest.json").write_text(json.dumps(raw_manifest(folder) | {"format_version": 2}))
+    with pytest.raises(CorruptManifestError, match="format version 2, this version of kd_assets reads 1"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("asset", CACHES)
+def test_identity_holds_the_parameters(store: Path, asset: Asset) -> None:
+    """[F29]"""
+    _, manifest = examples.commit(store, asset)
+    assert manifest.params == manifest.identity["params"] == examples.PARAMS[asset]
+    assert "max_length" in manifest.params
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_rows_are_the_documents_of_the_shard_in_order(store: Path, asset: Asset) -> None:
+    """[F30]"""
+    ids = [i for rows in part_tables(examples.commit(store, asset)[0]) for i in rows["document_id"].to_pylist()]
+    assert ids == ["document-0", "document-1", "document-2", "document-3"]
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_common_columns_come_first(store: Path, asset: Asset) -> None:
+    """[F31]"""
+    docs = examples.documents()
+    tokens = docs.slice(0, 2)
+    rows = next(part_tables(examples.commit(store, asset)[0]))
+    types = [(field.name, str(field.type)) for field in rows.schema][:4]
+    assert types == [
+        ("document_id", "string"),
+        ("n_tokens", "int32"),
+        ("input_ids", "list<element: uint32 not null>"),
+        ("loss_mask", "list<element: bool not null>"),
+    ]
+    assert rows["n_tokens"].to_pylist() == [5, 1]
+    assert flat(rows["input_ids"]).tolist() == tokens.input_ids.tolist()
+    assert flat(rows["loss_mask"]).tolist() == tokens.loss_mask.tolist()
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_nothing_is_nullable_and_elements_are_called_element(store: Path, asset: Asset) -> None:
+    """[F32]"""
+    for rows in part_tables(examples.commit(store, asset)[0]):
+        pending = list(rows.schema)
+        while pending:
+            field = pending.pop()
+            assert not field.nullable
+            if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
+                assert field.type.value_field.name == "element"
+                pending.append(field.type.value_field)
+
+
+def test_documents_without_tokens_are_refused() -> None:
+    """[F33]"""
+    with pytest.raises(ValueError, match="'document-1' has no tokens"):
+        examples.documents((3, 0, 2))
+
+
+def test_cached_documents_are_prefixes_of_the_shards(store: Path) -> None:
+    """[F33]"""
+    folders = examples.commit_all(store)
+    shard = CacheReader.from_folders([folders["shards_manifest"]])
+    for asset in CACHES:
+        cache = CacheReader.from_folders([folders[asset]])
+        assert cache.n_tokens_D.tolist() == [5, 1, 3, 6]
+        for i in range(4):
+            prefix = shard[i]["input_ids"][: examples.MAX_LENGTH]
+            assert cache[i]["input_ids"].tolist() == prefix.tolist()
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_schema_metadata_says_what_the_numbers_mean(store: Path, asset: Asset) -> None:
+    """[F34]"""
+    for rows in part_tables(examples.commit(store, asset)[0]):
+        metadata = {key.decode(): value.decode() for key, value in rows.schema.metadata.items()}
+        assert metadata.pop("kd_assets.convention").startswith("one row a document")
+        assert metadata == {"kd_assets.asset": asset, "kd_assets.format_version": "1"}
+
+
+def test_shard_rows_say_which_record_they_are_of(store: Path) -> None:
+    """[F35]"""
+    rows = next(part_tables(examples.commit(store, "shards_manifest")[0]))
+    assert rows.schema.names[4:] == ["source", "source_record"]
+    assert rows.select(["source", "source_record"]).to_pylist() == [
+        {"source": "corpus", "source_record": 0},
+        {"source": "corpus", "source_record": 1},
+    ]
+
+
+def test_topk_columns_have_a_row_less_than_tokens(store: Path) -> None:
+    """[F36]"""
+    rows = next(part_tables(examples.commit(store, "topk_cache")[0]))
+    assert [(field.name, str(field.type).replace(" not null", "")) for field in rows.schema][4:] == [
+        ("topk_ids", "list<element: fixed_size_list<element: uint32>[4]>"),
+        ("topk_logprobs", "list<element: fixed_size_list<element: halffloat>[4]>"),
+        ("logsumexp", "list<element: float>"),
+        ("target_logprob", "list<element: float>"),
+    ]
+    for name in rows.schema.names[4:]:
+        assert [len(values) for values in rows[name].to_pylist()] == [4, 0]
+    document = CacheReader(store / "tiny", "topk_cache")[0]
+    assert (np.diff(document["topk_logprobs"].astype(np.float32), axis=1) <= 0).all()
+
+
+def test_element_i_concerns_token_i_plus_one(store: Path) -> None:
+    """[F37]"""
+    examples.commit(store, "topk_cache")
+    part = examples.documents().slice(0, 2)
+    document = CacheReader(store / "tiny", "topk_cache")[0]
+    logits = examples.teacher_logits(part)[:4]
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = [logprobs[i, document["input_ids"][i + 1]] for i in range(4)]
+    np.testing.assert_allclose(document["target_logprob"], expected, atol=1e-5)
+
+
+def test_logprobs_are_those_of_the_full_vocabulary(store: Path) -> None:
+    """[F38]"""
+    _, manifest = examples.commit(store, "topk_cache")
+    part = examples.documents().slice(0, 2)
+    document = CacheReader(store / "tiny", "topk_cache")[0]
+    logits = np.take_along_axis(examples.teacher_logits(part)[:4], document["topk_ids"].astype(np.int64), axis=1)
+    restored = document["topk_logprobs"].astype(np.float32) + document["logsumexp"][:, None]
+    np.testing.assert_allclose(restored, logits, atol=4e-3)
+    kept = np.exp(document["topk_logprobs"].astype(np.float32)).sum(axis=1)
+    assert (kept < 1).all()  # 4 of 11 tokens: what is missing was not normalised away
+    assert kept.max() <= manifest.stats["max_probability_sum"] <= 1 + 1e-3
+
+
+def test_hidden_states_are_bits_of_bfloat16_in_ascending_blocks(store: Path) -> None:
+    """[F39]"""
+    rows = next(part_tables(examples.commit(store, "hidden_state_cache")[0]))
+    assert [(field.name, str(field.type).replace(" not null", "")) for field in rows.schema][4:] == [
+        ("hidden_block_0", "list<element: fixed_size_list<element: uint16>[3]>"),
+        ("hidden_block_2", "list<element: fixed_size_list<element: uint16>[3]>"),
+    ]
+    assert CacheReader(store / "tiny", "hidden_state_cache")[0]["hidden_block_2"].shape == (5, 3)
+
+
+def test_hidden_columns_say_which_block_they_are(store: Path) -> None:
+    """[F40]"""
+    rows = next(part_tables(examples.commit(store, "hidden_state_cache")[0]))
+    metadata = {key.decode(): value.decode() for key, value in rows.schema.field("hidden_block_2").metadata.items()}
+    assert (metadata["dtype"], metadata["block"]) == ("bfloat16", "2")
+    assert "hidden_states[2 + 1]" in metadata["convention"]
+
+
+def test_embeddings_are_vectors_of_float32(store: Path) -> None:
+    """[F41] That they are the mean and the last token is in the teacher's tests."""
+    rows = next(part_tables(examples.commit(store, "embedding_cache")[0]))
+    assert [(field.name, str(field.type).replace(" not null", "")) for field in rows.schema][4:] == [
+        ("mean_embedding", "fixed_size_list<element: float>[3]"),
+        ("last_token_embedding", "fixed_size_list<element: float>[3]"),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- containers
+
+
+@pytest.mark.parametrize("asset", ["shards_manifest", "topk_cache", "embedding_cache"])
+def test_parquet_parts_split_bytes_of_four_byte_numbers_only(store: Path, asset: Asset) -> None:
+    """[F42]"""
+    folder, _ = examples.commit(store, asset)
+    file = pq.ParquetFile(folder / "part-00000.parquet")
+    for i in range(file.metadata.num_columns):
+        column = file.metadata.row_group(0).column(i)
+        leaf = file.schema.column(i)
+        is_token_id = "bitWidth=32, isSigned=false" in str(leaf.logical_type)
+        is_split = leaf.physical_type == "FLOAT" or is_token_id
+        assert column.compression == "ZSTD"
+        assert not column.has_dictionary_page
+        assert not column.is_stats_set
+        assert ("BYTE_STREAM_SPLIT" in column.encodings) == is_split, column.path_in_schema
+
+
+def test_mapped_hidden_states_are_a_view_of_the_file(store: Path) -> None:
+    """[F43]"""
+    folder, manifest = examples.commit(store, "hidden_state_cache")
+    path = folder / "part-00000.arrow"
+    allocated = pa.total_allocated_bytes()
+    with pa.memory_map(str(path)) as mapped:
+        batch = pa.ipc.open_file(mapped).get_batch(0)
+        assert pa.total_allocated_bytes() == allocated
+        values = batch["hidden_block_0"].values.values.to_numpy(zero_copy_only=True)
+        assert values.tobytes() in path.read_bytes()
+    document = CacheReader(store / "tiny", "hidden_state_cache", variant=manifest.variant)[0]
+    assert not document["hidden_block_0"].flags.owndata
+
+
+@pytest.mark.parametrize("asset", ["topk_cache", "hidden_state_cache"])
+def test_rows_come_in_groups_of_4096_tokens_or_one_longer_document(store: Path, asset: Asset) -> None:
+    """[F44]"""
+    lengths = (4_000, 96, 1, 5_000, 3)
+    docs = examples.documents(lengths)
+    out = examples.output(store, asset)
+    with examples.writer(store, out) as result:
+        rows = examples.table(asset, docs)
+        record = result.write_part(0, rows, n_tokens=docs.n_tokens, stats={})
+    with PartFile(Path(out.path) / record.name) as part:
+        assert part.first_rows.tolist() == [0, 2, 3, 4, 5]
+        assert part.read(rows.schema.names).equals(rows)
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_equal_content_gives_equal_bytes(tmp_path: Path, asset: Asset) -> None:
+    """[F45]"""
+    first, one = examples.commit(tmp_path / "first", asset)
+    second, other = examples.commit(tmp_path / "second", asset)
+    assert {p.name: p.read_bytes() for p in first.glob("part-*")} == {
+        p.name: p.read_bytes() for p in second.glob("part-*")
+    }
+    assert one.data_version == other.data_version
+    for path in first.glob("part-*"):
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_parts_open_in_plain_pyarrow(store: Path) -> None:
+    """[F46]"""
+    folders = examples.commit_all(store)
+    for asset in ("shards_manifest", "topk_cache", "embedding_cache"):
+        assert pq.read_table(folders[asset] / "part-00001.parquet").num_rows == 2
+    with pa.ipc.open_file(folders["hidden_state_cache"] / "part-00000.arrow") as file:
+        assert file.read_all()["n_tokens"].to_pylist() == [5, 1]
+
+
+@pytest.mark.parametrize("library", ["pandas", "duckdb", "polars"])
+def test_parts_open_in_pandas_duckdb_and_polars(store: Path, library: str) -> None:
+    """[F46] Where they are installed: none of them is a dependency."""
+    module: Any = pytest.importorskip(library)
+    path = str(examples.commit(store, "topk_cache")[0] / "part-00000.parquet")
+    if library == "duckdb":
+        query = f"select topk_ids[1], topk_logprobs[1], logsumexp[1], input_ids from '{path}' limit 1"
+        ids, logprobs, logsumexp, input_ids = module.sql(query).fetchall()[0]
+    else:
+        frame = module.read_parquet(path)
+        row = frame.row(0, named=True) if library == "polars" else frame.iloc[0]
+        ids, logprobs = row["topk_ids"][0], row["topk_logprobs"][0]
+        logsumexp, input_ids = row["logsumexp"][0], row["input_ids"]
+    expected = CacheReader(store / "tiny", "topk_cache")[0]
+    assert list(ids) == expected["topk_ids"][0].tolist()
+    assert list(logprobs) == expected["topk_logprobs"][0].tolist()
+    assert logsumexp == expected["logsumexp"][0]
+    assert list(input_ids) == expected["input_ids"].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ golden
+
+
+def test_golden_manifest_and_names_of_a_tiny_result(store: Path) -> None:
+    """To the byte. Part bytes depend on the version of pyarrow, so this result is one of plain files."""
+    out = plan_output(
+        "student_smoke", {"asset": "student_smoke", "input": "i"}, recipe_folder=store / "r", partition_key="all"
+    )
+    commit_file_result(
+        out,
+        recipe="r",
+        recipe_folder=store / "r",
+        partition_key="all",
+        files={"losses.json": b"[2]\n"},
+        checks={},
+        provenance={"host": "h"},
+        clock=examples.fixed_clock,
+    )
+    golden = Path(__file__).with_name("golden_manifest.json")
+    assert (Path(out.path) / "manifest.json").read_text() == golden.read_text()
+    names = sorted(str(path.relative_to(store)) for path in store.rglob("*") if path.is_file())
+    assert names == [
+        "r/audit.jsonl",
+        "r/student_smoke/b2fe26c0b202/all/51de2142916cdea3/.lease",
+        "r/student_smoke/b2fe26c0b202/all/51de2142916cdea3/losses.json",
+        "r/student_smoke/b2fe26c0b202/all/51de2142916cdea3/manifest.json",
+        "r/student_smoke/b2fe26c0b202/all/head.json",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- what they share
+
+
+def commit_of_input(store: Path, name: str, docs: Documents) -> tuple[Path, Any]:
+    """A top-k result of the same variant and partition for each name of an input."""
+    identity = examples.output(store, "topk_cache").identity | {"input": name}
+    out = plan_output("topk_cache", identity, recipe_folder=store / "tiny", partition_key=examples.PARTITION)
+    with examples.writer(store, out) as result:
+        for plan in plan_parts(docs.n_tokens_D, max_documents=10, max_tokens=100):
+            part = docs.slice(plan.first_document, plan.n_documents)
+            rows = examples.table("topk_cache", part)
+            result.write_part(plan.index, rows, n_tokens=part.n_tokens, stats=part_stats("topk_cache", rows))
+        manifest = result.commit(parts=1, checks={}, provenance={})
+    return Path(out.path), manifest
+
+
+def write_part(result: Any, index: int) -> None:
+    docs = examples.documents(seed=index)
+    rows = examples.table("topk_cache", docs)
+    result.write_part(index, rows, n_tokens=docs.n_tokens, stats=part_stats("topk_cache", rows))
+
+
+def damage(path: Path, harm: str) -> None:
+    data = path.read_bytes()
+    if harm == "flip":
+        examples.flip_byte(path)
+    elif harm == "truncate":
+        path.write_bytes(data[:-1])
+    elif harm == "grow":
+        path.write_bytes(data + b"\0")
+    else:
+        path.unlink()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def raw_manifest(folder: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return raw
+
+
+def part_tables(folder: Path) -> Iterator[pa.Table]:
+    """The parts as plain pyarrow reads them, without this package."""
+    for path in sorted(folder.glob("part-*")):
+        if path.suffix == ".parquet":
+            yield pq.ParquetFile(path).read()
+        else:
+            yield pa.ipc.open_file(path).read_all()

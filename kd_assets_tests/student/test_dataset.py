@@ -1,0 +1,236 @@
+"""The dataset over real caches on disk: joins, exactness, and that no loader or rank sees a document twice."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from kd_assets.contract import CACHES, Asset
+from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
+from kd_assets.store import CacheReader
+from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
+from kd_assets_tests.student.made_up import (
+    BLOCK,
+    HIDDEN_SIZE,
+    RECIPE,
+    VOCABULARY,
+    BigramTeacher,
+    MadeUpDocument,
+    commit_caches,
+    made_up_documents,
+)
+
+DOCUMENTS = {"made-up-00000": made_up_documents(7, seed=1), "made-up-00001": made_up_documents(6, seed=2)}
+"""Both shards have documents of the same ids: only the pair of shard and id is unique."""
+
+TEACHER = BigramTeacher()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    for key, documents in DOCUMENTS.items():
+        commit_caches(tmp_path, key, documents, teacher=TEACHER)
+    return tmp_path
+
+
+@pytest.fixture
+def dataset(store: Path) -> TeacherCacheDataset:
+    return TeacherCacheDataset.from_recipe(store / RECIPE)
+
+
+def document(sample: dict[str, Any]) -> MadeUpDocument:
+    (found,) = [d for d in DOCUMENTS[sample["partition_key"]] if d.document_id == sample["document_id"]]
+    return found
+
+
+def every_key() -> Counter[tuple[str, str]]:
+    return Counter((key, d.document_id) for key, documents in DOCUMENTS.items() for d in documents)
+
+
+def keys_of(batches: Any) -> Counter[tuple[str, str]]:
+    return Counter(pair for batch in batches for pair in zip(batch["partition_key"], batch["document_id"], strict=True))
+
+
+def test_every_sample_says_what_the_teacher_said_of_its_document(dataset: TeacherCacheDataset) -> None:
+    assert len(dataset) == 13
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        ids = torch.tensor(document(sample).input_ids)
+        assert torch.equal(sample["input_ids"], ids)
+        assert sample["loss_mask"].tolist() == list(document(sample).loss_mask)
+        logprobs = TEACHER.logits_VV[ids[:-1]].log_softmax(-1)
+        expected = logprobs.topk(8)
+        assert torch.equal(sample["topk_ids"], expected.indices)
+        assert torch.equal(sample["topk_logprobs"], expected.values.half().float())
+        torch.testing.assert_close(sample["logsumexp"], TEACHER.logits_VV[ids[:-1]].logsumexp(-1))
+        torch.testing.assert_close(sample["target_logprob"], logprobs.gather(-1, ids[1:, None])[:, 0])
+        torch.testing.assert_close(sample["mean_embedding"], TEACHER.states_VH[ids].mean(0))
+        torch.testing.assert_close(sample["last_token_embedding"], TEACHER.states_VH[ids[-1]])
+        assert sample["embedded_tokens"].item() == len(ids)
+
+
+def test_hidden_states_come_back_in_bfloat16_bit_for_bit(dataset: TeacherCacheDataset) -> None:
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        hidden = sample[f"hidden_block_{BLOCK}"]
+        expected = TEACHER.states_VH[sample["input_ids"][: len(hidden)]].bfloat16()
+        assert hidden.dtype == torch.bfloat16
+        assert torch.equal(hidden.view(torch.int16), expected.view(torch.int16))
+
+
+def test_dtypes_are_those_that_training_wants(dataset: TeacherCacheDataset) -> None:
+    dtypes = {name: value.dtype for name, value in dataset[0].items() if isinstance(value, torch.Tensor)}
+    assert dtypes == {
+        "input_ids": torch.int64,
+        "loss_mask": torch.bool,
+        "topk_ids": torch.int64,
+        "topk_logprobs": torch.float32,
+        "logsumexp": torch.float32,
+        "target_logprob": torch.float32,
+        "hidden_block_3": torch.bfloat16,
+        "mean_embedding": torch.float32,
+        "last_token_embedding": torch.float32,
+        "embedded_tokens": torch.int64,
+    }
+
+
+def test_a_sample_may_be_changed_in_place(dataset: TeacherCacheDataset) -> None:
+    before = dataset[0]
+    for value in dataset[0].values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    assert torch.equal(dataset[0]["input_ids"], before["input_ids"])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("n_workers", [0, 1, 4])
+def test_every_sample_comes_exactly_once_with_any_number_of_workers(
+    dataset: TeacherCacheDataset, n_workers: int
+) -> None:
+    _ = dataset[0]  # files are open when the workers are forked
+    loader = DataLoader(dataset, batch_size=3, shuffle=True, num_workers=n_workers, collate_fn=collate)
+    assert keys_of(loader) == every_key()
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_ranks_share_the_samples_without_overlap(store: Path, n_ranks: int) -> None:
+    seen: Counter[tuple[str, str]] = Counter()
+    for rank in range(n_ranks):
+        dataset = TeacherCacheDataset.from_recipe(store / RECIPE)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            dataset, num_replicas=n_ranks, rank=rank, shuffle=True, drop_last=False
+        )
+        seen += keys_of(DataLoader(dataset, batch_size=2, sampler=sampler, collate_fn=collate))
+    # The sampler fills up the last round by repeating its first samples; nothing is missing.
+    assert set(seen) == set(every_key())
+    assert sum(seen.values()) == -(-13 // n_ranks) * n_ranks
+
+
+def test_it_works_after_pickling(dataset: TeacherCacheDataset) -> None:
+    _ = dataset[0]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.keys == dataset.keys
+    for name, value in copy[5].items():
+        assert torch.equal(value, dataset[5][name]) if isinstance(value, torch.Tensor) else value == dataset[5][name]
+
+
+def test_documents_are_joined_by_id_and_not_by_position(tmp_path: Path) -> None:
+    documents = made_up_documents(5)
+    commit_caches(tmp_path, "made-up-00000", documents, assets=("topk_cache",))
+    commit_caches(tmp_path, "made-up-00000", documents[::-1], assets=("embedding_cache",))
+    dataset = TeacherCacheDataset.from_recipe(tmp_path / RECIPE, assets=("topk_cache", "embedding_cache"))
+    for i, made_up in enumerate(documents):
+        sample = dataset[i]
+        assert sample["document_id"] == made_up.document_id
+        expected = BigramTeacher().states_VH[torch.tensor(made_up.input_ids)].mean(0)
+        torch.testing.assert_close(sample["mean_embedding"], expected)
+
+
+@pytest.mark.parametrize("asset", CACHES)
+def test_one_cache_alone_is_enough(store: Path, asset: Asset) -> None:
+    dataset = TeacherCacheDataset.from_recipe(store / RECIPE, assets=(asset,))
+    batch = collate([dataset[i] for i in range(4)])
+    assert ("topk_ids" in batch) == (asset == "topk_cache")
+    assert bool(hidden_fields(batch)) == (asset == "hidden_state_cache")
+    assert ("mean_embedding" in batch) == (asset == "embedding_cache")
+
+
+def test_caches_of_different_shards_are_refused(tmp_path: Path) -> None:
+    documents = made_up_documents(3)
+    commit_caches(tmp_path, "made-up-00000", documents, assets=("topk_cache",), shard="old shard")
+    commit_caches(tmp_path, "made-up-00000", documents, assets=("embedding_cache",), shard="new shard")
+    with pytest.raises(VariantConflictError, match=r"made-up-00000.*embedding_cache.*new shard"):
+        TeacherCacheDataset.from_recipe(tmp_path / RECIPE, assets=("topk_cache", "embedding_cache"))
+
+
+def test_a_cache_that_lacks_a_partition_is_refused_by_name(store: Path) -> None:
+    folders = {asset: CacheReader(store / RECIPE, asset).folders for asset in CACHES}
+    folders["hidden_state_cache"] = folders["hidden_state_cache"][:1]
+    with pytest.raises(NotCommittedError, match=r"hidden_state_cache differ by 6 documents.*made-up-00001"):
+        TeacherCacheDataset.from_folders(folders)
+
+
+def test_named_partitions_are_read_alone(store: Path) -> None:
+    dataset = TeacherCacheDataset.from_recipe(store / RECIPE, partition_keys=["made-up-00001"])
+    assert {key for key, _ in dataset.keys} == {"made-up-00001"}
+    assert len(dataset) == 6
+
+
+def test_no_caches_no_length_and_no_tokens_are_refused(store: Path) -> None:
+    with pytest.raises(RecipeError, match="at least one cache"):
+        TeacherCacheDataset({})
+    with pytest.raises(RecipeError, match="max_length is 0"):
+        TeacherCacheDataset.from_recipe(store / RECIPE, max_length=0)
+    reader = CacheReader(store / RECIPE, "topk_cache", fields=["topk_ids"])
+    with pytest.raises(UnknownFieldError, match="input_ids"):
+        TeacherCacheDataset({"topk_cache": reader})
+
+
+def test_a_batch_is_padded_on_the_right_and_its_masks_leave_padding_out(dataset: TeacherCacheDataset) -> None:
+    samples = [dataset[i] for i in range(13)]
+    batch = collate(samples)
+    n_documents, longest = 13, max(len(s["input_ids"]) for s in samples)
+    assert batch["input_ids"].shape == (n_documents, longest)
+    assert batch["topk_ids"].shape == (n_documents, longest - 1, 8)
+    assert batch[f"hidden_block_{BLOCK}"].shape == (n_documents, longest, HIDDEN_SIZE)
+    assert batch["mean_embedding"].shape == (n_documents, HIDDEN_SIZE)
+    for i, sample in enumerate(samples):
+        n, n_hidden = len(sample["input_ids"]), len(sample[f"hidden_block_{BLOCK}"])
+        assert n_hidden == min(n, 12)
+        assert torch.equal(batch["input_ids"][i, :n], sample["input_ids"])
+        assert batch["attention_mask"][i].tolist() == [j < n for j in range(longest)]
+        assert batch["hidden_mask"][i].tolist() == [j < n_hidden for j in range(longest)]
+        asked = [j + 1 < n and bool(sample["loss_mask"][j + 1]) for j in range(longest - 1)]
+        assert batch["topk_mask"][i].tolist() == asked
+        assert not batch["input_ids"][i, n:].any()
+        assert not batch["topk_logprobs"][i, n - 1 :].any()
+
+
+def test_documents_are_cut_with_the_rows_about_their_first_tokens(store: Path) -> None:
+    whole = TeacherCacheDataset.from_recipe(store / RECIPE)
+    short = TeacherCacheDataset.from_recipe(store / RECIPE, max_length=4)
+    for i in range(len(whole)):
+        sample = short[i]
+        n = min(4, len(whole[i]["input_ids"]))
+        assert torch.equal(sample["input_ids"], whole[i]["input_ids"][:n])
+        assert torch.equal(sample["topk_ids"], whole[i]["topk_ids"][: n - 1])
+        assert len(sample[f"hidden_block_{BLOCK}"]) == n
+        assert sample["embedded_tokens"].item() == len(whole[i]["input_ids"])
+
+
+def test_a_batch_of_documents_of_one_token_predicts_nothing(tmp_path: Path) -> None:
+    single = [MadeUpDocument(document_id=f"doc-{i}", input_ids=(i,), loss_mask=(True,)) for i in range(3)]
+    commit_caches(tmp_path, "made-up-00000", single)
+    dataset = TeacherCacheDataset.from_recipe(tmp_path / RECIPE)
+    batch = collate([dataset[i] for i in range(3)])
+    assert batch["topk_ids"].shape == (3, 0, 8)
+    assert batch["topk_mask"].shape == (3, 0)
+    assert int(batch["input_ids"].max()) < VOCABULARY

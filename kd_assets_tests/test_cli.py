@@ -1,0 +1,276 @@
+"""`kd-assets` as people run it: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_assets import cli
+from kd_assets.store import ResultWriter, commit_file_result, part_stats, plan_output
+from kd_assets_tests.store import examples
+
+WORDS = ["the", " cat", " sat", " on", " a", " mat", ".", " and", " slept", " well", "!"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real tokenizer of eleven words, which decodes to them joined as they are."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("a tokenizer")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="!"))
+    made.decoder = tokenizers.decoders.Fuse()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("a store")
+    for key in ("tiny-00000", "tiny-00001"):
+        examples.commit_all(store, partition_key=key)
+    return store
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def text_of(ids: list[int]) -> str:
+    return "".join(WORDS[i] for i in ids)
+
+
+def test_inspect_tells_what_is_in_a_recipe(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "inspect", store / "tiny")
+    assert (status, err) == (0, "")
+    for line in (
+        "tiny/topk_cache  variant ",
+        "  partitions        2  (tiny-00000 … tiny-00001)",
+        "  documents         8",
+        "  tokens            30",
+        "  parameters        k=4  max_length=6",
+        "  check recomputed  passed in 2 of 2 partitions  max_abs_logprob_difference=0.0001",
+        "  committed         2026-11-22T12:00:00+00:00 on here",
+        "  document-0  [tiny-00000]  5 tokens",
+        "    hidden_block_2: 5 × 3, first vector [",
+        "    mean_embedding: 3, first vector [",
+        "(token ids, no text: the manifest names no tokenizer; give --tokenizer)",
+    ):
+        assert line in out
+    assert " a token)" in out
+
+
+def test_inspect_shows_tokens_and_predictions_as_text(
+    store: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run(capsys, "inspect", store / "tiny" / "topk_cache", "--tokenizer", tokenizer, "--documents", "1")
+    docs = examples.documents()
+    ids = docs.input_ids[:5].tolist()
+    rows = examples.table("topk_cache", docs.slice(0, 2)).to_pylist()[0]
+    assert f"    {json.dumps(text_of(ids))}\n" in out
+    likeliest = WORDS[rows["topk_ids"][1][0]]
+    line = next(line for line in out.splitlines() if "(position 1)" in line)
+    assert line.startswith(f'    after "{WORDS[ids[1]]}" (position 1) came "{WORDS[ids[2]]}" 0.')
+    assert f'teacher: "{likeliest}" 0.' in line
+    assert "no text" not in out
+    assert "document-1" not in out
+
+
+def test_inspect_json_has_the_same_and_is_json(
+    store: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run(capsys, "inspect", store, "--tokenizer", tokenizer, "--json")
+    caches = {cache["asset"]: cache for cache in json.loads(out)["caches"]}
+    assert sorted(caches) == sorted(examples.TABLES)
+    topk = caches["topk_cache"]
+    assert (topk["n_documents"], topk["n_tokens"], topk["params"]) == (8, 30, {"k": 4, "max_length": 6})
+    assert topk["bytes_per_token"] == topk["n_bytes"] / 30
+    assert topk["checks"]["recomputed"]["n_passed"] == 2
+    document = topk["documents"][0]
+    assert document["text"] == text_of(document["input_ids"])
+    position = document["positions"][0]
+    assert position["top_text"] == [WORDS[token_id] for token_id, _ in position["top"]]
+    probabilities = [probability for _, probability in position["top"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0 < sum(probabilities) < 1
+    states = caches["hidden_state_cache"]["documents"][0]["vectors"]["hidden_block_0"]
+    assert states["shape"] == [5, 3]
+    assert 0 < states["first_norm"] < 10
+
+
+def test_inspect_finds_the_tokenizer_that_the_manifest_names(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit_with_provenance(tmp_path, {"tokenizer": str(tokenizer)})
+    _, out, _ = run(capsys, "inspect", tmp_path)
+    assert json.dumps(text_of(examples.documents().input_ids[:5].tolist())) in out
+
+
+@pytest.mark.parametrize(
+    ("provenance", "reason"),
+    [
+        ({}, "the manifest names no tokenizer; give --tokenizer"),
+        ({"tokenizer": "/nowhere/at/all"}, "no tokenizer.json in /nowhere/at/all on this machine"),
+    ],
+)
+def test_inspect_without_a_tokenizer_shows_ids_and_says_why(
+    tmp_path: Path, provenance: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit_with_provenance(tmp_path, provenance)
+    status, out, _ = run(capsys, "inspect", tmp_path)
+    assert status == 0
+    assert out.count(reason) == 1
+    assert " ".join(map(str, examples.documents().input_ids[:5].tolist())) in out
+
+
+def test_inspect_with_a_tokenizer_that_is_broken_or_missing(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    status, out, _ = run(capsys, "inspect", store / "tiny" / "topk_cache", "--tokenizer", tmp_path)
+    assert status == 0
+    assert "tokenizer.json is no tokenizer: " in out
+    status, out, err = run(capsys, "inspect", store, "--tokenizer", tmp_path / "missing")
+    assert (status, err) == (2, f"kd-assets: no tokenizer.json at {tmp_path / 'missing'}\n")
+
+
+def test_inspect_without_the_tokenizers_library_shows_ids(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # what an import of a library that is not installed does
+    status, out, _ = run(capsys, "inspect", store / "tiny" / "topk_cache", "--tokenizer", tmp_path)
+    assert (status, out.count("the tokenizers library is not installed")) == (0, 1)
+
+
+def test_inspect_counts_what_is_not_current_and_not_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    identity = examples.output(tmp_path, "topk_cache").identity
+    commit_identity(tmp_path, identity | {"input": "a newer shard"}, {})
+    out = examples.output(tmp_path, "topk_cache", partition_key="tiny-00009")
+    with examples.writer(tmp_path, out, partition_key="tiny-00009"):
+        pass
+    _, printed, _ = run(capsys, "inspect", tmp_path)
+    assert "1 older results are on disk beside the current ones" in printed
+    assert f"1 unfinished, such as {out.path}" in printed
+    _, printed, _ = run(capsys, "inspect", folder)  # by its own name it is shown, current or not
+    assert "  partitions        1  (tiny-00000)" in printed
+
+
+def test_inspect_of_files_that_are_no_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = plan_output("student_smoke", {"input": "i"}, recipe_folder=tmp_path / "r", partition_key="all")
+    commit_file_result(
+        out, recipe="r", recipe_folder=tmp_path / "r", partition_key="all", files={"a": b"1"}, checks={}, provenance={}
+    )
+    status, printed, _ = run(capsys, "inspect", tmp_path)
+    assert status == 0
+    assert "r/student_smoke" in printed
+
+
+def test_verify_of_a_sound_store_says_what_it_counted(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "verify", store)
+    assert (status, err) == (0, "")
+    n_bytes = sum(path.stat().st_size for path in store.rglob("part-*"))
+    counted = f"8 results, 16 parts, 32 documents, 122 tokens, {n_bytes:,} bytes"
+    assert out == f"{store}: {counted}: all hashes and counts are right\n"
+
+
+def test_verify_exits_1_and_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    part = folder / "part-00001.parquet"
+    examples.flip_byte(part)
+    status, out, _ = run(capsys, "verify", tmp_path)
+    assert status == 1
+    assert out.startswith(f"changed_part: {part} has sha256 ")
+    status, out, _ = run(capsys, "verify", folder, "--json")
+    report = json.loads(out)
+    assert (status, report["ok"]) == (1, False)
+    assert report["reports"][0]["problems"][0]["path"] == str(part)
+    assert report["reports"][0]["problems"][0]["kind"] == "changed_part"
+
+
+def test_verify_of_several_paths_fails_when_one_does(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = examples.commit(tmp_path, "embedding_cache")
+    (folder / "part-00000.parquet").unlink()
+    status, out, _ = run(capsys, "verify", store, tmp_path, "--json")
+    assert status == 1
+    assert [report["ok"] for report in json.loads(out)["reports"]] == [True, False]
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_path_that_does_not_exist_ends_with_2_and_one_line(
+    command: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [store, tmp_path / "missing"] if command == "verify" else [tmp_path / "missing"]
+    status, out, err = run(capsys, command, *paths)
+    assert (status, out, err) == (2, "", f"kd-assets: {tmp_path / 'missing'} does not exist\n")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_folder_that_holds_nothing_ends_with_1_and_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, command, tmp_path)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"kd-assets: {tmp_path} holds no ")
+
+
+def test_damaged_result_is_an_error_of_one_line_for_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    (folder / "part-00000.parquet").unlink()
+    status, _, err = run(capsys, "inspect", tmp_path)
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{folder / 'part-00000.parquet'}" in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["verify"], ["inspect", ".", "--documents", "-1"]])
+def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: kd-assets" in capsys.readouterr().err
+
+
+def test_reader_of_a_pipe_that_goes_away_is_no_traceback(store: Path) -> None:
+    command = f'"{sys.executable}" -m kd_assets.cli inspect "$0" --documents 4; echo "status $?" >&2'
+    done = subprocess.run(["bash", "-c", f"({command}) | true", str(store)], capture_output=True, text=True, timeout=60)
+    assert done.stderr == f"status {cli.EXIT_BROKEN_PIPE}\n"
+
+
+def test_command_line_starts_without_torch_dagster_and_tokenizers(store: Path) -> None:
+    script = """
+import sys
+from kd_assets import cli
+assert cli.main(["verify", sys.argv[1]]) == 0
+heavy = {"torch", "dagster", "transformers", "tokenizers"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(store)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def commit_with_provenance(store: Path, provenance: dict[str, Any]) -> None:
+    commit_identity(store, examples.output(store, "topk_cache").identity, provenance)
+
+
+def commit_identity(store: Path, identity: dict[str, Any], provenance: dict[str, Any]) -> None:
+    recipe_folder = store / examples.RECIPE
+    out = plan_output("topk_cache", identity, recipe_folder=recipe_folder, partition_key=examples.PARTITION)
+    docs = examples.documents().slice(0, 2)
+    rows = examples.table("topk_cache", docs)
+    with ResultWriter(
+        out, recipe=examples.RECIPE, recipe_folder=recipe_folder, partition_key=examples.PARTITION
+    ) as result:
+        result.write_part(0, rows, n_tokens=docs.n_tokens, stats=part_stats("topk_cache", rows))
+        result.commit(parts=1, checks={}, provenance=provenance)
