@@ -107,7 +107,7 @@ def _cache_lines(cache: CacheSummary) -> list[str]:
     for label, values in (("parameters", cache.params), ("identity", cache.identity), ("statistics", cache.stats)):
         if values:
             rows.append((label, _pairs(values)))
-    teacher = cache.provenance.get("model") or cache.provenance.get("teacher")
+    teacher = cache.provenance.get("teacher")
     if teacher:
         rows.append(("teacher", teacher if isinstance(teacher, str) else _pairs(teacher)))
     for name, record in cache.checks.items():

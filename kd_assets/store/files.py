@@ -16,9 +16,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from kd_assets.errors import ResultBusyError, StorageUnavailableError
 from kd_assets.store.layout import TEMPORARY_SUFFIX
@@ -28,8 +27,6 @@ FOLDER_MODE = 0o750
 
 _SPECIAL_BITS = 0o7000
 """A setgid folder hands its group on to what is made in it: shared stores rely on that, so the bits are kept."""
-
-_CHUNK_BYTES = 1 << 20
 
 _FULL = "free some space or raise the quota"
 _REMEDIES = {
@@ -89,9 +86,9 @@ def prepare_folder(path: Path) -> None:
 class HashingFile(io.RawIOBase):
     """A file being written, hashed as it goes: `sha256` and `n_bytes` of all that was written."""
 
-    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         super().__init__()
-        self._file, self._hasher = file, hasher
+        self._file = file
         self._digest = hashlib.sha256()
         self.n_bytes = 0
 
@@ -107,15 +104,8 @@ class HashingFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        if len(view) < _CHUNK_BYTES:
-            self._digest.update(view)
-            self._file.write(view)
-        else:  # hashing is slower than the page cache: do both at once (neither holds the interpreter lock)
-            hashed = self._hasher.submit(self._digest.update, view)
-            try:
-                self._file.write(view)
-            finally:
-                hashed.result()
+        self._digest.update(view)
+        self._file.write(view)
         self.n_bytes += len(view)
         return len(view)
 
@@ -126,9 +116,9 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
     with storage_errors(path, "write"):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX)
         try:
-            with os.fdopen(descriptor, "wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
+            with os.fdopen(descriptor, "wb") as file:
                 os.fchmod(descriptor, FILE_MODE)
-                yield HashingFile(file, hasher)
+                yield HashingFile(file)
                 file.flush()
                 os.fsync(descriptor)
             os.replace(temporary, path)
@@ -190,8 +180,8 @@ class Lease:
     class keeps its own account of what the process holds, and nothing else opens the file.
     """
 
-    _held: set[tuple[int, Path]] = set()  # noqa: RUF012 - one account for the process is the point
-    """(process id, path): after a fork the child's id differs, as its locks do."""
+    _held: ClassVar[set[tuple[int, Path]]] = set()
+    """(process id, path) of every lease that is held: after a fork the child's id differs, as its locks do."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()

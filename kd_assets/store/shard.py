@@ -20,10 +20,10 @@ class Shard:
     """All documents of a committed `shards_manifest` result, in their order."""
 
     document_ids: list[str]
-    offsets_D1: Int64Array  # noqa: N815 - shape suffixes are upper case here
+    offsets_D1: Int64Array
     """int64 [D + 1]."""
-    input_ids_N: Uint32Array  # noqa: N815
-    loss_mask_N: BoolArray  # noqa: N815
+    input_ids_N: Uint32Array
+    loss_mask_N: BoolArray
     manifest: Manifest
 
     @property

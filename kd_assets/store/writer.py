@@ -253,11 +253,8 @@ class ResultWriter:
     def _read_journal(self) -> tuple[list[PartRecord], bool]:
         """The journal's records, and whether all of it could be read: a kill leaves half a last line."""
         path = self.folder / JOURNAL_NAME
-        try:
-            with storage_errors(path, "read"):
-                lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        except FileNotFoundError:
-            return [], True
+        with storage_errors(path, "read"):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         records: dict[int, PartRecord] = {}
         is_whole = True
         for line in lines:
@@ -346,16 +343,13 @@ def _finish_commit(folder: Path, manifest: Manifest) -> None:
 
 def _damage(path: Path, record: PartRecord) -> str | None:
     """Why the file is not the one that was recorded; None when it is."""
-    try:
-        with storage_errors(path, "read"):
-            n_bytes = path.stat().st_size if path.exists() else None
-            if n_bytes is None:
-                return "missing"
-            if n_bytes != record.n_bytes:
-                return f"{n_bytes} bytes, expected {record.n_bytes}"
-            digest = file_sha256(path)
-    except FileNotFoundError:
-        return "missing"
+    with storage_errors(path, "read"):
+        if not path.exists():
+            return "missing"
+        n_bytes = path.stat().st_size
+        if n_bytes != record.n_bytes:
+            return f"{n_bytes} bytes, expected {record.n_bytes}"
+        digest = file_sha256(path)
     return None if digest == record.sha256 else f"sha256 {digest}, expected {record.sha256}"
 
 

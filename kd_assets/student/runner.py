@@ -108,9 +108,15 @@ class Student(nn.Module):
         output = self.model.model(input_ids=batch["input_ids"], output_hidden_states=bool(self.projectors))
         losses: dict[str, Tensor] = {}
         if "topk_ids" in batch:
-            logits_BTV = self.model.lm_head(output.last_hidden_state[:, :-1])
+            # Logits are the student's largest tensor: only rows that the loss looks at are computed.
+            asked_BT = batch["topk_mask"]
+            logits_MV = self.model.lm_head(output.last_hidden_state[:, :-1][asked_BT])
             losses["response"] = response_loss(
-                logits_BTV, batch["topk_ids"], batch["topk_logprobs"], batch["topk_mask"], temperature=temperature
+                logits_MV,
+                batch["topk_ids"][asked_BT],
+                batch["topk_logprobs"][asked_BT],
+                asked_BT[asked_BT],
+                temperature=temperature,
             )
         if self.projectors:
             of_blocks = [

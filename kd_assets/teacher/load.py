@@ -57,7 +57,9 @@ class Teacher:
     context_tokens: int | None
     """What the teacher was trained for (`max_position_embeddings`), where its configuration says so."""
     alone_above: int | None
-    """Documents of more tokens must not share a batch (see `batch_dependent_length`)."""
+    """Documents of more tokens must not share a batch (see `rotary_limit`)."""
+    repeatable_tokens: int | None
+    """Of a longer document this teacher does not give the same twice (see `rotary_limit`)."""
     load_s: float
 
 
@@ -178,7 +180,8 @@ def as_teacher(
         n_token_ids=n_token_ids,
         n_parameters=sum(p.numel() for p in model.parameters()),
         context_tokens=getattr(config, "max_position_embeddings", None),
-        alone_above=batch_dependent_length(config),
+        alone_above=rotary_limit(config, "longrope"),
+        repeatable_tokens=rotary_limit(config, "dynamic"),
         load_s=time.perf_counter() - started,
     )
 
@@ -194,22 +197,21 @@ def find_blocks(decoder: nn.Module, n_blocks: int) -> nn.ModuleList:
     return found[0]
 
 
-def batch_dependent_length(config: Any) -> int | None:
-    """Tokens up to which rotary frequencies do not depend on the longest document of the batch; None: they never do.
+def rotary_limit(config: Any, rope_type: str) -> int | None:
+    """Tokens up to which rotary embeddings of this type do not look at the length; None where none is of this type.
 
-    `dynamic` and `longrope` scaling choose frequencies by the longest position in the batch (transformers,
-    `modeling_rope_utils.dynamic_rope_update`), so beyond this length a document must run alone to be itself.
+    Two types do beyond it (transformers, `modeling_rope_utils.dynamic_rope_update`). `longrope` chooses frequencies by
+    the longest document of the batch, so that a longer one must run alone to be itself. `dynamic` even keeps those of
+    the longest sequence it ever saw: what it gives for a longer one depends on what ran before.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer_type = [p for p in parameters.values() if isinstance(p, dict)]
     limits = [
-        p.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        or config.max_position_embeddings
+        p.get("original_max_position_embeddings") or config.max_position_embeddings
         for p in per_layer_type or [parameters]
-        if p.get("rope_type") in ("dynamic", "longrope")
+        if p.get("rope_type") == rope_type
     ]
-    return min(limits) if limits else None
+    return min(limits, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -233,14 +233,9 @@ class TeacherRunner:
         if not len(shard.input_ids_N):
             raise MissingInputError(f"partition {unit.partition_key}: the shard in {folders[0]} has no documents")
         check_token_ids(int(shard.input_ids_N.max()), self._teacher.n_token_ids, unit.partition_key)
-        tokens = min(int(shard.n_tokens_D.max()), longest(self._params))
-        if self._teacher.context_tokens is not None and tokens > self._teacher.context_tokens:
-            self._report.emit(
-                "warning",
-                message=f"partition {unit.partition_key} has a document of {tokens} tokens, the teacher's context is "
-                f"{self._teacher.context_tokens}: what it says of the tokens beyond is not what it was trained for; "
-                "lower max_length",
-            )
+        n_tokens = min(int(shard.n_tokens_D.max()), longest(self._params))
+        if message := check_length(n_tokens, self._teacher, unit.partition_key):
+            self._report.emit("warning", message=message)
         return shard
 
     def _check_outputs(self, unit: WorkUnit) -> None:
@@ -346,3 +341,18 @@ def check_token_ids(largest_id: int, n_token_ids: int, partition_key: str) -> No
             f"partition {partition_key} has token id {largest_id}, the teacher knows ids 0 to {n_token_ids - 1}: the "
             "shard was tokenised with another tokenizer; name the teacher's own in the recipe"
         )
+
+
+def check_length(n_tokens: int, teacher: Teacher, partition_key: str) -> str | None:
+    """What to warn of, given the longest document that will run. Raises RecipeError where results would be arbitrary."""
+    if teacher.repeatable_tokens is not None and n_tokens > teacher.repeatable_tokens:
+        raise RecipeError(
+            f"partition {partition_key} has a document of {n_tokens} tokens; beyond {teacher.repeatable_tokens} this "
+            "teacher's dynamic rotary scaling depends on what ran before: lower max_length of every cache to that"
+        )
+    if teacher.context_tokens is not None and n_tokens > teacher.context_tokens:
+        return (
+            f"partition {partition_key} has a document of {n_tokens} tokens, the teacher's context is "
+            f"{teacher.context_tokens}: what it says beyond is not what it was trained for; lower max_length"
+        )
+    return None

@@ -79,8 +79,8 @@ class Deployment:
             },
             "student": {"steps": 20, "hidden_size": 32, "max_length": 32, "batch_documents": 4},
         }
-        self.component = TeacherCaches(**(attributes | changes))
-        self.recipe = self.component.to_recipe()
+        self.attributes = attributes | changes
+        self.recipe = TeacherCaches(**self.attributes).to_recipe()
         self.platform = Platform(home=str(home))
         self.definitions = dg.Definitions.merge(
             recipe_definitions(self.recipe),

@@ -28,22 +28,23 @@ def run_in_mount_namespace(script: str, *arguments: str) -> subprocess.Completed
 
 
 def test_full_disk_is_named_with_its_remedy_and_a_rerun_goes_on(tmp_path: Path) -> None:
-    """A real file system that is really full: a tmpfs of 128 KiB, which is then made larger."""
+    """A real file system that is really full: a tmpfs of 2 MiB with a large file in it, which is then removed."""
     script = """
 import subprocess, sys
 from pathlib import Path
 from kd_assets.errors import StorageUnavailableError
 from kd_assets_tests.store import examples, test_kill
 mount = sys.argv[1]
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", mount], check=True)
-store = Path(mount) / "store"
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount], check=True)
+store, large = Path(mount) / "store", Path(mount) / "large"
+large.write_bytes(bytes((2 << 20) - (128 << 10)))
 try:
     test_kill.write_everything(store)
 except StorageUnavailableError as e:
     print(e)
 with examples.writer(store, examples.output(store, "topk_cache")) as result:
     print(len(result.finished), result.forgotten)
-subprocess.run(["mount", "-o", "remount,size=10m", mount], check=True)
+large.unlink()
 print(test_kill.write_everything(store).data_version)
 """
     done = run_in_mount_namespace(script, str(tmp_path))

@@ -20,6 +20,7 @@ from kd_assets.teacher.load import Teacher, as_teacher
 from kd_assets.teacher.reference import reference
 from kd_assets_tests.teacher.tiny import (
     ARCHITECTURES,
+    LONGROPE,
     N_BLOCKS,
     Desk,
     bfloat16_values,
@@ -101,7 +102,10 @@ def test_every_cache_equals_the_plain_forward(architecture: str, shard: Shard) -
     for block in range(N_BLOCKS):
         plain_NH = stacked(plain, f"block {block}")
         assert_close(
-            bfloat16_values(window.hidden_states.block_NH[block]), plain_NH, rtol=2**-8, atol=1e-5 * np.abs(plain_NH).max()
+            bfloat16_values(window.hidden_states.block_NH[block]),
+            plain_NH,
+            rtol=2**-8,
+            atol=1e-5 * np.abs(plain_NH).max(),
         )
 
 
@@ -193,6 +197,13 @@ def test_caches_of_different_max_length_come_from_one_pass(shard: Shard) -> None
     assert_close(
         bfloat16_values(cut.hidden_states.block_NH[1]), stacked(plain_hidden, "block 1"), rtol=2**-8, atol=1e-4
     )
+
+
+def test_documents_do_not_feel_the_frequencies_that_a_longer_one_in_their_batch_needs(shard: Shard) -> None:
+    teacher = as_teacher(tiny_model("llama", rope_parameters=LONGROPE), device=CPU)
+    window = captured(teacher, shard, budget=4096)
+    assert window.topk is not None
+    assert_close(window.topk.logsumexp_M, stacked(alone(teacher, window.documents), "logsumexp"), atol=1e-5)
 
 
 def test_documents_of_one_token_have_states_and_no_predictions(tmp_path: Path) -> None:

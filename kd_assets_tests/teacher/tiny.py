@@ -82,6 +82,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → configuration class of transformers and what it needs beyond `_COMMON`."""
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 32,
+}
+"""Rotary frequencies that change for batches with a document of more than 32 tokens."""
+
+
 def tiny_config(architecture: str, **changes: Any) -> Any:
     name, special = ARCHITECTURES[architecture]
     return getattr(transformers, name)(**{**_COMMON, **special, **changes})
@@ -149,9 +159,7 @@ class Desk:
         return read_shard(self.commit_shard(documents))
 
     def writer(self, output: Output, partition_key: str = "shard-00000") -> ResultWriter:
-        return ResultWriter(
-            output, recipe=RECIPE, recipe_folder=self.recipe_folder, partition_key=partition_key
-        )
+        return ResultWriter(output, recipe=RECIPE, recipe_folder=self.recipe_folder, partition_key=partition_key)
 
     def unit(
         self, shard_folder: Path, params: TeacherParams, assets: Sequence[Asset] = CACHES, key: str = "shard-00000"
@@ -185,7 +193,7 @@ class Desk:
     def run(self, params: TeacherParams, unit: WorkUnit, stop: StopFlag | None = None) -> dict[str, Any]:
         """Load the teacher and run one unit in this process, as the worker does."""
         with Reporter(self.events_file, stream=io.StringIO()) as report:
-            runner = TeacherRunner(self.job(params, [unit]), report, stop or StopFlag())
+            runner = TeacherRunner(self.job(params, [unit]), report, StopFlag() if stop is None else stop)
             try:
                 return runner.run(unit)
             finally:

@@ -1,0 +1,143 @@
+"""The dagster command line as CI uses it, and what becomes of a job when the run that started it dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kd_assets.scheduler import LocalScheduler, Submission
+from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
+
+DEFINITIONS = """
+import dagster as dg
+from kd_assets.components import TeacherCaches
+from kd_assets.components.teacher_caches import recipe_definitions
+from kd_assets.orchestration.platform import Platform
+
+defs = dg.Definitions.merge(
+    recipe_definitions(TeacherCaches(**{attributes}).to_recipe()),
+    dg.Definitions(resources={{"platform": Platform(home={home!r})}}, executor=dg.in_process_executor),
+)
+"""
+
+
+class CommandLine:
+    """`dagster asset materialize` on a deployment, in processes of its own."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.file = deployment.home / "tiny_definitions.py"
+        self.file.write_text(DEFINITIONS.format(attributes=deployment.attributes, home=str(deployment.home)))
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *assets: str, partition: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        selection = " or ".join(f'key:"tiny/{a}"' for a in assets)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "dagster",
+                "asset",
+                "materialize",
+                "-f",
+                str(self.file),
+                "--select",
+                selection,
+                *partition,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "DAGSTER_HOME": self.deployment.instance.root_directory},
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, *assets: str, partition: tuple[str, ...] = ()) -> tuple[int, str]:
+        process = self.start(*assets, partition=partition)
+        text, _ = process.communicate(timeout=300)
+        return process.returncode, text
+
+    def wait_for_task(self, kind: str) -> tuple[LocalScheduler, Submission]:
+        """The submission of this kind, once its task has begun."""
+        deadline = time.monotonic() + 120
+        while not (found := list((self.deployment.home / "jobs").glob(f"tiny/{kind}-*/*/events/*.jsonl"))):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return self.deployment.platform.make_scheduler(), Submission(folder=found[0].parents[1])
+
+
+@pytest.fixture
+def command_line(deployment: Deployment) -> Iterator[CommandLine]:
+    made = CommandLine(deployment)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
+
+
+def test_one_partition_and_a_range_materialize_from_the_command_line(command_line: CommandLine) -> None:
+    status, text = command_line.run("shards_manifest", "topk_cache", partition=("--partition", SHARDS[1]))
+    assert status == 0, text
+    status, text = command_line.run(
+        "shards_manifest", *CACHES, "student_smoke", partition=("--partition-range", f"{SHARDS[0]}...{SHARDS[2]}")
+    )
+    assert status == 0, text
+    assert "Materialized value tiny student_smoke" in text
+
+
+@pytest.mark.parametrize("partition", [("--partition", "tiny-99999"), ()])
+def test_a_partition_that_is_wrong_or_missing_fails_the_command(
+    command_line: CommandLine, partition: tuple[str, ...]
+) -> None:
+    status, _ = command_line.run("topk_cache", partition=partition)
+    assert status != 0
+
+
+def test_a_failed_partition_fails_the_command_and_is_named(command_line: CommandLine) -> None:
+    lines = command_line.deployment.corpus.read_text().splitlines()
+    lines[2] = json.dumps({"text": None})
+    command_line.deployment.corpus.write_text("\n".join(lines) + "\n")
+    command_line.deployment.plan()
+    status, text = command_line.run("shards_manifest", partition=("--partition-range", f"{SHARDS[0]}...{SHARDS[2]}"))
+    assert status == 1
+    assert f"{SHARDS[0]} (shards_manifest): BadRecordError" in text
+    assert "corpus.jsonl:3" in text
+
+
+def test_a_killed_run_leaves_its_job_running_and_the_next_run_finds_it(command_line: CommandLine) -> None:
+    assert command_line.run("shards_manifest", partition=("--partition", SHARDS[0]))[0] == 0
+    first = command_line.start(*CACHES, partition=("--partition", SHARDS[0]))
+    scheduler, submission = command_line.wait_for_task("teacher")
+    os.killpg(int(scheduler.job_id(submission)), signal.SIGSTOP)  # so that it is still there when the next run looks
+    first.kill()
+    first.wait()
+    assert scheduler.is_live(submission)
+    second = command_line.start(*CACHES, partition=("--partition", SHARDS[0]))
+    assert second.stdout is not None
+    for line in second.stdout:
+        if "found, still running" in line:
+            break
+    os.killpg(int(scheduler.job_id(submission)), signal.SIGCONT)
+    text, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, text
+    assert command_line.deployment.n_teacher_loads() == 1
+    assert [p.name for p in submission.folder.parent.glob("[0-9]*")] == ["0001"]
+
+
+def test_terminating_a_run_ends_its_job(command_line: CommandLine) -> None:
+    assert command_line.run("shards_manifest", partition=("--partition", SHARDS[0]))[0] == 0
+    run = command_line.start(*CACHES, partition=("--partition", SHARDS[0]))
+    scheduler, submission = command_line.wait_for_task("teacher")
+    run.send_signal(signal.SIGINT)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert "cancelling local job" in text
+    assert not scheduler.is_live(submission)
