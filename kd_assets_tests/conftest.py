@@ -7,3 +7,5 @@ import os
 # No test calls home, whatever instance it makes.
 os.environ["DAGSTER_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several tests may share two cores; see slurm/task.sbatch. Must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

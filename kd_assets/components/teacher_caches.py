@@ -207,11 +207,11 @@ def caches_specs(recipe: Recipe) -> list[dg.AssetSpec]:
     specs = []
     for asset in (SHARDS_MANIFEST, *recipe.caches):
         description, kinds = described[asset]
-        deps = (
-            [recipe.key(SHARD_PLAN), *_made_by(recipe.teacher.made_by)]
-            if asset == SHARDS_MANIFEST
-            else [recipe.key(SHARDS_MANIFEST), *_made_by(recipe.teacher.made_by)]
-        )
+        # The tokenizer comes with the teacher, so the shards depend on it, too.
+        deps = [
+            recipe.key(SHARD_PLAN if asset == SHARDS_MANIFEST else SHARDS_MANIFEST),
+            *_made_by(recipe.teacher.made_by),
+        ]
         specs.append(
             dg.AssetSpec(
                 recipe.key(asset),

@@ -4,8 +4,8 @@ It leaves a folder like any other model's (config, safetensors, tokenizer with c
 loads with the code that loads a 70B. The folder appears by rename when it is complete. A note beside the weights names
 the recipe that made them (plan and corpus); equal recipes find it and train nothing.
 
-The corpus has some 160,000 tokens, so what counts is loss per pass over them: Muon (Jordan 2024; torch.optim.Muon)
-takes the matrices of the blocks about 0.8 nats further than AdamW in equal time. The learning rate is
+The corpus has some 160,000 tokens, so what counts is loss per pass over them: Muon (see `kd_assets.demo.muon`) takes
+the matrices of the blocks about 0.8 nats further than AdamW in equal time. The learning rate is
 warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4), because there the decay can start early when the wall clock
 runs out, and a machine that is fast enough never notices the clock: equal seeds then give equal weights.
 
@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kd_assets.demo.corpus import CHATS_FILE, DOCUMENTS_FILE, passage_of
+from kd_assets.demo.muon import Muon
 from kd_assets.errors import InputError, KdAssetsError, MissingInputError
 from kd_assets.store import atomic_write, canonical_json, prepare_folder
 from kd_assets.store.files import storage_errors
@@ -113,7 +114,7 @@ def make_teacher(
     folder: Path,
     *,
     plan: TrainingPlan | None = None,
-    max_seconds: float = 180.0,
+    max_seconds: float = 150.0,
     report: Report = lambda _: None,
 ) -> tuple[TrainingSummary, bool]:
     """Train the teacher into `folder`, or find it there already. Returns its summary and whether it was found.
@@ -247,14 +248,16 @@ def train_model(
     block_matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     in_blocks = {id(p) for p in block_matrices}
     others = [p for p in model.parameters() if id(p) not in in_blocks]
+    use_bfloat16 = bfloat16_is_faster()
     optimizers: list[torch.optim.Optimizer] = [
-        # "match_rms_adamw" scales Muon's updates so that one learning rate serves both (Liu et al. 2025, section 2.2).
-        torch.optim.Muon(
-            block_matrices, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+        Muon(
+            block_matrices,
+            lr=plan.learning_rate,
+            weight_decay=plan.weight_decay,
+            dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
         ),
         torch.optim.AdamW(others, lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
     ]
-    use_bfloat16 = bfloat16_is_faster()
     batches = packed_batches(documents, plan)
     losses: list[float] = []
     started = reported = time.monotonic()
@@ -415,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kd_assets.demo.teacher", description="Train the demo's teacher.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder that kd_assets.demo.corpus wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model; kept and reused")
-    parser.add_argument("--max-seconds", type=float, default=180.0, help="wall-clock limit (default: %(default)s)")
+    parser.add_argument("--max-seconds", type=float, default=150.0, help="wall-clock limit (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=TrainingPlan().steps, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -423,7 +426,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def report(event: Mapping[str, Any]) -> None:
         print(json.dumps(event), flush=True)
 
+    from transformers.utils import logging as transformers_logging
+
     plan = TrainingPlan(steps=options.steps, seed=options.seed)
+    transformers_logging.disable_progress_bar()  # its bar of one file would stand among our JSON lines
     try:
         summary, reused = make_teacher(
             options.corpus, options.out, plan=plan, max_seconds=options.max_seconds, report=report

@@ -8,7 +8,7 @@ termination cancels the job, while any other death of this process leaves it run
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,12 @@ def materialize_caches(
     keys = list(context.partition_keys)
     with _as_failure():
         planner = planner_of(recipe, platform)
-        recorder = Recorder(context, recipe, plan_hash=planner.current_plan().plan_hash)
+        recorder = Recorder(
+            context,
+            recipe,
+            plan_hash=planner.current_plan().plan_hash,
+            teacher_version=None if recipe.teacher_asset is None else planner.teacher().weights,
+        )
     run = Run(context, recipe, platform, planner, recorder)
     if SHARDS_MANIFEST in selected:
         with _as_failure():
@@ -107,9 +112,18 @@ def materialize_caches(
         with _as_failure():
             work = planner.teacher_work([k for k in keys if k not in without_shard], caches)
         run.carry_out(work)
+    if checked := assets_only_checked(context, recipe):
+        with _as_failure():
+            run.check(planner.teacher_work(keys, checked))
     run.raise_if_anything_failed()
     for asset in selected:
         yield already_recorded(recipe.key(asset))
+
+
+def assets_only_checked(context: dg.AssetExecutionContext, recipe: Recipe) -> list[Asset]:
+    """Caches whose checks are selected and which are not: what "Execute" on a check in the web UI asks for."""
+    keys = {check.asset_key for check in context.selected_asset_check_keys} - set(context.selected_asset_keys)
+    return [asset for asset in recipe.caches if recipe.key(asset) in keys]
 
 
 def materialize_student(
@@ -129,12 +143,12 @@ def materialize_student(
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.data_version),
         metadata={
-            **result_metadata(manifest, folder),
-            "shards": len(shards),
-            "shards_in_plan": n_planned,
+            "loss_curve": dg.MetadataValue.md(loss_curve_markdown(curve)),
             "first_loss": manifest.facts["first_loss"],
             "last_loss": manifest.facts["last_loss"],
-            "loss_curve": dg.MetadataValue.md(loss_curve_markdown(curve)),
+            "shards": len(shards),
+            "shards_in_plan": n_planned,
+            **result_metadata(manifest, folder),
         },
     )
 
@@ -164,8 +178,7 @@ class Run:
 
     def carry_out(self, work: PlannedWork) -> None:
         """See to it that every result of `work` is committed and recorded; what cannot be is added to `failed`."""
-        for key, cause in work.impossible.items():
-            self.failed.append(_Failed(partition_key=key, assets=(work.kind,), cause=cause))
+        self._give_up_on(work.impossible, work.kind)
         missing = work.missing()
         for unit in work.units:
             for output in unit.outputs:
@@ -178,6 +191,20 @@ class Run:
             return
         with _as_failure():
             self._submit_and_follow(missing)
+
+    def check(self, work: PlannedWork) -> None:
+        """Run the selected checks on what is committed of `work`; nothing is computed."""
+        assert self._recorder is not None
+        self._give_up_on(work.impossible, work.kind)
+        for unit in work.units:
+            for output in unit.outputs:
+                if committed(Path(output.path), output.fingerprint) is not None:
+                    self._recorder.record_checks(unit, output)
+                else:
+                    self._give_up_on({unit.partition_key: "there is nothing to check: materialize it"}, output.asset)
+
+    def _give_up_on(self, causes: Mapping[str, str], what: str) -> None:
+        self.failed += [_Failed(partition_key=key, assets=(what,), cause=cause) for key, cause in causes.items()]
 
     def raise_if_anything_failed(self) -> None:
         """Raise a Failure that names every partition that was asked for and is not there, or whose checks failed."""

@@ -71,15 +71,15 @@ def assets_needed(instance: dg.DagsterInstance, recipe: Recipe, keys: Sequence[s
     """Partition → its assets that are missing or stale. A cache of a missing or stale shard is needed, too: it will be
     found committed, and cost nothing, where the shard turns out the same."""
     plan_version = latest_data_version(instance, recipe.key(SHARD_PLAN))
-    teacher = None if recipe.teacher.made_by is None else dg.AssetKey.from_user_string(recipe.teacher.made_by)
+    teacher = recipe.teacher_asset
+    teacher_inputs = {} if teacher is None else {teacher: latest_data_version(instance, teacher)}
     shard_tags = latest_tags(instance, recipe.key(SHARDS_MANIFEST), keys)
-    expected_inputs = {recipe.key(SHARD_PLAN): plan_version}
+    expected_inputs = {recipe.key(SHARD_PLAN): plan_version, **teacher_inputs}
     needed: dict[str, tuple[Asset, ...]] = {
         key: (SHARDS_MANIFEST, *recipe.caches)
         for key in keys
         if not is_fresh(shard_tags.get(key), recipe.code_version(SHARDS_MANIFEST), expected_inputs)
     }
-    teacher_inputs = {} if teacher is None else {teacher: latest_data_version(instance, teacher)}
     with_fresh_shard = [key for key in keys if key not in needed]
     for asset in recipe.caches:
         tags = latest_tags(instance, recipe.key(asset), with_fresh_shard)

@@ -115,6 +115,12 @@ class Recipe:
     def partitions(self) -> dg.DynamicPartitionsDefinition:
         return dg.DynamicPartitionsDefinition(name=f"{self.name}_shards")
 
+    @property
+    def teacher_asset(self) -> dg.AssetKey | None:
+        """The asset that makes the teacher; its data version is the fingerprint of the weights."""
+        made_by = self.teacher.made_by
+        return None if made_by is None else dg.AssetKey.from_user_string(made_by)
+
     def tasks_of(self, kind: JobKind) -> Tasks:
         return self.tasks.get(kind, Tasks())
 

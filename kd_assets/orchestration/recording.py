@@ -37,16 +37,17 @@ CHECKS: dict[str, str] = {
     "recomputed": "A seeded sample of documents, computed again one at a time with a plain log_softmax, agrees.",
 }
 
-UpstreamVersion = tuple[dg.AssetKey, str]
-"""An input's key and the data version that was read."""
-
 
 class Recorder:
     """Records each result at most once in a run, and remembers which checks failed."""
 
-    def __init__(self, context: dg.AssetExecutionContext, recipe: Recipe, *, plan_hash: str) -> None:
-        """`plan_hash` is the data version of the shard plan this run works from."""
-        self._context, self._recipe, self._plan_hash = context, recipe, plan_hash
+    def __init__(
+        self, context: dg.AssetExecutionContext, recipe: Recipe, *, plan_hash: str, teacher_version: str | None
+    ) -> None:
+        """`plan_hash` and `teacher_version` are the data versions of the shard plan and of the asset that makes the
+        teacher (None where no asset does) that this run works from."""
+        self._context, self._recipe = context, recipe
+        self._plan_hash, self._teacher_version = plan_hash, teacher_version
         self._recorded: set[tuple[str, Asset]] = set()
         self.failed_checks: dict[str, list[str]] = {}
         """Partition key → what failed, in words."""
@@ -70,17 +71,28 @@ class Recorder:
         )
         self._recorded.add((unit.partition_key, output.asset))
         if output.asset in CACHES:
-            (shard_folder,) = unit.inputs[SHARDS_MANIFEST]
-            self._record_checks(unit.partition_key, output.asset, folder, Path(shard_folder))
+            self.record_checks(unit, output)
 
     def _tags(self, asset: Asset, manifest: Manifest) -> dict[str, str]:
         tags = {
             DATA_VERSION_TAG: manifest.data_version,
             CODE_VERSION_TAG: self._recipe.code_version(asset),
         }
-        for upstream, data_version in upstream_versions(self._recipe, asset, manifest, self._plan_hash):
+        for upstream, data_version in self._upstream_versions(asset, manifest):
             tags |= input_tags(upstream, data_version, self._latest_storage_id(upstream, manifest.partition_key))
         return tags
+
+    def _upstream_versions(self, asset: Asset, manifest: Manifest) -> list[tuple[dg.AssetKey, str]]:
+        """The inputs a result stands for, with their data versions. A reused shard stands for today's plan, whichever
+        plan it was made under: its content is what today's plan names."""
+        recipe = self._recipe
+        if asset == SHARDS_MANIFEST:
+            versions = [(recipe.key(SHARD_PLAN), self._plan_hash)]
+        else:
+            versions = [(recipe.key(SHARDS_MANIFEST), str(manifest.identity[INPUT_KEY]))]
+        if recipe.teacher_asset is not None and self._teacher_version is not None:
+            versions.append((recipe.teacher_asset, self._teacher_version))
+        return versions
 
     def _latest_storage_id(self, key: dg.AssetKey, partition_key: str) -> int | None:
         partitioned = key == self._recipe.key(SHARDS_MANIFEST)
@@ -89,17 +101,24 @@ class Recorder:
         ).records
         return records[0].storage_id if records else None
 
-    def _record_checks(self, partition_key: str, asset: Asset, folder: Path, shard_folder: Path) -> None:
+    def record_checks(self, unit: WorkUnit, output: Output) -> None:
+        """Log the selected checks of one committed cache; its materialization must be recorded."""
+        partition_key, asset, folder = unit.partition_key, output.asset, Path(output.path)
+        (shard_folder,) = unit.inputs[SHARDS_MANIFEST]
         key = self._recipe.key(asset)
         wanted = {c.name for c in self._context.selected_asset_check_keys if c.asset_key == key}
         if not wanted:
             return
-        (record,) = self._context.instance.fetch_materializations(
+        records = self._context.instance.fetch_materializations(
             dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition_key]), limit=1
         ).records
         # Without the target Dagster shows no status at the partition.
-        target = CheckTarget(run_id=record.run_id, storage_id=record.storage_id, timestamp=record.timestamp)
-        for result in check_results(folder, shard_folder):
+        target = (
+            CheckTarget(run_id=records[0].run_id, storage_id=records[0].storage_id, timestamp=records[0].timestamp)
+            if records
+            else None
+        )
+        for result in check_results(folder, Path(shard_folder)):
             if result.name not in wanted:
                 continue
             self._context.log_event(
@@ -141,44 +160,35 @@ def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> lis
 
 
 def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
-    """What the web UI shows of a committed result. Numbers stay numbers, so that Dagster can plot them."""
+    """What the web UI shows of a committed result, the most telling first. Numbers stay numbers: Dagster plots them."""
     facts, provenance = manifest.facts, manifest.provenance
-    metadata: dict[str, Any] = {
-        "dagster/partition_row_count": manifest.n_documents,
-        "dagster/uri": str(folder),
-        "documents": manifest.n_documents,
-        "tokens": manifest.n_tokens,
-        "bytes": manifest.n_bytes,
-        "folder": dg.MetadataValue.path(str(folder)),
-        "variant": manifest.variant,
-        "fingerprint": manifest.fingerprint,
-        "data_version": manifest.data_version,
-        "parameters": dg.MetadataValue.json(dict(manifest.identity)),
-        "statistics": dg.MetadataValue.json(dict(manifest.stats)),
-        "provenance": dg.MetadataValue.json(dict(provenance)),
-    }
-    if manifest.n_tokens:
-        metadata["bytes_per_token"] = round(manifest.n_bytes / manifest.n_tokens, 2)
+    metadata: dict[str, Any] = {}
+    if manifest.n_documents:
+        metadata |= {
+            "dagster/partition_row_count": manifest.n_documents,
+            "documents": manifest.n_documents,
+            "tokens": manifest.n_tokens,
+            "bytes_per_token": round(manifest.n_bytes / manifest.n_tokens, 2),
+        }
+    metadata["bytes"] = manifest.n_bytes
     for name in ("tokens_per_s", "wall_s", "joules", "peak_memory_gib", "padding_fraction", "n_bad_records"):
         value = facts.get(name, provenance.get(name))
         if value is not None:
             metadata[name] = value
-    for name in ("host", "device", "gpu", "slurm_job_id", "attempt", "code_commit", "teacher"):
+    metadata |= {
+        "dagster/uri": str(folder),
+        "folder": dg.MetadataValue.path(str(folder)),
+        "variant": manifest.variant,
+        "fingerprint": manifest.fingerprint,
+        "data_version": manifest.data_version,
+    }
+    for name in ("teacher", "host", "device", "gpu", "slurm_job_id", "attempt", "code_commit"):
         if provenance.get(name) is not None:
             metadata[name] = provenance[name]
-    other = {k: v for k, v in facts.items() if k not in metadata}
-    if other:
-        metadata["facts"] = dg.MetadataValue.json(other)
+    metadata |= {
+        "parameters": dg.MetadataValue.json(dict(manifest.identity)),
+        "statistics": dg.MetadataValue.json(dict(manifest.stats)),
+        "facts": dg.MetadataValue.json({k: v for k, v in facts.items() if k not in metadata}),
+        "provenance": dg.MetadataValue.json(dict(provenance)),
+    }
     return metadata
-
-
-def upstream_versions(recipe: Recipe, asset: Asset, manifest: Manifest, plan_hash: str) -> list[UpstreamVersion]:
-    """The inputs a result stands for, with their data versions. A reused shard stands for today's plan, whichever plan
-    it was made under: its content is what today's plan names."""
-    if asset == SHARDS_MANIFEST:
-        return [(recipe.key(SHARD_PLAN), plan_hash)]
-    versions = [(recipe.key(SHARDS_MANIFEST), str(manifest.identity[INPUT_KEY]))]
-    if recipe.teacher.made_by is not None:
-        teacher = dg.AssetKey.from_user_string(recipe.teacher.made_by)
-        versions.append((teacher, str(manifest.identity["weights_fingerprint"])))
-    return versions

@@ -200,7 +200,7 @@ class StudentRunner:
             if self._stop:
                 raise InterruptedTaskError(f"stopped by {self._stop.signal_name} after {step} steps of the student")
             for group in optimizer.param_groups:
-                group["lr"] = params.learning_rate * min(1.0, (step + 1) / _WARMUP_STEPS)
+                group["lr"] = params.learning_rate * min(1.0, (step + 1) / _WARMUP_STEPS) * (1 - step / params.steps)
             losses = student.losses(batch, temperature=params.temperature)
             torch.autograd.backward(torch.stack(list(losses.values())).sum())
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -344,7 +344,7 @@ def check_token_ids(largest_id: int, n_token_ids: int, partition_key: str) -> No
 
 
 def check_length(n_tokens: int, teacher: Teacher, partition_key: str) -> str | None:
-    """What to warn of, given the longest document that will run. Raises RecipeError where results would be arbitrary."""
+    """What to warn of, given the longest document to run. Raises RecipeError where results would be arbitrary."""
     if teacher.repeatable_tokens is not None and n_tokens > teacher.repeatable_tokens:
         raise RecipeError(
             f"partition {partition_key} has a document of {n_tokens} tokens; beyond {teacher.repeatable_tokens} this "

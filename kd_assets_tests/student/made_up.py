@@ -40,8 +40,8 @@ class BigramTeacher:
     """Logits and states are looked up by token."""
 
     seed: int = 0
-    logits_VV: Tensor = field(init=False)  # noqa: N815
-    states_VH: Tensor = field(init=False)  # noqa: N815
+    logits_VV: Tensor = field(init=False)
+    states_VH: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)

@@ -138,8 +138,8 @@ def test_state_of_the_last_block_is_its_own_output_before_the_final_norm() -> No
 def test_hidden_states_alone_stop_the_pass_at_their_last_block_and_are_the_same_bits(shard: Shard) -> None:
     teacher = as_teacher(tiny_model("llama"), device=CPU)
     ran: list[int] = []
-    for n, block in enumerate(teacher.blocks):
-        block.register_forward_hook(lambda module, args, output, n=n: ran.append(n))
+    for n, module in enumerate(teacher.blocks):
+        module.register_forward_hook(lambda module, args, output, n=n: ran.append(n))
     hidden = HiddenStateParams(blocks=(0, 1), max_length=64)
     only = captured(teacher, shard, Wanted(hidden_states=hidden))
     assert set(ran) == {0, 1}

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import HiddenStateParams, TopkParams
 from kd_assets.errors import MissingInputError, RecipeError, TeacherChangedError, TeacherError
-from kd_assets.teacher.load import as_teacher, rotary_limit, load_teacher
+from kd_assets.teacher.load import as_teacher, load_teacher, rotary_limit
 from kd_assets_tests.teacher.tiny import (
-    LONGROPE,
     HIDDEN_SIZE,
+    LONGROPE,
     N_BLOCKS,
     VOCABULARY,
     save_teacher,

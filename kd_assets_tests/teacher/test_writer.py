@@ -38,6 +38,13 @@ def part(result: ResultWriter, index: int, encode: Callable[[], pa.Table] = tabl
     return PartToWrite(result=result, asset="embedding_cache", index=index, n_tokens=5, encode=encode)
 
 
+def put_and_raise(item: PartToWrite, error: Exception) -> None:
+    """A producer that fails after one part."""
+    with PartWriter() as writer:
+        writer.put(item)
+        raise error
+
+
 def test_parts_are_on_disk_when_the_writer_is_left(result: ResultWriter) -> None:
     with result:
         with PartWriter() as writer:
@@ -53,14 +60,17 @@ def test_error_of_the_thread_reaches_the_producer_while_the_queue_is_full(result
         failing.wait(10)
         return broken()
 
+    def produce() -> None:
+        with PartWriter(queued_parts=1) as writer:
+            writer.put(part(result, 0, fails_late))
+            writer.put(part(result, 1))
+            failing.set()
+            for index in range(2, 1000):
+                writer.put(part(result, index))
+
     with result:
         with pytest.raises(StorageUnavailableError, match="disk full") as e:
-            with PartWriter(queued_parts=1) as writer:
-                writer.put(part(result, 0, fails_late))
-                writer.put(part(result, 1))
-                failing.set()
-                for index in range(2, 1000):
-                    writer.put(part(result, index))
+            produce()
         assert type(e.value) is StorageUnavailableError
         assert dict(result.finished) == {}, "nothing is written behind a failed part"
 
@@ -85,19 +95,13 @@ def test_programming_errors_keep_their_type(result: ResultWriter) -> None:
 def test_parts_already_put_are_written_when_the_producer_fails(result: ResultWriter) -> None:
     with result:
         with pytest.raises(KeyError):
-            with PartWriter() as writer:
-                writer.put(part(result, 0))
-                raise KeyError
+            put_and_raise(part(result, 0), KeyError())
         assert list(result.finished) == [0]
 
 
 def test_failed_disk_outweighs_a_request_to_stop_but_not_the_producers_own_error(result: ResultWriter) -> None:
     with result:
         with pytest.raises(StorageUnavailableError):
-            with PartWriter() as writer:
-                writer.put(part(result, 0, broken))
-                raise InterruptedTaskError
+            put_and_raise(part(result, 0, broken), InterruptedTaskError())
         with pytest.raises(KeyError):
-            with PartWriter() as writer:
-                writer.put(part(result, 0, broken))
-                raise KeyError
+            put_and_raise(part(result, 0, broken), KeyError())

@@ -5,7 +5,6 @@ Imports neither dagster nor anything of the control plane, so that these tests r
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -211,11 +210,6 @@ def part_bytes(unit: WorkUnit) -> dict[str, bytes]:
         for output in unit.outputs
         for path in sorted(Path(output.path).glob("part-*"))
     }
-
-
-def without(params: TeacherParams, *caches: str) -> TeacherParams:
-    """The recipe without these caches (`topk`, `hidden_states`, `embeddings`)."""
-    return dataclasses.replace(params, **dict.fromkeys(caches))
 
 
 def bfloat16_values(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -5,6 +5,7 @@ environment, since this process imports no torch; both are kept and reused.
 """
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,7 @@ def run_program(
         stderr=subprocess.STDOUT,
         text=True,
         cwd=PROJECT_FOLDER,
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # as slurm/task.sbatch, and for its reason
     ) as process:
         assert process.stdout is not None
         try:
