@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from kd_assets.contract import Asset, JobFile, TeacherParams, WorkUnit
+from kd_assets.contract import Asset, JobFile, Output, TeacherParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, MissingInputError, RecipeError
 from kd_assets.identity import DigestCache
 from kd_assets.report import Reporter, StopFlag
 from kd_assets.store import PartPlan, ResultWriter, Shard, plan_parts, read_shard
 from kd_assets.store.provenance import task_provenance
+from kd_assets.store.schema import CONVENTIONS
 from kd_assets.teacher.batching import Batch, plan_batches
 from kd_assets.teacher.capture import Capture, Wanted, Window
 from kd_assets.teacher.head import ChunkBuffers
@@ -101,6 +102,15 @@ class Tally:
     started: float = field(default_factory=time.perf_counter)
     reported: float = 0.0
 
+    @staticmethod
+    def of(windows: Sequence[PlannedWindow], *, report: Reporter, partition_key: str) -> Tally:
+        return Tally(
+            report=report,
+            partition_key=partition_key,
+            n_documents=sum(w.part.n_documents for w in windows),
+            n_tokens=sum(w.n_tokens for w in windows),
+        )
+
     def add(self, batch: Batch) -> None:
         self.done_documents += len(batch.documents_B)
         self.done_tokens += batch.n_tokens
@@ -126,6 +136,31 @@ class Tally:
     @property
     def padding_fraction(self) -> float:
         return 1.0 - self.done_tokens / self.computed_tokens if self.computed_tokens else 0.0
+
+
+class Clock:
+    """Seconds and joules since it was made, with laps."""
+
+    def __init__(self, *, gpu: Gpu) -> None:
+        self._gpu, self._before = gpu, gpu.read()
+        self._started = self._lap_started = time.perf_counter()
+        self.busy = self._before
+        """The GPU's counters at the end of the last lap."""
+        self.laps_s: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Name the time since the last lap."""
+        now = time.perf_counter()
+        self.laps_s[name], self._lap_started = now - self._lap_started, now
+        self.busy = self._gpu.read()
+
+    @property
+    def wall_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    @property
+    def joules(self) -> float | None:
+        return joules_between(self._before, self._gpu.read())
 
 
 class TeacherRunner:
@@ -163,27 +198,17 @@ class TeacherRunner:
 
     def run(self, unit: WorkUnit) -> dict[str, Any]:
         """Make and commit every output of `unit`. Raises KdAssetsError; everything finished by then is on disk."""
-        started, before = time.perf_counter(), self._gpu.read()
+        clock = Clock(gpu=self._gpu)
         shard = self._read_shard(unit)
         self._check_outputs(unit)
         max_length = longest(self._params)
+        parts = plan_parts(
+            shard.n_tokens_D.clip(max=max_length),
+            max_documents=self._params.part_documents,
+            max_tokens=self._params.part_tokens,
+        )
         with ExitStack() as leases:
-            results: dict[Asset, ResultWriter] = {
-                output.asset: leases.enter_context(
-                    ResultWriter(
-                        output,
-                        recipe=self._job.recipe,
-                        recipe_folder=Path(self._job.recipe_folder),
-                        partition_key=unit.partition_key,
-                    )
-                )
-                for output in unit.outputs
-            }
-            parts = plan_parts(
-                shard.n_tokens_D.clip(max=max_length),
-                max_documents=self._params.part_documents,
-                max_tokens=self._params.part_tokens,
-            )
+            results = {o.asset: leases.enter_context(self._result_of(o, unit.partition_key)) for o in unit.outputs}
             windows = plan_windows(
                 shard,
                 parts,
@@ -192,33 +217,19 @@ class TeacherRunner:
                 budget=self._budget,
                 alone_above=self._teacher.alone_above,
             )
-            tally = Tally(
-                report=self._report,
-                partition_key=unit.partition_key,
-                n_documents=sum(w.part.n_documents for w in windows),
-                n_tokens=sum(w.n_tokens for w in windows),
-            )
+            tally = Tally.of(windows, report=self._report, partition_key=unit.partition_key)
             self._compute(unit.partition_key, shard, windows, results, tally)
-            computed_s = time.perf_counter() - tally.started
+            clock.lap("compute")
             checks = self._recompute(unit.partition_key, shard, parts, results)
-            recompute_s = time.perf_counter() - tally.started - computed_s
-            facts = {
-                "wall_s": round(time.perf_counter() - started, 3),
-                "compute_s": round(computed_s, 3),
-                "recompute_s": round(recompute_s, 3),
-                "tokens_per_s": round(tally.done_tokens / max(computed_s, 1e-9), 1),
-                "computed_tokens": tally.done_tokens,
-                "padding_fraction": round(tally.padding_fraction, 5),
-                "n_batches": tally.n_batches,
-                "token_budget": self._budget,
-                "peak_memory_gib": round(peak_memory_gib(self._teacher.device), 3),
-                "joules": joules_between(before, self._gpu.read()),
-                "gpu_utilisation_percent": before.utilisation_percent,
-            }
+            clock.lap("recompute")
+            facts = self._facts(clock, tally)
             provenance = self._provenance(facts)
             for asset, result in results.items():
                 result.commit(
-                    parts=len(parts), checks={"recomputed": checks[asset]}, provenance=provenance, facts=facts
+                    parts=len(parts),
+                    checks={"recomputed": checks[asset]},
+                    provenance=provenance,
+                    facts=facts | {"convention": CONVENTIONS[asset]},
                 )
         return {"partition_key": unit.partition_key, "assets": list(results), **facts}
 
@@ -237,6 +248,11 @@ class TeacherRunner:
         if message := check_length(n_tokens, self._teacher, unit.partition_key):
             self._report.emit("warning", message=message)
         return shard
+
+    def _result_of(self, output: Output, partition_key: str) -> ResultWriter:
+        return ResultWriter(
+            output, recipe=self._job.recipe, recipe_folder=Path(self._job.recipe_folder), partition_key=partition_key
+        )
 
     def _check_outputs(self, unit: WorkUnit) -> None:
         kept = {
@@ -310,6 +326,23 @@ class TeacherRunner:
                 comparisons[asset].add(stored_row(path, index - part.first_document), expected)
         ids = [shard.document_ids[index] for index in sample]
         return {asset: c.result(ids, seed=params.seed) for asset, c in comparisons.items()}
+
+    def _facts(self, clock: Clock, tally: Tally) -> dict[str, Any]:
+        """What this attempt cost; of a resumed partition only the windows that it ran itself."""
+        compute_s = clock.laps_s["compute"]
+        return {
+            "wall_s": round(clock.wall_s, 3),
+            "compute_s": round(compute_s, 3),
+            "recompute_s": round(clock.laps_s["recompute"], 3),
+            "tokens_per_s": round(tally.done_tokens / max(compute_s, 1e-9), 1),
+            "computed_tokens": tally.done_tokens,
+            "padding_fraction": round(tally.padding_fraction, 5),
+            "n_batches": tally.n_batches,
+            "token_budget": self._budget,
+            "peak_memory_gib": round(peak_memory_gib(self._teacher.device), 3),
+            "joules": clock.joules,
+            "gpu_utilisation_percent": clock.busy.utilisation_percent,
+        }
 
     def _provenance(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """What the control plane knew, where this ran, and with which teacher."""

@@ -176,7 +176,7 @@ def test_the_wall_clock_ends_the_training_and_the_teacher_is_whole(made: Made, t
     started = time.monotonic()
     endless = dataclasses.replace(PLAN, steps=10**6)
     summary, _ = make_teacher(made.corpus, tmp_path / "teacher", plan=endless, max_seconds=6.0)
-    assert time.monotonic() - started < 12.0  # measuring and saving on a busy machine included
+    assert time.monotonic() - started < 60.0  # a busy machine included: 10**6 steps would take hours
     assert summary.cut_short
     assert 0 < summary.steps < 10**6
     assert make_teacher(made.corpus, tmp_path / "teacher", plan=endless)[1]

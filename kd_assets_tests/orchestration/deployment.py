@@ -154,3 +154,23 @@ def failure_text(result: dg.ExecuteInProcessResult) -> str:
         for event in result.all_events
         if event.is_step_failure
     )
+
+
+DEFINITIONS = """
+import dagster as dg
+from kd_assets.components import TeacherCaches
+from kd_assets.components.teacher_caches import recipe_definitions
+from kd_assets.orchestration.platform import Platform
+
+defs = dg.Definitions.merge(
+    recipe_definitions(TeacherCaches(**{attributes}).to_recipe()),
+    dg.Definitions(resources={{"platform": Platform(home={home!r})}}, executor=dg.in_process_executor),
+)
+"""
+
+
+def write_definitions(deployment: Deployment) -> Path:
+    """The deployment as a file that the dagster command line can load."""
+    path = deployment.home / "tiny_definitions.py"
+    path.write_text(DEFINITIONS.format(attributes=deployment.attributes, home=str(deployment.home)))
+    return path

@@ -13,19 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from kd_assets.scheduler import LocalScheduler, Submission
-from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
-
-DEFINITIONS = """
-import dagster as dg
-from kd_assets.components import TeacherCaches
-from kd_assets.components.teacher_caches import recipe_definitions
-from kd_assets.orchestration.platform import Platform
-
-defs = dg.Definitions.merge(
-    recipe_definitions(TeacherCaches(**{attributes}).to_recipe()),
-    dg.Definitions(resources={{"platform": Platform(home={home!r})}}, executor=dg.in_process_executor),
-)
-"""
+from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, write_definitions
 
 
 class CommandLine:
@@ -33,8 +21,7 @@ class CommandLine:
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
-        self.file = deployment.home / "tiny_definitions.py"
-        self.file.write_text(DEFINITIONS.format(attributes=deployment.attributes, home=str(deployment.home)))
+        self.file = write_definitions(deployment)
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *assets: str, partition: tuple[str, ...] = ()) -> subprocess.Popen[str]:

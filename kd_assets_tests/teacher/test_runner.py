@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TopkParams, WorkUnit
@@ -79,6 +79,7 @@ def test_every_cache_is_committed_with_its_checks_facts_and_provenance(
         assert manifest.checks["recomputed"]["n_documents"] == 2
         facts = manifest.facts
         assert facts["token_budget"] == 128
+        assert "one row a document" in facts["convention"]
         assert 0 <= facts["padding_fraction"] < 0.5
         assert facts["tokens_per_s"] > 0
         assert facts["wall_s"] > 0
@@ -88,7 +89,7 @@ def test_every_cache_is_committed_with_its_checks_facts_and_provenance(
         assert provenance["seen_by"] == "the control plane"
         assert provenance["teacher"] == str(teacher_folder)
         assert provenance["architecture"] == "LlamaForCausalLM"
-        assert provenance["libraries"]["torch"] == torch.__version__
+        assert provenance["libraries"]["torch"] == version("torch")
 
 
 def test_recomputation_reports_the_largest_differences(uninterrupted: WorkUnit) -> None:
