@@ -6,6 +6,8 @@ PYTHON ?= python3
 KD_HOME ?= $(CURDIR)/var
 PORT ?= 3000
 export KD_HOME
+# Idle OpenMP threads sleep: see slurm/task.sbatch.
+export OMP_WAIT_POLICY ?= PASSIVE
 export DAGSTER_HOME = $(KD_HOME)/dagster
 
 BIN = .venv/bin

@@ -82,12 +82,12 @@ class NonFiniteTeacherError(TeacherError):
     """The teacher gave NaN or infinity; the message names the document."""
 
 
+class StudentDidNotLearnError(KdAssetsError):
+    """The student's loss was not finite, or did not fall; the message has the numbers."""
+
+
 class SchedulerError(KdAssetsError):
     """A scheduler refused or lost a job for a reason it states."""
-
-
-class JobFailedError(SchedulerError):
-    """A job ended and some of its results are not committed; the message names them, the cause and the log."""
 
 
 class InterruptedTaskError(KdAssetsError):

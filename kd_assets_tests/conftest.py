@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+
+import pytest
 
 # No test calls home, whatever instance it makes.
 os.environ["DAGSTER_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Several tests may share two cores; see slurm/task.sbatch. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but for those by which Dagster marks what we use of it as beta or superseded each time it
+    is called (its version is pinned). Not in pyproject.toml, which must do where dagster is not installed."""
+    if importlib.util.find_spec("dagster_shared") is not None:
+        for name in ("BetaWarning", "PreviewWarning", "SupersessionWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::dagster_shared.utils.warnings.{name}")
+        config.addinivalue_line(
+            "filterwarnings", "ignore:.parse_obj_as. is deprecated:pydantic.warnings.PydanticDeprecatedSince20"
+        )

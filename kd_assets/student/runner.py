@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kd_assets.contract import CACHES, JobFile, Output, StudentParams, WorkUnit
-from kd_assets.errors import ContractError, InterruptedTaskError, KdAssetsError, RecipeError
+from kd_assets.errors import ContractError, InterruptedTaskError, RecipeError, StudentDidNotLearnError
 from kd_assets.report import Reporter, StopFlag
 from kd_assets.store import CacheReader, commit_file_result
 from kd_assets.store.provenance import task_provenance
@@ -41,10 +41,6 @@ _ANGLE_WEIGHT = 2.0
 _WARMUP_STEPS = 5
 _PROGRESS_INTERVAL_S = 1.0
 _HEAD_SIZE = 32
-
-
-class StudentDidNotLearnError(KdAssetsError):
-    """The student's loss was not finite, or did not fall; the message has the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

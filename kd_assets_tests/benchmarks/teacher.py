@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -29,6 +30,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+
+# As slurm/task.sbatch sets it, and before torch is imported: spinning threads would measure each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pyarrow as pa
