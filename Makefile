@@ -28,12 +28,12 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/python -m kd_assets.defs.demo.run
+	@$(BIN)/python -W ignore -m kd_assets.defs.demo.run
 
 ui: $(READY)
 	@mkdir -p "$(DAGSTER_HOME)" && cp dagster.yaml "$(DAGSTER_HOME)/dagster.yaml"
 	@echo "Dagster on http://127.0.0.1:$(PORT) (Ctrl-C ends it; running jobs go on)"
-	@exec $(BIN)/python -m dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
+	@exec $(BIN)/python -W ignore -m dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
 
 check: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -8,7 +8,7 @@ termination cancels the job, while any other death of this process leaves it run
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,8 @@ def materialize_caches(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """Tokenise and cache the selected partitions, whichever of the four assets are selected."""
     selected = [a for a in (SHARDS_MANIFEST, *recipe.caches) if recipe.key(a) in context.selected_asset_keys]
-    keys = list(context.partition_keys)
+    checked = assets_only_checked(context, recipe)
+    keys = partitions_asked_for(context, recipe, checked)
     with _as_failure():
         planner = planner_of(recipe, platform)
         recorder = Recorder(
@@ -112,7 +113,7 @@ def materialize_caches(
         with _as_failure():
             work = planner.teacher_work([k for k in keys if k not in without_shard], caches)
         run.carry_out(work)
-    if checked := assets_only_checked(context, recipe):
+    if checked:
         with _as_failure():
             run.check(planner.teacher_work(keys, checked))
     run.raise_if_anything_failed()
@@ -124,6 +125,14 @@ def assets_only_checked(context: dg.AssetExecutionContext, recipe: Recipe) -> li
     """Caches whose checks are selected and which are not: what "Execute" on a check in the web UI asks for."""
     keys = {check.asset_key for check in context.selected_asset_check_keys} - set(context.selected_asset_keys)
     return [asset for asset in recipe.caches if recipe.key(asset) in keys]
+
+
+def partitions_asked_for(context: dg.AssetExecutionContext, recipe: Recipe, checked: Sequence[Asset]) -> list[str]:
+    """The run's partitions. The web UI starts checks alone without any: those are of all that is materialized."""
+    if context.selected_asset_keys or context.has_partition_key or context.has_partition_key_range:
+        return list(context.partition_keys)
+    materialized = [context.instance.get_materialized_partitions(recipe.key(asset)) for asset in checked]
+    return sorted(set.intersection(*materialized)) if materialized else []
 
 
 def materialize_student(

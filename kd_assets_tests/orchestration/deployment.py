@@ -134,6 +134,12 @@ class Deployment:
                 found.setdefault((name, materialization.partition), []).append(materialization)
         return found
 
+    def checks(self, run_id: str) -> list[dg.AssetCheckEvaluation]:
+        """What that run recorded of checks, whether it failed or not."""
+        records = self.instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
+        events = [r.event_log_entry.dagster_event for r in records]
+        return [e.asset_check_evaluation_data for e in events if e is not None]
+
     def job_events(self, event_type: str) -> list[Event]:
         """Events of this type of all jobs so far."""
         return [

@@ -202,10 +202,8 @@ def test_materializing_before_there_is_a_plan_says_so(deploy: Callable[..., Depl
 
 
 def test_the_checks_of_every_partition_are_recorded_with_their_numbers(full_run: FullRun) -> None:
-    _, result = full_run
-    evaluations = [
-        e.asset_check_evaluation_data for e in result.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"
-    ]
+    deployment, result = full_run
+    evaluations = deployment.checks(result.run_id)
     assert {(e.asset_key.path[-1], e.partition, e.check_name) for e in evaluations} == {
         (asset, key, name)
         for asset in CACHES
@@ -224,14 +222,28 @@ def test_a_failed_check_is_recorded_and_fails_the_run_by_name(deployment: Deploy
     part.write_bytes(good[:8] + bytes(len(good) - 16) + good[-8:])  # of the size it should have, and nothing else
     result = deployment.run(*CACHES, partition=SHARDS[0])
     assert not result.success
-    failed = {
-        (e.asset_check_evaluation_data.asset_key.path[-1], e.asset_check_evaluation_data.check_name)
-        for e in result.all_events
-        if e.event_type_value == "ASSET_CHECK_EVALUATION" and not e.asset_check_evaluation_data.passed
-    }
+    failed = {(e.asset_key.path[-1], e.check_name) for e in deployment.checks(result.run_id) if not e.passed}
     assert ("embedding_cache", "schema") in failed
     assert {asset for asset, _ in failed} == {"embedding_cache"}
     assert "embedding_cache: check schema failed" in failure_text(result)
+
+
+def test_checks_can_be_executed_alone_and_compute_nothing(full_run: FullRun) -> None:
+    deployment, _ = full_run
+    key = dg.AssetCheckKey(deployment.recipe.key("topk_cache"), "complete")
+    job = dg.define_asset_job("only_checks", selection=dg.AssetSelection.checks(key)).resolve(
+        asset_graph=deployment.definitions.resolve_asset_graph()
+    )
+    jobs_before = len(deployment.job_events("task_started"))
+    result = (
+        dg.Definitions(assets=deployment.definitions.assets, jobs=[job], resources={"platform": deployment.platform})
+        .resolve_job_def("only_checks")
+        .execute_in_process(instance=deployment.instance, raise_on_error=False)
+    )
+    assert result.success, failure_text(result)
+    assert {(e.partition, e.passed) for e in deployment.checks(result.run_id)} == {(key, True) for key in SHARDS}
+    assert deployment.materializations(result.run_id) == {}
+    assert len(deployment.job_events("task_started")) == jobs_before
 
 
 def test_the_student_learns_and_its_curve_is_a_picture(full_run: FullRun) -> None:

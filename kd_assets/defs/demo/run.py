@@ -203,19 +203,18 @@ def pass_rate(manifests: Sequence[Manifest]) -> float:
 
 
 def recomputation_difference(manifests: Mapping[Asset, list[Manifest]]) -> str:
-    """The largest differences any partition's `recomputed` check saw."""
-    names = {
-        "max_abs_logprob_difference": "logprob",
-        "max_abs_hidden_difference": "hidden",
-        "max_abs_embedding_difference": "embedding",
-    }
-    largest = {
-        label: max(
-            (c[name] for ms in manifests.values() for m in ms if name in (c := m.checks["recomputed"])), default=0.0
-        )
-        for name, label in names.items()
-    }
-    return ", ".join(f"{label} {value:.2g}" for label, value in largest.items())
+    """The largest differences that any partition's `recomputed` check saw, absolute, in the units of what is stored."""
+
+    def largest(asset: Asset, name: str) -> float:
+        return max(float(m.checks["recomputed"][name]) for m in manifests[asset])
+
+    hidden = largest("hidden_state_cache", "max_abs_hidden_difference")
+    relative = largest("hidden_state_cache", "max_relative_hidden_difference")
+    return (
+        f"logprob {largest('topk_cache', 'max_abs_logprob_difference'):.2g}, "
+        f"hidden {hidden:.2g} ({relative:.1%} of its value: bfloat16), "
+        f"embedding {largest('embedding_cache', 'max_abs_embedding_difference'):.2g}"
+    )
 
 
 def events_since(platform: Platform, recipe: Recipe, started: float) -> Iterator[Event]:
