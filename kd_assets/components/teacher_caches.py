@@ -16,6 +16,7 @@ from kd_assets.orchestration.nightly import nightly_requests
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, Source, Tasks, Teacher
 from kd_assets.orchestration.recording import check_specs
+from kd_assets.sources.plan import SourceSpec
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -137,7 +138,13 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
         caches = self.caches
         return Recipe(
             name=self.recipe,
-            sources=tuple(Source(file_format=s.format, **s.model_dump(exclude={"format"})) for s in self.sources),
+            sources=tuple(
+                Source(
+                    spec=SourceSpec(file_format=s.format, **s.model_dump(exclude={"format", "made_by"})),
+                    made_by=s.made_by,
+                )
+                for s in self.sources
+            ),
             teacher=Teacher(model=self.teacher.model_id, **self.teacher.model_dump(exclude={"model_id"})),
             documents_per_shard=self.documents_per_shard,
             topk=None if caches.topk is None else TopkParams(**caches.topk.model_dump()),

@@ -23,6 +23,7 @@ from kd_assets.contract import (
     TopkParams,
 )
 from kd_assets.errors import RecipeError
+from kd_assets.sources.plan import SourceSpec
 from kd_assets.store import FORMAT_VERSION, fingerprint
 
 SHARD_PLAN = "shard_plan"
@@ -32,15 +33,9 @@ STUDENT_SMOKE: Asset = "student_smoke"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A file of documents. `path` may hold `$NAME`; it is resolved when a shard plan is made."""
+    """A file of documents. Its path is resolved when a shard plan is made."""
 
-    name: str
-    path: str
-    file_format: Literal["jsonl", "parquet"]
-    text_field: str = "text"
-    messages_field: str = "messages"
-    licence: str = "unknown"
-    revision: str | None = None
+    spec: SourceSpec
     made_by: str | None = None
     """Key of the asset that writes the file, where one does (`demo/corpus`)."""
 

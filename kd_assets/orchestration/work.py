@@ -17,7 +17,7 @@ from kd_assets.contract import Asset, JobKind, Output, ShardsParams, StudentPara
 from kd_assets.errors import MissingInputError
 from kd_assets.identity import DigestCache, model_folder, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
-from kd_assets.sources.plan import PlannedShard, ShardPlan, SourceSpec, plan_shards, resolve_path
+from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
 from kd_assets.store import (
     FORMAT_VERSION,
     Manifest,
@@ -73,15 +73,7 @@ class Planner:
     def make_plan(self) -> ShardPlan:
         """Read every source once and make its shards the current plan. Nothing is written when a source is bad."""
         specs = [
-            SourceSpec(
-                name=s.name,
-                path=str(self._resolve(s.path, what=f"source {s.name!r}")),
-                file_format=s.file_format,
-                text_field=s.text_field,
-                messages_field=s.messages_field,
-                licence=s.licence,
-                revision=s.revision,
-            )
+            dataclasses.replace(s.spec, path=str(self._resolve(s.spec.path, what=f"source {s.spec.name!r}")))
             for s in self._recipe.sources
         ]
         plan = plan_shards(specs, documents_per_shard=self._recipe.documents_per_shard, shard_prefix=self._recipe.name)

@@ -76,10 +76,6 @@ class Submission:
         """Standard output and error of all attempts of a task, appended."""
         return self.log_folder / f"task-{task_index:05d}.log"
 
-    @property
-    def key(self) -> str:
-        return self.folder.parent.name.rpartition("-")[2]
-
 
 def submission_key(kind: JobKind, recipe: str, units: Iterable[WorkUnit]) -> str:
     """32 hex digits that equal work shares: kind, recipe and every output with the fingerprint of its content.

@@ -120,6 +120,7 @@ class Supervisor:
 
 def main(folder: Path, lock_fd: int) -> None:
     """Note the process group, let go of whoever started this, and supervise."""
+    os.umask(0o027)  # logs may quote documents
     (folder / GROUP_FILE).write_text(str(os.getpgrp()))
     if os.fork() == 0:
         Supervisor(folder, lock_fd).run()

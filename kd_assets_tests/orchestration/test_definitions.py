@@ -17,6 +17,7 @@ from kd_assets.definitions import defs
 from kd_assets.errors import RecipeError
 from kd_assets.orchestration.platform import PROJECT_FOLDER, Platform
 from kd_assets.orchestration.recipe import Recipe, Source, Teacher
+from kd_assets.sources.plan import SourceSpec
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_llama31_70b_has_the_parameters_of_the_scripts_it_replaces(recipes: dict
     assert recipe.hidden_states == HiddenStateParams(blocks=(22,), max_length=2048)
     assert recipe.embeddings == EmbeddingParams(max_length=8192)
     assert recipe.max_length == 8192
-    assert recipe.sources[0].path == "$KD_LLAMA31_70B_SHARDS"
+    assert recipe.sources[0].spec.path == "$KD_LLAMA31_70B_SHARDS"
 
 
 DG = str(Path(sys.executable).parent / "dg")
@@ -102,7 +103,7 @@ def test_the_shipped_recipes_pass_the_check(recipe_name: str) -> None:
 def a_recipe(**changes: object) -> Recipe:
     fields: dict[str, object] = {
         "name": "r",
-        "sources": (Source(name="s", path="/s", file_format="jsonl"),),
+        "sources": (Source(spec=SourceSpec(name="s", path="/s", file_format="jsonl", licence="CC0-1.0")),),
         "teacher": Teacher(model="m"),
         "documents_per_shard": 10,
         "topk": TopkParams(k=4, max_length=100),
