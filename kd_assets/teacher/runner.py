@@ -170,23 +170,19 @@ class TeacherRunner:
         if job.teacher is None:
             raise ContractError(f"job {job.key} is of kind teacher and has no teacher parameters")
         self._job, self._report, self._stop, self._params = job, report, stop, job.teacher
-        teacher = load_teacher(
+        self._teacher = teacher = load_teacher(
             job.teacher,
             # The control plane hashed the weights when it planned, and keeps the digests beside the store.
             digests=DigestCache(Path(job.recipe_folder).parent.parent / "digests.json"),
             warn=lambda message: report.emit("warning", message=message),
         )
-        self._use(teacher)
-
-    def _use(self, teacher: Teacher) -> None:
-        self._teacher = teacher
         self._gpu = Gpu(teacher.device)
         self._buffers = ChunkBuffers(
             vocabulary_size=teacher.vocabulary_size, dtype=teacher.dtype, device=teacher.device
         )
-        budget = self._params.token_budget
+        budget = job.teacher.token_budget
         self._budget = budget if teacher.head is not None else min(budget, FALLBACK_BUDGET_TOKENS)
-        self._report.emit(
+        report.emit(
             "teacher_loaded",
             load_s=round(teacher.load_s, 3),
             device=str(teacher.device),
