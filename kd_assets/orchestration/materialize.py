@@ -317,7 +317,7 @@ class _JobWatcher:
             case "progress":
                 if event.time >= self._next_progress.get(event.task, 0.0):
                     self._next_progress[event.task] = event.time + PROGRESS_INTERVAL_S
-                    log.info(f"{where}: {_in_words(data)}")
+                    log.info(f"{where}: {progress_in_words(data)}")
             case "task_started" | "teacher_loaded" | "task_finished":
                 log.info(f"{where}, attempt {event.attempt}: {event.type.replace('_', ' ')}: {_in_words(data)}")
 
@@ -350,6 +350,16 @@ def _by_partition(failed: list[FailedResult]) -> list[_Failed]:
         )
         for (key, cause), results in grouped.items()
     ]
+
+
+def progress_in_words(data: Mapping[str, Any]) -> str:
+    """A `progress` event as one phrase: which partition, how far, how fast."""
+    words = f"{data['partition_key']}: {data['done_documents']:,} of {data['n_documents']:,} documents"
+    if data.get("n_steps"):
+        words += f", step {data['done_steps']:,} of {data['n_steps']:,}, loss {data['loss']:.3f}"
+    if data.get("tokens_per_s"):
+        words += f", {data['tokens_per_s']:,.0f} tokens/s"
+    return words
 
 
 def _in_words(data: dict[str, Any]) -> str:

@@ -65,9 +65,10 @@ class Progress:
     def read(self, line: str) -> None:
         if " - ASSET_MATERIALIZATION - " in line:
             self._n_materialized += 1
-        elif (found := re.search(r'\{"(?:v|step|event)":.*\}', line)) is not None:
-            self._latest = _short(found[0])
-        elif (found := re.search(r"task \d+: (partition_key .*)", line)) is not None:
+        elif (found := re.search(r'\{"event": "progress".*\}', line)) is not None:
+            step = json.loads(found[0])
+            self._latest = f"training the teacher: step {step['step']} of {step['steps']}, loss {step['loss']:.2f}"
+        elif (found := re.search(r"task \d+: (\S+: .* documents.*)", line)) is not None:
             self._latest = found[1]
         self._display.update(self._text())
 
@@ -79,14 +80,6 @@ class Progress:
         n = f"{self._n_materialized}" + (f" of {self._n_expected}" if self._n_expected else "")
         latest = f" · {self._latest}" if self._latest else ""
         return f"{self._title}: {n} materialized, {time.monotonic() - self._started:.0f} s{latest}"
-
-
-def _short(text: str) -> str:
-    try:
-        record = json.loads(text)
-    except ValueError:
-        return ""
-    return ", ".join(f"{k} {v}" for k, v in record.items() if isinstance(v, (int, float, str)))[:100]
 
 
 def materialize(
