@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from kd_assets.orchestration.dagster_internals import CODE_VERSION_TAG, DATA_VERSION_TAG, input_data_version_tag
+from kd_assets.orchestration.materialize import progress_in_words
 from kd_assets.store import read_manifest
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text
 
@@ -289,3 +290,17 @@ def test_a_run_that_includes_the_plan_works_from_that_plan(deployment: Deploymen
     assert (shard.tags or {})[input_data_version_tag(deployment.recipe.key("shard_plan"))] == plan_version[
         DATA_VERSION_TAG
     ]
+
+
+def test_progress_is_told_in_words() -> None:
+    teacher = {"partition_key": "p3", "n_documents": 1900, "done_documents": 1027, "tokens_per_s": 5374.2}
+    assert progress_in_words(teacher) == "p3: 1,027 of 1,900 documents, 5,374 tokens/s"
+    student = {
+        "partition_key": "all",
+        "n_documents": 60,
+        "done_documents": 6,
+        "n_steps": 10,
+        "done_steps": 1,
+        "loss": 3.81,
+    }
+    assert progress_in_words(student) == "all: 6 of 60 documents, step 1 of 10, loss 3.810"
