@@ -335,6 +335,7 @@ class TeacherRunner:
             "padding_fraction": round(tally.padding_fraction, 5),
             "n_batches": tally.n_batches,
             "token_budget": self._budget,
+            "vocab_size": self._teacher.vocabulary_size,
             "peak_memory_gib": round(peak_memory_gib(self._teacher.device), 3),
             "joules": clock.joules,
             "gpu_utilisation_percent": clock.busy.utilisation_percent,

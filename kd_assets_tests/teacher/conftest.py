@@ -1,4 +1,5 @@
-"""One thread for tiny models: threads that wait for each other are what is slow on a busy machine."""
+"""One thread for tiny models (threads that wait for each other are what is slow on a busy machine), and GPU tests only
+where there is a GPU."""
 
 from __future__ import annotations
 
@@ -8,9 +9,15 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True)
+def cuda_for_gpu_tests(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
