@@ -32,7 +32,7 @@ demo: $(READY)
 
 ui: $(READY)
 	@mkdir -p "$(DAGSTER_HOME)" && cp dagster.yaml "$(DAGSTER_HOME)/dagster.yaml"
-	@echo "Dagster on http://127.0.0.1:$(PORT) (Ctrl-C ends it; running jobs go on)"
+	@echo "Dagster on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
 	@exec $(BIN)/python -W ignore -m dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
 
 check: $(READY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -184,9 +185,15 @@ def summary(recipe: Recipe, platform: Platform, started: float) -> list[tuple[st
         ("student loss, first → last", f"{curve['first_loss']:.3f} → {curve['last_loss']:.3f}"),
         ("wall", f"{time.time() - started:.0f} s"),
         ("files", str(platform.recipe_folder(recipe.name))),
-        ("web UI", "make ui    (then open http://127.0.0.1:3000)"),
+        ("web UI", f"{ui_command(platform)}    (then open http://127.0.0.1:3000)"),
     ]
     return rows
+
+
+def ui_command(platform: Platform) -> str:
+    """What opens the web UI on these results, from the checkout."""
+    elsewhere = platform.home_folder != PROJECT_FOLDER / "var"
+    return f"make ui KD_HOME={shlex.quote(platform.home)}" if elsewhere else "make ui"
 
 
 def pass_rate(manifests: Sequence[Manifest]) -> float:
