@@ -4,6 +4,7 @@
 PYTHON ?= python3
 # Where the demo keeps its store, jobs and Dagster instance.
 KD_HOME ?= $(CURDIR)/var
+override KD_HOME := $(shell realpath --canonicalize-missing -- "$(KD_HOME)")
 PORT ?= 3000
 export KD_HOME
 # Idle OpenMP threads sleep: see slurm/task.sbatch.

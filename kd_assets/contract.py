@@ -218,6 +218,8 @@ def read_job(path: Path) -> JobFile:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as e:
         raise ContractError(f"no job file at {path}: it is written by the control plane before it submits") from e
+    except OSError as e:
+        raise ContractError(f"{path} cannot be read as a job file: {e}") from e
     except ValueError as e:
         raise ContractError(f"{path} is not JSON: {e}") from e
     version = raw.get("contract_version") if isinstance(raw, dict) else None

@@ -35,7 +35,9 @@ class RecipeError(InputError):
 
 
 class ContractError(KdAssetsError):
-    """A job file or event line is not of this version of the contract, or not of its shape."""
+    """A job file or event line is missing, not of this version of the contract, or not of its shape."""
+
+    exit_code = EXIT_BAD_INPUT
 
 
 class StoreError(KdAssetsError):

@@ -6,6 +6,7 @@ appending, so two attempts of a task that overlap cannot tear each other's lines
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -51,10 +52,17 @@ class Reporter:
         """Append one event. Times are seconds since the epoch; `data` must be JSON."""
         line = Event(type=event_type, time=self._clock(), task=self._task, attempt=self._attempt, data=data).to_line()
         with self._lock:
-            if self._fd is not None:
-                os.write(self._fd, line.encode())
-            self._stream.write(line)
-            self._stream.flush()
+            try:
+                if self._fd is not None:
+                    os.write(self._fd, line.encode())
+                self._stream.write(line)
+                self._stream.flush()
+            except OSError as e:  # events inform: a full disk must not stop the work they tell of
+                self._complain(e)
+
+    def _complain(self, e: OSError) -> None:
+        with contextlib.suppress(OSError):
+            print(f"an event could not be written: {e}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         with self._lock:

@@ -81,6 +81,9 @@ class Task:
         self._runner: Runner | None = None
         self._load_failure: Exception | None = None
         self._failures: list[BaseException] = []
+        self._reported: set[str] = set()
+        """Folders of the results that are reported as committed."""
+        self._waited_for: set[str] = set()
         self._n_committed = self._n_reused = self._n_runners = 0
 
     def run(self) -> int:
@@ -125,8 +128,11 @@ class Task:
             try:
                 self._run_unit(unit)
                 n_busy = 0
-            except ResultBusyError:
+            except ResultBusyError as e:
                 queue.append(unit)
+                if unit.partition_key not in self._waited_for:
+                    self._waited_for.add(unit.partition_key)
+                    self._report.emit("warning", message=f"{unit.partition_key} is waited for: {e}")
                 n_busy += 1
                 if n_busy >= len(queue):
                     time.sleep(BUSY_POLL_S)
@@ -147,7 +153,6 @@ class Task:
             manifest = committed(Path(output.path), output.fingerprint)
             if manifest is None:
                 raise KdAssetsError(f"{output.path}: its runner returned without committing it; this is a bug of ours")
-            self._n_committed += 1
             self._emit_committed(unit, output, manifest.data_version, reused=False)
 
     def _loaded_runner(self) -> Runner:
@@ -170,11 +175,16 @@ class Task:
         if manifest is None:
             return False
         set_head(Path(output.path))
-        self._n_reused += 1
         self._emit_committed(unit, output, manifest.data_version, reused=True)
         return True
 
     def _emit_committed(self, unit: WorkUnit, output: Output, data_version: str, *, reused: bool) -> None:
+        """Once for each result, however often a busy unit comes round again."""
+        if output.path in self._reported:
+            return
+        self._reported.add(output.path)
+        self._n_reused += reused
+        self._n_committed += not reused
         self._report.emit(
             "committed",
             partition_key=unit.partition_key,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 
 import pytest
 
 # No test calls home, whatever instance it makes.
 os.environ["DAGSTER_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell that runs the tests in the background has them ignore SIGINT, and so everything they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Several tests may share two cores; see slurm/task.sbatch. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -205,7 +205,7 @@ def test_a_worker_process_refuses_a_job_file_that_is_none_with_status_and_reason
         text=True,
         check=False,
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "contract version None" in run.stderr
     assert "Traceback" not in run.stderr
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd_assets.contract import Asset, Event, JobFile, Output, WorkUnit, event_file, read_events, read_job
+from kd_assets.errors import StoreError
 from kd_assets.scheduler import LocalScheduler, Submission, TaskPhase, TaskState
 from kd_assets.store import committed
 
@@ -25,6 +26,7 @@ class FailedResult:
 
     partition_key: str
     asset: Asset
+    folder: str
     cause: str
     log_file: Path
     log_tail: str
@@ -84,13 +86,18 @@ def _failed_results(
     job: JobFile, submission: Submission, states: dict[int, TaskState], causes: dict[str, str]
 ) -> Iterator[FailedResult]:
     for task, unit, output in _outputs(job):
-        if committed(Path(output.path), output.fingerprint) is not None:
-            continue
         state, log_file = states[task], submission.log_file(task)
+        cause = causes.get(unit.partition_key, f"task {task} of {submission.folder}: {state.reason}")
+        try:
+            if committed(Path(output.path), output.fingerprint) is not None:
+                continue
+        except StoreError as e:
+            cause = str(e)
         yield FailedResult(
             partition_key=unit.partition_key,
             asset=output.asset,
-            cause=causes.get(unit.partition_key, f"task {task} of {submission.folder}: {state.reason}"),
+            folder=output.path,
+            cause=cause,
             log_file=log_file,
             log_tail=log_tail(log_file),
         )

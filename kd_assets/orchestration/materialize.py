@@ -16,17 +16,17 @@ from typing import Any
 
 import dagster as dg
 
-from kd_assets.contract import Asset, Event, JobFile, Output, WorkUnit
+from kd_assets.contract import Asset, Event, JobFile, Output, WorkUnit, read_job
 from kd_assets.errors import KdAssetsError
 from kd_assets.orchestration.dagster_internals import already_recorded
 from kd_assets.orchestration.follow import FailedResult, follow
 from kd_assets.orchestration.pictures import loss_curve_markdown
 from kd_assets.orchestration.platform import Platform, code_commit
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
-from kd_assets.orchestration.recording import Recorder, result_metadata
-from kd_assets.orchestration.work import PlannedWork, Planner
-from kd_assets.scheduler import JobSpec, Submission, spread, submission_key
-from kd_assets.store import atomic_write, committed, read_manifest, set_head
+from kd_assets.orchestration.recording import Recorder, latest_data_version, result_metadata
+from kd_assets.orchestration.work import PlannedWork, Planner, is_committed
+from kd_assets.scheduler import JobSpec, LocalScheduler, Submission, spread, submission_key
+from kd_assets.store import atomic_write, read_manifest, set_head
 
 PROGRESS_INTERVAL_S = 10.0
 """How often a task's progress is written to Dagster's log."""
@@ -95,13 +95,17 @@ def materialize_caches(
     selected = [a for a in (SHARDS_MANIFEST, *recipe.caches) if recipe.key(a) in context.selected_asset_keys]
     checked = assets_only_checked(context, recipe)
     keys = partitions_asked_for(context, recipe, checked)
+    if not keys:
+        raise dg.Failure(description="the selection holds no partition: is the range reversed?", allow_retries=False)
     with _as_failure():
         planner = planner_of(recipe, platform)
         recorder = Recorder(
             context,
             recipe,
             plan_hash=planner.current_plan().plan_hash,
-            teacher_version=None if recipe.teacher_asset is None else planner.teacher().weights,
+            teacher_version=None
+            if recipe.teacher_asset is None
+            else latest_data_version(context.instance, recipe.teacher_asset),
         )
     run = Run(context, recipe, platform, planner, recorder)
     if SHARDS_MANIFEST in selected:
@@ -187,27 +191,33 @@ class Run:
 
     def carry_out(self, work: PlannedWork) -> None:
         """See to it that every result of `work` is committed and recorded; what cannot be is added to `failed`."""
+        work = work.without_damaged()
         self._give_up_on(work.impossible, work.kind)
-        missing = work.missing()
         for unit in work.units:
             for output in unit.outputs:
                 # Also the single caches that are there of a partition that lacks another.
-                if committed(Path(output.path), output.fingerprint) is not None:
+                if is_committed(output):
                     set_head(Path(output.path))
                     self._record(unit, output, reused=True, facts={})
+        missing = work.only(lambda o: not is_committed(o))
         if not missing.units:
             self._context.log.info(f"{work.kind}: all {len(work.units)} partitions are committed; nothing to run")
             return
         with _as_failure():
-            self._submit_and_follow(missing)
+            scheduler = self._platform.make_scheduler()
+            failed = self._join_live_jobs(scheduler, missing)
+            missing = missing.only(lambda o: o.path not in failed and not is_committed(o))
+            if missing.units:
+                self._submit(scheduler, missing)
 
     def check(self, work: PlannedWork) -> None:
         """Run the selected checks on what is committed of `work`; nothing is computed."""
         assert self._recorder is not None
+        work = work.without_damaged()
         self._give_up_on(work.impossible, work.kind)
         for unit in work.units:
             for output in unit.outputs:
-                if committed(Path(output.path), output.fingerprint) is not None:
+                if is_committed(output):
                     self._recorder.record_checks(unit, output)
                 else:
                     self._give_up_on({unit.partition_key: "there is nothing to check: materialize it"}, output.asset)
@@ -234,38 +244,56 @@ class Run:
             metadata=metadata,
         )
 
-    def _submit_and_follow(self, work: PlannedWork) -> None:
-        context, recipe = self._context, self._recipe
-        units = work.units
-        tasks = recipe.tasks_of(work.kind)
+    def _join_live_jobs(self, scheduler: LocalScheduler, missing: PlannedWork) -> set[str]:
+        """Follow the jobs that are at some of this work already, whoever started them; returns the folders of what
+        they did not leave behind. The work of a run that was killed is found here, whatever it has committed since."""
+        failed: set[str] = set()
+        for submission in scheduler.live(self._recipe.name, missing.kind):
+            theirs = {o.path for u in read_job(submission.job_file).units for o in u.outputs}
+            shared = missing.only(lambda o, theirs=theirs: o.path in theirs)  # type: ignore[misc]
+            if shared.units:
+                self._context.log.info(
+                    f"{shared.kind}: found, still running, {scheduler.describe(submission)} "
+                    f"with {len(shared.units)} of these partitions"
+                )
+                failed |= self._follow(scheduler, submission, shared.units)
+        return failed
+
+    def _submit(self, scheduler: LocalScheduler, work: PlannedWork) -> None:
+        units, tasks = work.units, self._recipe.tasks_of(work.kind)
         assignment = spread([u.n_tokens for u in units], tasks.n_tasks)
         spec = JobSpec(
-            key=submission_key(work.kind, recipe.name, units),
-            recipe=recipe.name,
+            key=submission_key(work.kind, self._recipe.name, units),
+            recipe=self._recipe.name,
             kind=work.kind,
             n_tasks=len(assignment),
             concurrency=tasks.concurrency,
         )
-        scheduler = self._platform.make_scheduler()
         submission, is_new = scheduler.find_or_submit(
             spec,
             lambda new: atomic_write(new.job_file, self._job_file(work, spec, assignment, new).to_json().encode()),
         )
-        context.log.info(
+        self._context.log.info(
             f"{work.kind}: {'submitted' if is_new else 'found, still running,'} {scheduler.describe(submission)} "
             f"for {len(units)} partitions in {len(assignment)} tasks"
         )
+        self._follow(scheduler, submission, units)
+
+    def _follow(self, scheduler: LocalScheduler, submission: Submission, units: tuple[WorkUnit, ...]) -> set[str]:
+        """Record what the job commits of `units` until it has ended; returns the folders of what it did not."""
         watcher = _JobWatcher(self, units, submission, scheduler.job_id(submission))
         try:
             failed = follow(scheduler, submission, watcher.on_event)
         except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
-            context.log.warning(f"terminated: cancelling {scheduler.describe(submission)}")
+            self._context.log.warning(f"terminated: cancelling {scheduler.describe(submission)}")
             scheduler.cancel(submission)
             raise
         watcher.record_what_is_committed()
+        failed = [f for f in failed if watcher.has(f)]
         self.failed += _by_partition(failed)
         for result in failed:
-            context.log.error(f"{result.partition_key} {result.asset}: {result.cause}\n{result.log_tail}")
+            self._context.log.error(f"{result.partition_key} {result.asset}: {result.cause}\n{result.log_tail}")
+        return {f.folder for f in failed}
 
     def _job_file(
         self, work: PlannedWork, spec: JobSpec, assignment: tuple[tuple[int, ...], ...], submission: Submission
@@ -321,10 +349,14 @@ class _JobWatcher:
             case "task_started" | "teacher_loaded" | "task_finished":
                 log.info(f"{where}, attempt {event.attempt}: {event.type.replace('_', ' ')}: {_in_words(data)}")
 
+    def has(self, result: FailedResult) -> bool:
+        """Whether it is one of ours: a job that was joined may have more to do."""
+        return (result.partition_key, result.asset) in self._outputs
+
     def record_what_is_committed(self) -> None:
         """After the job's end: results whose event was lost are results all the same."""
         for (partition_key, asset), (_, output) in self._outputs.items():
-            if committed(Path(output.path), output.fingerprint) is not None:
+            if is_committed(output):
                 self._record(partition_key, asset, task=None, reused=False)
 
     def _record(self, partition_key: str, asset: Asset, *, task: int | None, reused: bool) -> None:

@@ -21,6 +21,7 @@ from kd_assets.orchestration.dagster_internals import (
     input_data_version_tag,
 )
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
+from kd_assets.orchestration.recording import latest_data_version
 
 MAX_PARTITIONS_A_RUN = 500
 """Dagster's sqlite takes about 25 ms of events a partition: past this a run is long in starting."""
@@ -132,14 +133,6 @@ def latest_tags(
             break
         cursor = page.cursor
     return found
-
-
-def latest_data_version(instance: dg.DagsterInstance, key: dg.AssetKey) -> str | None:
-    """The data version an unpartitioned asset's last materialization gave; None when there is none."""
-    records = instance.fetch_materializations(key, limit=1).records
-    if not records or records[0].asset_materialization is None:
-        return None
-    return (records[0].asset_materialization.tags or {}).get(DATA_VERSION_TAG)
 
 
 def partitions_held_by_live_runs(instance: dg.DagsterInstance, recipe: Recipe, keys: Sequence[str]) -> set[str]:

@@ -31,7 +31,7 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
         """KD_HOME (default: `var` in the checkout), KD_SCHEDULER (default: local), KD_COMPUTE_PYTHON (default: this
         Python)."""
         return Platform(
-            home=os.environ.get("KD_HOME") or str(PROJECT_FOLDER / "var"),
+            home=str(Path(os.environ.get("KD_HOME") or PROJECT_FOLDER / "var").absolute()),
             scheduler=os.environ.get("KD_SCHEDULER") or "local",
             compute_python=os.environ.get("KD_COMPUTE_PYTHON") or sys.executable,
         )

@@ -112,7 +112,7 @@ class Recipe:
 
     @property
     def teacher_asset(self) -> dg.AssetKey | None:
-        """The asset that makes the teacher; its data version is the fingerprint of the weights."""
+        """The asset that makes the teacher: caches are stale when its data version changes."""
         made_by = self.teacher.made_by
         return None if made_by is None else dg.AssetKey.from_user_string(made_by)
 
@@ -143,4 +143,5 @@ class Recipe:
             "revision": self.teacher.revision,
             "dtype": self.teacher.dtype,
             "params": dataclasses.asdict(params),
+            "parts": [self.part_documents, self.part_tokens],
         }

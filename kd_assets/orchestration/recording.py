@@ -127,7 +127,6 @@ class Recorder:
                     check_name=result.name,
                     passed=result.passed,
                     partition=partition_key,
-                    blocking=True,
                     description=result.description,
                     metadata=dict(result.numbers),
                     target_materialization_data=target,
@@ -151,9 +150,7 @@ def check_results(folder: Path, shard_folder: Path) -> list[CheckResult]:
 
 def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetCheckSpec]:
     return [
-        dg.AssetCheckSpec(
-            name, asset=recipe.key(asset), description=description, blocking=True, partitions_def=partitions
-        )
+        dg.AssetCheckSpec(name, asset=recipe.key(asset), description=description, partitions_def=partitions)
         for asset in recipe.caches
         for name, description in CHECKS.items()
     ]
@@ -192,3 +189,11 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "provenance": dg.MetadataValue.json(dict(provenance)),
     }
     return metadata
+
+
+def latest_data_version(instance: dg.DagsterInstance, key: dg.AssetKey) -> str | None:
+    """The data version an unpartitioned asset's last materialization gave; None when there is none."""
+    records = instance.fetch_materializations(key, limit=1).records
+    if not records or records[0].asset_materialization is None:
+        return None
+    return (records[0].asset_materialization.tags or {}).get(DATA_VERSION_TAG)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import Asset, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
-from kd_assets.errors import MissingInputError
+from kd_assets.errors import MissingInputError, StoreError
 from kd_assets.identity import DigestCache, model_folder, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
@@ -50,10 +50,25 @@ class PlannedWork:
     units: tuple[WorkUnit, ...]
     impossible: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def missing(self) -> PlannedWork:
-        """Without the units whose results are all committed."""
-        units = tuple(u for u in self.units if not all(_is_committed(o) for o in u.outputs))
-        return dataclasses.replace(self, units=units)
+    def only(self, wanted: Callable[[Output], bool]) -> PlannedWork:
+        """The units with the outputs that are `wanted`; without the units that have none left."""
+        kept = [dataclasses.replace(u, outputs=tuple(o for o in u.outputs if wanted(o))) for u in self.units]
+        return dataclasses.replace(self, units=tuple(u for u in kept if u.outputs))
+
+    def without_damaged(self) -> PlannedWork:
+        """With the units whose results cannot be read as impossible: one damaged manifest must not stop the others."""
+        damaged: dict[str, str] = {}
+        for unit in self.units:
+            for output in unit.outputs:
+                try:
+                    is_committed(output)
+                except StoreError as e:
+                    damaged[unit.partition_key] = f"{e}. Move {output.path} away and materialize again"
+        return dataclasses.replace(
+            self,
+            units=tuple(u for u in self.units if u.partition_key not in damaged),
+            impossible={**self.impossible, **damaged},
+        )
 
 
 class Planner:
@@ -91,7 +106,7 @@ class Planner:
         """The plan made last. Raises MissingInputError when there is none."""
         path = self._folder / SHARD_PLAN / PLAN_FILE
         try:
-            return ShardPlan.from_json(path.read_text())
+            return ShardPlan.from_json(path.read_text(), where=str(path))
         except FileNotFoundError as e:
             raise MissingInputError(
                 f"no shard plan at {path}: materialize {self._recipe.name}/{SHARD_PLAN} first"
@@ -181,7 +196,11 @@ class Planner:
                 impossible[key] = self._not_in_plan(key)
                 continue
             output = self.shards_output(planned)
-            shard = committed(Path(output.path), output.fingerprint)
+            try:
+                shard = committed(Path(output.path), output.fingerprint)
+            except StoreError as e:
+                impossible[key] = f"{e}. Move {output.path} away and materialize {SHARDS_MANIFEST} again"
+                continue
             if shard is None:
                 impossible[key] = (
                     f"{self._recipe.name}/{SHARDS_MANIFEST} has no partition {key} for the current plan and recipe: "
@@ -201,9 +220,8 @@ class Planner:
     def student_work(self) -> tuple[PlannedWork, tuple[str, ...]]:
         """Training on every partition of the plan all of whose caches are committed; and those partitions."""
         keys = [s.partition_key for s in self.current_plan().shards]
-        units = [
-            u for u in self.teacher_work(keys, self._recipe.caches).units if all(_is_committed(o) for o in u.outputs)
-        ]
+        work = self.teacher_work(keys, self._recipe.caches).without_damaged()
+        units = [u for u in work.units if all(is_committed(o) for o in u.outputs)]
         if not units:
             raise MissingInputError(
                 f"no partition of {self._recipe.name} has all its caches ({', '.join(self._recipe.caches)}) for the "
@@ -278,5 +296,6 @@ class Planner:
         )
 
 
-def _is_committed(output: Output) -> bool:
+def is_committed(output: Output) -> bool:
+    """Whether the result is there. Raises StoreError when what is there cannot be read."""
     return committed(Path(output.path), output.fingerprint) is not None

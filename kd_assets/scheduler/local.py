@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kd_assets.contract import JobKind
 from kd_assets.errors import SchedulerError
 from kd_assets.scheduler.job import JobSpec, Submission, TaskPhase, TaskState
 from kd_assets.scheduler.supervisor import GROUP_FILE, JOB_LOCK, SPEC_FILE, STATE_FILE
@@ -47,7 +48,7 @@ class LocalScheduler:
 
     def find(self, spec: JobSpec) -> Submission | None:
         """The live submission of this work, whoever made it; None when there is none."""
-        latest = self._latest(spec)
+        latest = self._latest(self._key_folder(spec))
         return latest if latest is not None and self.is_live(latest) else None
 
     def find_or_submit(self, spec: JobSpec, write_job_file: Callable[[Submission], object]) -> tuple[Submission, bool]:
@@ -57,18 +58,29 @@ class LocalScheduler:
         same submission.
         """
         key_folder = self._key_folder(spec)
-        _make_folder(key_folder)
-        with _locked(key_folder / "submit.lock"):
-            if (live := self.find(spec)) is not None:
-                return live, False
-            latest = self._latest(spec)
-            number = 1 if latest is None else int(latest.folder.name) + 1
-            submission = Submission(folder=key_folder / f"{number:04d}")
-            for folder in (submission.folder, submission.events_folder, submission.log_folder):
-                _make_folder(folder)
-            write_job_file(submission)
-            self._start(spec, submission)
-            return submission, True
+        try:
+            _make_folder(key_folder)
+            with _locked(key_folder / "submit.lock"):
+                if (live := self.find(spec)) is not None:
+                    return live, False
+                latest = self._latest(key_folder)
+                number = 1 if latest is None else int(latest.folder.name) + 1
+                submission = Submission(folder=key_folder / f"{number:04d}")
+                for folder in (submission.folder, submission.events_folder, submission.log_folder):
+                    _make_folder(folder)
+                write_job_file(submission)
+                self._start(spec, submission)
+                return submission, True
+        except OSError as e:
+            raise SchedulerError(
+                f"no job can be started under {self._jobs_folder} ({e}): KD_HOME must be a folder that this user can "
+                "write, with room on its disk"
+            ) from e
+
+    def live(self, recipe: str, kind: JobKind) -> list[Submission]:
+        """All submissions of a recipe's jobs of a kind that still live."""
+        latest = (self._latest(folder) for folder in sorted((self._jobs_folder / recipe).glob(f"{kind}-*")))
+        return [s for s in latest if s is not None and self.is_live(s)]
 
     def is_live(self, submission: Submission) -> bool:
         """Whether any process of the job is still there."""
@@ -88,7 +100,12 @@ class LocalScheduler:
     def states(self, submission: Submission) -> dict[int, TaskState]:
         """Every task's state. A job whose processes are gone has only ended tasks, whatever was last written."""
         live = self.is_live(submission)  # asked first: a state written after a "no" is complete
-        n_tasks = int(json.loads((submission.folder / SPEC_FILE).read_bytes())["n_tasks"])
+        try:
+            n_tasks = int(json.loads((submission.folder / SPEC_FILE).read_bytes())["n_tasks"])
+        except FileNotFoundError as e:
+            raise SchedulerError(
+                f"the folder of a job was taken away: {submission.folder}. What it committed is in the store; run again"
+            ) from e
         try:
             written = json.loads((submission.folder / STATE_FILE).read_bytes())
         except FileNotFoundError:
@@ -122,8 +139,8 @@ class LocalScheduler:
     def _key_folder(self, spec: JobSpec) -> Path:
         return self._jobs_folder / spec.recipe / f"{spec.kind}-{spec.key}"
 
-    def _latest(self, spec: JobSpec) -> Submission | None:
-        numbers = [p for p in self._key_folder(spec).glob("[0-9]*") if (p / SPEC_FILE).exists()]
+    def _latest(self, key_folder: Path) -> Submission | None:
+        numbers = [p for p in key_folder.glob("[0-9]*") if (p / SPEC_FILE).exists()]
         return Submission(folder=max(numbers, key=lambda p: int(p.name))) if numbers else None
 
     def _start(self, spec: JobSpec, submission: Submission) -> None:
@@ -202,7 +219,10 @@ def _process_group(submission: Submission) -> int | None:
 
 
 def _make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+    """The folder and those above it that are missing, each 0750 (mkdir's own `parents` takes no mode)."""
+    if not folder.parent.exists():
+        _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True, mode=0o750)
 
 
 @contextmanager

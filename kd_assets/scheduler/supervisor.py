@@ -98,9 +98,10 @@ class Supervisor:
 
     def _reap(self) -> bool:
         changed = False
-        for task in self._tasks:
+        for index, task in enumerate(self._tasks):
             if task.process is None or (exit_code := task.process.poll()) is None:
                 continue
+            kill_leftovers(index)
             task.process, task.exit_code, changed = None, exit_code, True
             if exit_code == EXIT_RESUMABLE and not self._cancelled and task.restarts < MAX_RESTARTS:
                 task.phase, task.restarts = TaskPhase.PENDING, task.restarts + 1
@@ -114,8 +115,25 @@ class Supervisor:
             for i, t in enumerate(self._tasks)
         }
         temporary = self._submission.folder / f"{STATE_FILE}.tmp"
-        temporary.write_text(json.dumps(states))
-        temporary.replace(self._submission.folder / STATE_FILE)
+        try:
+            temporary.write_text(json.dumps(states))
+            temporary.replace(self._submission.folder / STATE_FILE)
+        except OSError as e:  # the file informs; a full disk is no reason to leave the tasks alone
+            print(f"cannot write {temporary}: {e}", file=sys.stderr, flush=True)
+
+
+def kill_leftovers(task_index: int) -> None:
+    """End what an ended task's batch script left behind, as SLURM does: a script that was killed leaves its worker."""
+    mark = f"SLURM_ARRAY_TASK_ID={task_index}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            pid = int(entry.name)
+            if os.getpgid(pid) == os.getpgrp() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
+        except OSError:  # it has ended meanwhile
+            continue
 
 
 def main(folder: Path, lock_fd: int) -> None:

@@ -119,6 +119,34 @@ def test_a_killed_run_leaves_its_job_running_and_the_next_run_finds_it(command_l
     assert [p.name for p in submission.folder.parent.glob("[0-9]*")] == ["0001"]
 
 
+def test_what_a_killed_run_had_committed_does_not_hide_its_job_from_the_next_run(command_line: CommandLine) -> None:
+    everything = ("--partition-range", f"{SHARDS[0]}...{SHARDS[2]}")
+    assert command_line.run("shards_manifest", partition=everything)[0] == 0
+    first = command_line.start(*CACHES, partition=everything)
+    scheduler, submission = command_line.wait_for_task("teacher")
+    store = command_line.deployment.platform.recipe_folder("tiny")
+    while not list(store.glob("topk_cache/*/*/*/manifest.json")):  # the first partition is committed
+        time.sleep(0.002)
+    os.killpg(int(scheduler.job_id(submission)), signal.SIGSTOP)
+    first.kill()
+    first.wait()
+    second = command_line.start(*CACHES, partition=everything)
+    assert second.stdout is not None
+    for line in second.stdout:
+        if "found, still running" in line or "submitted" in line:
+            break
+    os.killpg(int(scheduler.job_id(submission)), signal.SIGCONT)
+    text, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, text
+    assert command_line.deployment.n_teacher_loads() == 1
+
+
+def test_a_reversed_range_fails_instead_of_doing_nothing(command_line: CommandLine) -> None:
+    status, text = command_line.run("shards_manifest", partition=("--partition-range", f"{SHARDS[2]}...{SHARDS[0]}"))
+    assert status == 1
+    assert "the selection holds no partition: is the range reversed?" in text
+
+
 def test_terminating_a_run_ends_its_job(command_line: CommandLine) -> None:
     assert command_line.run("shards_manifest", partition=("--partition", SHARDS[0]))[0] == 0
     run = command_line.start(*CACHES, partition=("--partition", SHARDS[0]))

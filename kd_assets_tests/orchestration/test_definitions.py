@@ -123,7 +123,7 @@ def test_a_recipe_without_any_cache_is_refused() -> None:
 
 
 def test_a_code_version_changes_with_what_decides_the_content_and_with_nothing_else() -> None:
-    before, after = a_recipe(), a_recipe(topk=TopkParams(k=5, max_length=100), part_documents=7)
+    before, after = a_recipe(), a_recipe(topk=TopkParams(k=5, max_length=100))
     assert before.code_version("topk_cache") != after.code_version("topk_cache")
     for asset in ("shard_plan", "shards_manifest", "embedding_cache"):
         assert before.code_version(asset) == after.code_version(asset)

@@ -91,7 +91,7 @@ def test_a_third_cache_is_added_to_two_by_one_more_pass_that_makes_only_it(deplo
     assert result.success, failure_text(result)
     reused = {k[0]: m[0].metadata["reused"].value for k, m in deployment.materializations(result.run_id).items()}
     assert reused == {"topk_cache": True, "embedding_cache": True, "hidden_state_cache": False}
-    last = deployment.job_events("committed")[-1]
+    last = max(deployment.job_events("committed"), key=lambda event: event.time)
     assert last.data["asset"] == "hidden_state_cache"
 
 
@@ -227,6 +227,18 @@ def test_a_failed_check_is_recorded_and_fails_the_run_by_name(deployment: Deploy
     assert ("embedding_cache", "schema") in failed
     assert {asset for asset, _ in failed} == {"embedding_cache"}
     assert "embedding_cache: check schema failed" in failure_text(result)
+
+
+@pytest.mark.parametrize("asset", ["shards_manifest", "topk_cache"])
+def test_one_damaged_manifest_fails_its_partition_alone_and_says_what_to_do(deployment: Deployment, asset: str) -> None:
+    assert deployment.run("shards_manifest", partition_range=(SHARDS[0], SHARDS[1])).success
+    assert deployment.run("topk_cache", partition=SHARDS[0]).success
+    (manifest,) = deployment.platform.recipe_folder("tiny").glob(f"{asset}/*/{SHARDS[0]}/*/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"n_documents": 4', '"n_documents": 5', 1))
+    result = deployment.run("topk_cache", partition_range=(SHARDS[0], SHARDS[1]))
+    assert not result.success
+    assert set(deployment.materializations(result.run_id)) == {("topk_cache", SHARDS[1])}
+    assert f"Move {manifest.parent} away and materialize" in failure_text(result)
 
 
 def test_checks_can_be_executed_alone_and_compute_nothing(full_run: FullRun) -> None:

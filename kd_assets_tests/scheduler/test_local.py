@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_assets.errors import SchedulerError
 from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets.scheduler import JobSpec, LocalScheduler, Submission, TaskPhase, TaskState
 
@@ -112,6 +113,31 @@ def test_one_failed_task_leaves_the_others_alone_and_says_how_it_ended(jobs: Job
     states = ended(scheduler, jobs.submit(scheduler, n_tasks=3))
     assert [s.exit_code for s in states.values()] == [0, 3, 137]
     assert [s.reason for s in states.values()] == ["ended", "exit status 3", "killed by SIGKILL"]
+
+
+def test_a_batch_script_that_is_killed_takes_its_worker_with_it(jobs: Jobs) -> None:
+    scheduler = jobs.scheduler("echo $PPID ready; sleep 300")
+    submission = jobs.submit(scheduler)
+    log = submission.log_file(0)
+    wait_for(lambda: log.exists() and "ready" in log.read_text())
+    os.kill(int(log.read_text().split()[0]), signal.SIGKILL)
+    assert ended(scheduler, submission)[0].reason == "killed by SIGKILL"
+
+
+def test_a_signal_before_the_worker_listens_restarts_the_task(jobs: Jobs) -> None:
+    scheduler = jobs.scheduler('[ "$SLURM_RESTART_COUNT" = 1 ] && exit 0; echo ready; exec sleep 300')
+    submission = jobs.submit(scheduler)
+    log = submission.log_file(0)
+    wait_for(lambda: log.exists() and "ready" in log.read_text())
+    os.killpg(int(scheduler.job_id(submission)), signal.SIGUSR1)
+    assert ended(scheduler, submission)[0] == TaskState(phase=TaskPhase.ENDED, reason="ended", exit_code=0, restarts=1)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "jobs").write_text("in the way")
+    scheduler = LocalScheduler(tmp_path / "jobs", script=SCRIPT)
+    with pytest.raises(SchedulerError, match="KD_HOME must be a folder that this user can write"):
+        scheduler.find_or_submit(spec(), lambda s: None)
 
 
 def test_usr1_reaches_the_worker_and_the_script_waits_for_it_to_flush(jobs: Jobs) -> None:

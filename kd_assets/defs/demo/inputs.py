@@ -71,11 +71,13 @@ def teacher(context: dg.AssetExecutionContext, platform: Platform) -> dg.Materia
     last = run_program(
         context, platform, ["kd_assets.demo.teacher", "--corpus", str(corpus_folder), "--out", str(folder)]
     )
+    weights, tokenizer = weights_fingerprint(folder, None), tokenizer_fingerprint(folder, None)
     return dg.MaterializeResult(
-        data_version=dg.DataVersion(weights_fingerprint(folder, None)),
+        data_version=dg.DataVersion(fingerprint({"weights": weights, "tokenizer": tokenizer})),
         metadata={
             **scalars(last),
-            "tokenizer_fingerprint": tokenizer_fingerprint(folder, None),
+            "weights_fingerprint": weights,
+            "tokenizer_fingerprint": tokenizer,
             "folder": dg.MetadataValue.path(str(folder)),
         },
     )

@@ -116,7 +116,8 @@ def materialize(
 
 def prepare_instance(home: Path) -> None:
     """A Dagster instance in KD_HOME/dagster, with the checkout's dagster.yaml."""
-    instance = Path(os.environ.setdefault("DAGSTER_HOME", str(home / "dagster")))
+    instance = Path(os.environ.get("DAGSTER_HOME") or home / "dagster").absolute()
+    os.environ["DAGSTER_HOME"] = str(instance)
     instance.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(PROJECT_FOLDER / "dagster.yaml", instance / "dagster.yaml")
 
