@@ -117,6 +117,7 @@ def check_recipe(params: TeacherParams, config: Any) -> None:
 
 def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The model with all its weights, in eval mode. Raises TeacherError when a weight is missing or of wrong shape."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder)
@@ -140,6 +141,8 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         )
     except OSError as e:
         raise MissingInputError(f"{folder} cannot be loaded: {e}") from e
+    except SafetensorError as e:
+        raise TeacherError(f"{folder} has a truncated or damaged safetensors file ({e}): download it again") from e
     except ValueError as e:
         raise TeacherError(f"{folder} is not a causal language model that this transformers loads: {e}") from e
     for what in ("missing_keys", "mismatched_keys"):

@@ -565,7 +565,7 @@ def test_logprobs_are_those_of_the_full_vocabulary(store: Path) -> None:
     np.testing.assert_allclose(restored, logits, atol=4e-3)
     kept = np.exp(document["topk_logprobs"].astype(np.float32)).sum(axis=1)
     assert (kept < 1).all()  # 4 of 11 tokens: what is missing was not normalised away
-    assert kept.max() <= manifest.stats["max_probability_sum"] <= 1 + 1e-3
+    assert kept.max() <= manifest.stats["max_probability_sum"] <= 1 + 4e-3
 
 
 def test_hidden_states_are_bits_of_bfloat16_in_ascending_blocks(store: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import HiddenStateParams, TopkParams
 from kd_assets.errors import MissingInputError, RecipeError, TeacherChangedError, TeacherError
-from kd_assets.teacher.load import as_teacher, load_teacher, rotary_limit
+from kd_assets.teacher.load import as_teacher, load_teacher, read_model, rotary_limit
 from kd_assets_tests.teacher.tiny import (
     HIDDEN_SIZE,
     LONGROPE,
@@ -75,6 +75,13 @@ def test_teacher_without_safetensors_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model.bin")
     with pytest.raises(MissingInputError, match=r"holds no \*\.safetensors"):
         load_teacher(params, digests=None, warn=no_warning)
+
+
+def test_damaged_safetensors_file_is_refused_with_its_folder(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(TeacherError, match=r"teacher of mine has a truncated or damaged safetensors file"):
+        read_model(folder, torch.float32, torch.device("cpu"))
 
 
 def test_weight_left_to_chance_is_refused(folder: Path) -> None:
