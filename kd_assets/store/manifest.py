@@ -233,12 +233,15 @@ def audit_commit(folder: Path, manifest: Manifest) -> None:
     append_audit(recipe_folder, record)
 
 
-def audited(recipe_folder: Path) -> set[tuple[str, str]]:
-    """(path of the result, time of its commit) of all lines of the audit log; torn lines are passed over."""
+def audited(recipe_folder: Path, *, mentioning: str = "") -> set[tuple[str, str]]:
+    """(path of the result, time of its commit) of the lines of the audit log that mention this text (ASCII); torn lines
+    are passed over. A commit asks for its own fingerprint: parsing every line at every commit would be quadratic."""
     path = recipe_folder / AUDIT_NAME
     found = set()
     with storage_errors(path, "read"):
         for line in (_read_if_there(path) or b"").splitlines():
+            if mentioning.encode() not in line:
+                continue
             try:
                 record = json.loads(line)
                 found.add((record["path"], record["time"]))

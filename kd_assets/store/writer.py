@@ -336,7 +336,8 @@ def _finish_commit(folder: Path, manifest: Manifest) -> None:
     write_head(folder, manifest.fingerprint)
     if (folder / JOURNAL_NAME).exists():
         recipe_folder = recipe_folder_of(folder)
-        if (str(folder.relative_to(recipe_folder)), manifest.created_at) not in audited(recipe_folder):
+        committed_as = (str(folder.relative_to(recipe_folder)), manifest.created_at)
+        if committed_as not in audited(recipe_folder, mentioning=folder.name):
             audit_commit(folder, manifest)
         remove_file(folder / JOURNAL_NAME)
 
