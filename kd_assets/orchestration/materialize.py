@@ -193,12 +193,13 @@ class Run:
         """See to it that every result of `work` is committed and recorded; what cannot be is added to `failed`."""
         work = work.without_damaged()
         self._give_up_on(work.impossible, work.kind)
-        for unit in work.units:
-            for output in unit.outputs:
-                # Also the single caches that are there of a partition that lacks another.
-                if is_committed(output):
-                    set_head(Path(output.path))
-                    self._record(unit, output, reused=True, facts={})
+        with _as_failure():
+            for unit in work.units:
+                for output in unit.outputs:
+                    # Also the single caches that are there of a partition that lacks another.
+                    if is_committed(output):
+                        set_head(Path(output.path))
+                        self._record(unit, output, reused=True, facts={})
         missing = work.only(lambda o: not is_committed(o))
         if not missing.units:
             self._context.log.info(f"{work.kind}: all {len(work.units)} partitions are committed; nothing to run")
