@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
 from kd_assets.store.columns import column_of
 from kd_assets.store.documents import Int64Array
-from kd_assets.store.manifest import Manifest, read_manifest
+from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.partfile import PartFile
 
 PROBABILITY_TOLERANCE = 4e-3
@@ -40,6 +41,48 @@ class CheckResult:
 
 class _FailedError(StoreError):
     """Ends a check early."""
+
+
+class _Result:
+    """The files of a result, read once for all checks of it. What cannot be read is a StoreError every time."""
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        self.folder = folder
+        if manifest is not None:
+            self.manifest = manifest
+        self._schemas: dict[str, pa.Schema] = {}
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.folder)
+
+    def schema_of(self, record: PartRecord) -> pa.Schema:
+        """The schema of a part file; opens it unless `documents` has."""
+        if record.name not in self._schemas:
+            with PartFile(self.folder / record.name) as part:
+                self._schemas[record.name] = part.schema
+        return self._schemas[record.name]
+
+    def documents(self) -> tuple[list[str], Int64Array]:
+        """Ids and token counts of the rows of all part files."""
+        ids: list[str] = []
+        lengths = [np.zeros(0, np.int64)]
+        for record in self.manifest.parts:
+            with PartFile(self.folder / record.name) as part:
+                self._schemas[record.name] = part.schema
+                part_ids, part_lengths = part_documents(part)
+            ids += part_ids
+            lengths.append(part_lengths)
+        return ids, np.concatenate(lengths)
+
+
+def check_all(folder: Path, shard_folder: Path, *, manifest: Manifest | None = None) -> list[CheckResult]:
+    """The four checks of a cache's partition: complete, schema, finite, recomputed. Each file is read once for all.
+
+    `manifest` is that of `folder`, where the caller has just read it.
+    """
+    result = _Result(folder, manifest)
+    return [_complete(result, _Result(shard_folder)), _schema(result), _finite(result), _recomputed(result)]
 
 
 def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | None:
@@ -65,22 +108,24 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
 
 def check_schema(folder: Path) -> CheckResult:
     """Every part file has exactly the columns, types and metadata of FORMAT.md for the result's parameters."""
+    return _schema(_Result(folder))
 
+
+def _schema(result: _Result) -> CheckResult:
     def check(numbers: dict[str, Number]) -> str:
-        manifest = read_manifest(folder)
+        manifest = result.manifest
         numbers |= {"n_parts": len(manifest.parts), "n_columns": 0}
         expected = expected_schema(manifest, None)
         if expected is None:
             return "the files of this asset are no tables"
         for record in manifest.parts:
-            with PartFile(folder / record.name) as part:
-                found = part.schema
+            found = result.schema_of(record)
             if record.index == 0:
                 expected = expected_schema(manifest, schemas.hidden_size_of(found))
                 assert expected is not None
                 numbers["n_columns"] = len(expected)
             if difference := schema_difference(expected, found):
-                raise _FailedError(f"{folder / record.name}: {difference}")
+                raise _FailedError(f"{result.folder / record.name}: {difference}")
         return f"all parts have the {numbers['n_columns']} columns of {manifest.asset}"
 
     return _run("schema", check)
@@ -92,11 +137,14 @@ def check_complete(folder: Path, shard_folder: Path) -> CheckResult:
     Counted from the columns of the part files on both sides, not from what manifests say; for a shard itself give
     its folder twice, and the files are compared with its manifest.
     """
+    return _complete(_Result(folder), _Result(shard_folder))
 
+
+def _complete(result: _Result, shard: _Result) -> CheckResult:
     def check(numbers: dict[str, Number]) -> str:
-        manifest, shard = read_manifest(folder), read_manifest(shard_folder)
-        ids, lengths = _documents(folder, manifest)
-        expected_ids, expected_lengths = _documents(shard_folder, shard)
+        folder, manifest = result.folder, result.manifest
+        ids, lengths = result.documents()
+        expected_ids, expected_lengths = shard.documents()
         max_length = manifest.params.get("max_length")
         if isinstance(max_length, int):
             expected_lengths = np.minimum(expected_lengths, max_length)
@@ -130,14 +178,17 @@ def check_finite(folder: Path) -> CheckResult:
 
     Asks the statistics that were taken while the parts were encoded.
     """
+    return _finite(_Result(folder))
 
+
+def _finite(result: _Result) -> CheckResult:
     def check(numbers: dict[str, Number]) -> str:
-        manifest = read_manifest(folder)
+        manifest = result.manifest
         numbers |= manifest.stats
         if manifest.asset == "shards_manifest":
             return "tokens are integers"
         for record in manifest.parts:
-            path = folder / record.name
+            path = result.folder / record.name
             if record.stats.get("n_non_finite", math.nan) != 0:
                 found = record.stats.get("n_non_finite", "an unknown number of")
                 raise _FailedError(f"{path} has {found} values that are NaN or infinite")
@@ -153,9 +204,12 @@ def check_recomputed(folder: Path) -> CheckResult:
 
     The task that made the result did it and recorded the differences; without a record the check fails.
     """
+    return _recomputed(_Result(folder))
 
+
+def _recomputed(result: _Result) -> CheckResult:
     def check(numbers: dict[str, Number]) -> str:
-        manifest = read_manifest(folder)
+        folder, manifest = result.folder, result.manifest
         record = manifest.checks.get("recomputed")
         if not isinstance(record, dict):
             raise _FailedError(f"{folder} has no record of a recomputation")
@@ -206,17 +260,6 @@ def part_documents(part: PartFile) -> tuple[list[str], Int64Array]:
             raise CorruptPartError(f"{part.path}: n_tokens differs from the length of input_ids")
         ids += table["document_id"].to_pylist()
         lengths.append(n_tokens)
-    return ids, np.concatenate(lengths)
-
-
-def _documents(folder: Path, manifest: Manifest) -> tuple[list[str], Int64Array]:
-    ids: list[str] = []
-    lengths = [np.zeros(0, np.int64)]
-    for record in manifest.parts:
-        with PartFile(folder / record.name) as part:
-            part_ids, part_lengths = part_documents(part)
-        ids += part_ids
-        lengths.append(part_lengths)
     return ids, np.concatenate(lengths)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from kd_assets.store import (
     check_finite,
     check_recomputed,
     check_schema,
+    checks,
     encode_embeddings,
     encode_hidden_states,
     encode_topk,
     part_stats,
+    read_manifest,
 )
+from kd_assets.store.checks import check_all
+from kd_assets.store.partfile import PartFile
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.test_verify import replace_part
 
@@ -228,6 +233,65 @@ def test_statistics_that_were_not_taken_fail_finite(store: Path) -> None:
 def test_recomputation_that_differs_or_is_missing_fails(store: Path, record: Any, reason: str) -> None:
     folder, _ = examples.commit(store, "topk_cache", checks={} if record is None else {"recomputed": record})
     fails(check_recomputed(folder), reason)
+
+
+def all_four(folder: Path, shard: Path) -> list[CheckResult]:
+    return [check_complete(folder, shard), check_schema(folder), check_finite(folder), check_recomputed(folder)]
+
+
+@pytest.mark.parametrize("asset", CACHES)
+def test_all_checks_together_open_each_file_once_and_find_what_each_finds(
+    store: Path, asset: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = examples.commit_all(store)
+    separately = all_four(folders[asset], folders["shards_manifest"])
+    opened: list[Path] = []
+
+    def noting(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def noted(path: Path) -> Any:
+            opened.append(path)
+            return read(path)
+
+        return noted
+
+    monkeypatch.setattr(checks, "PartFile", noting(PartFile))
+    monkeypatch.setattr(checks, "read_manifest", noting(read_manifest))
+    assert check_all(folders[asset], folders["shards_manifest"]) == separately
+    expected = [folder for f in (folders[asset], folders["shards_manifest"]) for folder in (f, *f.glob("part-*"))]
+    assert sorted(opened) == sorted(expected)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other columns", "other bytes", "no manifest", "no shard"])
+def test_all_checks_together_find_what_each_finds_in_damaged_results(store: Path, damage: str) -> None:
+    folders = examples.commit_all(store)
+    folder, shard = folders["topk_cache"], folders["shards_manifest"]
+    part = sorted(folder.glob("part-*"))[1]
+    match damage:
+        case "cut":
+            part.write_bytes(part.read_bytes()[:-20])
+        case "gone":
+            part.unlink()
+        case "other columns":
+            rows = examples.table("topk_cache", examples.documents((5, 1)))
+            replace_part(folder, rows.drop_columns(["input_ids"]))
+        case "other bytes":
+            data = part.read_bytes()
+            part.write_bytes(data[:8] + bytes(len(data) - 16) + data[-8:])
+        case "no manifest":
+            (folder / "manifest.json").unlink()
+        case "no shard":
+            (shard / "manifest.json").unlink()
+    together = check_all(folder, shard)
+    assert together == all_four(folder, shard)
+    assert not all(result.passed for result in together)
+
+
+def test_all_checks_together_take_the_manifest_from_who_has_read_it(store: Path) -> None:
+    folders = examples.commit_all(store)
+    folder, shard = folders["topk_cache"], folders["shards_manifest"]
+    manifest = read_manifest(folder)
+    (folder / "manifest.json").unlink()
+    assert [r.passed for r in check_all(folder, shard, manifest=manifest)] == [True] * 4
 
 
 def fails(result: CheckResult, reason: str) -> None:
