@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +30,28 @@ CACHES: tuple[Asset, ...] = ("topk_cache", "hidden_state_cache", "embedding_cach
 EventType = Literal[
     "task_started", "teacher_loaded", "progress", "committed", "partition_failed", "warning", "task_finished"
 ]
+"""What an event's `data` holds. A reader must do without any of it, and without knowing more.
+
+task_started      kind, n_partitions (of this process), n_parts_on_disk (files of its results that a kill does not
+                  undo), host, pid, rank, n_ranks, slurm_job_id, slurm_array_job_id, slurm_array_task_id,
+                  slurm_restart_count, slurm_nodelist, slurm_partition, slurm_cluster (None where SLURM says nothing)
+teacher_loaded    load_s, device, gpu, n_parameters, head, attention
+progress          partition_key, n_documents, done_documents, n_tokens, done_tokens, tokens_per_s
+committed         partition_key, asset, path, fingerprint, data_version, reused, usage
+partition_failed  partition_key, assets, error (the class: of `kd_assets.errors` where we foresaw it), message,
+                  during ("load" where the teacher or tokenizer could not be loaded, else "run")
+warning           message, and partition_key where it is about one
+task_finished     status ("done", "failed", "resumable", "duplicate"), signal, n_committed, n_reused, n_failed, n_loads,
+                  wall_s, usage, rank, slurm_job_id; of a duplicate also holder, as that task_started has it
+
+`usage` is what this attempt has used so far: wall_s, cpu_s, n_cpus, cpu_efficiency, max_rss_gib; where NVML is there
+also n_gpus, joules, gpu_utilisation_percent, gpu_memory_gib, gpu_power_watts, gpu_temperature_celsius,
+gpu_sm_clock_mhz, gpu_throttle_reasons (see `kd_assets.teacher.telemetry.GpuUsage`). What one partition used stands in
+its manifest's facts.
+
+A file holds the events of all attempts in the order of their starts; a duplicate, which leaves the task to another
+process, writes a warning and a task_finished in between, which do not end the other's attempt.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,8 +265,18 @@ def parse_event(line: str) -> Event:
     return decode(Event, raw, where="event")
 
 
-def event_file(events_folder: Path, task_index: int) -> Path:
-    return events_folder / f"task-{task_index:05d}.jsonl"
+def event_file(events_folder: Path, task_index: int, rank: int = 0) -> Path:
+    """Of one process of a task: where several share it (KD_RANKS), each writes its own."""
+    return events_folder / f"{task_name(task_index, rank)}.jsonl"
+
+
+def lease_file(events_folder: Path, task_index: int, rank: int = 0) -> Path:
+    """Locked as long as a process is at this task: see `kd_assets.attempt`."""
+    return events_folder.parent / "leases" / f"{task_name(task_index, rank)}.lease"
+
+
+def task_name(task_index: int, rank: int = 0) -> str:
+    return f"task-{task_index:05d}" + (f".rank-{rank}" if rank else "")
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, Event | str]]:
@@ -304,7 +337,7 @@ def _decode(expected: Any, raw: Any, where: str) -> Any:
 
 
 def _decode_dataclass(cls: type, raw: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(raw) - set(known)):
         raise ContractError(f"{where}: unknown field {unknown[0]!r} for {cls.__name__}; it has {', '.join(known)}")
@@ -316,6 +349,12 @@ def _decode_dataclass(cls: type, raw: Mapping[str, Any], where: str) -> Any:
     if missing:
         raise ContractError(f"{where}: {cls.__name__} lacks field {missing[0]!r}")
     return cls(**{name: _decode(hints[name], value, f"{where}.{name}") for name, value in raw.items()})
+
+
+@cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    """Evaluated once for each class: doing it for each record took three quarters of the time of reading."""
+    return typing.get_type_hints(cls)
 
 
 def _without_non_finite(value: Any) -> Any:

@@ -84,12 +84,28 @@ class NonFiniteTeacherError(TeacherError):
     """The teacher gave NaN or infinity; the message names the document."""
 
 
+class OutOfDeviceMemoryError(TeacherError):
+    """The accelerator's memory did not suffice for a batch. A smaller token budget may."""
+
+
+class OutOfHostMemoryError(TeacherError):
+    """The node's memory did not suffice. More memory for the task may."""
+
+
 class StudentDidNotLearnError(KdAssetsError):
     """The student's loss was not finite, or did not fall; the message has the numbers."""
 
 
 class SchedulerError(KdAssetsError):
     """A scheduler refused or lost a job for a reason it states."""
+
+
+class SchedulerUnreachableError(SchedulerError):
+    """The scheduler gave no answer in time. Nothing follows from it: neither that a job lives nor that it is gone."""
+
+
+class NoProgressError(KdAssetsError):
+    """A task was started again and again and nothing was added to its results: a loop that ends here."""
 
 
 class InterruptedTaskError(KdAssetsError):

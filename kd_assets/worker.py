@@ -1,4 +1,6 @@
-"""A task of a job: reads its job file, works through its partitions, reports.  python -m kd_assets.worker JOB.json
+"""A task of a job: reads its job file, works through its partitions, reports.
+
+Run as `python -m kd_assets.worker JOB.json [--task-offset N]`: task SLURM_ARRAY_TASK_ID + N of the job.
 
 Owns the order of events of a task and its exit status; what a partition needs is the business of the kind's runner
 (`sources.shards`, `teacher.runner`, `student.runner`), which is loaded only when something is missing. Imports no
@@ -8,27 +10,34 @@ failure never keeps another from its turn.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kd_assets.contract import JobFile, Output, WorkUnit, event_file, read_job
+from kd_assets.attempt import Attempt, DuplicateTaskError, gpu_of_rank, hold_task, no_progress, starts_of
+from kd_assets.contract import Event, JobFile, JobKind, Output, WorkUnit, event_file, lease_file, read_job
 from kd_assets.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
     InputError,
     InterruptedTaskError,
     KdAssetsError,
+    OutOfHostMemoryError,
     ResultBusyError,
 )
 from kd_assets.report import Reporter, StopFlag
-from kd_assets.store import committed, set_head
+from kd_assets.store import committed, count_durable_files, local_locks, set_head
+from kd_assets.usage import Meter, n_cpus
+
+if TYPE_CHECKING:
+    from kd_assets.teacher.telemetry import GpuSampler, GpuSpan
 
 BUSY_POLL_S = 1.0
 """How often a partition that another live task is computing is looked at again."""
@@ -65,7 +74,7 @@ def runner_for(job: JobFile, report: Reporter, stop: StopFlag) -> Runner:
 
 
 class Task:
-    """One attempt of one array task."""
+    """One attempt of one array task, or one process's share of it."""
 
     def __init__(
         self,
@@ -75,12 +84,19 @@ class Task:
         stop: StopFlag,
         *,
         make_runner: RunnerFactory = runner_for,
+        attempt: Attempt | None = None,
+        earlier_starts: Sequence[Event] = (),
+        gpus: GpuSpan | None = None,
     ) -> None:
         self._job, self._units, self._report, self._stop = job, units, report, stop
         self._make_runner = make_runner
+        self._attempt = attempt or Attempt.of(os.environ)
+        self._earlier_starts = earlier_starts
+        self._meter, self._gpus = Meter(n_cpus=n_cpus(n_ranks=self._attempt.n_ranks)), gpus
         self._runner: Runner | None = None
         self._load_failure: Exception | None = None
-        self._failures: list[BaseException] = []
+        self._failed: list[type[Exception]] = []
+        """Classes only: an exception keeps the arrays of the frames it went through."""
         self._reported: set[str] = set()
         """Folders of the results that are reported as committed."""
         self._waited_for: set[str] = set()
@@ -88,14 +104,16 @@ class Task:
 
     def run(self) -> int:
         """Work through all units; returns the exit status of `slurm/task.sbatch`."""
-        started = time.monotonic()
+        n_parts_on_disk = count_durable_files(Path(o.path) for u in self._units for o in u.outputs)
+        self._load_failure = no_progress(self._earlier_starts, n_parts_on_disk)
         self._report.emit(
             "task_started",
             kind=self._job.kind,
             n_partitions=len(self._units),
-            pid=os.getpid(),
-            host=os.uname().nodename,
+            n_parts_on_disk=n_parts_on_disk,
+            **self._attempt.facts(),
         )
+        self._warn_of_local_locks()
         status, exit_code = "done", 0
         try:
             self._drain()
@@ -104,20 +122,38 @@ class Task:
         finally:
             if self._runner is not None:
                 self._runner.close()
-        if self._failures and status == "done":
-            bad_input = all(isinstance(e, InputError) for e in self._failures)
+        if self._failed and status == "done":
+            bad_input = all(issubclass(e, InputError) for e in self._failed)
             status, exit_code = "failed", EXIT_BAD_INPUT if bad_input else EXIT_FAILED
+        usage = self._usage()
         self._report.emit(
             "task_finished",
             status=status,
             signal=self._stop.signal_name,
             n_committed=self._n_committed,
             n_reused=self._n_reused,
-            n_failed=len(self._failures),
+            n_failed=len(self._failed),
             n_loads=self._n_runners,
-            wall_s=round(time.monotonic() - started, 3),
+            wall_s=usage["wall_s"],
+            usage=usage,
+            rank=self._attempt.rank,
+            slurm_job_id=self._attempt.slurm_job_id,
         )
         return exit_code
+
+    def _usage(self) -> dict[str, Any]:
+        """What this attempt has used so far (see `kd_assets.contract.EventType`)."""
+        gpus = self._gpus.usage().facts() if self._gpus is not None else {}
+        return self._meter.usage() | {name: value for name, value in gpus.items() if value is not None}
+
+    def _warn_of_local_locks(self) -> None:
+        """Where locks are not shared nothing fails, and two nodes may compute the same: that is not to stay unsaid."""
+        if reason := local_locks(Path(self._job.recipe_folder)):
+            self._report.emit(
+                "warning",
+                message=f"{reason}: its locks are not seen on other nodes, so two of them may compute the same results "
+                "at once; mount it with locks that all nodes share",
+            )
 
     def _drain(self) -> None:
         queue = deque(self._units)
@@ -140,6 +176,8 @@ class Task:
                 raise
             except KdAssetsError as e:
                 self._fail(unit, e)
+            except MemoryError as e:
+                self._fail(unit, out_of_host_memory(e))
             except Exception as e:  # noqa: BLE001 - the task reports what it did not foresee, too, and goes on
                 traceback.print_exc()
                 self._fail(unit, e)
@@ -193,16 +231,18 @@ class Task:
             fingerprint=output.fingerprint,
             data_version=data_version,
             reused=reused,
+            usage=self._usage(),
         )
 
     def _fail(self, unit: WorkUnit, e: Exception) -> None:
-        self._failures.append(e)
+        self._failed.append(type(e))
         self._report.emit(
             "partition_failed",
             partition_key=unit.partition_key,
             assets=[o.asset for o in unit.outputs],
             error=type(e).__name__,
             message=str(e) or type(e).__name__,
+            during="run" if self._load_failure is None else "load",
         )
 
     def _raise_if_stopped(self) -> None:
@@ -210,22 +250,93 @@ class Task:
             raise InterruptedTaskError(f"stopped by {self._stop.signal_name}")
 
 
-def main(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
+def out_of_host_memory(e: MemoryError) -> OutOfHostMemoryError:
+    return OutOfHostMemoryError(
+        f"the node's memory did not suffice ({str(e) or 'MemoryError'}): ask for more memory for the task"
+    )
+
+
+def gpus_of(kind: JobKind) -> GpuSampler | None:
+    """A sampler of the task's GPUs, for kinds of job that use them."""
+    if kind == "shards":
+        return None
+    from kd_assets.teacher.telemetry import GpuSampler
+
+    return GpuSampler()
+
+
+def share_node(attempt: Attempt, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where several processes share a task: leave this one its GPU and its processors. Before torch is imported."""
+    if attempt.n_ranks == 1:
+        return
+    n_gpus = sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal())
+    gpu = gpu_of_rank(environment.get("CUDA_VISIBLE_DEVICES"), attempt.rank, n_gpus=n_gpus)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    environment.setdefault("OMP_NUM_THREADS", str(n_cpus(environment, n_ranks=attempt.n_ranks)))
+
+
+def main(
+    argv: Sequence[str], environment: Mapping[str, str] = os.environ, *, make_runner: RunnerFactory = runner_for
+) -> int:
     """Run the task that the environment names. Returns the exit status (see `slurm/task.sbatch`)."""
-    if len(argv) != 2:
-        print("usage: python -m kd_assets.worker JOB.json", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    parser = argparse.ArgumentParser(usage="python -m kd_assets.worker JOB.json [--task-offset N]", add_help=False)
+    parser.add_argument("job_file", type=Path)
+    parser.add_argument("--task-offset", type=int, default=0)
+    arguments = parser.parse_args(argv[1:])
     stop = StopFlag().listen()
     try:
-        job = read_job(Path(argv[1]))
-        task_index = int(environment.get("SLURM_ARRAY_TASK_ID", "0"))
-        units = job.units_of_task(task_index)
+        attempt = Attempt.of(environment)
+        job = read_job(arguments.job_file)
+        task_index = int(environment.get("SLURM_ARRAY_TASK_ID", "0")) + arguments.task_offset
+        units = job.units_of_task(task_index)[attempt.rank :: attempt.n_ranks]
     except KdAssetsError as e:
         print(f"kd_assets.worker: {e}", file=sys.stderr)
         return e.exit_code
-    attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    with Reporter(event_file(Path(job.events_folder), task_index), task=task_index, attempt=attempt) as report:
-        return Task(job, units, report, stop).run()
+    share_node(attempt)
+    events_folder = Path(job.events_folder)
+    events = event_file(events_folder, task_index, attempt.rank)
+    with Reporter(events, task=task_index, attempt=attempt.slurm_restart_count) as report:
+        try:
+            lease = hold_task(lease_file(events_folder, task_index, attempt.rank), attempt, report=report, stop=stop)
+        except DuplicateTaskError as e:
+            report.emit("warning", message=f"a second copy of this task, which leaves it to the first: {e}")
+            _finished_at_once(report, attempt, status="duplicate", holder=dict(e.holder))
+            return 0
+        except InterruptedTaskError as e:
+            _finished_at_once(report, attempt, status="resumable", signal=stop.signal_name)
+            return e.exit_code
+        gpus = gpus_of(job.kind)
+        try:
+            starts = starts_of(events)
+            span = gpus.span() if gpus is not None else None
+            return Task(
+                job, units, report, stop, make_runner=make_runner, attempt=attempt, earlier_starts=starts, gpus=span
+            ).run()
+        finally:
+            if gpus is not None:
+                gpus.close()
+            if lease is not None:
+                lease.release()
+
+
+def _finished_at_once(
+    report: Reporter, attempt: Attempt, *, status: str, signal: str | None = None, **more: Any
+) -> None:
+    report.emit(
+        "task_finished",
+        status=status,
+        signal=signal,
+        n_committed=0,
+        n_reused=0,
+        n_failed=0,
+        n_loads=0,
+        wall_s=0.0,
+        usage=None,
+        rank=attempt.rank,
+        slurm_job_id=attempt.slurm_job_id,
+        **more,
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ exists exactly when its manifest does, and what a manifest says about the bytes 
 from kd_assets.store.checks import CheckResult, check_complete, check_finite, check_recomputed, check_schema
 from kd_assets.store.documents import Documents, PartPlan, plan_parts
 from kd_assets.store.encode import encode_embeddings, encode_hidden_states, encode_shard, encode_topk, part_stats
-from kd_assets.store.files import atomic_write, prepare_folder
+from kd_assets.store.files import Lease, atomic_write, local_locks, prepare_folder
 from kd_assets.store.fingerprint import (
     FORMAT_VERSION,
     INPUT_KEY,
@@ -16,7 +16,7 @@ from kd_assets.store.fingerprint import (
     plan_output,
     variant_of,
 )
-from kd_assets.store.layout import result_folder
+from kd_assets.store.layout import count_durable_files, result_folder
 from kd_assets.store.manifest import Manifest, PartRecord, append_audit, committed, read_head, read_manifest
 from kd_assets.store.provenance import task_provenance
 from kd_assets.store.reader import CacheReader, current_results, variants_of
@@ -30,6 +30,7 @@ __all__ = [
     "CacheReader",
     "CheckResult",
     "Documents",
+    "Lease",
     "Manifest",
     "Note",
     "PartPlan",
@@ -47,12 +48,14 @@ __all__ = [
     "check_schema",
     "commit_file_result",
     "committed",
+    "count_durable_files",
     "current_results",
     "encode_embeddings",
     "encode_hidden_states",
     "encode_shard",
     "encode_topk",
     "fingerprint",
+    "local_locks",
     "part_stats",
     "plan_output",
     "plan_parts",

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a file is in the way: move it, or choose another store",
     errno.ENOLCK: "the file system has no locks: mount it with them (Lustre: -o flock; NFS: with its lock service)",
     errno.EOPNOTSUPP: "the file system has no locks: mount it with them (Lustre: -o flock; NFS: with its lock service)",
+    errno.ENOSYS: "the file system has no locks: mount it with them (Lustre: -o flock; NFS: with its lock service)",
     errno.ENAMETOOLONG: "choose a shorter recipe name, partition key or store path",
 }
 
@@ -219,12 +221,55 @@ class Lease:
     def held(self) -> bool:
         return self._descriptor is not None
 
+    def holder(self) -> dict[str, Any] | None:
+        """What the last process that took the lease said of itself; None where it has said nothing (yet).
+
+        Only for who does not hold it: closing a second descriptor of the file would drop the lock.
+        """
+        assert not self.held
+        with storage_errors(self._path, "read"):
+            try:
+                raw = json.loads(self._path.read_bytes())
+            except (FileNotFoundError, ValueError):  # it is about to write it
+                return None
+        return raw if isinstance(raw, dict) else None
+
     def release(self) -> None:
         """Give the lease back. The file stays: removing a lock file lets two holders in."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
             Lease._held.discard((os.getpid(), self._path))
+
+
+def local_locks(path: Path, mounts: str | None = None) -> str | None:
+    """Why locks on files below `path` are not seen on other machines; None where nothing says so.
+
+    Some mounts grant every lock without asking the server (nfs(5): nolock, local_lock; Lustre: localflock): leases
+    then exclude the processes of one machine only, and no error tells. `mounts` is the text of /proc/self/mounts.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mounts").read_text()
+        except OSError:
+            return None
+    mount_point, found = "", ("", frozenset[str]())
+    for line in mounts.splitlines():
+        _, point, file_system, options, *_ = line.split()
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
+        if path.is_relative_to(point) and len(point) >= len(mount_point):  # a later mount hides an earlier one
+            mount_point, found = point, (file_system, frozenset(options.split(",")))
+    file_system, options_found = found
+    for kind, local in _LOCAL_LOCK_OPTIONS.items():
+        if file_system.startswith(kind) and (reasons := sorted(options_found & local)):
+            return f"{mount_point} is mounted with {reasons[0]} ({file_system})"
+    return None
+
+
+_LOCAL_LOCK_OPTIONS = {
+    "nfs": frozenset({"nolock", "local_lock=all", "local_lock=posix"}),
+    "lustre": frozenset({"localflock"}),
+}
 
 
 def _sync_folder(folder: Path) -> None:

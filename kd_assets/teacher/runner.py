@@ -31,8 +31,9 @@ from kd_assets.teacher.batching import Batch, plan_batches
 from kd_assets.teacher.capture import Capture, Wanted, Window
 from kd_assets.teacher.head import ChunkBuffers
 from kd_assets.teacher.load import Teacher, load_teacher
+from kd_assets.teacher.memory import within_memory
 from kd_assets.teacher.reference import Comparison, reference, sampled_documents, stored_row
-from kd_assets.teacher.telemetry import Gpu, device_name, joules_between, peak_memory_gib
+from kd_assets.teacher.telemetry import GpuSampler, GpuUsage, device_name, peak_memory_gib
 from kd_assets.teacher.writer import PartToWrite, PartWriter
 
 PROGRESS_S = 1.0
@@ -139,28 +140,20 @@ class Tally:
 
 
 class Clock:
-    """Seconds and joules since it was made, with laps."""
+    """Seconds since it was made, with laps."""
 
-    def __init__(self, *, gpu: Gpu) -> None:
-        self._gpu, self._before = gpu, gpu.read()
+    def __init__(self) -> None:
         self._started = self._lap_started = time.perf_counter()
-        self.busy = self._before
-        """The GPU's counters at the end of the last lap."""
         self.laps_s: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         """Name the time since the last lap."""
         now = time.perf_counter()
         self.laps_s[name], self._lap_started = now - self._lap_started, now
-        self.busy = self._gpu.read()
 
     @property
     def wall_s(self) -> float:
         return time.perf_counter() - self._started
-
-    @property
-    def joules(self) -> float | None:
-        return joules_between(self._before, self._gpu.read())
 
 
 class TeacherRunner:
@@ -170,13 +163,18 @@ class TeacherRunner:
         if job.teacher is None:
             raise ContractError(f"job {job.key} is of kind teacher and has no teacher parameters")
         self._job, self._report, self._stop, self._params = job, report, stop, job.teacher
-        self._teacher = teacher = load_teacher(
+        self._teacher = teacher = within_memory(
+            lambda params: load_teacher(
+                params,
+                # The control plane hashed the weights when it planned, and keeps the digests beside the store.
+                digests=DigestCache(Path(job.recipe_folder).parent.parent / "digests.json"),
+                warn=lambda message: report.emit("warning", message=message),
+            ),
             job.teacher,
-            # The control plane hashed the weights when it planned, and keeps the digests beside the store.
-            digests=DigestCache(Path(job.recipe_folder).parent.parent / "digests.json"),
-            warn=lambda message: report.emit("warning", message=message),
+            doing="the teacher could not be loaded",
+            device_remedy="no token budget makes room for its weights: use GPUs with more memory",
         )
-        self._gpu = Gpu(teacher.device)
+        self._gpus = GpuSampler()
         self._buffers = ChunkBuffers(
             vocabulary_size=teacher.vocabulary_size, dtype=teacher.dtype, device=teacher.device
         )
@@ -193,8 +191,19 @@ class TeacherRunner:
         )
 
     def run(self, unit: WorkUnit) -> dict[str, Any]:
-        """Make and commit every output of `unit`. Raises KdAssetsError; everything finished by then is on disk."""
-        clock = Clock(gpu=self._gpu)
+        """Make and commit every output of `unit`. Raises KdAssetsError; everything finished by then is on disk.
+
+        After an OutOfDeviceMemoryError or OutOfHostMemoryError the runner is as good as before.
+        """
+        return within_memory(
+            self._run,
+            unit,
+            doing=f"partition {unit.partition_key} failed with a token budget of {self._budget}",
+            device_remedy="lower teacher.token_budget",
+        )
+
+    def _run(self, unit: WorkUnit) -> dict[str, Any]:
+        clock, gpus = Clock(), self._gpus.span()
         shard = self._read_shard(unit)
         self._check_outputs(unit)
         max_length = longest(self._params)
@@ -204,6 +213,7 @@ class TeacherRunner:
             max_tokens=self._params.part_tokens,
         )
         with ExitStack() as leases:
+            leases.callback(gpus.close)
             results = {o.asset: leases.enter_context(self._result_of(o, unit.partition_key)) for o in unit.outputs}
             windows = plan_windows(
                 shard,
@@ -218,7 +228,7 @@ class TeacherRunner:
             clock.lap("compute")
             checks = self._recompute(unit.partition_key, shard, parts, results)
             clock.lap("recompute")
-            facts = self._facts(clock, tally)
+            facts = self._facts(clock, tally, gpus.usage())
             provenance = self._provenance(facts)
             for asset, result in results.items():
                 result.commit(
@@ -230,7 +240,7 @@ class TeacherRunner:
         return {"partition_key": unit.partition_key, "assets": list(results), **facts}
 
     def close(self) -> None:
-        self._gpu.close()
+        self._gpus.close()
 
     def _read_shard(self, unit: WorkUnit) -> Shard:
         folders = unit.inputs.get("shards_manifest", ())
@@ -323,7 +333,7 @@ class TeacherRunner:
         ids = [shard.document_ids[index] for index in sample]
         return {asset: c.result(ids, seed=params.seed) for asset, c in comparisons.items()}
 
-    def _facts(self, clock: Clock, tally: Tally) -> dict[str, Any]:
+    def _facts(self, clock: Clock, tally: Tally, gpus: GpuUsage) -> dict[str, Any]:
         """What this attempt cost; of a resumed partition only the windows that it ran itself."""
         compute_s = clock.laps_s["compute"]
         return {
@@ -337,8 +347,7 @@ class TeacherRunner:
             "token_budget": self._budget,
             "vocab_size": self._teacher.vocabulary_size,
             "peak_memory_gib": round(peak_memory_gib(self._teacher.device), 3),
-            "joules": clock.joules,
-            "gpu_utilisation_percent": clock.busy.utilisation_percent,
+            **gpus.facts(),
         }
 
     def _provenance(self, facts: Mapping[str, Any]) -> dict[str, Any]:
