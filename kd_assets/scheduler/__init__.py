@@ -5,17 +5,36 @@ scheduler here: a job is named by a submission key made from the work itself, eq
 starting another, and nothing a scheduler says ever proves success; only a committed result does.
 """
 
-from kd_assets.scheduler.job import JobSpec, Submission, TaskPhase, TaskState, submission_key, task_environment
+from kd_assets.scheduler.job import (
+    Attempt,
+    Ending,
+    JobSpec,
+    Poll,
+    Resources,
+    Scheduler,
+    Submission,
+    TaskPhase,
+    TaskState,
+    submission_key,
+)
 from kd_assets.scheduler.local import LocalScheduler
+from kd_assets.scheduler.profile import Profile
+from kd_assets.scheduler.slurm_scheduler import SlurmScheduler
 from kd_assets.scheduler.spread import spread
 
 __all__ = [
+    "Attempt",
+    "Ending",
     "JobSpec",
     "LocalScheduler",
+    "Poll",
+    "Profile",
+    "Resources",
+    "Scheduler",
+    "SlurmScheduler",
     "Submission",
     "TaskPhase",
     "TaskState",
     "spread",
     "submission_key",
-    "task_environment",
 ]

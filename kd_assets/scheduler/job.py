@@ -1,15 +1,19 @@
-"""The words of a submission: its key, its folder and files, its tasks and their states."""
+"""The words of a submission: its key, its folder and files, what it asks for, its tasks and their states."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from kd_assets.contract import JobKind, WorkUnit
+from kd_assets.errors import SchedulerError
 
 
 class TaskPhase(enum.Enum):
@@ -20,6 +24,27 @@ class TaskPhase(enum.Enum):
     ENDED = "ended"
 
 
+class Ending(enum.Enum):
+    """Why a task is over, in a scheduler's eyes. None of them says that the work is done."""
+
+    EXITED = "exited"
+    """The batch script ended by itself; the exit code says how."""
+    KILLED = "killed"
+    """By a signal that no limit explains: kill -9, a lost supervisor."""
+    TIME_LIMIT = "time limit"
+    PREEMPTED = "preempted"
+    NODE_FAILURE = "node failure"
+    HOST_MEMORY = "host memory"
+    LAUNCH_FAILURE = "launch failure"
+    """The node could not start it: a missing folder, a failed prolog."""
+    HELD = "held"
+    """Its launch failed again and again, and the scheduler will not try once more by itself."""
+    IMPOSSIBLE = "impossible request"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+    """The scheduler no longer knows it, and nobody saw its end."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskState:
     """What the scheduler knows of one array task."""
@@ -27,9 +52,40 @@ class TaskState:
     phase: TaskPhase
     reason: str = ""
     """Why it ended or waits, in words fit for an error message."""
+    ending: Ending | None = None
+    """Set exactly when the phase is `ENDED`."""
     exit_code: int | None = None
     """Of the last attempt; negative for a signal; None while running or where the scheduler never learned it."""
     restarts: int = 0
+    task_id: str = ""
+    """The scheduler's name for it, `14_3` in SLURM; empty where it has none."""
+    node: str = ""
+    """Where it runs, or ran last; empty while it waits."""
+    started_at: float | None = None
+    """Seconds since the epoch; of the last attempt."""
+    failed_nodes: tuple[str, ...] = ()
+    """Where it ran before and had to leave since the node failed, as far as that was seen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What each task of a job asks for. None: whatever the site gives by default."""
+
+    slurm_partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus_per_node: int | None = None
+    cpus: int | None = None
+    memory_gib: float | None = None
+    max_memory_gib: float | None = None
+    """How far the memory may be raised when a task ran out of it."""
+    time_minutes: int | None = None
+    exclusive: bool = False
+    processes_per_task: int = 1
+    """Processes that share a task's partitions on its node, one GPU each: for teachers that fit one GPU."""
+    sbatch_options: tuple[str, ...] = ()
+    """Further options of sbatch, one argument each (`--reservation=maintenance`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +98,15 @@ class JobSpec:
     n_tasks: int
     concurrency: int
     """How many tasks may run at once."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Added to the tasks' environment. No secrets: a scheduler may show it."""
+    resources: Resources = field(default_factory=Resources)
+    excluded_nodes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Both become parts of job names, comments and paths that shells and schedulers read.
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.recipe):
+            raise SchedulerError(f"{self.recipe!r} cannot name a recipe's jobs: letters, digits and _ only")
+        if not re.fullmatch(r"[0-9a-f]{32}", self.key):
+            raise SchedulerError(f"{self.key!r} is no submission key: 32 hex digits (see submission_key)")
 
     @property
     def name(self) -> str:
@@ -65,6 +128,10 @@ class Submission:
         return self.folder / "job.json"
 
     @property
+    def spec_file(self) -> Path:
+        return self.folder / "spec.json"
+
+    @property
     def events_folder(self) -> Path:
         return self.folder / "events"
 
@@ -72,9 +139,81 @@ class Submission:
     def log_folder(self) -> Path:
         return self.folder / "logs"
 
-    def log_file(self, task_index: int) -> Path:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Poll:
+    """One look at jobs. A task's state is the last known one while the scheduler cannot be reached."""
+
+    states: Mapping[Submission, Mapping[int, TaskState]]
+    unreachable: str | None = None
+    """Why the scheduler gave no answer this time; None when it did. It is never a reason to call a job ended."""
+    notices: Sequence[str] = ()
+    """What is worth a line in the log: a held task released, a refusal that is waited out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One start of a task as the site's accounting has it."""
+
+    state: str
+    """In the scheduler's own word."""
+    node: str
+    exit_code: int | None
+    submitted_at: float | None
+    started_at: float | None
+    elapsed_s: float
+    cpu_s: float
+    n_cpus: int
+    max_rss_gib: float | None
+
+
+class Scheduler(Protocol):
+    """What orchestration asks of a scheduler. Raises SchedulerError for a refusal that waiting will not change, and
+    SchedulerUnreachableError where there is no answer at all."""
+
+    @property
+    def poll_interval_s(self) -> float:
+        """How often `poll` may be called."""
+        ...
+
+    @property
+    def visibility_grace_s(self) -> float:
+        """How long what a task wrote may take to be seen here after its end."""
+        ...
+
+    def deciding(self, recipe: str, kind: JobKind) -> AbstractContextManager[None]:
+        """Held while looking for live jobs and submitting what none of them does: one decision at a time."""
+        ...
+
+    def live(self, recipe: str, kind: JobKind) -> list[Submission]:
+        """All submissions of a recipe's jobs of a kind that are not over, whoever made them."""
+        ...
+
+    def submit(self, spec: JobSpec, write_job_file: Callable[[Submission], object]) -> Submission:
+        """Start a job. `write_job_file` must write `submission.job_file`; it runs before anything starts."""
+        ...
+
+    def poll(self, submissions: Sequence[Submission]) -> Poll:
+        """One query for all of them."""
+        ...
+
+    def cancel(self, submissions: Sequence[Submission]) -> None:
+        """End them; returns once they are gone."""
+        ...
+
+    def accounting(self, submission: Submission) -> Mapping[int, Sequence[Attempt]]:
+        """Task → its attempts, oldest first; empty where nobody keeps accounts, or not yet."""
+        ...
+
+    def describe(self, submission: Submission) -> str: ...
+
+    def log_file(self, submission: Submission, task_index: int) -> Path:
         """Standard output and error of all attempts of a task, appended."""
-        return self.log_folder / f"task-{task_index:05d}.log"
+        ...
+
+    def submitted_at(self, submission: Submission) -> float:
+        """Seconds since the epoch."""
+        ...
 
 
 def submission_key(kind: JobKind, recipe: str, units: Iterable[WorkUnit]) -> str:
@@ -84,30 +223,3 @@ def submission_key(kind: JobKind, recipe: str, units: Iterable[WorkUnit]) -> str
     """
     outputs = sorted((o.asset, u.partition_key, o.fingerprint) for u in units for o in u.outputs)
     return hashlib.sha256(json.dumps([kind, recipe, outputs]).encode()).hexdigest()[:32]
-
-
-def task_environment(
-    *, job_id: int, name: str, task_index: int, n_tasks: int, restarts: int, node: str, cpus: int, folder: Path
-) -> dict[str, str]:
-    """The variables SLURM gives an array task (sbatch(1), OUTPUT ENVIRONMENT VARIABLES), for schedulers that are not
-    SLURM."""
-    return {
-        "SLURM_JOB_ID": str(job_id),
-        "SLURM_JOB_NAME": name,
-        "SLURM_JOB_NODELIST": node,
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_CLUSTER_NAME": "local",
-        "SLURM_NODEID": "0",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NTASKS": "1",
-        "SLURM_CPUS_ON_NODE": str(cpus),
-        "SLURMD_NODENAME": node,
-        "SLURM_SUBMIT_DIR": str(folder),
-        "SLURM_ARRAY_JOB_ID": str(job_id),
-        "SLURM_ARRAY_TASK_ID": str(task_index),
-        "SLURM_ARRAY_TASK_COUNT": str(n_tasks),
-        "SLURM_ARRAY_TASK_MIN": "0",
-        "SLURM_ARRAY_TASK_MAX": str(n_tasks - 1),
-        "SLURM_RESTART_COUNT": str(restarts),
-    }

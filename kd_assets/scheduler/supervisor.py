@@ -19,9 +19,10 @@ from types import FrameType
 from typing import Any
 
 from kd_assets.errors import EXIT_RESUMABLE
-from kd_assets.scheduler.job import Submission, TaskPhase, task_environment
+from kd_assets.scheduler.job import Submission, TaskPhase
+from kd_assets.scheduler.submissions import read_spec
 
-SPEC_FILE = "spec.json"
+START_FILE = "start.json"
 STATE_FILE = "state.json"
 GROUP_FILE = "group"
 """Holds the process group of the job's processes, which is also its SLURM_ARRAY_JOB_ID."""
@@ -43,8 +44,9 @@ class Supervisor:
     def __init__(self, folder: Path, lock_fd: int) -> None:
         self._submission = Submission(folder=folder)
         self._lock_fd = lock_fd
-        self._spec: dict[str, Any] = json.loads((folder / SPEC_FILE).read_bytes())
-        self._tasks = [_Task() for _ in range(self._spec["n_tasks"])]
+        self._start_with: dict[str, Any] = json.loads((folder / START_FILE).read_bytes())
+        self._spec = read_spec(self._submission)
+        self._tasks = [_Task() for _ in range(self._spec.n_tasks)]
         self._cancelled = False
 
     def run(self) -> None:
@@ -68,7 +70,7 @@ class Supervisor:
                 continue
             if self._cancelled:
                 task.phase, changed = TaskPhase.ENDED, True
-            elif sum(t.phase is TaskPhase.RUNNING for t in self._tasks) < self._spec["concurrency"]:
+            elif sum(t.phase is TaskPhase.RUNNING for t in self._tasks) < self._spec.concurrency:
                 task.process = self._start(index, task.restarts)
                 task.phase, changed = TaskPhase.RUNNING, True
         return changed
@@ -77,7 +79,7 @@ class Supervisor:
         submission = self._submission
         environment = task_environment(
             job_id=os.getpgrp(),
-            name=self._spec["name"],
+            name=self._start_with["name"],
             task_index=index,
             n_tasks=len(self._tasks),
             restarts=restarts,
@@ -85,9 +87,9 @@ class Supervisor:
             cpus=os.cpu_count() or 1,
             folder=submission.folder,
         )
-        with submission.log_file(index).open("ab") as log:
+        with task_log_file(submission, index).open("ab") as log:
             return subprocess.Popen(
-                ["bash", self._spec["script"], str(submission.job_file)],
+                ["bash", self._start_with["script"], str(submission.job_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -120,6 +122,37 @@ class Supervisor:
             temporary.replace(self._submission.folder / STATE_FILE)
         except OSError as e:  # the file informs; a full disk is no reason to leave the tasks alone
             print(f"cannot write {temporary}: {e}", file=sys.stderr, flush=True)
+
+
+def task_log_file(submission: Submission, task_index: int) -> Path:
+    """Standard output and error of all attempts of a task, appended."""
+    return submission.log_folder / f"task-{task_index:05d}.log"
+
+
+def task_environment(
+    *, job_id: int, name: str, task_index: int, n_tasks: int, restarts: int, node: str, cpus: int, folder: Path
+) -> dict[str, str]:
+    """The variables SLURM gives an array task (sbatch(1), OUTPUT ENVIRONMENT VARIABLES)."""
+    return {
+        "SLURM_JOB_ID": str(job_id),
+        "SLURM_JOB_NAME": name,
+        "SLURM_JOB_NODELIST": node,
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CLUSTER_NAME": "local",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_CPUS_ON_NODE": str(cpus),
+        "SLURMD_NODENAME": node,
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_ARRAY_JOB_ID": str(job_id),
+        "SLURM_ARRAY_TASK_ID": str(task_index),
+        "SLURM_ARRAY_TASK_COUNT": str(n_tasks),
+        "SLURM_ARRAY_TASK_MIN": "0",
+        "SLURM_ARRAY_TASK_MAX": str(n_tasks - 1),
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
 
 
 def kill_leftovers(task_index: int) -> None:
