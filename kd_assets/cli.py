@@ -1,7 +1,8 @@
-"""`kd-assets`: looks at results on disk. One function a subcommand, all listed in `COMMANDS`.
+"""`kd-assets`: looks at results, and at what a run would do. One function a subcommand, all listed in `COMMANDS`.
 
-Needs what the store needs, and the `tokenizers` library to show text where it is installed. Errors are one line on
-stderr; the exit status is that of the error (see `kd_assets.errors`).
+`inspect` and `verify` need what the store needs, and the `tokenizers` library to show text where it is installed;
+`preview` and `doctor` belong to the control plane, which is loaded by name, so that the others work without dagster.
+Errors are one line on stderr; the exit status is that of the error (see `kd_assets.errors`).
 """
 
 from __future__ import annotations
@@ -217,6 +218,62 @@ def _report_lines(report: VerifyReport) -> list[str]:
     return [*lines, f"{report.path}: {counts}: {found}"]
 
 
+# ---------------------------------------------------------------------------------------------------- control plane
+
+
+def _control_plane(module: str) -> Any:
+    """A module of the planes that need dagster. Raises MissingInputError where its packages are not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] == "kd_assets":
+            raise
+        raise MissingInputError(
+            f"this command needs {e.name}, which is not installed here: run it on the service node, or "
+            "pip install 'kd-assets[control]'"
+        ) from e
+
+
+def _preview_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a folder of kd_assets/defs")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--partitions", metavar="A..B", help="from shard A to shard B; or A,C; or one (default: all)")
+    which.add_argument("--all", action="store_true", help="all shards of the current plan")
+    parser.add_argument("--assets", nargs="+", metavar="NAME", help="such as topk_cache (default: all that need jobs)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    previews = _control_plane("kd_assets.orchestration.preview")
+    recipe = _control_plane("kd_assets.components.recipes").load_recipe(arguments.recipe)
+    platform = _control_plane("kd_assets.orchestration.platform").Platform.from_environment()
+    shown = previews.preview(recipe, platform, partitions=arguments.partitions, assets=arguments.assets)
+    if arguments.json:
+        print(json.dumps(shown.to_json(), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(previews.text_lines(shown)))
+    return 0
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="check its requests, weights and space, too")
+    parser.add_argument("--no-job", action="store_true", help="submit no test job to the cluster")
+    parser.add_argument("--wait", type=_count, default=120, metavar="SECONDS", help="for the test job to start (120)")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Exit 1 when anything fails; each finding is a line, printed as soon as it is known."""
+    doctor = _control_plane("kd_assets.orchestration.doctor")
+    load_recipe = _control_plane("kd_assets.components.recipes").load_recipe
+    recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
+    platform = _control_plane("kd_assets.orchestration.platform").Platform.from_environment()
+    ok = True
+    for finding in doctor.examine(recipe, platform, test_job=not arguments.no_job, wait_s=arguments.wait):
+        print(finding, flush=True)
+        ok = ok and finding.status is not doctor.Status.FAIL
+    return 0 if ok else EXIT_FAILED
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 COMMANDS: tuple[Command, ...] = (
@@ -231,6 +288,18 @@ COMMANDS: tuple[Command, ...] = (
         description="check every hash and every count; exit 1 with the file named when something is wrong",
         add_arguments=_verify_arguments,
         run=_verify,
+    ),
+    Command(
+        name="preview",
+        description="what materializing would submit now, command lines and all; submits nothing",
+        add_arguments=_preview_arguments,
+        run=_preview,
+    ),
+    Command(
+        name="doctor",
+        description="check what jobs need, the cluster included; exit 1 with the remedy named when something fails",
+        add_arguments=_doctor_arguments,
+        run=_doctor,
     ),
 )
 

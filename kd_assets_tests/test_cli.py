@@ -274,3 +274,69 @@ def commit_identity(store: Path, identity: dict[str, Any], provenance: dict[str,
     ) as result:
         result.write_part(0, rows, n_tokens=docs.n_tokens, stats=part_stats("topk_cache", rows))
         result.commit(parts=1, checks={}, provenance=provenance)
+
+
+# ---------------------------------------------------------------------------------------------- preview and doctor
+
+WITHOUT_DAGSTER = (
+    "import sys; sys.modules['dagster'] = None; from kd_assets.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def run_without_dagster(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_DAGSTER, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [["preview", "demo"], ["doctor"]])
+def test_what_needs_dagster_says_so_where_it_is_not_installed(command: list[str]) -> None:
+    ended = run_without_dagster(*command)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("kd-assets: this command needs ")
+    assert "pip install 'kd-assets[control]'" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_the_other_commands_need_no_dagster(store: Path) -> None:
+    ended = run_without_dagster("verify", store)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("dagster")
+    for name in ("KD_SCHEDULER", "KD_SLURM_PROFILE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KD_HOME", str(tmp_path / "a home"))
+    return tmp_path / "a home"
+
+
+def test_preview_and_doctor_know_the_recipes_by_name(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("preview", "doctor"):
+        status, out, err = run(capsys, command, "dmeo")
+        assert (status, out) == (2, "")
+        assert err == "kd-assets: there is no recipe 'dmeo'; there are demo, llama31_70b\n"
+
+
+def test_preview_without_a_plan_says_what_to_do(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "preview", "demo", "--all")
+    assert status == 2
+    assert err.startswith("kd-assets: no shard plan at ")
+    assert not home.exists(), "looking writes nothing"
+
+
+def test_preview_takes_one_selection(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["preview", "demo", "--all", "--partitions", "a..b"])
+    assert ended.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_doctor_ends_with_1_when_something_fails(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "doctor", "demo", "--no-job")
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    assert lines[:2] == ["ok   scheduler: local (KD_SCHEDULER)", f"ok   KD_HOME: {home} can be written"]
+    (failed,) = (line for line in lines if line.startswith("FAIL"))
+    assert failed.startswith(f"FAIL weights: no model folder at {home}/inputs/demo/teacher")
+    assert failed.endswith("→ materialize demo/teacher")

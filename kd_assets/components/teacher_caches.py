@@ -4,21 +4,24 @@ The pydantic models here are the recipe file's schema (`dg check yaml` validates
 the frozen `Recipe` that everything else uses. Adding a teacher is adding a file, never code.
 """
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kd_assets.contract import EmbeddingParams, HiddenStateParams, StudentParams, TopkParams
+from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.orchestration.materialize import materialize_caches, materialize_plan, materialize_student
 from kd_assets.orchestration.nightly import nightly_requests
+from kd_assets.orchestration.orphans import settle_orphans
 from kd_assets.orchestration.platform import Platform
+from kd_assets.orchestration.profiles import Positive, ResourcesModel
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, Source, Tasks, Teacher
 from kd_assets.orchestration.recording import check_specs
 from kd_assets.sources.plan import SourceSpec
-
-Positive = Annotated[int, Field(gt=0)]
 
 
 class SourceModel(dg.Model, dg.Resolvable):
@@ -66,6 +69,8 @@ class EmbeddingsModel(dg.Model, dg.Resolvable):
 class CachesModel(dg.Model, dg.Resolvable):
     """Which caches the recipe has; one that is left out is not made."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
     topk: TopkModel | None = None
     hidden_states: HiddenStatesModel | None = None
     embeddings: EmbeddingsModel | None = None
@@ -89,15 +94,26 @@ class StudentModel(dg.Model, dg.Resolvable):
 
 
 class TasksModel(dg.Model, dg.Resolvable):
-    n_tasks: Positive = 1
+    n_tasks: Annotated[int, Field(gt=0, le=100_000)] = 1
+    """Array tasks of a job at most; a task works through its share of the partitions, balanced by tokens."""
     concurrency: Positive = 1
+    """Tasks that run at once."""
+    processes_per_task: Annotated[int, Field(gt=0, le=64)] = 1
+    """Processes that share a task's partitions, one GPU each: for a teacher that fits one GPU of several."""
+    slurm: ResourcesModel = ResourcesModel()
+    """What each task asks for; the local scheduler does not look at it."""
+
+    def to_tasks(self) -> Tasks:
+        resources = dataclasses.replace(self.slurm.to_resources(), processes_per_task=self.processes_per_task)
+        return Tasks(n_tasks=self.n_tasks, concurrency=self.concurrency, resources=resources)
 
 
 class JobsModel(dg.Model, dg.Resolvable):
-    """How each kind of job is split into array tasks."""
+    """How each kind of job is split into array tasks, and what they ask for."""
 
     shards: TasksModel = TasksModel()
     teacher: TasksModel = TasksModel()
+    student: TasksModel = TasksModel()
 
 
 class NightlyModel(dg.Model, dg.Resolvable):
@@ -159,8 +175,9 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
             part_documents=self.part_documents,
             part_tokens=self.part_tokens,
             tasks={
-                "shards": Tasks(**self.jobs.shards.model_dump()),
-                "teacher": Tasks(**self.jobs.teacher.model_dump()),
+                "shards": self.jobs.shards.to_tasks(),
+                "teacher": self.jobs.teacher.to_tasks(),
+                "student": self.jobs.student.to_tasks(),
             },
             nightly_plan_cron=self.nightly.plan,
             nightly_caches_cron=self.nightly.caches,
@@ -169,6 +186,39 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         return recipe_definitions(self.to_recipe(), self.description)
 
+    @classmethod
+    def get_model_cls(cls) -> type[BaseModel]:
+        """What Dagster parses the YAML with, with the schema of these models for `dg check yaml`.
+
+        Dagster's own schema lets every field be any string, since it may be a template; so it would find no wrong
+        string, and call a wrong number "not valid under any of the given schemas" of the field's parent.
+        """
+        return _model_with_schema(cls)
+
+
+@cache
+def _model_with_schema(component: type[TeacherCaches]) -> type[BaseModel]:
+    schema = component.model_json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        properties = model.get("properties", {})
+        model["properties"] = {name: _or_template(of_field) for name, of_field in properties.items()}
+    derived: type[BaseModel] = component.model()
+    return type(derived.__name__, (derived,), {"model_json_schema": classmethod(lambda *_, **__: schema)})
+
+
+def _or_template(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that may also be a `{{ template }}`, and null where it can be None.
+
+    As a condition, and not as alternatives: so a wrong value is reported where it stands, with what is wrong about it.
+    """
+    allowed: list[dict[str, Any]] = [{"type": "string", "pattern": r"\{\{"}]
+    said = {name: value for name, value in schema.items() if name in ("default", "description", "title")}
+    asked = {name: value for name, value in schema.items() if name not in said}
+    if {"type": "null"} in (alternatives := asked.get("anyOf", [])):
+        allowed.append({"type": "null"})
+        (asked,) = (a for a in alternatives if a != {"type": "null"})
+    return {**said, "if": {"anyOf": allowed}, "else": asked}
+
 
 def recipe_definitions(recipe: Recipe, description: str | None = None) -> dg.Definitions:
     """All that a recipe is in Dagster. Needs the resource `platform`."""
@@ -176,7 +226,9 @@ def recipe_definitions(recipe: Recipe, description: str | None = None) -> dg.Def
     if recipe.student is not None:
         assets.append(student_asset(recipe))
     return dg.Definitions.merge(
-        dg.Definitions(assets=assets, schedules=[plan_schedule(recipe), caches_schedule(recipe)]),
+        dg.Definitions(
+            assets=assets, schedules=[plan_schedule(recipe), caches_schedule(recipe)], sensors=[orphan_sensor(recipe)]
+        ),
         recipe_jobs(recipe),
     )
 
@@ -318,3 +370,20 @@ def caches_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
         yield from nightly_requests(context.instance, recipe)
 
     return nightly_caches
+
+
+def orphan_sensor(recipe: Recipe) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{recipe.name}_orphans",
+        target=dg.AssetSelection.groups(recipe.name),
+        minimum_interval_seconds=300,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="Finds jobs without a run, which get a new run or are cancelled, and runs without a process.",
+    )
+    def orphans(context: dg.SensorEvaluationContext, platform: Platform) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        try:
+            yield from settle_orphans(context.instance, recipe, platform.make_scheduler(), platform.jobs_folder)
+        except SchedulerUnreachableError as e:
+            yield dg.SkipReason(f"the scheduler does not answer, so nobody knows what lives: {e}")
+
+    return orphans

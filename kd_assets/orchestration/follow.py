@@ -1,4 +1,4 @@
-"""Following a job: its tasks' events as they come, and what became of every result once it is over.
+"""Following jobs: their tasks' events as they come, folded into what each task has said of itself.
 
 Knows no dagster. May be interrupted and begun again at any time: event files are read from their start, and what is
 committed is asked of the store.
@@ -6,30 +6,21 @@ committed is asked of the store.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from kd_assets.contract import Asset, Event, JobFile, Output, WorkUnit, event_file, read_events, read_job
-from kd_assets.errors import StoreError
-from kd_assets.scheduler import LocalScheduler, Submission, TaskPhase, TaskState
-from kd_assets.store import committed
+from kd_assets.contract import Event, JobFile, Output, WorkUnit, event_file, read_events, read_job
+from kd_assets.orchestration.failures import FailureClass, PartitionError
+from kd_assets.scheduler import Submission, TaskPhase, TaskState
+from kd_assets.scheduler.submissions import read_spec
 
-POLL_INTERVAL_S = 0.2
 LOG_TAIL_LINES = 12
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FailedResult:
-    """A result that a job should have left and did not."""
-
-    partition_key: str
-    asset: Asset
-    folder: str
-    cause: str
-    log_file: Path
-    log_tail: str
+LAST_WORDS = ("failed", "done")
+"""How `task_finished` calls a task that will not be started again by itself."""
+_WORST_FIRST = ("resumable", *LAST_WORDS)
 
 
 @dataclass(slots=True)
@@ -38,76 +29,192 @@ class EventTail:
 
     submission: Submission
     n_tasks: int
-    _offsets: dict[int, int] = field(default_factory=dict)
+    n_ranks: int = 1
+    """Processes of a task, each with an event file of its own."""
+    _offsets: dict[Path, int] = field(default_factory=dict)
 
     def new_events(self) -> Iterator[Event | str]:
-        """Events since the last call, task by task. A line that is no event comes as its text."""
+        """Events since the last call, file by file. A line that is no event comes as its text."""
         for task in range(self.n_tasks):
-            path = event_file(self.submission.events_folder, task)
-            for offset, event in read_events(path, self._offsets.get(task, 0)):
-                self._offsets[task] = offset
-                yield event
+            for rank in range(self.n_ranks):
+                path = event_file(self.submission.events_folder, task, rank)
+                for offset, event in read_events(path, self._offsets.get(path, 0)):
+                    self._offsets[path] = offset
+                    yield event
 
 
-def follow(
-    scheduler: LocalScheduler,
-    submission: Submission,
-    on_event: Callable[[Event | str], None],
-    *,
-    poll_interval_s: float = POLL_INTERVAL_S,
-    sleep: Callable[[float], None] = time.sleep,
-) -> list[FailedResult]:
-    """Pass every event to `on_event` until all tasks have ended; returns what is not committed, with its cause."""
-    job = read_job(submission.job_file)
-    tail = EventTail(submission, len(job.tasks))
-    causes: dict[str, str] = {}
-    while True:
-        states = scheduler.states(submission)
-        ended = all(s.phase is TaskPhase.ENDED for s in states.values())
-        for event in tail.new_events():  # read after the states: the last events of a task precede its end
-            _remember_cause(event, causes)
-            on_event(event)
-        if ended:
-            return list(_failed_results(job, submission, states, causes))
-        sleep(poll_interval_s)
+@dataclass(slots=True)
+class TaskReport:
+    """What one task has said of itself so far, over all its attempts and processes."""
+
+    n_ranks: int = 1
+    attempt: int = -1
+    """The last one that began; -1 before any did."""
+    started_at: list[float] = field(default_factory=list)
+    """Of each attempt, in seconds since the epoch."""
+    node: str = ""
+    task_id: str = ""
+    """What the scheduler calls it, `14_3`."""
+    errors: dict[str, PartitionError] = field(default_factory=dict)
+    """Partition → what the last attempt failed with."""
+    last_words: dict[int, str] = field(default_factory=dict)
+    """Rank → how it said that the last attempt ended."""
+    last_signal: str | None = None
+    interruptions: list[tuple[str, FailureClass]] = field(default_factory=list)
+    """Where each earlier attempt ran, and why it ended as far as the task itself can tell."""
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    """What the last attempt used, as it last said."""
+
+    def add(self, event: Event) -> None:
+        data = event.data
+        match event.type:
+            case "task_started":
+                self._start(event)
+            case "partition_failed":
+                self.errors[data["partition_key"]] = PartitionError(
+                    name=data["error"], message=data["message"], while_loading=data.get("during") == "load"
+                )
+            case "committed":
+                self.errors.pop(data["partition_key"], None)
+                self.usage = data.get("usage") or self.usage
+            case "task_finished" if data["status"] == "duplicate":
+                pass  # a second copy, which left: the first one still speaks for the task
+            case "task_finished":
+                self.last_words[int(data.get("rank") or 0)] = data["status"]
+                self.last_signal = data.get("signal")
+                self.usage = data.get("usage") or self.usage
+            case _:
+                pass
+
+    @property
+    def last_word(self) -> str | None:
+        """How the last attempt said it ended: its worst process; None while one runs, or when one was killed."""
+        if len(self.last_words) < self.n_ranks:
+            return None
+        return min(self.last_words.values(), key=_WORST_FIRST.index)
+
+    @property
+    def is_final(self) -> bool:
+        return self.last_word in LAST_WORDS
+
+    def _start(self, event: Event) -> None:
+        if event.attempt > self.attempt or not self.started_at:
+            if self.started_at:
+                self.interruptions.append((self.node, self._why_it_ended()))
+            self.attempt, self.last_signal = event.attempt, None
+            self.last_words.clear()
+            self.errors.clear()
+            self.started_at.append(event.time)
+        self.node = str(event.data.get("slurm_nodelist") or event.data.get("host") or "")
+        self.task_id = _task_id(event.data)
+
+    def _why_it_ended(self) -> FailureClass:
+        """USR1 comes before the time limit; TERM without a cancellation is what preemption sends; no last word at all
+        is what kill -9 and a dead node leave."""
+        match self.last_word:
+            case "resumable" if self.last_signal == "SIGUSR1":
+                return FailureClass.TIME_LIMIT
+            case "resumable":
+                return FailureClass.PREEMPTED
+            case None:
+                return FailureClass.KILLED
+            case _:
+                return FailureClass.INTERRUPTED
 
 
-def _remember_cause(event: Event | str, causes: dict[str, str]) -> None:
-    """The last word on each partition: a failure of an earlier attempt is forgotten once a later one starts it."""
-    if isinstance(event, str):
-        return
-    if event.type == "partition_failed":
-        causes[event.data["partition_key"]] = f"{event.data['error']}: {event.data['message']}"
-    elif event.type == "committed":
-        causes.pop(event.data["partition_key"], None)
+@dataclass(slots=True)
+class FollowedJob:
+    """One submission, with what its tasks have said."""
 
+    submission: Submission
+    job: JobFile
+    reports: dict[int, TaskReport]
+    tail: EventTail
+    states: Mapping[int, TaskState] = field(default_factory=dict)
+    ended_since: dict[int, float] = field(default_factory=dict)
+    over: set[int] = field(default_factory=set)
+    """Tasks that nothing more is expected of."""
 
-def _failed_results(
-    job: JobFile, submission: Submission, states: dict[int, TaskState], causes: dict[str, str]
-) -> Iterator[FailedResult]:
-    for task, unit, output in _outputs(job):
-        state, log_file = states[task], submission.log_file(task)
-        cause = causes.get(unit.partition_key, f"task {task} of {submission.folder}: {state.reason}")
-        try:
-            if committed(Path(output.path), output.fingerprint) is not None:
-                continue
-        except StoreError as e:
-            cause = str(e)
-        yield FailedResult(
-            partition_key=unit.partition_key,
-            asset=output.asset,
-            folder=output.path,
-            cause=cause,
-            log_file=log_file,
-            log_tail=log_tail(log_file),
+    @staticmethod
+    def of(submission: Submission) -> FollowedJob:
+        job = read_job(submission.job_file)
+        n_tasks, n_ranks = len(job.tasks), read_spec(submission).resources.processes_per_task
+        return FollowedJob(
+            submission=submission,
+            job=job,
+            reports={i: TaskReport(n_ranks=n_ranks) for i in range(n_tasks)},
+            tail=EventTail(submission, n_tasks, n_ranks),
         )
 
+    def read(self, on_event: Callable[[FollowedJob, Event | str], None]) -> None:
+        """Take in what is new, and pass it on."""
+        for event in self.tail.new_events():
+            if isinstance(event, Event) and event.task in self.reports:
+                self.reports[event.task].add(event)
+            on_event(self, event)
 
-def _outputs(job: JobFile) -> Iterator[tuple[int, WorkUnit, Output]]:
-    for task, unit_indexes in enumerate(job.tasks):
-        for index in unit_indexes:
-            for output in job.units[index].outputs:
-                yield task, job.units[index], output
+    def newly_over(self, now: float, grace_s: float, is_complete: Callable[[int], bool]) -> list[int]:
+        """Tasks of which nothing more is to come since the last call.
+
+        A task that says it failed is over; so is one that says it is done, or that the scheduler calls ended, once its
+        results are seen or the shared file system had `grace_s` to show them.
+        """
+        newly = []
+        for task, report in self.reports.items():
+            if task in self.over:
+                continue
+            state = self.states.get(task)
+            ended = state is not None and state.phase is TaskPhase.ENDED
+            if not (ended or report.is_final):
+                self.ended_since.pop(task, None)  # it was requeued
+                continue
+            waited_s = now - self.ended_since.setdefault(task, now)
+            if report.last_word == "failed" or waited_s >= grace_s or is_complete(task):
+                newly.append(task)
+        self.over.update(newly)
+        return newly
+
+    def state(self, task: int) -> TaskState:
+        """What the scheduler said last of a task."""
+        return self.states.get(task) or TaskState(phase=TaskPhase.PENDING)
+
+    def interruptions(self, task: int) -> list[FailureClass]:
+        """Why each earlier attempt of a task ended: in its own words, but of a failed node the scheduler knows."""
+        failed_nodes = self.state(task).failed_nodes
+        return [
+            FailureClass.NODE_FAILURE if node in failed_nodes else why for node, why in self.reports[task].interruptions
+        ]
+
+    def may_say_more(self) -> bool:
+        """Whether a task that nobody has seen end has not said its last word."""
+        return any(
+            not report.is_final and self.state(task).phase is not TaskPhase.ENDED
+            for task, report in self.reports.items()
+        )
+
+    def queue_in_words(self) -> str:
+        """How many tasks run, wait and why: `3 run, 5 wait (Priority)`."""
+        states = [self.state(task) for task in self.reports]
+        words = [
+            f"{n} {word}"
+            for phase, word in ((TaskPhase.RUNNING, "run"), (TaskPhase.ENDED, "ended"))
+            if (n := sum(s.phase is phase for s in states))
+        ]
+        waiting = Counter(s.reason for s in states if s.phase is TaskPhase.PENDING)
+        words += [f"{n} wait ({reason})" if reason else f"{n} wait" for reason, n in sorted(waiting.items())]
+        return ", ".join(words)
+
+    def outputs(self) -> Iterator[tuple[int, WorkUnit, Output]]:
+        """Everything it is to leave behind, with the task that makes it."""
+        for task, unit_indexes in enumerate(self.job.tasks):
+            for index in unit_indexes:
+                for output in self.job.units[index].outputs:
+                    yield task, self.job.units[index], output
+
+
+def _task_id(data: Mapping[str, Any]) -> str:
+    job, index = data.get("slurm_array_job_id"), data.get("slurm_array_task_id")
+    return f"{job}_{index}" if job and index else str(data.get("slurm_job_id") or "")
 
 
 def log_tail(path: Path, n_lines: int = LOG_TAIL_LINES) -> str:
@@ -117,6 +224,6 @@ def log_tail(path: Path, n_lines: int = LOG_TAIL_LINES) -> str:
             size = f.seek(0, 2)
             f.seek(max(0, size - 65536))
             lines = f.read().decode("utf-8", "replace").splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return ""
     return "\n".join([line for line in lines if not line.startswith('{"v":')][-n_lines:])

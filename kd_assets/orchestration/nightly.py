@@ -24,7 +24,8 @@ from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
 from kd_assets.orchestration.recording import latest_data_version
 
 MAX_PARTITIONS_A_RUN = 500
-"""Dagster's sqlite takes about 25 ms of events a partition: past this a run is long in starting."""
+"""Dagster plans each partition of a run with an event of its own before it starts, 6 to 9 ms in sqlite: past this a run
+is long in starting."""
 
 LIVE = [
     dg.DagsterRunStatus.QUEUED,

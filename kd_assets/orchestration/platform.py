@@ -1,21 +1,33 @@
-"""Where this deployment keeps things, and which scheduler runs its jobs. The thin resource at the edge."""
+"""Where this deployment keeps things, and which scheduler runs its jobs. The thin resource at the edge.
+
+Secrets are named here and never held: their values go from the environment into one file that only this user can read,
+and no field, repr, log line or error has them.
+"""
 
 from __future__ import annotations
 
 import os
+import pwd
+import shlex
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import dagster as dg
 
-from kd_assets.errors import RecipeError
+from kd_assets.contract import JobKind
+from kd_assets.errors import RecipeError, SchedulerError
 from kd_assets.identity import DigestCache
-from kd_assets.scheduler import LocalScheduler
+from kd_assets.orchestration.profiles import find_profile, read_profile
+from kd_assets.orchestration.recipe import Recipe
+from kd_assets.scheduler import LocalScheduler, Profile, Resources, Scheduler, SlurmScheduler
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
+BATCH_SCRIPT = PROJECT_FOLDER / "slurm" / "task.sbatch"
+SCHEDULERS = ("local", "slurm")
 
 
 class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -23,16 +35,19 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     home: str
     scheduler: str = "local"
+    slurm_profile: str = "default"
+    """A name in `slurm/profiles`, or a path; see `profiles.find_profile`."""
     compute_python: str = sys.executable
     """The Python of the compute environment, as the cluster's nodes see it."""
 
     @staticmethod
     def from_environment() -> Platform:
-        """KD_HOME (default: `var` in the checkout), KD_SCHEDULER (default: local), KD_COMPUTE_PYTHON (default: this
-        Python)."""
+        """KD_HOME (default: `var` in the checkout), KD_SCHEDULER (local), KD_SLURM_PROFILE (default), and
+        KD_COMPUTE_PYTHON (this Python)."""
         return Platform(
             home=str(Path(os.environ.get("KD_HOME") or PROJECT_FOLDER / "var").absolute()),
             scheduler=os.environ.get("KD_SCHEDULER") or "local",
+            slurm_profile=os.environ.get("KD_SLURM_PROFILE") or "default",
             compute_python=os.environ.get("KD_COMPUTE_PYTHON") or sys.executable,
         )
 
@@ -46,12 +61,66 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
     def digests(self) -> DigestCache:
         return DigestCache(self.home_folder / "digests.json")
 
-    def make_scheduler(self) -> LocalScheduler:
-        """Raises RecipeError for a scheduler this version does not have."""
-        if self.scheduler != "local":
-            raise RecipeError(f"KD_SCHEDULER={self.scheduler}: this version runs jobs with 'local' only; unset it")
-        return LocalScheduler(
-            self.home_folder / "jobs", script=PROJECT_FOLDER / "slurm" / "task.sbatch", python=self.compute_python
+    @property
+    def jobs_folder(self) -> Path:
+        return self.home_folder / "jobs"
+
+    def profile(self) -> Profile | None:
+        """The cluster profile that holds here; None for the local scheduler.
+
+        Raises RecipeError for a scheduler that does not exist or a profile with something wrong in it,
+        MissingInputError for a profile that is not there.
+        """
+        if self.scheduler not in SCHEDULERS:
+            raise RecipeError(f"KD_SCHEDULER={self.scheduler}: there is no such scheduler; set it to local or slurm")
+        return None if self.scheduler == "local" else read_profile(find_profile(self.slurm_profile))
+
+    def make_scheduler(self, *, submits: bool = True) -> Scheduler:
+        """The scheduler of this deployment. Nothing is written when it is only asked things (`submits=False`).
+
+        Raises what `profile` and `secrets_file` raise.
+        """
+        if (profile := self.profile()) is None:
+            return LocalScheduler(self.jobs_folder, script=BATCH_SCRIPT, python=self.compute_python)
+        return SlurmScheduler(
+            self.jobs_folder,
+            profile=profile,
+            script=BATCH_SCRIPT,
+            python=self.compute_python,
+            secrets_file=self.secrets_file() if submits else self.secrets_path() if secrets_set(profile) else None,
+        )
+
+    def resources(self, recipe: Recipe, kind: JobKind) -> Resources:
+        """What each task of a recipe's jobs of a kind asks for: the recipe's word, else the cluster profile's."""
+        wanted = recipe.tasks_of(kind).resources
+        profile = self.profile()
+        return wanted if profile is None else profile.resources(kind, wanted)
+
+    def secrets_path(self) -> Path:
+        return self.home_folder / "secrets" / f"{_user_name()}.env"
+
+    def secrets_file(self) -> Path | None:
+        """Write the cluster profile's secrets, as they are in this environment now, for tasks to read.
+
+        Returns the file (0600, in a folder 0700, lines `NAME='value'` for Bash); None when none of them is set: what an
+        earlier submission wrote stays, since its tasks may still wait. Raises SchedulerError when it cannot be written.
+        """
+        profile = self.profile()
+        values = {} if profile is None else secrets_set(profile)
+        if not values:
+            return None
+        path = self.secrets_path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.parent.chmod(0o700)
+            _write_secrets(path, values)
+        except OSError as e:
+            # Without its cause, which is harmless, but whose traceback some tools print with local variables.
+            why = e.strerror
+        else:
+            return path
+        raise SchedulerError(
+            f"{path} cannot be written ({why}): its folder must be this user's, on a disk that the nodes see"
         )
 
     def variables(self) -> dict[str, str]:
@@ -74,3 +143,31 @@ def code_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return f"kd-assets {version('kd-assets')}"
     return described.stdout.strip() or f"kd-assets {version('kd-assets')}"
+
+
+def secrets_set(profile: Profile) -> dict[str, str]:
+    """The profile's secrets that are set here, by name."""
+    return {name: value for name in profile.secrets if (value := os.environ.get(name))}
+
+
+def _write_secrets(path: Path, values: dict[str, str]) -> None:
+    """At once and whole: a task that starts meanwhile reads the old file or the new one."""
+    lines = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")  # 0600 from its beginning
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(os.fsencode(lines))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _user_name() -> str:
+    """Not from the environment: it names the file that a task of this user looks for."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user without an entry
+        return str(os.getuid())

@@ -23,6 +23,7 @@ from kd_assets.contract import (
     TopkParams,
 )
 from kd_assets.errors import RecipeError
+from kd_assets.scheduler.job import Resources
 from kd_assets.sources.plan import SourceSpec
 from kd_assets.store import FORMAT_VERSION, fingerprint
 
@@ -55,10 +56,15 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tasks:
-    """Into how many array tasks a job of a kind is split, and how many run at once."""
+    """Into how many array tasks a job of a kind is split, how many run at once, and what each of them asks for.
+
+    It decides nothing about the bytes: it is in no fingerprint and no code version.
+    """
 
     n_tasks: int = 1
     concurrency: int = 1
+    resources: Resources = field(default_factory=Resources)
+    """Of SLURM; what is None is the cluster profile's word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

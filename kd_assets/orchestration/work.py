@@ -55,20 +55,38 @@ class PlannedWork:
         kept = [dataclasses.replace(u, outputs=tuple(o for o in u.outputs if wanted(o))) for u in self.units]
         return dataclasses.replace(self, units=tuple(u for u in kept if u.outputs))
 
-    def without_damaged(self) -> PlannedWork:
-        """With the units whose results cannot be read as impossible: one damaged manifest must not stop the others."""
+    def survey(self) -> Survey:
+        """What is committed already and what is missing, each result looked at once. A damaged manifest makes its
+        partition impossible: it must not stop the others."""
+        committed_outputs: list[tuple[WorkUnit, Output]] = []
+        missing: set[str] = set()
         damaged: dict[str, str] = {}
         for unit in self.units:
             for output in unit.outputs:
                 try:
-                    is_committed(output)
+                    if is_committed(output):
+                        committed_outputs.append((unit, output))
+                    else:
+                        missing.add(output.path)
                 except StoreError as e:
                     damaged[unit.partition_key] = f"{e}. Move {output.path} away and materialize again"
-        return dataclasses.replace(
-            self,
-            units=tuple(u for u in self.units if u.partition_key not in damaged),
+        return Survey(
+            committed=tuple((u, o) for u, o in committed_outputs if u.partition_key not in damaged),
+            missing=dataclasses.replace(
+                self, units=tuple(u for u in self.units if u.partition_key not in damaged), impossible={}
+            ).only(lambda o: o.path in missing),
             impossible={**self.impossible, **damaged},
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """Planned work, sorted by what is there of it."""
+
+    committed: tuple[tuple[WorkUnit, Output], ...]
+    missing: PlannedWork
+    impossible: Mapping[str, str]
+    """Partition → why it cannot be asked for."""
 
 
 class Planner:
@@ -220,8 +238,11 @@ class Planner:
     def student_work(self) -> tuple[PlannedWork, tuple[str, ...]]:
         """Training on every partition of the plan all of whose caches are committed; and those partitions."""
         keys = [s.partition_key for s in self.current_plan().shards]
-        work = self.teacher_work(keys, self._recipe.caches).without_damaged()
-        units = [u for u in work.units if all(is_committed(o) for o in u.outputs)]
+        survey = self.teacher_work(keys, self._recipe.caches).survey()
+        there: dict[str, list[tuple[WorkUnit, Output]]] = {}
+        for unit, output in survey.committed:
+            there.setdefault(unit.partition_key, []).append((unit, output))
+        units = [found[0][0] for found in there.values() if len(found) == len(self._recipe.caches)]
         if not units:
             raise MissingInputError(
                 f"no partition of {self._recipe.name} has all its caches ({', '.join(self._recipe.caches)}) for the "

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.orchestration.deployment import Deployment, make_tiny_teacher
 
 
@@ -34,3 +35,12 @@ def deployment(deploy: Callable[..., Deployment]) -> Deployment:
     made = deploy()
     made.plan()
     return made
+
+
+@pytest.fixture
+def command_line(deployment: Deployment) -> Iterator[CommandLine]:
+    made = CommandLine(deployment)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()

@@ -63,8 +63,17 @@ def documents(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
 class Deployment:
     """`home` is KD_HOME. The recipe `tiny` reads `home/corpus.jsonl`, four documents a shard."""
 
-    def __init__(self, home: Path, tiny_teacher: Path, instance: dg.DagsterInstance, **changes: Any) -> None:
+    def __init__(
+        self,
+        home: Path,
+        tiny_teacher: Path,
+        instance: dg.DagsterInstance,
+        *,
+        platform: Platform | None = None,
+        **changes: Any,
+    ) -> None:
         self.home, self.instance = home, instance
+        self.platform = platform or Platform(home=str(home))
         self.corpus = home / "corpus.jsonl"
         self.write(documents(len(SHARDS) * DOCUMENTS_PER_SHARD))
         attributes: dict[str, Any] = {
@@ -81,7 +90,6 @@ class Deployment:
         }
         self.attributes = attributes | changes
         self.recipe = TeacherCaches(**self.attributes).to_recipe()
-        self.platform = Platform(home=str(home))
         self.definitions = dg.Definitions.merge(
             recipe_definitions(self.recipe),
             dg.Definitions(resources={"platform": self.platform}, executor=dg.in_process_executor),
@@ -170,7 +178,7 @@ from kd_assets.orchestration.platform import Platform
 
 defs = dg.Definitions.merge(
     recipe_definitions(TeacherCaches(**{attributes}).to_recipe()),
-    dg.Definitions(resources={{"platform": Platform(home={home!r})}}, executor=dg.in_process_executor),
+    dg.Definitions(resources={{"platform": Platform(**{platform})}}, executor=dg.in_process_executor),
 )
 """
 
@@ -178,5 +186,6 @@ defs = dg.Definitions.merge(
 def write_definitions(deployment: Deployment) -> Path:
     """The deployment as a file that the dagster command line can load."""
     path = deployment.home / "tiny_definitions.py"
-    path.write_text(DEFINITIONS.format(attributes=deployment.attributes, home=str(deployment.home)))
+    settings = {name: getattr(deployment.platform, name) for name in type(deployment.platform).model_fields}
+    path.write_text(DEFINITIONS.format(attributes=deployment.attributes, platform=settings))
     return path

@@ -5,69 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from kd_assets.scheduler import LocalScheduler, Submission
-from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, write_definitions
-
-
-class CommandLine:
-    """`dagster asset materialize` on a deployment, in processes of its own."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment
-        self.file = write_definitions(deployment)
-        self.started: list[subprocess.Popen[str]] = []
-
-    def start(self, *assets: str, partition: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        selection = " or ".join(f'key:"tiny/{a}"' for a in assets)
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "dagster",
-                "asset",
-                "materialize",
-                "-f",
-                str(self.file),
-                "--select",
-                selection,
-                *partition,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "DAGSTER_HOME": self.deployment.instance.root_directory},
-        )
-        self.started.append(process)
-        return process
-
-    def run(self, *assets: str, partition: tuple[str, ...] = ()) -> tuple[int, str]:
-        process = self.start(*assets, partition=partition)
-        text, _ = process.communicate(timeout=300)
-        return process.returncode, text
-
-    def wait_for_task(self, kind: str) -> tuple[LocalScheduler, Submission]:
-        """The submission of this kind, once its task has begun."""
-        deadline = time.monotonic() + 120
-        while not (found := list((self.deployment.home / "jobs").glob(f"tiny/{kind}-*/*/events/*.jsonl"))):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        return self.deployment.platform.make_scheduler(), Submission(folder=found[0].parents[1])
-
-
-@pytest.fixture
-def command_line(deployment: Deployment) -> Iterator[CommandLine]:
-    made = CommandLine(deployment)
-    yield made
-    for process in made.started:
-        process.kill()
-        process.communicate()
+from kd_assets_tests.orchestration.command_line import CommandLine, group_of
+from kd_assets_tests.orchestration.deployment import CACHES, SHARDS
 
 
 def test_one_partition_and_a_range_materialize_from_the_command_line(command_line: CommandLine) -> None:
@@ -103,7 +46,7 @@ def test_a_killed_run_leaves_its_job_running_and_the_next_run_finds_it(command_l
     assert command_line.run("shards_manifest", partition=("--partition", SHARDS[0]))[0] == 0
     first = command_line.start(*CACHES, partition=("--partition", SHARDS[0]))
     scheduler, submission = command_line.wait_for_task("teacher")
-    os.killpg(int(scheduler.job_id(submission)), signal.SIGSTOP)  # so that it is still there when the next run looks
+    os.killpg(group_of(submission), signal.SIGSTOP)  # so that it is still there when the next run looks
     first.kill()
     first.wait()
     assert scheduler.is_live(submission)
@@ -112,7 +55,7 @@ def test_a_killed_run_leaves_its_job_running_and_the_next_run_finds_it(command_l
     for line in second.stdout:
         if "found, still running" in line:
             break
-    os.killpg(int(scheduler.job_id(submission)), signal.SIGCONT)
+    os.killpg(group_of(submission), signal.SIGCONT)
     text, _ = second.communicate(timeout=120)
     assert second.returncode == 0, text
     assert command_line.deployment.n_teacher_loads() == 1
@@ -123,11 +66,11 @@ def test_what_a_killed_run_had_committed_does_not_hide_its_job_from_the_next_run
     everything = ("--partition-range", f"{SHARDS[0]}...{SHARDS[2]}")
     assert command_line.run("shards_manifest", partition=everything)[0] == 0
     first = command_line.start(*CACHES, partition=everything)
-    scheduler, submission = command_line.wait_for_task("teacher")
+    _, submission = command_line.wait_for_task("teacher")
     store = command_line.deployment.platform.recipe_folder("tiny")
     while not list(store.glob("topk_cache/*/*/*/manifest.json")):  # the first partition is committed
         time.sleep(0.002)
-    os.killpg(int(scheduler.job_id(submission)), signal.SIGSTOP)
+    os.killpg(group_of(submission), signal.SIGSTOP)
     first.kill()
     first.wait()
     second = command_line.start(*CACHES, partition=everything)
@@ -135,7 +78,7 @@ def test_what_a_killed_run_had_committed_does_not_hide_its_job_from_the_next_run
     for line in second.stdout:
         if "found, still running" in line or "submitted" in line:
             break
-    os.killpg(int(scheduler.job_id(submission)), signal.SIGCONT)
+    os.killpg(group_of(submission), signal.SIGCONT)
     text, _ = second.communicate(timeout=120)
     assert second.returncode == 0, text
     assert command_line.deployment.n_teacher_loads() == 1

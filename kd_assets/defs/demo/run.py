@@ -19,9 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import dagster as dg
-
-from kd_assets.components import TeacherCaches
+from kd_assets.components.recipes import load_recipe
 from kd_assets.contract import CACHES, Asset, Event, read_events
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import PROJECT_FOLDER, Platform
@@ -127,7 +125,7 @@ def main() -> int:
     platform = Platform.from_environment()
     os.environ["KD_HOME"] = platform.home
     prepare_instance(platform.home_folder)
-    recipe = demo_recipe()
+    recipe = load_recipe("demo")
     display = Display()
     names = [f"{recipe.name}/{asset}" for asset in ("shards_manifest", *recipe.caches)]
     with (platform.home_folder / "demo.log").open("w") as log:
@@ -150,16 +148,6 @@ def main() -> int:
         materialize([f"{recipe.name}/student_smoke"], title="[3/3] student", display=display, log=log, n_expected=1)
     print(table(summary(recipe, platform, started)))
     return 0
-
-
-def demo_recipe() -> Recipe:
-    """The recipe as `defs.yaml` beside this file has it."""
-    (component,) = (
-        c
-        for c in dg.ComponentTree.for_project(PROJECT_FOLDER).get_all_components(of_type=TeacherCaches)
-        if c.recipe == "demo"
-    )
-    return component.to_recipe()
 
 
 def summary(recipe: Recipe, platform: Platform, started: float) -> list[tuple[str, str]]:

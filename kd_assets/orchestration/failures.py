@@ -1,0 +1,183 @@
+"""Why a partition has no result yet, and what is done about it. Pure: what happened in, what to do out.
+
+The task's own report comes first, the scheduler's word second. What another start can heal is tried again, with what
+the failure asks for (other nodes, more memory, smaller batches), at most MAX_ATTEMPTS times without a new part on disk;
+a task that was stopped and had got on costs no attempt. An error in the work itself is the user's to mend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass
+
+from kd_assets.errors import EXIT_RESUMABLE
+from kd_assets.scheduler import Ending, Resources, TaskState
+
+MAX_ATTEMPTS = 3
+"""Of a partition, one after the other without progress."""
+MEMORY_FACTOR = 2.0
+DEFAULT_MEMORY_LIMIT = 4.0
+"""Times the memory first asked for, where `max_memory_gib` does not say."""
+SMALLEST_TOKEN_BUDGET = 256
+SIGKILL_STATUS = 128 + 9
+
+
+class FailureClass(enum.Enum):
+    """What kept a task from its results."""
+
+    INTERRUPTED = "stopped on request"
+    TIME_LIMIT = "time limit"
+    PREEMPTED = "preempted"
+    NODE_FAILURE = "node failure"
+    HOST_MEMORY = "out of host memory"
+    DEVICE_MEMORY = "out of device memory"
+    KILLED = "killed"
+    LAUNCH_FAILURE = "launch failure"
+    LOST = "lost by the scheduler"
+    NO_RESULT = "ended without its results"
+    HELD = "held after failed launches"
+    IMPOSSIBLE = "impossible request"
+    CANCELLED = "cancelled"
+    WORK = "error in the work"
+
+
+FREE = frozenset({FailureClass.INTERRUPTED, FailureClass.TIME_LIMIT, FailureClass.PREEMPTED})
+"""Nobody's fault: they cost an attempt only without progress."""
+FINAL = frozenset({FailureClass.HELD, FailureClass.IMPOSSIBLE, FailureClass.CANCELLED, FailureClass.WORK})
+"""Another start would end the same way, or somebody does not want one."""
+
+_BY_ENDING = {
+    Ending.KILLED: FailureClass.KILLED,
+    Ending.TIME_LIMIT: FailureClass.TIME_LIMIT,
+    Ending.PREEMPTED: FailureClass.PREEMPTED,
+    Ending.NODE_FAILURE: FailureClass.NODE_FAILURE,
+    Ending.HOST_MEMORY: FailureClass.HOST_MEMORY,
+    Ending.LAUNCH_FAILURE: FailureClass.LAUNCH_FAILURE,
+    Ending.HELD: FailureClass.HELD,
+    Ending.IMPOSSIBLE: FailureClass.IMPOSSIBLE,
+    Ending.CANCELLED: FailureClass.CANCELLED,
+    Ending.LOST: FailureClass.LOST,
+}
+_BY_ERROR = {
+    "OutOfDeviceMemoryError": FailureClass.DEVICE_MEMORY,
+    "OutOfHostMemoryError": FailureClass.HOST_MEMORY,
+    "InterruptedTaskError": FailureClass.INTERRUPTED,
+}
+
+_BY_STATUS = {
+    0: FailureClass.NO_RESULT,
+    None: FailureClass.NO_RESULT,
+    EXIT_RESUMABLE: FailureClass.INTERRUPTED,
+    SIGKILL_STATUS: FailureClass.KILLED,
+}
+"""Of a script that ended by itself; None is a status that the scheduler never learned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionError:
+    """What a task reported of a partition it could not make."""
+
+    name: str
+    """Of the exception's class."""
+    message: str
+    while_loading: bool = False
+    """Before the first partition's turn: then it is the same for all of them."""
+
+
+def classify(state: TaskState, last_word: str | None, error: PartitionError | None) -> FailureClass:
+    """The class of a partition that a task left without a result.
+
+    `error` is what the task reported for it, `last_word` the status with which the task said it finished; None where it
+    said nothing.
+    """
+    if error is not None:
+        failure = _BY_ERROR.get(error.name, FailureClass.WORK)
+        # Weights that do not fit the device are none the smaller for smaller batches.
+        return FailureClass.WORK if error.while_loading and failure is FailureClass.DEVICE_MEMORY else failure
+    if state.ending is None or last_word == "done":
+        return FailureClass.NO_RESULT
+    if state.ending is Ending.EXITED:
+        return _BY_STATUS.get(state.exit_code, FailureClass.WORK)
+    return _BY_ENDING[state.ending]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What the job of a failed partition had asked for."""
+
+    resources: Resources
+    excluded_nodes: frozenset[str] = frozenset()
+    token_budget: int | None = None
+    """Tokens of a batch; None where the kind has no batches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempts:
+    """What one partition has been through."""
+
+    n_without_progress: int = 0
+    n_parts: int = 0
+    """Parts that the tasks it was in had put on disk when it failed last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """Start it again, asking for this."""
+
+    asked: Asked
+    attempts: Attempts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GiveUp:
+    why: str
+    """In words that follow the cause; empty where the cause says it all."""
+
+
+def decide(failure: FailureClass, asked: Asked, attempts: Attempts, *, n_parts: int, node: str) -> Retry | GiveUp:
+    """What to do about a partition that failed on `node` (empty: unknown).
+
+    `n_parts`: parts that the tasks it was in have put on disk so far.
+    """
+    if failure in FINAL:
+        return GiveUp(why="")
+    progressed = n_parts > attempts.n_parts
+    n_before = 0 if progressed else attempts.n_without_progress
+    n_now = n_before if progressed and failure in FREE else n_before + 1
+    if n_now >= MAX_ATTEMPTS:
+        return GiveUp(why=f"given up after {n_now} attempts in a row without a new part on disk")
+    adjusted = _adjusted(failure, asked, node)
+    if isinstance(adjusted, GiveUp):
+        return adjusted
+    return Retry(asked=adjusted, attempts=Attempts(n_without_progress=n_now, n_parts=n_parts))
+
+
+def _adjusted(failure: FailureClass, asked: Asked, node: str) -> Asked | GiveUp:
+    match failure:
+        case FailureClass.NODE_FAILURE | FailureClass.LAUNCH_FAILURE if node:
+            return dataclasses.replace(asked, excluded_nodes=asked.excluded_nodes | {node})
+        case FailureClass.HOST_MEMORY:
+            return _with_more_memory(asked)
+        case FailureClass.DEVICE_MEMORY:
+            return _with_smaller_batches(asked)
+        case _:
+            return asked
+
+
+def _with_more_memory(asked: Asked) -> Asked | GiveUp:
+    resources = asked.resources
+    if resources.memory_gib is None:
+        return GiveUp(why="the job asked for no certain memory, so none can be added: set memory_gib for this kind")
+    limit = resources.max_memory_gib or resources.memory_gib * DEFAULT_MEMORY_LIMIT
+    more = min(resources.memory_gib * MEMORY_FACTOR, limit)
+    if more <= resources.memory_gib:
+        return GiveUp(why=f"it had the most memory that max_memory_gib allows, {resources.memory_gib:g} GiB")
+    # The limit is kept, so that the next failure does not multiply from where this one ended.
+    return dataclasses.replace(asked, resources=dataclasses.replace(resources, memory_gib=more, max_memory_gib=limit))
+
+
+def _with_smaller_batches(asked: Asked) -> Asked | GiveUp:
+    if asked.token_budget is None or asked.token_budget // 2 < SMALLEST_TOKEN_BUDGET:
+        return GiveUp(why=f"batches of {asked.token_budget} tokens cannot be made smaller: use a larger device")
+    return dataclasses.replace(asked, token_budget=asked.token_budget // 2)

@@ -1,0 +1,130 @@
+"""Jobs that no run waits for, and runs whose process is gone: found and settled by a sensor that ships stopped.
+
+A run's process holds a lock for as long as it lives, and one for each job it follows; so "is anybody there" is asked of
+the file system, as everywhere here, and not of a status that nobody was left to change. GPU hours are paid for, so a
+job without a run gets a new run, which finds it and records what it commits; only a job whose run was terminated is
+cancelled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+
+from kd_assets.contract import Asset, JobFile, JobKind, read_job
+from kd_assets.errors import ContractError
+from kd_assets.orchestration.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+from kd_assets.orchestration.nightly import stretches_of
+from kd_assets.orchestration.recipe import STUDENT_SMOKE, Recipe
+from kd_assets.scheduler import Scheduler, Submission
+from kd_assets.scheduler.submissions import followers, is_locked, locked, make_folder
+
+KINDS: tuple[JobKind, ...] = ("shards", "teacher", "student")
+SETTLING_S = 60.0
+"""A job younger than this may be about to get its run's lock."""
+ENDED_ON_PURPOSE = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+@contextmanager
+def alive(jobs_folder: Path, run_id: str) -> Iterator[None]:
+    """Says, for as long as it is entered, that the process of a run lives; only a kill leaves the file behind."""
+    folder = jobs_folder / ".runs"
+    make_folder(folder)
+    with locked(folder / run_id):
+        try:
+            yield
+        finally:
+            (folder / run_id).unlink(missing_ok=True)
+
+
+def is_gone(jobs_folder: Path, run_id: str) -> bool:
+    """Whether a run had a process that worked for it, and has none now."""
+    path = jobs_folder / ".runs" / run_id
+    return path.exists() and not is_locked(path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orphan:
+    """A live job that no living process follows."""
+
+    submission: Submission
+    job: JobFile
+    n_followers: int
+    """Runs that have followed it so far."""
+    is_unwanted: bool
+    """The last of them was terminated."""
+
+
+def orphaned_jobs(
+    instance: dg.DagsterInstance, recipe: Recipe, scheduler: Scheduler, *, clock: Callable[[], float] = time.time
+) -> Iterator[Orphan]:
+    """Raises SchedulerUnreachableError: then nobody knows what lives."""
+    for kind in KINDS:
+        for submission in scheduler.live(recipe.name, kind):
+            runs = followers(submission)
+            if any(runs.values()) or clock() - scheduler.submitted_at(submission) < SETTLING_S:
+                continue
+            try:
+                job = read_job(submission.job_file)
+            except ContractError:  # of another version of kd_assets: not ours to judge
+                continue
+            statuses = [run.status for run_id in runs if (run := instance.get_run_by_id(run_id)) is not None]
+            yield Orphan(
+                submission=submission,
+                job=job,
+                n_followers=len(runs),
+                is_unwanted=bool(statuses) and all(status in ENDED_ON_PURPOSE for status in statuses),
+            )
+
+
+def runs_without_process(instance: dg.DagsterInstance, jobs_folder: Path) -> list[dg.DagsterRun]:
+    """Runs that Dagster holds for started and whose process is gone; only such as have reached our code."""
+    filters = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])
+    return [run for run in instance.get_runs(filters) if is_gone(jobs_folder, run.run_id)]
+
+
+def settle_orphans(
+    instance: dg.DagsterInstance, recipe: Recipe, scheduler: Scheduler, jobs_folder: Path
+) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """Marks dead runs as failed, cancels jobs whose run was terminated, and asks for a run for every other orphan."""
+    done: list[str] = []
+    for run in runs_without_process(instance, jobs_folder):
+        instance.report_run_failed(run, "its process is gone: killed, or the machine restarted; its job goes on")
+        done.append(f"run {run.run_id} had no process any more and is marked as failed")
+    requests: list[dg.RunRequest] = []
+    for orphan in orphaned_jobs(instance, recipe, scheduler):
+        if orphan.is_unwanted:
+            scheduler.cancel([orphan.submission])
+            done.append(f"cancelled {scheduler.describe(orphan.submission)}, whose run was terminated")
+        else:
+            requests += requests_for(instance, recipe, orphan)
+    yield from requests
+    if not requests:
+        yield dg.SkipReason("; ".join(done) or f"every live job of {recipe.name} has its run")
+
+
+def requests_for(instance: dg.DagsterInstance, recipe: Recipe, orphan: Orphan) -> Iterator[dg.RunRequest]:
+    """Runs that want what the job makes, and so will find and follow it. Asked for once, until another such run is
+    gone, too."""
+    key = f"{orphan.submission.folder}#{orphan.n_followers}"
+    assets = sorted({o.asset for u in orphan.job.units for o in u.outputs})
+    if orphan.job.kind == "student":
+        yield dg.RunRequest(run_key=key, asset_selection=[recipe.key(STUDENT_SMOKE)])
+        return
+    present = list(instance.get_dynamic_partitions(str(recipe.partitions.name)))
+    wanted: dict[str, tuple[Asset, ...]] = dict.fromkeys(_partitions_of(orphan.job), tuple(assets))
+    for stretch in stretches_of(present, {k: a for k, a in wanted.items() if k in set(present)}):
+        yield dg.RunRequest(
+            run_key=f"{key}#{stretch.first}",
+            asset_selection=[recipe.key(a) for a in stretch.assets],
+            tags={ASSET_PARTITION_RANGE_START_TAG: stretch.first, ASSET_PARTITION_RANGE_END_TAG: stretch.last},
+        )
+
+
+def _partitions_of(job: JobFile) -> Sequence[str]:
+    return [unit.partition_key for unit in job.units]

@@ -1,0 +1,117 @@
+"""Jobs whose run was killed, and runs whose process was: found by what they no longer hold locked, and settled."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from kd_assets.orchestration.orphans import alive, is_gone, orphaned_jobs, runs_without_process, settle_orphans
+from kd_assets.scheduler.submissions import followers
+from kd_assets_tests.orchestration.command_line import CommandLine, group_of
+from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
+
+
+class Killed:
+    """A run over all partitions whose process was killed while its teacher job (now stopped) was at work."""
+
+    def __init__(self, command_line: CommandLine) -> None:
+        everything = ("--partition-range", f"{SHARDS[0]}...{SHARDS[2]}")
+        assert command_line.run("shards_manifest", partition=everything)[0] == 0
+        self.deployment = command_line.deployment
+        process = command_line.start(*CACHES, partition=everything)
+        self.scheduler, self.submission = command_line.wait_for_task("teacher")
+        self.group = group_of(self.submission)
+        os.killpg(self.group, signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        (self.run_id,) = followers(self.submission)
+
+    @property
+    def jobs_folder(self) -> Path:
+        return self.deployment.platform.jobs_folder
+
+    def settle(self) -> list[dg.RunRequest | dg.SkipReason]:
+        return list(settle_orphans(self.deployment.instance, self.deployment.recipe, self.scheduler, self.jobs_folder))
+
+
+@pytest.fixture
+def killed(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Killed]:
+    monkeypatch.setattr("kd_assets.orchestration.orphans.SETTLING_S", 0.0)
+    made = Killed(command_line)
+    yield made
+    os.killpg(made.group, signal.SIGCONT) if made.scheduler.is_live(made.submission) else None
+    made.scheduler.cancel([made.submission])
+
+
+def test_a_job_whose_run_was_killed_gets_a_run_that_records_it(killed: Killed) -> None:
+    requests = killed.settle()
+    assert killed.deployment.instance.get_run_by_id(killed.run_id).status is dg.DagsterRunStatus.FAILURE  # type: ignore[union-attr]
+    (request,) = requests
+    assert isinstance(request, dg.RunRequest)
+    assert {key.path[-1] for key in request.asset_selection or ()} == set(CACHES)
+    assert (request.tags["dagster/asset_partition_range_start"], request.tags["dagster/asset_partition_range_end"]) == (
+        SHARDS[0],
+        SHARDS[2],
+    )
+    os.killpg(killed.group, signal.SIGCONT)
+    result = killed.deployment.run(*CACHES, tags=dict(request.tags))
+    assert result.success
+    assert killed.deployment.n_teacher_loads() == 1
+    assert len(killed.deployment.materializations(result.run_id)) == len(SHARDS) * len(CACHES)
+
+
+def test_the_same_orphan_is_asked_for_under_the_same_key_until_another_run_has_followed_it(killed: Killed) -> None:
+    first, second = killed.settle(), killed.settle()
+    assert isinstance(first[0], dg.RunRequest)
+    assert isinstance(second[0], dg.RunRequest)
+    assert first[0].run_key == second[0].run_key
+    (killed.submission.folder / "followers" / "another").touch()
+    third = killed.settle()
+    assert isinstance(third[0], dg.RunRequest)
+    assert third[0].run_key != first[0].run_key
+
+
+def test_a_job_whose_run_was_terminated_is_cancelled(killed: Killed) -> None:
+    run = killed.deployment.instance.get_run_by_id(killed.run_id)
+    assert run is not None
+    killed.deployment.instance.report_run_canceled(run)
+    os.killpg(killed.group, signal.SIGCONT)
+    (reason,) = killed.settle()
+    assert isinstance(reason, dg.SkipReason)
+    assert "cancelled local job" in str(reason.skip_message)
+    assert not killed.scheduler.is_live(killed.submission)
+
+
+def test_a_job_that_a_living_run_follows_is_no_orphan(deployment: Deployment, tmp_path: Path) -> None:
+    scheduler = deployment.platform.make_scheduler()
+    assert list(orphaned_jobs(deployment.instance, deployment.recipe, scheduler)) == []
+    (reason,) = settle_orphans(deployment.instance, deployment.recipe, scheduler, deployment.platform.jobs_folder)
+    assert isinstance(reason, dg.SkipReason)
+    assert "every live job of tiny has its run" in str(reason.skip_message)
+
+
+def test_a_run_is_gone_when_its_process_was_killed_and_not_when_it_ended(tmp_path: Path) -> None:
+    with alive(tmp_path, "run-1"):
+        assert not is_gone(tmp_path, "run-1")
+    assert not is_gone(tmp_path, "run-1"), "it ended by itself"
+    (tmp_path / ".runs" / "run-2").touch()
+    assert is_gone(tmp_path, "run-2")
+    assert not is_gone(tmp_path, "never-heard-of")
+
+
+def test_runs_that_never_reached_our_code_are_left_alone(deployment: Deployment) -> None:
+    run = deployment.instance.create_run_for_job(
+        deployment.definitions.resolve_implicit_global_asset_job_def(), status=dg.DagsterRunStatus.STARTED
+    )
+    assert runs_without_process(deployment.instance, deployment.platform.jobs_folder) == []
+    folder = deployment.platform.jobs_folder / ".runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / run.run_id).touch()
+    assert [r.run_id for r in runs_without_process(deployment.instance, deployment.platform.jobs_folder)] == [
+        run.run_id
+    ]
