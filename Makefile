@@ -40,6 +40,7 @@ check: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 test: check
+	@.ci/install-slurm
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean:

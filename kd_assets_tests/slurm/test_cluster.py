@@ -1,0 +1,121 @@
+"""The throw-away cluster and the login node that the other tests of this folder rely on."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kd_assets_tests.slurm.cluster import CGROUPS, ClusterError, SlurmCluster, cluster_processes, wait_until
+from kd_assets_tests.slurm.conftest import SshLogin
+
+MakeCluster = Callable[..., SlurmCluster]
+
+
+def batch(cluster: SlurmCluster, script: str, *options: str) -> str:
+    return cluster.sbatch("-o", "/dev/null", *options, "--wrap", script)
+
+
+def stubborn(cluster: SlurmCluster, *options: str) -> Path:
+    """Starts a job that ignores SIGTERM; a file that exists as long as its script lives (a zombie has no `exe`)."""
+    script = "trap '' TERM; echo $$; while :; do sleep 1; done"
+    output = cluster.root / "work" / f"pid.{cluster.sbatch('-o', 'pid.%j', *options, '--wrap', script)}"
+    wait_until(f"{output} names a process", lambda: output.exists() and output.read_text().endswith("\n"))
+    return Path("/proc", output.read_text().strip(), "exe")
+
+
+def test_a_job_runs_on_four_nodes(slurm: SlurmCluster) -> None:
+    job = slurm.sbatch("-N4", "--gpus-per-node=2", "-o", "out", "--wrap", "srun sh -c 'echo $CUDA_VISIBLE_DEVICES'")
+    assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED"
+    assert (slurm.root / "work/out").read_text() == "0,1\n" * 4
+
+
+def test_nothing_of_a_stopped_cluster_is_left(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(nodes=2)
+    scripts = [stubborn(cluster, "-w", node) for node in cluster.nodes]
+    cluster.kill("slurmd1")
+    assert all(script.exists() for script in scripts)
+    cluster.stop()
+    assert not any(script.exists() for script in scripts)
+    assert not cluster_processes(cluster.root, cluster.name)
+    assert not list(CGROUPS.glob(f"*/slurm_{cluster.name}*"))
+
+
+def test_a_stopped_cluster_leaves_the_one_beside_it_alone(slurm: SlurmCluster, make_cluster: MakeCluster) -> None:
+    script = stubborn(slurm)
+    other = make_cluster(nodes=1)
+    others_script = stubborn(other)
+    other.stop()
+    assert script.exists()
+    assert not others_script.exists()
+    slurm.wait_for(batch(slurm, "true"), "COMPLETED")  # which also wants every daemon alive
+
+
+def test_accounting_shows_an_ended_job(slurm_accounting: SlurmCluster) -> None:
+    job = batch(slurm_accounting, "exit 3")
+    wait_until("sacct shows it", lambda: slurm_accounting.accounted_states(job) == ["FAILED"])
+
+
+def test_a_restarted_controller_knows_its_jobs(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(nodes=1)
+    job = batch(cluster, "sleep 100")
+    cluster.wait_for(job, "RUNNING")
+    cluster.kill("slurmctld", signal.SIGTERM)
+    cluster.start_daemon("slurmctld")
+    assert cluster.state(job) == "RUNNING"
+
+
+def test_a_failing_prolog_holds_the_job_and_drains_its_node(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(nodes=1, prolog=True)
+    cluster.fail_prolog(True)
+    job = batch(cluster, "true")
+    wait_until("held", lambda: cluster.reason(job) == "launch failed requeued held")
+    assert cluster.state(job) == "PENDING"
+    assert cluster.run("sinfo", "-h", "-p", "batch", "-o", "%T").stdout == "drained\n"
+    cluster.fail_prolog(False)
+    cluster.resume_nodes()
+    cluster.scontrol("release", job)
+    wait_until("released", lambda: cluster.reason(job) == "BeginTime")
+    cluster.wait_idle()
+
+
+def test_a_user_has_a_limit_of_submitted_jobs(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(nodes=1, accounting=True, enforce_limits=True)
+    cluster.limit_submitted_jobs(3)
+    batch(cluster, "sleep 100", "--array=0-2")
+    with pytest.raises(ClusterError, match="QOSMaxSubmitJobPerUserLimit"):
+        batch(cluster, "true")
+
+
+def test_a_login_runs_a_command_with_any_argument(sshd: SshLogin, slurm: SlurmCluster, tmp_path: Path) -> None:
+    hostile = ["", "two  words", "it's", '"', "$HOME", "`id`", "*", "\\", ";", "ä\n-x", "!!"]
+    program = tmp_path / "arguments"
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint(ascii(sys.argv[1:]))\n")
+    program.chmod(0o755)
+
+    def login(*command: str) -> str:
+        argv = ["ssh", *sshd.options, sshd.target, shlex.join(command)]
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=30).stdout
+
+    assert login(str(program), *hostile) == ascii(hostile) + "\n"
+    assert slurm.name in login("sinfo")
+
+
+def test_the_command_starts_a_cluster_that_the_next_one_stops(tmp_path: Path) -> None:
+    def command(*arguments: str) -> str:
+        argv = [sys.executable, "-m", "kd_assets_tests.slurm.cluster", *arguments]
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    root = tmp_path / "cluster"
+    try:
+        export = command("start", "--root", str(root), "--nodes", "1")
+        script = f"{export}\nsinfo -h -p batch -o %T"
+        assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == "idle\n"
+    finally:
+        command("stop", "--root", str(root))
+    assert not cluster_processes(root, (root / "name").read_text())

@@ -1,0 +1,175 @@
+"""A controller that does not answer, or has forgotten; and runs that die. The jobs go on, and are found again."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from kd_assets.orchestration import jobs
+from kd_assets_tests.orchestration.command_line import CommandLine
+from kd_assets_tests.slurm.background import Background
+from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
+from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment
+
+Deploy = Callable[..., SlurmDeployment]
+MakeCluster = Callable[..., SlurmCluster]
+FOUR = (KEYS[0], KEYS[3])
+ONCE = dict.fromkeys(KEYS, 1)
+
+
+@pytest.fixture
+def asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that does not let minutes pass between two questions to a controller that is away."""
+    monkeypatch.setattr(jobs, "LONGEST_BACKOFF_S", 2.0)
+
+
+# A controller that is away
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("asks_often")
+def test_a_controller_that_is_away_for_half_a_minute_costs_nothing(make_cluster: MakeCluster, deploy: Deploy) -> None:
+    cluster = make_cluster(nodes=1)
+    deployment = deploy(cluster, told={"part_s": 3.0})
+    with Background(deployment) as run:
+        for task in range(3):
+            run.started(task)
+        cluster.kill("slurmctld", signal.SIGTERM)
+        away = time.monotonic()
+        run.waits_for_log("the scheduler does not answer")
+        n_recorded = len(deployment.recorded(run.run_id))
+        wait_until("results are recorded", lambda: len(deployment.recorded(run.run_id)) >= n_recorded + 3, 60)
+        time.sleep(max(0.0, away + 30 - time.monotonic()))
+        assert "the scheduler answers again" not in run.log()
+        cluster.start_daemon("slurmctld")
+        run.waits_for_log("the scheduler answers again, after")
+        result = run.succeeds()
+    assert deployment.recorded(result.run_id) == list(KEYS)
+    assert deployment.n_made() == ONCE
+    assert deployment.n_teacher_loads() == 3
+    assert run.log().count("the scheduler does not answer") == 1
+    assert [(m["interruptions"], m["failures"]) for m in run.job_metadata()] == [("none", "none")]
+
+
+@pytest.mark.usefixtures("asks_often")
+def test_a_controller_that_hangs_costs_nothing(make_cluster: MakeCluster, deploy: Deploy) -> None:
+    cluster = make_cluster(nodes=1)
+    deployment = deploy(cluster, told={"part_s": 1.0}, profile={"command_timeout_s": 1.5})
+    with Background(deployment) as run:
+        for task in range(3):
+            run.started(task)
+        cluster.pause("slurmctld")
+        run.waits_for_log("the scheduler does not answer (squeue gave no answer within 1.5 s and was killed")
+        cluster.unpause("slurmctld")
+        run.waits_for_log("the scheduler answers again")
+        result = run.succeeds()
+    assert deployment.recorded(result.run_id) == list(KEYS)
+    assert deployment.n_teacher_loads() == 3
+    assert [(m["interruptions"], m["failures"]) for m in run.job_metadata()] == [("none", "none")]
+
+
+# A controller that has forgotten
+
+
+@contextmanager
+def loses_what_comes(cluster: SlurmCluster) -> Iterator[None]:
+    """A controller that is killed at the end of the block, and that knows nothing of what happened in it afterwards:
+    its state on disk is always some seconds old."""
+    saved = cluster.root / "saved-state"
+    cluster.kill("slurmctld", signal.SIGTERM)  # which saves its state
+    shutil.copytree(cluster.root / "state", saved)
+    cluster.start_daemon("slurmctld")
+    yield
+    cluster.kill("slurmctld", signal.SIGKILL)
+    shutil.rmtree(cluster.root / "state")
+    saved.rename(cluster.root / "state")
+    cluster.start_daemon("slurmctld")
+
+
+def test_ids_that_a_restarted_controller_gives_to_others_are_left_alone_and_the_work_is_done_once(
+    make_cluster: MakeCluster, deploy: Deploy
+) -> None:
+    cluster = make_cluster(nodes=1)
+    deployment = deploy(cluster, told={"part_s": 0.1})
+    before = cluster.sbatch("--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
+    cluster.wait_for(before, "RUNNING")
+    with Background(deployment) as run:
+        with loses_what_comes(cluster):
+            ours = run.task_id().split("_")[0]
+            wait_until("it waits", lambda: cluster.state(f"{ours}_0") == "PENDING")
+        others = cluster.sbatch("--array=0-2", "-o", "others.%a", "--wrap", "sleep 3; echo whole")
+        assert others == ours
+        cluster.run("scancel", before)
+        result = run.succeeds()
+    assert deployment.recorded(result.run_id) == list(KEYS)
+    assert deployment.n_made() == ONCE
+    assert deployment.n_teacher_loads() == 3
+    assert len(deployment.submissions()) == 2
+    assert "lost by the scheduler" in run.log()
+    for task in range(3):
+        cluster.wait_for(f"{others}_{task}", "COMPLETED")
+        assert (cluster.root / f"work/others.{task}").read_text() == "whole\n"
+
+
+def test_running_tasks_that_a_restarted_controller_does_not_know_are_lost_after_a_grace_and_made_again(
+    make_cluster: MakeCluster, deploy: Deploy
+) -> None:
+    cluster = make_cluster(nodes=1)
+    deployment = deploy(cluster, n_tasks=1, told={"part_s": 0.5})
+    with Background(deployment, FOUR) as run:
+        with loses_what_comes(cluster):
+            run.wait_for_parts(KEYS[0])
+        run.waits_for_log("lost by the scheduler")
+        result = run.succeeds()
+    assert deployment.recorded(result.run_id) == list(KEYS[:4])
+    assert deployment.n_made() == dict.fromkeys(KEYS[:4], 1)
+    assert len(deployment.submissions()) == 2
+    assert "nobody saw it end" in run.log()
+
+
+def test_a_task_that_a_restarted_controller_takes_for_running_and_runs_again_makes_nothing_twice(
+    make_cluster: MakeCluster, deploy: Deploy
+) -> None:
+    cluster = make_cluster(nodes=1)
+    deployment = deploy(cluster, n_tasks=2, told={"part_s": 0.8})
+    five = (KEYS[0], KEYS[4])
+    with Background(deployment, five) as run:
+        run.started(0)
+        run.started(1)
+        shorter = min((0, 1), key=lambda task: len(run.keys_of(task)))
+        with loses_what_comes(cluster):
+            cluster.wait_for(run.task_id(shorter), "COMPLETED")
+        assert cluster.state(run.task_id(shorter)) == "RUNNING"
+        result = run.succeeds()
+    assert deployment.recorded(result.run_id) == list(KEYS[:5])
+    assert deployment.n_made() == dict.fromkeys(KEYS[:5], 1)
+    assert deployment.n_teacher_loads() == 2
+    assert len(deployment.submissions()) == 1
+
+
+# A run that dies
+
+
+def test_the_run_after_one_that_was_killed_finds_its_job_and_records_what_it_had_done(
+    slurm: SlurmCluster, deploy: Deploy
+) -> None:
+    deployment = deploy(slurm, told={"part_s": 0.6})
+    cache = deployment.recipe.key("topk_cache")
+    first = CommandLine(deployment).start("topk_cache", partition=("--partition-range", f"{ALL[0]}...{ALL[1]}"))
+    try:
+        wait_until("three are recorded", lambda: len(deployment.instance.get_materialized_partitions(cache)) >= 3, 120)
+    finally:
+        first.kill()
+        first.communicate()
+    with Background(deployment) as run:
+        result = run.succeeds()
+    assert "found, still running, SLURM job" in run.log()
+    assert deployment.recorded(result.run_id) == list(KEYS)
+    assert deployment.n_made() == ONCE
+    assert deployment.n_teacher_loads() == 3
+    assert len(deployment.submissions()) == 1
