@@ -44,6 +44,8 @@ class FailureClass(enum.Enum):
 
 FREE = frozenset({FailureClass.INTERRUPTED, FailureClass.TIME_LIMIT, FailureClass.PREEMPTED})
 """Nobody's fault: they cost an attempt only without progress."""
+BOUNDED_BY_ITSELF = frozenset({FailureClass.HOST_MEMORY, FailureClass.DEVICE_MEMORY})
+"""Each retry asks for something else, up to a limit."""
 FINAL = frozenset({FailureClass.HELD, FailureClass.IMPOSSIBLE, FailureClass.CANCELLED, FailureClass.WORK})
 """Another start would end the same way, or somebody does not want one."""
 
@@ -85,11 +87,13 @@ class PartitionError:
     """Before the first partition's turn: then it is the same for all of them."""
 
 
-def classify(state: TaskState, last_word: str | None, error: PartitionError | None) -> FailureClass:
+def classify(
+    state: TaskState, last_word: str | None, error: PartitionError | None, *, said_anything: bool = True
+) -> FailureClass:
     """The class of a partition that a task left without a result.
 
     `error` is what the task reported for it, `last_word` the status with which the task said it finished; None where it
-    said nothing.
+    said nothing. `said_anything`: it wrote an event or a line to its log, and so had begun.
     """
     if error is not None:
         failure = _BY_ERROR.get(error.name, FailureClass.WORK)
@@ -98,7 +102,8 @@ def classify(state: TaskState, last_word: str | None, error: PartitionError | No
     if state.ending is None or last_word == "done":
         return FailureClass.NO_RESULT
     if state.ending is Ending.EXITED:
-        return _BY_STATUS.get(state.exit_code, FailureClass.WORK)
+        # A node that could not start the script ends it with some status, and without a word of ours.
+        return _BY_STATUS.get(state.exit_code, FailureClass.WORK if said_anything else FailureClass.LAUNCH_FAILURE)
     return _BY_ENDING[state.ending]
 
 
@@ -144,7 +149,8 @@ def decide(failure: FailureClass, asked: Asked, attempts: Attempts, *, n_parts: 
         return GiveUp(why="")
     progressed = n_parts > attempts.n_parts
     n_before = 0 if progressed else attempts.n_without_progress
-    n_now = n_before if progressed and failure in FREE else n_before + 1
+    is_free = failure in BOUNDED_BY_ITSELF or (progressed and failure in FREE)
+    n_now = n_before if is_free else n_before + 1
     if n_now >= MAX_ATTEMPTS:
         return GiveUp(why=f"given up after {n_now} attempts in a row without a new part on disk")
     adjusted = _adjusted(failure, asked, node)

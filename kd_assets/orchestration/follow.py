@@ -146,12 +146,17 @@ class FollowedJob:
             tail=EventTail(submission, n_tasks, n_ranks),
         )
 
-    def read(self, on_event: Callable[[FollowedJob, Event | str], None]) -> None:
-        """Take in what is new, and pass it on."""
+    def read(
+        self, on_event: Callable[[FollowedJob, Event | str], None], is_enough: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Take in what is new, and pass it on; returns whether that is all, which it is not after `is_enough`."""
         for event in self.tail.new_events():
             if isinstance(event, Event) and event.task in self.reports:
                 self.reports[event.task].add(event)
             on_event(self, event)
+            if is_enough():
+                return False
+        return True
 
     def newly_over(self, now: float, grace_s: float, is_complete: Callable[[int], bool]) -> list[int]:
         """Tasks of which nothing more is to come since the last call.

@@ -36,7 +36,9 @@ PROGRESS_INTERVAL_S = 10.0
 """How often a task's progress is written to Dagster's log."""
 EVENT_INTERVAL_S = 0.5
 """How often event files are read; the scheduler is asked at its own interval."""
-LONGEST_BACKOFF_S = 300.0
+LONGEST_READ_S = 5.0
+"""Of one job's events in one look, however fast its tasks commit: the scheduler and other jobs have their turn, too."""
+LONGEST_BACKOFF_S = 120.0
 LAST_WORDS_WAIT_S = 5.0
 """How long tasks whose results are all there may take to say what they used."""
 
@@ -54,6 +56,20 @@ class FailedResult:
     failure: FailureClass
     cause: str
     log_file: Path | None = None
+
+
+@dataclass(slots=True)
+class _Again:
+    """Wanted results that are tried again in one job."""
+
+    paths: set[str] = field(default_factory=set)
+    tasks: set[tuple[Submission, int]] = field(default_factory=set)
+    """Those that left them behind."""
+
+    @property
+    def n_tasks(self) -> int:
+        """No more teacher loads than what is left took before."""
+        return len(self.tasks)
 
 
 @dataclass(slots=True)
@@ -114,10 +130,9 @@ class Pursuit:
         )
         with self._following:
             try:
-                self._join_or_submit(self._work, asked)
+                self._join_or_submit(self._work, asked, self._recipe.tasks_of(self._work.kind).n_tasks)
                 while self._open:
-                    self._look()
-                    if self._open:
+                    if self._look() and self._open:
                         self._sleep(min(EVENT_INTERVAL_S, self._scheduler.poll_interval_s))
                 self._hear_last_words()
             except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
@@ -130,12 +145,13 @@ class Pursuit:
 
     # ------------------------------------------------------------------ joining and submitting
 
-    def _join_or_submit(self, work: PlannedWork, asked: Asked) -> None:
-        """Put every result of `work` into a job's hands: a live one that is at it already, or a new one."""
-        self._patiently(lambda: self._decide_who_does(work, asked))
+    def _join_or_submit(self, work: PlannedWork, asked: Asked, n_tasks: int) -> None:
+        """Put every result of `work` into a job's hands: a live one that is at it already, or a new one of at most
+        `n_tasks` tasks."""
+        self._patiently(lambda: self._decide_who_does(work, asked, n_tasks))
         self._next_poll = 0.0
 
-    def _decide_who_does(self, work: PlannedWork, asked: Asked) -> None:
+    def _decide_who_does(self, work: PlannedWork, asked: Asked, n_tasks: int) -> None:
         wanted = {o.path for u in work.units for o in u.outputs}
         with self._scheduler.deciding(self._recipe.name, work.kind):
             for submission in self._scheduler.live(self._recipe.name, work.kind):
@@ -143,7 +159,7 @@ class Pursuit:
                     self._join(submission, wanted)
             rest = work.only(lambda o: o.path in wanted and o.path not in self._in_hand and not is_committed(o))
             if rest.units:
-                self._submit(rest, asked)
+                self._submit(rest, asked, n_tasks)
         for path in wanted - set(self._in_hand):  # committed meanwhile by somebody
             self._commit(path, None, None)
 
@@ -164,15 +180,15 @@ class Pursuit:
             "results"
         )
 
-    def _submit(self, work: PlannedWork, asked: Asked) -> None:
-        units, tasks = work.units, self._recipe.tasks_of(work.kind)
-        assignment = spread([u.n_tokens for u in units], tasks.n_tasks)
+    def _submit(self, work: PlannedWork, asked: Asked, n_tasks: int) -> None:
+        units = work.units
+        assignment = spread([u.n_tokens for u in units], n_tasks)
         spec = JobSpec(
             key=submission_key(work.kind, self._recipe.name, units),
             recipe=self._recipe.name,
             kind=work.kind,
             n_tasks=len(assignment),
-            concurrency=tasks.concurrency,
+            concurrency=self._recipe.tasks_of(work.kind).concurrency,
             resources=asked.resources,
             excluded_nodes=tuple(sorted(asked.excluded_nodes)),
         )
@@ -230,23 +246,28 @@ class Pursuit:
 
     # ------------------------------------------------------------------ following
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """One round over all jobs; returns whether it took in all there was to read."""
         if self._clock() >= self._next_poll:
             self._poll()
-        retries: dict[Asked, set[str]] = {}
+        retries: dict[Asked, _Again] = {}
+        has_read_all = True
         for followed in list(self._jobs.values()):
-            job = followed.job
-            job.read(self._on_event)
+            until = self._clock() + LONGEST_READ_S
+            if not followed.job.read(self._on_event, lambda until=until: self._clock() > until):  # type: ignore[misc]
+                has_read_all = False  # what its tasks have said last may not have been read yet
+                continue
             tasks_of_paths = self._open_of(followed)
-            for task in job.newly_over(
+            for task in followed.job.newly_over(
                 self._clock(),
                 self._scheduler.visibility_grace_s,
                 lambda t, o=tasks_of_paths: self._is_complete(o[t]),  # type: ignore[misc]
             ):
                 self._settle(followed, task, tasks_of_paths[task], retries)
         self._flush()
-        for asked, paths in retries.items():
-            self._join_or_submit(self._work.only(lambda o, paths=paths: o.path in paths), asked)  # type: ignore[misc]
+        for asked, again in retries.items():
+            self._join_or_submit(self._work.only(lambda o, again=again: o.path in again.paths), asked, again.n_tasks)  # type: ignore[misc]
+        return has_read_all
 
     def _poll(self) -> None:
         active = [s for s, followed in self._jobs.items() if any(self._open_of(followed).values())]
@@ -333,7 +354,7 @@ class Pursuit:
         self._record(unit, output, facts)
         del self._open[path]
 
-    def _settle(self, followed: _Followed, task: int, paths: Sequence[str], retries: dict[Asked, set[str]]) -> None:
+    def _settle(self, followed: _Followed, task: int, paths: Sequence[str], retries: dict[Asked, _Again]) -> None:
         """What became of the wanted results of a task that is over."""
         missing: dict[str, list[str]] = {}
         for path in paths:
@@ -356,7 +377,7 @@ class Pursuit:
         followed: _Followed,
         task: int,
         paths: Sequence[str],
-        retries: dict[Asked, set[str]],
+        retries: dict[Asked, _Again],
         *,
         n_new_files: int,
     ) -> None:
@@ -367,7 +388,9 @@ class Pursuit:
         job, (unit, _) = followed.job, self._open[paths[0]]
         key, state, report = unit.partition_key, job.state(task), job.reports[task]
         error = report.errors.get(key)
-        failure = classify(state, report.last_word, error)
+        log_file = self._scheduler.log_file(job.submission, task)
+        tail = log_tail(log_file)
+        failure = classify(state, report.last_word, error, said_anything=report.attempt >= 0 or bool(tail))
         self.failures[failure] += 1
         followed.failures[failure] += 1
         asked = self._asked_of(job)
@@ -379,14 +402,15 @@ class Pursuit:
         )
         if isinstance(decision, Retry):
             self._attempts[key] = decision.attempts
-            retries.setdefault(decision.asked, set()).update(paths)
+            again = retries.setdefault(decision.asked, _Again())
+            again.paths.update(paths)
+            again.tasks.add((job.submission, task))
             for path in paths:
                 del self._in_hand[path]
             self._context.log.warning(f"{key}: {failure.value} ({words}); tried again{_changes(asked, decision.asked)}")
             return
-        log_file = self._scheduler.log_file(job.submission, task)
         why = f"; {decision.why}" if decision.why else ""
-        self._context.log.error(f"{key}: {failure.value}: {words}{why}\n{log_tail(log_file)}")
+        self._context.log.error(f"{key}: {failure.value}: {words}{why}\n{tail}")
         for path in paths:
             self._give_up(path, failure, f"{words}{why} (log: {log_file})", log_file)
 

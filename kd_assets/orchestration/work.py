@@ -105,11 +105,13 @@ class Planner:
 
     def make_plan(self) -> ShardPlan:
         """Read every source once and make its shards the current plan. Nothing is written when a source is bad."""
-        specs = [
-            dataclasses.replace(s.spec, path=str(self._resolve(s.spec.path, what=f"source {s.spec.name!r}")))
-            for s in self._recipe.sources
-        ]
-        plan = plan_shards(specs, documents_per_shard=self._recipe.documents_per_shard, shard_prefix=self._recipe.name)
+        plan = plan_shards(
+            [s.spec for s in self._recipe.sources],
+            documents_per_shard=self._recipe.documents_per_shard,
+            shard_prefix=self._recipe.name,
+            base_folder=Path(self._variables["KD_HOME"]),
+            environment=self._variables,
+        )
         folder = self._folder / SHARD_PLAN
         prepare_folder(folder)
         atomic_write(folder / f"{plan.plan_hash[:16]}.json", plan.to_json().encode())

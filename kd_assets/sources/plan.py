@@ -123,12 +123,13 @@ def plan_shards(
     documents_per_shard: int,
     shard_prefix: str,
     base_folder: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> ShardPlan:
     """Read every source once and cut it into shards of `documents_per_shard` records (a source's last has the rest).
 
-    Relative paths start from `base_folder` (default: the working folder). Raises MissingInputError for a source that
-    is missing, unreadable or without records, InputError for one of another format or that changes meanwhile,
-    RecipeError for names and sizes that cannot be.
+    Relative paths start from `base_folder` (default: the working folder); `environment` says what `$NAME` stands for.
+    Raises MissingInputError for a source that is missing, unreadable or without records, InputError for one of another
+    format or that changes meanwhile, RecipeError for names and sizes that cannot be.
     """
     _check_recipe(sources, documents_per_shard=documents_per_shard, shard_prefix=shard_prefix)
     shards: list[PlannedShard] = []
@@ -140,7 +141,7 @@ def plan_shards(
         return f"{shard_prefix}-{len(shards):05d}"
 
     for spec in sources:
-        path = resolve_path(spec.path, base_folder or Path.cwd(), what=f"source {spec.name!r}")
+        path = resolve_path(spec.path, base_folder or Path.cwd(), what=f"source {spec.name!r}", environment=environment)
         try:
             pinned.append(_plan_source(spec, path, documents_per_shard, next_key, shards))
         except InputError as e:

@@ -72,6 +72,19 @@ def test_a_task_that_said_it_was_done_and_left_nothing_ended_without_its_results
     assert classify(TaskState(phase=TaskPhase.RUNNING), "done", None) is FailureClass.NO_RESULT
 
 
+def test_a_script_that_never_began_is_a_launch_failure() -> None:
+    assert classify(ended(Ending.EXITED, 1), None, None, said_anything=False) is FailureClass.LAUNCH_FAILURE
+
+
+def test_out_of_device_memory_is_bounded_by_the_smallest_batch_and_not_by_attempts() -> None:
+    asked, attempts = Asked(resources=Resources(), token_budget=16384), Attempts()
+    budgets = []
+    while isinstance(decision := decide(FailureClass.DEVICE_MEMORY, asked, attempts, n_parts=0, node=""), Retry):
+        asked, attempts = decision.asked, decision.attempts
+        budgets.append(asked.token_budget)
+    assert budgets == [8192, 4096, 2048, 1024, 512, 256]
+
+
 def test_weights_that_do_not_fit_are_not_tried_again_with_smaller_batches() -> None:
     error = PartitionError(name="OutOfDeviceMemoryError", message="", while_loading=True)
     assert classify(ended(Ending.EXITED, 1), "failed", error) is FailureClass.WORK

@@ -170,7 +170,7 @@ def kill_script(run: Background) -> None:
     os.kill(script, signal.SIGKILL)
 
 
-def test_without_accounting_a_job_that_was_forgotten_before_anybody_looked_is_lost_and_submitted_again(
+def test_without_accounting_a_job_that_squeue_soon_forgets_is_submitted_again(
     make_cluster: MakeCluster, deploy: Deploy
 ) -> None:
     cluster = make_cluster(nodes=1, min_job_age_s=2)
@@ -181,7 +181,8 @@ def test_without_accounting_a_job_that_was_forgotten_before_anybody_looked_is_lo
         run.succeeds()
     assert deployment.n_made() == {KEYS[0]: 1, KEYS[1]: 1}
     assert len(deployment.submissions()) == 2
-    assert "lost by the scheduler" in run.job_metadata()[0]["failures"]
+    # SLURM forgets it at the next of its rounds: before our look, or just after.
+    assert any(words in run.job_metadata()[0]["failures"] for words in ("lost by the scheduler", "killed"))
 
 
 def test_accounting_explains_the_end_of_a_job_that_was_forgotten_before_anybody_looked(

@@ -248,6 +248,7 @@ def test_what_a_run_submits_after_a_node_failed_excludes_that_node_too(slurm: Sl
     deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.3})
     with Background(deployment, FOUR) as run:
         node = str(run.started().data["slurm_nodelist"])
+        run.waits_for_log(": 1 run")  # the scheduler has seen where it runs
         slurm.set_node(slurm.nodes.index(node), "down")
         run.waits_for_log("is excluded from now on")
         slurm.resume_nodes()

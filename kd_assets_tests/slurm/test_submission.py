@@ -141,7 +141,7 @@ def test_a_site_that_takes_few_jobs_gets_them_in_smaller_arrays_as_room_appears(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("kd_assets.scheduler.slurm_scheduler.PACE_S", (1.0, 2.0))
+    monkeypatch.setattr("kd_assets.scheduler.slurm_submitter.PACE_S", (1.0, 2.0))
     cluster = make_cluster(accounting=True, enforce_limits=True)
     cluster.limit_submitted_jobs(4)
     deployment = deploy(cluster, n_tasks=12)
