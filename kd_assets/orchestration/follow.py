@@ -18,6 +18,12 @@ from kd_assets.scheduler import Submission, TaskPhase, TaskState
 from kd_assets.scheduler.submissions import read_spec
 
 LOG_TAIL_LINES = 12
+LOG_LINES_A_LOOK = 20
+"""Of one task's log that are passed on at once; the file has them all."""
+LOG_BYTES_A_LOOK = 65536
+LOG_LINE_CHARACTERS = 500
+EVENT_LINE = b'{"v":'
+"""How the events in a log begin: a task writes them there, too, and they are read from its event file."""
 LAST_WORDS = ("failed", "done")
 """How `task_finished` calls a task that will not be started again by itself."""
 _WORST_FIRST = ("resumable", *LAST_WORDS)
@@ -41,6 +47,41 @@ class EventTail:
                 for offset, event in read_events(path, self._offsets.get(path, 0)):
                     self._offsets[path] = offset
                     yield event
+
+
+@dataclass(slots=True)
+class LogTail:
+    """What tasks print beside their events, each line once."""
+
+    _offsets: dict[Path, int] = field(default_factory=dict)
+
+    def new_lines(self, path: Path) -> list[str]:
+        """Complete lines since the last call, without events; of many the last LOG_LINES_A_LOOK, and a word on how
+        many were left out."""
+        try:
+            with path.open("rb") as f:
+                size = f.seek(0, 2)
+                start = self._offsets.get(path, 0)
+                first = max(start, size - LOG_BYTES_A_LOOK)
+                f.seek(first)
+                whole, newline, _ = f.read(size - first).rpartition(b"\n")
+        except (FileNotFoundError, IsADirectoryError):
+            return []
+        if not newline:
+            return []
+        self._offsets[path] = first + len(whole) + 1
+        found = [line for line in whole.split(b"\n") if not line.startswith(EVENT_LINE)]
+        lines = [text for line in found if (text := _printable(line))]
+        n_left_out = len(lines) - LOG_LINES_A_LOOK
+        if n_left_out > 0 or first > start:
+            lines = ["… (more in the log)", *lines[-LOG_LINES_A_LOOK:]]
+        return lines
+
+
+def _printable(line: bytes) -> str:
+    """What a terminal would show of a line in the end: a progress bar overwrites itself after each carriage return."""
+    text = line.decode("utf-8", "replace").rstrip("\r").rpartition("\r")[2].rstrip()
+    return "".join(c for c in text if c.isprintable() or c == "\t")[:LOG_LINE_CHARACTERS]
 
 
 @dataclass(slots=True)
@@ -231,4 +272,4 @@ def log_tail(path: Path, n_lines: int = LOG_TAIL_LINES) -> str:
             lines = f.read().decode("utf-8", "replace").splitlines()
     except (FileNotFoundError, IsADirectoryError):
         return ""
-    return "\n".join([line for line in lines if not line.startswith('{"v":')][-n_lines:])
+    return "\n".join([line for line in lines if not line.startswith(EVENT_LINE.decode())][-n_lines:])

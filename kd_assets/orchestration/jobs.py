@@ -23,7 +23,7 @@ import dagster as dg
 from kd_assets.contract import Event, JobFile, Output, WorkUnit
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError, StoreError
 from kd_assets.orchestration.failures import Asked, Attempts, FailureClass, Retry, classify, decide
-from kd_assets.orchestration.follow import FollowedJob, log_tail
+from kd_assets.orchestration.follow import FollowedJob, LogTail, log_tail
 from kd_assets.orchestration.job_summary import job_observation, task_facts
 from kd_assets.orchestration.platform import code_commit
 from kd_assets.orchestration.recipe import Recipe
@@ -34,6 +34,8 @@ from kd_assets.store import atomic_write, count_durable_files
 
 PROGRESS_INTERVAL_S = 10.0
 """How often a task's progress is written to Dagster's log."""
+LOG_INTERVAL_S = 2.0
+"""How often what tasks print is passed on to Dagster's log."""
 EVENT_INTERVAL_S = 0.5
 """How often event files are read; the scheduler is asked at its own interval."""
 LONGEST_READ_S = 5.0
@@ -116,7 +118,8 @@ class Pursuit:
         """Folder of a wanted result → the job that is to make it."""
         self._attempts: dict[str, Attempts] = {}
         self._following = ExitStack()
-        self._next_poll = 0.0
+        self._next_poll = self._next_logs = 0.0
+        self._logs = LogTail()
         self._n_unreachable = 0
         self.failed: list[FailedResult] = []
         self.failures: Counter[FailureClass] = Counter()
@@ -135,6 +138,8 @@ class Pursuit:
                     if self._look() and self._open:
                         self._sleep(min(EVENT_INTERVAL_S, self._scheduler.poll_interval_s))
                 self._hear_last_words()
+                self._next_logs = 0.0
+                self._pass_on_logs()
             except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
                 self._stop()
                 raise
@@ -265,9 +270,20 @@ class Pursuit:
             ):
                 self._settle(followed, task, tasks_of_paths[task], retries)
         self._flush()
+        self._pass_on_logs()
         for asked, again in retries.items():
             self._join_or_submit(self._work.only(lambda o, again=again: o.path in again.paths), asked, again.n_tasks)  # type: ignore[misc]
         return has_read_all
+
+    def _pass_on_logs(self) -> None:
+        """What tasks print beside their events, warnings of libraries for instance, as it comes."""
+        if self._clock() < self._next_logs:
+            return
+        self._next_logs = self._clock() + LOG_INTERVAL_S
+        for submission, followed in self._jobs.items():
+            for task in [t for t, report in followed.job.reports.items() if report.started_at]:
+                for line in self._logs.new_lines(self._scheduler.log_file(submission, task)):
+                    self._context.log.info(f"task {task} | {line}")
 
     def _poll(self) -> None:
         active = [s for s, followed in self._jobs.items() if any(self._open_of(followed).values())]

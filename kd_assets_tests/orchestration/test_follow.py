@@ -9,7 +9,7 @@ import pytest
 
 from kd_assets.contract import Event, EventType, JobFile, WorkUnit, event_file
 from kd_assets.orchestration.failures import FailureClass, PartitionError
-from kd_assets.orchestration.follow import EventTail, FollowedJob, TaskReport, log_tail
+from kd_assets.orchestration.follow import LOG_LINES_A_LOOK, EventTail, FollowedJob, LogTail, TaskReport, log_tail
 from kd_assets.scheduler import Ending, Submission, TaskPhase, TaskState
 
 
@@ -157,3 +157,23 @@ def test_a_log_tail_leaves_out_event_lines_and_a_missing_log_is_empty(tmp_path: 
     assert log_tail(tmp_path) == ""
     log.write_text("first\n" + event("progress").to_line() + "Traceback\nlast\n")
     assert log_tail(log, 2) == "Traceback\nlast"
+
+
+def test_what_a_task_prints_is_passed_on_line_by_line_without_its_events(tmp_path: Path) -> None:
+    log, tail = tmp_path / "log", LogTail()
+    assert tail.new_lines(log) == []
+    log.write_text("first\n" + event("progress").to_line() + "10 %\r20 %\r30 %\nhalf a li")
+    assert tail.new_lines(log) == ["first", "30 %"]
+    assert tail.new_lines(log) == []
+    with log.open("a") as f:
+        f.write("ne\n\x1b[31mred\x07\n\n")
+    assert tail.new_lines(log) == ["half a line", "[31mred"]
+
+
+def test_of_a_chatty_task_the_last_lines_are_passed_on(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("".join(f"line {i}\n" for i in range(50_000)))
+    lines = LogTail().new_lines(log)
+    assert lines[0] == "… (more in the log)"
+    assert lines[-1] == "line 49999"
+    assert len(lines) == LOG_LINES_A_LOOK + 1

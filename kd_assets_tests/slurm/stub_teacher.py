@@ -47,6 +47,7 @@ class StubTeacher:
         report.emit("teacher_loaded", load_s=0.0, device="none", gpu=None, n_parameters=0)
 
     def run(self, unit: WorkUnit) -> dict[str, Any]:
+        print(f"stub teacher at {unit.partition_key}", flush=True)
         self._misbehave(unit.partition_key)
         shard = read_shard(Path(unit.inputs["shards_manifest"][0]))
         plans = plan_parts(shard.n_tokens_D, max_documents=2, max_tokens=10**9)

@@ -16,6 +16,7 @@ import pytest
 
 from kd_assets.orchestration.preview import preview, text_lines
 from kd_assets_tests.orchestration.deployment import failure_text
+from kd_assets_tests.slurm.background import Background
 from kd_assets_tests.slurm.cluster import SlurmCluster
 from kd_assets_tests.slurm.conftest import SshLogin
 from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment, key
@@ -68,6 +69,14 @@ def test_a_failed_partition_leaves_the_others_recorded_and_is_alone_submitted_ag
     _, second = deployment.submissions()
     (unit,) = json.loads(second.job_file.read_text())["units"]
     assert unit["partition_key"] == KEYS[4]
+
+
+def test_what_tasks_print_reaches_the_runs_log_while_they_run(slurm: SlurmCluster, deploy: Deploy) -> None:
+    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.7})
+    with Background(deployment) as run:
+        run.waits_for_log(f"task 0 | stub teacher at {KEYS[0]}")
+        assert len(deployment.recorded(run.run_id)) < len(KEYS)
+        run.succeeds()
 
 
 def test_the_last_lines_of_the_log_of_a_failed_task_are_in_the_runs_log(
