@@ -65,7 +65,7 @@ class LogTail:
                 first = max(start, size - LOG_BYTES_A_LOOK)
                 f.seek(first)
                 whole, newline, _ = f.read(size - first).rpartition(b"\n")
-        except (FileNotFoundError, IsADirectoryError):
+        except OSError:  # logs inform
             return []
         if not newline:
             return []
@@ -108,6 +108,8 @@ class TaskReport:
 
     def add(self, event: Event) -> None:
         data = event.data
+        if event.attempt < self.attempt:
+            return  # of another process of the task, whose file is read after this attempt's beginning
         match event.type:
             case "task_started":
                 self._start(event)
@@ -146,6 +148,7 @@ class TaskReport:
             self.last_words.clear()
             self.errors.clear()
             self.started_at.append(event.time)
+        self.last_words.pop(int(event.data.get("rank") or 0), None)
         self.node = str(event.data.get("slurm_nodelist") or event.data.get("host") or "")
         self.task_id = _task_id(event.data)
 
@@ -270,6 +273,6 @@ def log_tail(path: Path, n_lines: int = LOG_TAIL_LINES) -> str:
             size = f.seek(0, 2)
             f.seek(max(0, size - 65536))
             lines = f.read().decode("utf-8", "replace").splitlines()
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError:
         return ""
     return "\n".join([line for line in lines if not line.startswith(EVENT_LINE.decode())][-n_lines:])

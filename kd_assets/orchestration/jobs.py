@@ -29,7 +29,7 @@ from kd_assets.orchestration.platform import code_commit
 from kd_assets.orchestration.recipe import Recipe
 from kd_assets.orchestration.work import PlannedWork, Planner, is_committed
 from kd_assets.scheduler import JobSpec, Resources, Scheduler, Submission, spread, submission_key
-from kd_assets.scheduler.submissions import followed_by, followers, read_spec
+from kd_assets.scheduler.submissions import followed_by, followers, is_cancelled, read_spec
 from kd_assets.store import atomic_write, count_durable_files
 
 PROGRESS_INTERVAL_S = 10.0
@@ -114,6 +114,9 @@ class Pursuit:
         self._work, self._resources = work, resources
         self._open: dict[str, tuple[WorkUnit, Output]] = {o.path: (u, o) for u in work.units for o in u.outputs}
         self._jobs: dict[Submission, _Followed] = {}
+        self._submitting: Submission | None = None
+        """The job that the scheduler is being asked to take."""
+        self._announced: set[Submission] = set()
         self._in_hand: dict[str, Submission] = {}
         """Folder of a wanted result → the job that is to make it."""
         self._attempts: dict[str, Attempts] = {}
@@ -123,7 +126,7 @@ class Pursuit:
         self._n_unreachable = 0
         self.failed: list[FailedResult] = []
         self.failures: Counter[FailureClass] = Counter()
-        """Everything that kept a task from its results, healed or not."""
+        """What kept tasks from their results, healed or not: a task counts once for each class."""
 
     def run(self) -> None:
         """Returns when every wanted result is recorded or in `failed`."""
@@ -160,7 +163,8 @@ class Pursuit:
         wanted = {o.path for u in work.units for o in u.outputs}
         with self._scheduler.deciding(self._recipe.name, work.kind):
             for submission in self._scheduler.live(self._recipe.name, work.kind):
-                if submission not in self._jobs:
+                # One that is being cancelled goes on for a while; leases keep it and its successor apart.
+                if submission not in self._jobs and not is_cancelled(submission):
                     self._join(submission, wanted)
             rest = work.only(lambda o: o.path in wanted and o.path not in self._in_hand and not is_committed(o))
             if rest.units:
@@ -171,15 +175,16 @@ class Pursuit:
     def _join(self, submission: Submission, wanted: set[str]) -> None:
         """Follow a job that is at some of this work already, whoever started it: the work of a run that was killed is
         found here, whatever it has committed since."""
-        job = FollowedJob.of(submission)
-        shared = {o.path: task for task, _, o in job.outputs() if o.path in wanted}
-        if not shared:
-            return
-        self._follow(submission, job, joined=True)
-        job.read(self._on_event)
+        heard = FollowedJob.of(submission)
+        heard.read(lambda job, event: None)
         # A task that has said its last word leaves behind nothing more, though its job may not be gone yet.
-        mine = {path for path, task in shared.items() if not job.reports[task].is_final and path in self._open}
+        mine = {o.path for task, _, o in heard.outputs() if o.path in wanted and not heard.reports[task].is_final}
+        if not mine:
+            return
+        job = FollowedJob.of(submission)
+        self._follow(submission, job, joined=True)
         self._in_hand |= dict.fromkeys(mine, submission)
+        job.read(self._on_event)
         self._context.log.info(
             f"{self._work.kind}: found, still running, {self._scheduler.describe(submission)} with {len(mine)} of the "
             "results"
@@ -197,13 +202,15 @@ class Pursuit:
             resources=asked.resources,
             excluded_nodes=tuple(sorted(asked.excluded_nodes)),
         )
+
+        def write_job_file(new: Submission) -> None:
+            atomic_write(new.job_file, self._job_file(work, spec, assignment, new, asked).to_json().encode())
+            # From before anything is submitted: a termination may come while the scheduler is being asked.
+            self._submitting = new
+            self._announce(new)
+
         try:
-            submission = self._scheduler.submit(
-                spec,
-                lambda new: atomic_write(
-                    new.job_file, self._job_file(work, spec, assignment, new, asked).to_json().encode()
-                ),
-            )
+            submission = self._scheduler.submit(spec, write_job_file)
         except SchedulerUnreachableError:
             raise
         except SchedulerError as e:
@@ -212,6 +219,7 @@ class Pursuit:
             return
         self._in_hand |= dict.fromkeys((o.path for u in units for o in u.outputs), submission)
         self._follow(submission, FollowedJob.of(submission), joined=False)
+        self._submitting = None
         self._context.log.info(
             f"{work.kind}: submitted {self._scheduler.describe(submission)} for {len(units)} partitions in "
             f"{len(assignment)} tasks"
@@ -220,7 +228,13 @@ class Pursuit:
     def _follow(self, submission: Submission, job: FollowedJob, *, joined: bool) -> None:
         n_files_before = {task: _n_durable_files(job, task) for task in job.reports}
         self._jobs[submission] = _Followed(job=job, joined=joined, n_files_before=n_files_before)
-        self._following.enter_context(followed_by(submission, self._context.run.run_id))
+        self._announce(submission)
+
+    def _announce(self, submission: Submission) -> None:
+        """Make it known that this run waits for a job; once, since the lock that says so is this process's own."""
+        if submission not in self._announced:
+            self._announced.add(submission)
+            self._following.enter_context(followed_by(submission, self._context.run.run_id))
 
     def _job_file(
         self,
@@ -385,8 +399,12 @@ class Pursuit:
         if not missing:
             return
         n_new_files = _n_durable_files(followed.job, task) - followed.n_files_before[task]
-        for same_partition in missing.values():
+        classes = {
             self._settle_partition(followed, task, same_partition, retries, n_new_files=n_new_files)
+            for same_partition in missing.values()
+        }
+        self.failures.update(classes)
+        followed.failures.update(classes)
 
     def _settle_partition(
         self,
@@ -396,8 +414,8 @@ class Pursuit:
         retries: dict[Asked, _Again],
         *,
         n_new_files: int,
-    ) -> None:
-        """Try the missing results of one partition again, or give them up.
+    ) -> FailureClass:
+        """Try the missing results of one partition again, or give them up; returns what kept it from them.
 
         What counts as progress is that of its task: a partition may wait for its turn through many interruptions.
         """
@@ -407,8 +425,8 @@ class Pursuit:
         log_file = self._scheduler.log_file(job.submission, task)
         tail = log_tail(log_file)
         failure = classify(state, report.last_word, error, said_anything=report.attempt >= 0 or bool(tail))
-        self.failures[failure] += 1
-        followed.failures[failure] += 1
+        if failure is FailureClass.CANCELLED and is_cancelled(job.submission):
+            failure = FailureClass.INTERRUPTED  # by the end of another run of ours, and not by somebody's scancel
         asked = self._asked_of(job)
         node = state.node or report.node
         attempts = self._attempts.get(key, Attempts())
@@ -424,11 +442,12 @@ class Pursuit:
             for path in paths:
                 del self._in_hand[path]
             self._context.log.warning(f"{key}: {failure.value} ({words}); tried again{_changes(asked, decision.asked)}")
-            return
+            return failure
         why = f"; {decision.why}" if decision.why else ""
         self._context.log.error(f"{key}: {failure.value}: {words}{why}\n{tail}")
         for path in paths:
             self._give_up(path, failure, f"{words}{why} (log: {log_file})", log_file)
+        return failure
 
     def _asked_of(self, job: FollowedJob) -> Asked:
         spec = read_spec(job.submission)
@@ -490,7 +509,11 @@ class Pursuit:
             )
             return
         mine = []
-        for submission in self._jobs:
+        submitted = list(self._jobs)
+        # Without its spec nothing of it was submitted, and nobody will.
+        if self._submitting is not None and self._submitting.spec_file.exists():
+            submitted.append(self._submitting)
+        for submission in submitted:
             others = [run for run, waits in followers(submission).items() if waits and run != self._context.run.run_id]
             if others:
                 log.warning(f"{self._scheduler.describe(submission)} goes on: run {others[0]} waits for it, too")

@@ -29,6 +29,8 @@ from kd_assets.orchestration.recording import Recorder, latest_data_version, res
 from kd_assets.orchestration.work import PlannedWork, Planner
 from kd_assets.store import read_manifest, set_head
 
+FAILURES_TAG = "kd_assets/failures"
+"""Of a run: what kept tasks from their results, by class, whether it was healed or not."""
 COLLECT_S = 1.0
 """How long results may wait to be recorded together. While a job is followed they wait for the end of one look at its
 events at most."""
@@ -215,6 +217,9 @@ class Run:
             finally:
                 self.failed += pursuit.failed
                 self._failures += pursuit.failures
+                if self._failures:
+                    words = failures_in_words(self._failures)
+                    self._context.instance.add_run_tags(self._context.run.run_id, {FAILURES_TAG: words})
 
     def check(self, work: PlannedWork) -> None:
         """Run the selected checks on what is committed of `work`; nothing is computed."""

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import dagster as dg
 
-from kd_assets.contract import Asset, JobFile, JobKind, read_job
+from kd_assets.contract import Asset, JobFile, JobKind
 from kd_assets.errors import ContractError
 from kd_assets.orchestration.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+from kd_assets.orchestration.follow import FollowedJob
 from kd_assets.orchestration.nightly import stretches_of
 from kd_assets.orchestration.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
-from kd_assets.scheduler.submissions import followers, is_locked, locked, make_folder
+from kd_assets.scheduler.submissions import followers, is_cancelled, is_locked, locked, make_folder
 
 KINDS: tuple[JobKind, ...] = ("shards", "teacher", "student")
 SETTLING_S = 60.0
@@ -70,15 +71,19 @@ def orphaned_jobs(
             if any(runs.values()) or clock() - scheduler.submitted_at(submission) < SETTLING_S:
                 continue
             try:
-                job = read_job(submission.job_file)
+                followed = FollowedJob.of(submission)
             except ContractError:  # of another version of kd_assets: not ours to judge
                 continue
+            followed.read(lambda job, event: None)
+            if all(report.is_final for report in followed.reports.values()):
+                continue  # it is done, though the scheduler may not have said so yet
             statuses = [run.status for run_id in runs if (run := instance.get_run_by_id(run_id)) is not None]
             yield Orphan(
                 submission=submission,
-                job=job,
+                job=followed.job,
                 n_followers=len(runs),
-                is_unwanted=bool(statuses) and all(status in ENDED_ON_PURPOSE for status in statuses),
+                is_unwanted=is_cancelled(submission)
+                or (bool(statuses) and all(status in ENDED_ON_PURPOSE for status in statuses)),
             )
 
 

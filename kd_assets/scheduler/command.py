@@ -40,6 +40,10 @@ class CommandMissingError(SchedulerError):
     """The command is not installed where it was to run. It did nothing."""
 
 
+UMASK = 0o027
+"""SLURM hands it on to the job, whose logs may quote documents."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """What a command that ran to its end said. `status` is its exit status, negative for a signal."""
@@ -161,7 +165,9 @@ def remote_script(argv: Sequence[str], *, timeout_s: float, mark: str) -> str:
     look = f'command -v {shlex.quote(argv[0])} >/dev/null 2>&1 || {{ {path}; PATH="${{p:-$PATH}}"; }}'
     command = f"env -i {kept} {own} timeout -s KILL {timeout_s:g} {shlex.join(argv)} </dev/null"
     # In braces: a line that was cut off by a lost connection is a syntax error, not half a command.
-    return f"{{ {look}; printf '%s begins\\n' {mark}; {command}; printf '%s ends %d\\n' {mark} $?; }}\n"
+    return (
+        f"{{ umask {UMASK:03o}; {look}; printf '%s begins\\n' {mark}; {command}; printf '%s ends %d\\n' {mark} $?; }}\n"
+    )
 
 
 def _run(
@@ -177,7 +183,13 @@ def _run(
         given.seek(0)
         try:
             process = subprocess.Popen(
-                list(argv), stdin=given, stdout=out, stderr=err, env=dict(environment), start_new_session=True
+                list(argv),
+                stdin=given,
+                stdout=out,
+                stderr=err,
+                env=dict(environment),
+                start_new_session=True,
+                umask=UMASK,
             )
         except FileNotFoundError as e:
             package = "openssh-client" if argv[0] == "ssh" else "slurm-client"

@@ -44,7 +44,10 @@ class SharedQueue:
         make_folder(self._folder)
         shared = self._folder / f"{self._name}.json"
         with locked(self._folder / f"{self._name}.lock"):
-            asked = read_json(shared)
+            try:
+                asked = read_json(shared)
+            except ValueError:  # a power cut left it empty
+                asked = None
             # A clock that was set back must not make an answer last for ever.
             if asked is None or not 0 <= self._clock() - asked["at"] < max_age_s:
                 at = self._clock()

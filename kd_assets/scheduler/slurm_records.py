@@ -37,6 +37,9 @@ class Array:
     impossible: bool = False
     """The refusal is one that time will not change."""
 
+    absent: bool = False
+    """The refusal is our guess: sbatch gave no answer, and the cluster did not know the job for a while."""
+
     @property
     def stands(self) -> bool:
         return self.refused is None
@@ -52,7 +55,8 @@ class Array:
 def read_arrays(submission: Submission) -> list[Array]:
     """In the order they were submitted, each with its answer where there is one."""
     arrays = []
-    for path in sorted((submission.folder / "arrays").glob("[0-9][0-9][0-9][0-9].json")):
+    intents = [p for p in (submission.folder / "arrays").glob("*.json") if p.stem.isdigit()]
+    for path in sorted(intents, key=lambda p: int(p.stem)):
         intent = {k: v for k, v in (read_json(path) or {}).items() if k != "argv"}
         answer = {k: v for k, v in (read_json(answer_file(path)) or {}).items() if k != "found"}
         arrays.append(decode(Array, intent | answer, where=str(path)))
@@ -73,9 +77,10 @@ def write_answer(
     found: bool = False,
     refused: str | None = None,
     impossible: bool = False,
+    absent: bool = False,
 ) -> None:
     """What became of an array: SLURM's answer, or what was found out later (`found`: by its name)."""
-    refusal: dict[str, object] = {"refused": refused, "impossible": impossible}
+    refusal: dict[str, object] = {"refused": refused, "impossible": impossible, "absent": absent}
     acceptance: dict[str, object] = {"job_id": job_id, "found": found}
     answer = acceptance if refused is None else refusal
     write_json(answer_file(_intent_file(submission, array)), answer)

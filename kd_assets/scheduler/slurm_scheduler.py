@@ -37,13 +37,24 @@ from kd_assets.scheduler.slurm_states import (
     may_come_back,
 )
 from kd_assets.scheduler.slurm_submitter import SlurmSubmitter
-from kd_assets.scheduler.submissions import SubmissionFolders, is_cancelled, mark_cancelled, read_spec
+from kd_assets.scheduler.submissions import (
+    SubmissionFolders,
+    is_cancelled,
+    mark_cancelled,
+    read_json,
+    read_spec,
+    write_json,
+)
 
 CANCEL_PATIENCE_S = 240.0
 """How long `cancel` tries: below Dagster's own patience with a run that is terminated (`cancel_timeout_seconds`)."""
-CANCEL_POLL_S = 0.5
+CANCEL_POLL_S = (0.5, 5.0)
+"""First and longest pause between two looks at a job that is being cancelled."""
+SCANCEL_AGAIN_S = 30.0
+"""A task that traps TERM has as long as SLURM's KillWait, 30 s by default."""
 REPLY_GRACE_S = 15.0
 """How long after an sbatch without an answer its job may still turn up: a busy controller works off its queue."""
+UNSEEN_FILE = "unseen.json"
 REQUEUE_GRACE_S = 15.0
 """A preempted task or one of a failed node is seen ended for a moment before SLURM puts it back into the queue."""
 
@@ -55,6 +66,8 @@ class _Memory:
     states: dict[int, TaskState] = field(default_factory=dict)
     unseen_since: dict[int, float] = field(default_factory=dict)
     """Task → when a cluster that answered first did not know it, or showed an end that may be taken back."""
+    unseen_written: dict[int, float] = field(default_factory=dict)
+    """What of it is on disk."""
     ran_on: dict[int, TaskState] = field(default_factory=dict)
     """Task → what was known of it when it was last seen running."""
     failed_nodes: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -122,7 +135,9 @@ class SlurmScheduler:
 
         submission = self._folders.create(spec, prepare)
         self._remembered(submission).notices += self._submitter.submit_more(submission, {})
-        if refusal := next((a.refused for a in read_arrays(submission) if a.impossible), None):
+        arrays = read_arrays(submission)
+        refusal = next((a.refused for a in arrays if a.impossible), None)
+        if refusal is not None and not any(a.stands for a in arrays):
             mark_cancelled(submission)
             raise SchedulerError(f"SLURM refuses {spec.name}: {refusal}")
         return submission
@@ -138,7 +153,8 @@ class SlurmScheduler:
     # ------------------------------------------------------------------ finding and following
 
     def live(self, recipe: str, kind: JobKind) -> list[Submission]:
-        """Those of which a task may still run or be submitted. Raises SchedulerUnreachableError: then nobody knows."""
+        """Those of which a task may still run or be submitted. It only looks: what is to be done about a job is for
+        those who follow it. Raises SchedulerUnreachableError: then nobody knows."""
         candidates = [
             s
             for s in self._folders.newest(recipe, kind)
@@ -146,82 +162,76 @@ class SlurmScheduler:
         ]
         if not candidates:
             return []
-        poll = self.poll(candidates)
-        if poll.unreachable is not None:
-            raise SchedulerUnreachableError(poll.unreachable)
-        return [s for s in candidates if any(t.phase is not TaskPhase.ENDED for t in poll.states[s].values())]
+        states = self._poll(candidates, acts=False).states
+        return [s for s in candidates if any(t.phase is not TaskPhase.ENDED for t in states[s].values())]
 
     def poll(self, submissions: Sequence[Submission]) -> Poll:
         """The states of all tasks by one squeue, and one sacct for those that it no longer shows."""
         try:
-            return self._poll(submissions)
+            return self._poll(submissions, acts=True)
         except SchedulerUnreachableError as e:
             return Poll(states={s: self._last_known(s) for s in submissions}, unreachable=str(e))
 
-    def _poll(self, submissions: Sequence[Submission]) -> Poll:
+    def _poll(self, submissions: Sequence[Submission], *, acts: bool) -> Poll:
+        """`acts`: also submit what is left, release what is held, keep away from failed nodes."""
         queue = self._queue.ask(max_age_s=0.9 * self.poll_interval_s)
         notices: list[str] = []
-        for submission in submissions:
+        for submission in submissions if acts else ():
             self._settle_intents(submission, queue)
             memory = self._remembered(submission)
             notices += [*memory.notices, *self._submitter.submit_more(submission, memory.states)]
             memory.notices.clear()
-        states = {s: self._look_at(s, queue, notices) for s in submissions}
+        states = {s: self._look_at(s, queue) for s in submissions}
         self._ask_accounting(states, queue)
-        self._leave_failed_nodes(states, notices)
+        if acts:
+            for submission, tasks in states.items():
+                self._unhold(submission, tasks, queue, notices)
+            self._leave_failed_nodes(states, notices)
         for submission, tasks in states.items():
             self._remember(submission, tasks)
         return Poll(states=states, notices=notices)
 
     def _settle_intents(self, submission: Submission, queue: Queue) -> None:
         """Find what became of an sbatch whose answer was lost."""
-        for array in read_arrays(submission):
-            if array.is_answered:
-                continue
-            if found := queue.rows.get(array.name):
-                write_answer(submission, array, job_id=next(iter(found.values())).job_id, found=True)
-                continue
-            patience = self._profile.command_timeout_s + REPLY_GRACE_S
-            with alone(submission) as is_alone:
-                if not is_alone or queue.at < array.at + patience:
+        if all(array.is_answered for array in read_arrays(submission)):
+            return
+        patience = self._profile.command_timeout_s + REPLY_GRACE_S
+        with alone(submission) as is_alone:
+            for array in read_arrays(submission) if is_alone else ():  # again: its writer may have been at it
+                if array.is_answered:
                     continue
-                if rows := self._accounting([array.name], since=array.at):
+                if found := queue.rows.get(array.name):
+                    write_answer(submission, array, job_id=next(iter(found.values())).job_id, found=True)
+                elif queue.at < array.at + patience:
+                    continue
+                elif rows := self._accounting([array.name], since=array.at):
                     write_answer(submission, array, job_id=rows[0].job_id, found=True)
                 else:
-                    write_answer(submission, array, refused="sbatch gave no answer, and the cluster has no such job")
+                    why = "sbatch gave no answer, and the cluster has no such job"
+                    write_answer(submission, array, refused=why, absent=True)
 
-    def _look_at(self, submission: Submission, queue: Queue, notices: list[str]) -> dict[int, TaskState]:
+    def _look_at(self, submission: Submission, queue: Queue) -> dict[int, TaskState]:
         arrays, endings = read_arrays(submission), read_endings(submission)
         memory = self._remembered(submission)
         states: dict[int, TaskState] = {}
         for task in range(read_spec(submission).n_tasks):
-            array = next((a for a in reversed(arrays) if a.stands and task in a), None)
+            array = _array_of(task, arrays, queue)
             row = None if array is None else queue.find(array, task)
             if array is None:
                 states[task] = _not_submitted(submission, arrays)
             elif row is None:
                 states[task] = endings.get(task) or self._unknown_to_the_queue(memory, task, array, queue)
             else:
-                states[task] = self._in_the_queue(
-                    submission, task, row, known=endings.get(task), queue=queue, notices=notices
-                )
+                states[task] = self._in_the_queue(memory, task, row, endings.get(task), queue)
         return states
 
     def _in_the_queue(
-        self,
-        submission: Submission,
-        task: int,
-        row: QueueRow,
-        *,
-        known: TaskState | None,
-        queue: Queue,
-        notices: list[str],
+        self, memory: _Memory, task: int, row: QueueRow, known: TaskState | None, queue: Queue
     ) -> TaskState:
-        memory = self._remembered(submission)
         ending = ending_of(row.state, row.reason, row.exit_code)
         if ending is None:
             memory.unseen_since.pop(task, None)
-            return self._unheld(submission, task, row, notices)
+            return live_state(row)
         if known is not None:
             return known  # what we made of it then: a held task that was given up is cancelled in SLURM's words
         if may_come_back(row.state):
@@ -230,24 +240,29 @@ class SlurmScheduler:
                 return live_state(row, phase=TaskPhase.PENDING, reason=f"{row.state}: it may be requeued")
         return ended_state(row, ending)
 
-    def _unheld(self, submission: Submission, task: int, row: QueueRow, notices: list[str]) -> TaskState:
-        """The state of a task in the queue; one whose launch failed and that SLURM holds is released once, and then
-        given up, as is one that can never start."""
-        task_id, marker = row.task_id, submission.folder / f"released-{task}"
-        held = row.state == "PENDING" and is_held_launch(row.reason)
-        if held and not marker.exists():
-            self._release(task_id)
-            marker.touch()
-            notices.append(f"task {task} ({task_id}) is held by SLURM ({row.reason}): released once")
-            return live_state(row)
-        # Released a moment ago, the queue may show it held for one more look: it has to have been started since.
-        held_again = held and self._clock() - marker.stat().st_mtime > max(5.0, 1.5 * self.poll_interval_s)
-        impossible = row.state == "PENDING" and is_impossible_wait(row.reason)
-        if held_again or impossible:
-            self._slurm.cancel([task_id])
-            ending = Ending.HELD if held_again else Ending.IMPOSSIBLE
-            return dataclasses.replace(ended_state(row, ending), reason=f"SLURM cannot start it: {row.reason}")
-        return live_state(row)
+    def _unhold(self, submission: Submission, states: dict[int, TaskState], queue: Queue, notices: list[str]) -> None:
+        """Release a task whose launch failed and that SLURM holds, once; then give it up, as one that can never
+        start."""
+        arrays = read_arrays(submission)
+        for task, state in states.items():
+            array = _array_of(task, arrays, queue)
+            row = None if array is None else queue.find(array, task)
+            if row is None or row.state != "PENDING" or state.phase is TaskPhase.ENDED:
+                continue
+            marker, held = submission.folder / f"released-{task}", is_held_launch(row.reason)
+            if held and not marker.exists():
+                self._release(row.task_id)
+                marker.touch(mode=0o640)
+                notices.append(f"task {task} ({row.task_id}) is held by SLURM ({row.reason}): released once")
+                continue
+            # Released a moment ago, the queue may show it held for one more look: it has to have been started since.
+            held_again = held and self._clock() - marker.stat().st_mtime > max(5.0, 1.5 * self.poll_interval_s)
+            if held_again or is_impossible_wait(row.reason):
+                self._slurm.cancel([row.task_id])
+                ending = Ending.HELD if held_again else Ending.IMPOSSIBLE
+                states[task] = dataclasses.replace(
+                    ended_state(row, ending), reason=f"SLURM cannot start it: {row.reason}"
+                )
 
     def _release(self, task_id: str) -> None:
         try:
@@ -335,7 +350,7 @@ class SlurmScheduler:
             return []
         try:
             rows = self._slurm.accounting(names, since)
-        except SchedulerUnreachableError:
+        except SchedulerError:  # no answer, or one that does not help: sacct only ever explains
             return []
         self._has_accounting = rows is not None
         return rows or []
@@ -373,17 +388,19 @@ class SlurmScheduler:
         for submission in submissions:
             mark_cancelled(submission)
         deadline = self._clock() + CANCEL_PATIENCE_S
-        trouble = ""
+        trouble, pause_s, next_scancel = "", CANCEL_POLL_S[0], 0.0
         while self._clock() < deadline:
             try:
                 ids, is_sure = self._alive(submissions)
-                if ids:
+                if ids and self._clock() >= next_scancel:
+                    next_scancel = self._clock() + SCANCEL_AGAIN_S
                     self._slurm.cancel(sorted(ids))
-                elif is_sure:
+                elif not ids and is_sure:
                     return
             except SchedulerUnreachableError as e:
                 trouble = f": {e}"
-            self._sleep(CANCEL_POLL_S)
+            self._sleep(pause_s)
+            pause_s = min(1.5 * pause_s, CANCEL_POLL_S[1])
         names = ",".join(a.name for s in submissions for a in read_arrays(s))
         raise SchedulerUnreachableError(
             f"the jobs were asked to end and are not gone after {CANCEL_PATIENCE_S:.0f} s{trouble}. By hand: "
@@ -398,6 +415,8 @@ class SlurmScheduler:
         is_sure = True
         for submission in submissions:
             self._settle_intents(submission, queue)
+            with alone(submission) as is_alone:  # nobody is past the mark and about to submit more
+                is_sure &= is_alone
             for array in read_arrays(submission):
                 rows = queue.rows.get(array.name, {}).values()
                 alive |= {str(r.job_id) for r in rows if ending_of(r.state, r.reason, r.exit_code) is None}
@@ -427,7 +446,12 @@ class SlurmScheduler:
 
     def _remember(self, submission: Submission, tasks: Mapping[int, TaskState]) -> None:
         """Keep endings on disk: squeue forgets them within minutes, and not every site has sacct."""
-        self._remembered(submission).states = dict(tasks)
+        memory = self._remembered(submission)
+        memory.states = dict(tasks)
+        # A grace must end though nobody looks for long enough: every process goes on counting.
+        if memory.unseen_since != memory.unseen_written:
+            write_json(submission.folder / UNSEEN_FILE, memory.unseen_since)
+            memory.unseen_written = dict(memory.unseen_since)
         endings = {task: state for task, state in tasks.items() if state.phase is TaskPhase.ENDED}
         write_endings(submission, endings)
 
@@ -438,7 +462,20 @@ class SlurmScheduler:
         return {t: endings.get(t) or memory.states.get(t) or unknown for t in range(n_tasks)}
 
     def _remembered(self, submission: Submission) -> _Memory:
-        return self._memory.setdefault(submission, _Memory())
+        if submission not in self._memory:
+            unseen = read_json(submission.folder / UNSEEN_FILE) or {}
+            self._memory[submission] = _Memory(unseen_since={int(task): at for task, at in unseen.items()})
+        return self._memory[submission]
+
+
+def _array_of(task: int, arrays: Sequence[Array], queue: Queue) -> Array | None:
+    """The array that a task is in: the last that stands. But one that was taken for lost and turned up late is at work
+    already, and a later copy of it leaves by itself."""
+    for array in arrays:
+        row = queue.find(array, task) if array.absent and task in array else None
+        if row is not None and ending_of(row.state, row.reason, row.exit_code) is None:
+            return array
+    return next((a for a in reversed(arrays) if a.stands and task in a), None)
 
 
 def _not_submitted(submission: Submission, arrays: Sequence[Array]) -> TaskState:

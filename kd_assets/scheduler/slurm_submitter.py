@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_assets.errors import SchedulerError
 from kd_assets.scheduler.job import JobSpec, Submission, TaskPhase, TaskState
 from kd_assets.scheduler.profile import Profile
 from kd_assets.scheduler.slurm import Accepted, Refused, Slurm, SubmitAnswer, sbatch_argv
@@ -148,7 +149,11 @@ class SlurmSubmitter:
         array = Array(number=number, name=name, first_task=first, n_tasks=size, at=self._clock())
         argv = self._argv(submission, spec, array)
         write_intent(submission, array, argv)
-        answer = self._slurm.submit(argv)
+        try:
+            answer = self._slurm.submit(argv)
+        except SchedulerError as e:  # sbatch could not even be started
+            write_answer(submission, array, refused=str(e), impossible=True)
+            raise
         if isinstance(answer, Accepted):
             write_answer(submission, array, job_id=answer.job_id)
         elif isinstance(answer, Refused):

@@ -37,9 +37,11 @@ class SubmissionFolders:
             yield
 
     def newest(self, recipe: str, kind: JobKind) -> list[Submission]:
-        """The newest submission of each key of a recipe's jobs of a kind."""
+        """The newest submission of each key of a recipe's jobs of a kind; without those of other versions of
+        kd_assets, whose results hold their leases all the same."""
         keys = sorted((self.root / recipe).glob(f"{kind}-*"))
-        return [s for folder in keys if (s := self._newest_of(folder)) is not None]
+        found = (self._newest_of(folder) for folder in keys)
+        return [s for s in found if s is not None and _is_readable(s)]
 
     def create(self, spec: JobSpec, write_job_file: Callable[[Submission], object]) -> Submission:
         """A new folder with its job file and spec, the next number of its key. Call it while `deciding`."""
@@ -95,10 +97,18 @@ def read_spec(submission: Submission) -> JobSpec:
         raise SchedulerError(f"{submission.spec_file} cannot be read ({e}): move {submission.folder} away") from e
 
 
+def _is_readable(submission: Submission) -> bool:
+    try:
+        read_spec(submission)
+    except SchedulerError:
+        return False
+    return True
+
+
 def write_json(path: Path, record: Any) -> None:
     """Durably, whole or not at all: what follows may be a submission that must be found again after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as f:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640), "w") as f:
         json.dump(record, f, indent=1, sort_keys=True)
         f.flush()
         os.fsync(f.fileno())
@@ -155,7 +165,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def mark_cancelled(submission: Submission) -> None:
     """From now on nothing more of it is submitted, and its end is a cancellation, whatever its processes say."""
-    (submission.folder / "cancelled").touch()
+    (submission.folder / "cancelled").touch(mode=0o640)
 
 
 def is_cancelled(submission: Submission) -> bool:

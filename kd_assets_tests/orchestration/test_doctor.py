@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections import namedtuple
 from collections.abc import Iterable
@@ -155,7 +156,7 @@ def test_a_secrets_file_that_others_can_read_fails(deployment: Deployment) -> No
 
 def test_a_python_without_what_jobs_need_fails(tmp_path: Path) -> None:
     bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    bare.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -E "$@"\n')
     bare.chmod(0o755)
     finding = one(doctor.check_local_python(Platform(home=str(tmp_path), compute_python=str(bare))))
     assert finding.status is Status.FAIL

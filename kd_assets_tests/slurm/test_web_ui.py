@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,4 +129,23 @@ def test_terminating_a_run_in_the_ui_cancels_its_job_and_stopping_the_server_doe
         wait_for(lambda: not site.live_jobs(), "the end of the job")
         wait_for(lambda: all(r.is_finished for r in site.runs()), "the end of the run")
     assert site.deployment.instance.get_run_by_id(run.run_id).status is dg.DagsterRunStatus.CANCELED  # type: ignore[union-attr]
+    assert site.materialized < set(KEYS)
+
+
+CANCEL = """mutation($id: String!) { cancelPartitionBackfill(backfillId: $id) { __typename } }"""
+
+
+def test_cancelling_a_backfill_cancels_its_job(site: Site, browser: webdriver.Chrome) -> None:  # noqa: F811
+    with site.web_ui() as address:
+        backfill_all(browser, address)
+        wait_for(lambda: site.materialized, "the first partition")
+        (backfill,) = site.deployment.instance.get_backfills()
+        query = json.dumps({"query": CANCEL, "variables": {"id": backfill.backfill_id}}).encode()
+        request = urllib.request.Request(f"{address}/graphql", query, {"Content-Type": "application/json"})
+        assert b"CancelBackfillSuccess" in urllib.request.urlopen(request).read()
+        wait_for(lambda: not site.live_jobs(), "the end of the job")
+        wait_for(
+            lambda: [r for r in site.runs(dg.DagsterRunStatus.CANCELED) if "dagster/backfill" in r.tags],
+            "its run's end",
+        )
     assert site.materialized < set(KEYS)
