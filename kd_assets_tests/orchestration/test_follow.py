@@ -66,6 +66,19 @@ def test_a_task_of_several_processes_is_done_when_the_last_of_them_is_and_as_wel
     assert report_of(*started, n_ranks=2).started_at == [0.0]
 
 
+def test_the_last_words_of_an_earlier_attempt_say_nothing_of_the_one_at_work() -> None:
+    report = report_of(
+        event("task_started", attempt=1, rank=0),
+        event("task_finished", attempt=1, status="done", rank=0),
+        event("task_started", attempt=0, rank=1),
+        event("partition_failed", attempt=0, partition_key="p0", error="TeacherError", message="no"),
+        event("task_finished", attempt=0, status="failed", rank=1),
+        n_ranks=2,
+    )
+    assert report.last_word is None, "rank 1 of attempt 1 is at work"
+    assert report.errors == {}
+
+
 def test_events_are_read_once_and_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
     submission = Submission(folder=tmp_path)
     path = event_file(submission.events_folder, 0)
