@@ -151,7 +151,7 @@ def test_a_killed_worker_is_tried_again_and_its_neighbours_do_not_notice(
     assert {unit["partition_key"] for unit in again["units"]} == set(run.keys_of(1)[1:])
     assert deployment.n_teacher_loads() == 3 + len(again["tasks"])
     assert f"{run.keys_of(1)[1]}: killed (task 1 {run.task_id(1)}: FAILED (NonZeroExitCode)" in run.log()
-    assert run.job_metadata()[0]["failures"] == "killed × 3"
+    assert run.job_metadata()[0]["failures"] == "killed × 1"
 
 
 def test_a_killed_batch_script_is_tried_again(
