@@ -16,8 +16,11 @@ from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.scheduler import Resources
 from kd_assets.scheduler.command import CommandRunner
 from kd_assets.scheduler.slurm import Accepted, read_submit_answer
+from kd_assets.scheduler.slurm_states import ENDED_STATES, base_state
 from kd_assets.scheduler.submissions import make_folder
 
+GONE = "GONE"
+"""Our word for a job that SLURM has forgotten."""
 POLL_S = 1.0
 MEMORY_GIB = 2.0
 """What importing torch takes, with room; some sites give less to a job that does not say."""
@@ -77,7 +80,7 @@ class Probe:
     @property
     def is_over(self) -> bool:
         """No longer waiting or running, as far as SLURM knows; nothing is said of its answer."""
-        return self.state not in ("", "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+        return self.state == GONE or base_state(self.state) in ENDED_STATES
 
     @property
     def log_file(self) -> Path:
@@ -192,7 +195,7 @@ def _look_at(run: CommandRunner, probe: Probe, timeout_s: float) -> None:
         if answer.status == 0 and "|" in answer.stdout:
             probe.state, probe.node, probe.reason = answer.stdout.strip().split("|", 2)
         elif "Invalid job id" in answer.stderr:
-            probe.state, probe.reason = "GONE", "SLURM no longer knows it"
+            probe.state, probe.reason = GONE, "SLURM no longer knows it"
     except SchedulerUnreachableError as e:
         probe.reason = str(e)
     probe.answer = read_answer(probe.folder / "answer")

@@ -21,18 +21,9 @@ from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.command import Answer, CommandMissingError, CommandRunner
 from kd_assets.scheduler.job import JobSpec, Resources
 from kd_assets.scheduler.profile import Profile
-from kd_assets.scheduler.slurm_states import (
-    ENDED_STATES,
-    REQUEUEABLE,
-    base_state,
-    ending_of,
-    is_held_launch,
-    is_impossible_wait,
-    may_come_back,
-)
+from kd_assets.scheduler.slurm_states import ENDED_STATES, base_state, may_come_back
 
 __all__ = [
-    "REQUEUEABLE",
     "Accepted",
     "AccountingRow",
     "PartitionInfo",
@@ -41,11 +32,7 @@ __all__ = [
     "Slurm",
     "SubmitAnswer",
     "Unknown",
-    "ending_of",
     "excluded_nodes",
-    "is_held_launch",
-    "is_impossible_wait",
-    "may_come_back",
     "parse_accounting",
     "parse_node_states",
     "parse_partitions",

@@ -20,11 +20,9 @@ from kd_assets.scheduler.slurm import (
     Refused,
     Slurm,
     Unknown,
-    ending_of,
-    is_held_launch,
-    is_impossible_wait,
     sbatch_argv,
 )
+from kd_assets.scheduler.slurm_states import ending_of, is_held_launch, is_impossible_wait
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.conftest import SshLogin
 
