@@ -47,6 +47,9 @@ DAEMONS = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmscriptd", "slurm
 # Variables by which a surrounding SLURM job would change what our commands do.
 FOREIGN = ("SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SCANCEL_", "SACCT_", "SINFO_")
 CGROUPS = Path("/sys/fs/cgroup")
+# What a cluster's folder holds.
+FOLDERS = ("munge", "state", "log", "run", "dev", "work", "spool", "db")
+FILES = ("slurm.conf", "gres.conf", "cgroup.conf", "slurmdbd.conf", "db.sql", "prolog", "prolog-fails", "name")
 
 
 class ClusterError(Exception):
@@ -147,8 +150,7 @@ class SlurmCluster:
         # slurm.conf knows no quotes, and the path of a Unix socket is limited to 107 bytes.
         if len(str(self.root)) > 80 or any(c.isspace() for c in str(self.root)):
             raise ClusterError(f"a cluster's folder must have at most 80 characters and no spaces: {self.root}")
-        if (self.root / "slurm.conf").exists():
-            raise ClusterError(f"{self.root} already holds a cluster: stop it and choose another folder")
+        self._clear_away_the_last_one()
         self._write_files()
         try:
             for daemon in self._daemon_names():
@@ -160,8 +162,18 @@ class SlurmCluster:
             self.stop()
             raise
 
+    def _clear_away_the_last_one(self) -> None:
+        """What a stopped cluster left in this folder; its state would be taken for this one's."""
+        if not (self.root / "slurm.conf").exists():
+            return
+        if cluster_processes(self.root, (self.root / "name").read_text()):
+            raise ClusterError(f"a cluster runs in {self.root}: stop it, or choose another folder")
+        for left in (*FOLDERS, *FILES):
+            path = self.root / left
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
     def stop(self) -> None:
-        """Kills everything, jobs included, in 0.2 s. Nothing is saved: the cluster cannot be started again."""
+        """Kills everything, jobs included, in 0.2 s. The logs stay; another cluster can be started in the folder."""
         kill_cluster(self.root, self.name)
         for daemon in self._daemons.values():
             daemon.wait(5)
@@ -404,8 +416,7 @@ class SlurmCluster:
     # The files
 
     def _write_files(self) -> None:
-        folders = ["munge", "state", "log", "run", "dev", "work", *(f"spool/{node}" for node in self.nodes)]
-        for folder in folders:
+        for folder in (*(f for f in FOLDERS if f != "db"), *(f"spool/{node}" for node in self.nodes)):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._ports = _free_ports(len(self.nodes))
         self._write("name", self.name)

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from kd_assets_tests.slurm.cluster import CGROUPS, ClusterError, SlurmCluster, cluster_processes, wait_until
+from kd_assets_tests.slurm.cluster import (
+    CGROUPS,
+    ClusterError,
+    ClusterOptions,
+    SlurmCluster,
+    cluster_processes,
+    wait_until,
+)
 from kd_assets_tests.slurm.conftest import SshLogin
 
 MakeCluster = Callable[..., SlurmCluster]
@@ -44,6 +51,19 @@ def test_nothing_of_a_stopped_cluster_is_left(make_cluster: MakeCluster) -> None
     assert not any(script.exists() for script in scripts)
     assert not cluster_processes(cluster.root, cluster.name)
     assert not list(CGROUPS.glob(f"*/slurm_{cluster.name}*"))
+
+
+def test_a_cluster_starts_where_one_was_stopped_and_knows_nothing_of_it(make_cluster: MakeCluster) -> None:
+    first = make_cluster(nodes=2)
+    (first.root / "notes.txt").write_text("mine")
+    batch(first, "sleep 100")
+    first.stop()
+    with SlurmCluster(first.root, ClusterOptions(nodes=1)) as second:
+        assert second.run("squeue", "-h", "-a").stdout == ""
+        second.wait_for(batch(second, "true"), "COMPLETED")
+        with pytest.raises(ClusterError, match=r"a cluster runs in .*: stop it"):
+            SlurmCluster(first.root).start()
+    assert (first.root / "notes.txt").read_text() == "mine"
 
 
 def test_a_stopped_cluster_leaves_the_one_beside_it_alone(slurm: SlurmCluster, make_cluster: MakeCluster) -> None:
