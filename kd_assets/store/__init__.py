@@ -5,6 +5,7 @@ exists exactly when its manifest does, and what a manifest says about the bytes 
 """
 
 from kd_assets.store.checks import CheckResult, check_complete, check_finite, check_recomputed, check_schema
+from kd_assets.store.columns import Ragged
 from kd_assets.store.documents import Documents, PartPlan, plan_parts
 from kd_assets.store.encode import encode_embeddings, encode_hidden_states, encode_shard, encode_topk, part_stats
 from kd_assets.store.files import Lease, atomic_write, local_locks, prepare_folder
@@ -36,6 +37,7 @@ __all__ = [
     "PartPlan",
     "PartRecord",
     "Problem",
+    "Ragged",
     "ResultWriter",
     "Shard",
     "VerifyReport",

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
-from kd_assets.store.columns import column_of
+from kd_assets.store.columns import Ragged, column_of
 from kd_assets.store.documents import Int64Array
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.partfile import PartFile
@@ -95,7 +95,7 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
             case "shards_manifest":
                 return schemas.shard_schema()
             case "topk_cache":
-                return schemas.topk_schema(int(manifest.params["k"]))
+                return schemas.topk_schema(int(manifest.params["k"]), draws_of(manifest))
             case "hidden_state_cache":
                 return schemas.hidden_state_schema([int(b) for b in manifest.params["blocks"]], hidden_size or 0)
             case "embedding_cache":
@@ -104,6 +104,11 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
                 return None
     except KeyError as e:
         raise _FailedError(f"the identity of {manifest.asset} lacks params[{e}]") from e
+
+
+def draws_of(manifest: Manifest) -> int:
+    """Token ids that a cache holds of each position as random draws: 0 for one without, and for other assets."""
+    return int(manifest.params.get("draws", 0))
 
 
 def check_schema(folder: Path) -> CheckResult:
@@ -194,6 +199,10 @@ def _finite(result: _Result) -> CheckResult:
                 raise _FailedError(f"{path} has {found} values that are NaN or infinite")
             if manifest.asset == "topk_cache" and not record.stats["max_probability_sum"] <= 1 + PROBABILITY_TOLERANCE:
                 raise _FailedError(f"{path}: probabilities add up to {record.stats['max_probability_sum']:.6f}")
+            if draws := draws_of(manifest):
+                n_draws, expected = record.stats.get("n_draws", 0), draws * record.stats["n_positions"]
+                if n_draws != expected:
+                    raise _FailedError(f"{path} has {n_draws:.0f} draws, expected {draws} a position: {expected:.0f}")
         return "all numbers are finite"
 
     return _run("finite", check)
@@ -261,6 +270,43 @@ def part_documents(part: PartFile) -> tuple[list[str], Int64Array]:
         ids += table["document_id"].to_pylist()
         lengths.append(n_tokens)
     return ids, np.concatenate(lengths)
+
+
+def draws_difference(part: PartFile, draws: int, vocabulary: int | None) -> str | None:
+    """What is wrong with the random draws of a part's documents, in words; None when all is well.
+
+    `vocabulary` is the number of ids the teacher has, where it is known.
+    """
+    columns = ["n_tokens", "sampled_ids", "sampled_counts"]
+    for group in range(part.n_groups):
+        table = part.read_group(group, columns)
+        n_positions = table["n_tokens"].to_numpy() - 1
+        ids, counts = (column_of(table[name]) for name in columns[1:])
+        for column in (ids, counts):
+            if column.lengths is None or (column.lengths != n_positions).any():
+                return "a document has not one list of sampled_ids and of sampled_counts for each of its positions"
+        assert isinstance(ids.values, Ragged)
+        assert isinstance(counts.values, Ragged)
+        if difference := _lists_difference(ids.values, counts.values, draws, vocabulary):
+            return difference
+    return None
+
+
+def _lists_difference(ids: Ragged, counts: Ragged, draws: int, vocabulary: int | None) -> str | None:
+    if not np.array_equal(ids.offsets, counts.offsets):
+        return "sampled_ids and sampled_counts have lists of different lengths"
+    summed = np.concatenate([[0], np.cumsum(counts.values, dtype=np.int64)])
+    n_draws = np.diff(summed[counts.offsets])
+    if counts.values.min(initial=1) < 1 or (n_draws != draws).any():
+        return f"sampled_counts of a position are below 1, or add up to something else than {draws}"
+    goes_on = np.ones(len(ids.values), dtype=np.bool_)
+    goes_on[ids.offsets[:-1]] = False  # the first of a list; none is empty, as its counts add up to something
+    if (np.diff(ids.values.astype(np.int64)) <= 0)[goes_on[1:]].any():
+        return "sampled_ids of a position are not in ascending order, each once"
+    largest = int(ids.values.max(initial=0))
+    if vocabulary is not None and largest >= vocabulary:
+        return f"a sampled id is {largest}, the teacher knows ids 0 to {vocabulary - 1}"
+    return None
 
 
 def _run(name: str, check: Callable[[dict[str, Number]], str]) -> CheckResult:

@@ -1,7 +1,8 @@
 """Documents in memory: a run of them as flat arrays with offsets, and how they are cut into parts.
 
 Legend of shape suffixes, used throughout the store: D documents, N tokens of all documents, M = N - D predicted
-positions (position i of a document predicts token i + 1, so the last token has none), H hidden size, k of top-k.
+positions (position i of a document predicts token i + 1, so the last token has none), H hidden size, k of top-k,
+d random draws of a position.
 """
 
 from __future__ import annotations

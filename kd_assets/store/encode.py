@@ -19,6 +19,9 @@ FloatArray = npt.NDArray[np.float32]
 _CHUNK = 1 << 20
 """Elements that statistics look at together: what stays in a core's cache."""
 
+MAX_DRAWS = np.iinfo(np.uint16).max
+"""Token ids drawn at a position: how often one came up is stored in 16 bits."""
+
 _BFLOAT16_MAGNITUDE = np.uint16(0x7FFF)
 _BFLOAT16_INFINITY = np.uint16(0x7F80)
 """Bits of bfloat16: with the sign dropped, the order of the bits is the order of the magnitudes; from infinity on
@@ -41,8 +44,12 @@ def encode_topk(
     topk_logprobs_Mk: npt.NDArray[np.float16],
     logsumexp_M: FloatArray,
     target_logprob_M: FloatArray,
+    sampled_ids_Md: npt.NDArray[np.uint32] | None = None,
 ) -> pa.Table:
-    """Top-k log-probabilities as rows of a cache: uint32 and float16 [M, k], float32 [M] and [M]."""
+    """Top-k log-probabilities as rows of a cache: uint32 and float16 [M, k], float32 [M] and [M].
+
+    `sampled_ids_Md` uint32 [M, d], of a cache with draws: the token ids drawn at each position, in any order.
+    """
     n_positions = documents.n_tokens - documents.n_documents
     if topk_ids_Mk.ndim != 2 or topk_ids_Mk.shape[1] < 1:
         raise ValueError(f"topk_ids must be uint32 [M, k], found {list(topk_ids_Mk.shape)}")
@@ -58,7 +65,15 @@ def encode_topk(
         _lists(offsets, pa.array(logsumexp_M)),
         _lists(offsets, pa.array(target_logprob_M)),
     ]
-    return _table(documents, columns, schemas.topk_schema(k))
+    if sampled_ids_Md is None:
+        return _table(documents, columns, schemas.topk_schema(k))
+    if sampled_ids_Md.ndim != 2 or not 1 <= sampled_ids_Md.shape[1] <= MAX_DRAWS:
+        found = list(sampled_ids_Md.shape)
+        raise ValueError(f"sampled_ids must be uint32 [M, d] with d from 1 to {MAX_DRAWS}, found {found}")
+    draws = sampled_ids_Md.shape[1]
+    _expect("sampled_ids", sampled_ids_Md, np.uint32, (n_positions, draws))
+    columns += [_lists(offsets, counted) for counted in _counted(sampled_ids_Md)]
+    return _table(documents, columns, schemas.topk_schema(k, draws))
 
 
 def encode_hidden_states(documents: Documents, hidden_by_block: Mapping[int, npt.NDArray[np.uint16]]) -> pa.Table:
@@ -126,6 +141,9 @@ def _topk_stats(table: pa.Table) -> dict[str, float]:
     stats = {"n_non_finite": n_non_finite, "n_positions": len(logprobs_Mk), "max_probability_sum": max_sum}
     if len(logprobs_Mk):
         stats |= {"min_logprob": min_logprob, "max_logprob": max_logprob}
+    if "sampled_ids" in table.schema.names:
+        ids, counts = flat(table["sampled_ids"]), flat(table["sampled_counts"])
+        stats |= {"n_sampled_ids": len(ids), "n_draws": int(counts.sum()), "max_sampled_id": int(ids.max(initial=0))}
     return {name: float(value) for name, value in stats.items()}
 
 
@@ -150,6 +168,19 @@ def _float_stats(columns: list[FloatArray]) -> dict[str, float]:
         n_non_finite += int(np.count_nonzero(~finite))
         max_abs = max(max_abs, float(np.abs(values).max(where=finite, initial=0)))
     return {"n_non_finite": float(n_non_finite), "max_abs": max_abs}
+
+
+def _counted(sampled_ids_Md: npt.NDArray[np.uint32]) -> tuple[pa.ListArray, pa.ListArray]:
+    """The different ids of each row in ascending order, and how often each is there, as two arrays of M lists."""
+    draws = sampled_ids_Md.shape[1]
+    sorted_Md = np.sort(sampled_ids_Md, axis=1)
+    is_first_Md = np.ones(sorted_Md.shape, dtype=np.bool_)
+    np.not_equal(sorted_Md[:, 1:], sorted_Md[:, :-1], out=is_first_Md[:, 1:])
+    # Every row starts with a first one, so the distance to the next first one is a count within the row.
+    firsts = np.flatnonzero(is_first_Md)
+    counts = np.diff(firsts, append=sorted_Md.size).astype(np.uint16)
+    offsets = np.searchsorted(firsts, np.arange(len(sorted_Md) + 1) * draws).astype(np.int64)
+    return _lists(offsets, pa.array(sorted_Md.reshape(-1)[firsts])), _lists(offsets, pa.array(counts))
 
 
 def _table(documents: Documents, columns: Sequence[pa.Array], schema: pa.Schema) -> pa.Table:

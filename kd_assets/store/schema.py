@@ -30,6 +30,11 @@ CONVENTIONS = {
 }
 """What the numbers of each asset mean: the schema's metadata `kd_assets.convention`."""
 
+DRAWS_CONVENTION = (
+    "token ids drawn at random, with replacement, from the whole distribution at temperature 1: sampled_ids are the "
+    "different ones in ascending order, sampled_counts how often each was drawn; they add up to draws"
+)
+
 _HIDDEN_PREFIX = "hidden_block_"
 
 
@@ -55,16 +60,21 @@ def shard_schema() -> pa.Schema:
     return _schema("shards_manifest", [_column("source", pa.string()), _column("source_record", pa.int64())])
 
 
-def topk_schema(k: int) -> pa.Schema:
-    return _schema(
-        "topk_cache",
-        [
-            _column("topk_ids", list_of(vector_of(pa.uint32(), k))),
-            _column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
-            _column("logsumexp", list_of(pa.float32())),
-            _column("target_logprob", list_of(pa.float32())),
-        ],
-    )
+def topk_schema(k: int, draws: int = 0) -> pa.Schema:
+    """`draws` of a position, of random-sampling KD; two more columns where there are any."""
+    columns = [
+        _column("topk_ids", list_of(vector_of(pa.uint32(), k))),
+        _column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
+        _column("logsumexp", list_of(pa.float32())),
+        _column("target_logprob", list_of(pa.float32())),
+    ]
+    if draws:
+        said = {"draws": str(draws), "convention": DRAWS_CONVENTION}
+        columns += [
+            _column("sampled_ids", list_of(list_of(pa.uint32())), **said),
+            _column("sampled_counts", list_of(list_of(pa.uint16())), **said),
+        ]
+    return _schema("topk_cache", columns)
 
 
 def hidden_state_schema(blocks: Sequence[int], hidden_size: int) -> pa.Schema:
@@ -104,12 +114,12 @@ def hidden_size_of(schema: pa.Schema) -> int | None:
 
 
 def split_columns(schema: pa.Schema) -> list[str]:
-    """Parquet paths of the columns to store with BYTE_STREAM_SPLIT: 4-byte floats and token ids.
+    """Parquet paths of the columns to store with BYTE_STREAM_SPLIT: 4-byte floats, token ids and counts.
 
-    Token ids are small numbers: split into byte planes, most planes are zeros. Not float16: DuckDB reads no 2-byte
-    BYTE_STREAM_SPLIT, and a cache that opens everywhere is worth its 10 %.
+    Ids and counts are small numbers in 4 bytes (Parquet has no shorter integers): split into byte planes, most planes
+    are zeros. Not float16: DuckDB reads no 2-byte BYTE_STREAM_SPLIT, and a cache that opens everywhere is worth 10 %.
     """
-    return [path for path, leaf in _leaves(schema) if leaf in (pa.float32(), pa.uint32())]
+    return [path for path, leaf in _leaves(schema) if leaf in (pa.float32(), pa.uint32(), pa.uint16())]
 
 
 def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:

@@ -19,7 +19,7 @@ from kd_assets.errors import (
     NotCommittedError,
     StoreError,
 )
-from kd_assets.store.checks import expected_schema, part_documents, schema_difference
+from kd_assets.store.checks import draws_difference, draws_of, expected_schema, part_documents, schema_difference
 from kd_assets.store.files import file_sha256, storage_errors
 from kd_assets.store.layout import (
     FOLDER_FINGERPRINT_LENGTH,
@@ -44,6 +44,7 @@ ProblemKind = Literal[
     "wrong_schema",  # it is a table of other columns
     "wrong_documents",  # it has another number of documents than recorded
     "wrong_tokens",  # it has another number of tokens, or they contradict each other
+    "wrong_draws",  # its random draws are not what the cache's parameters ask for
     "corrupt_manifest",  # not JSON, changed, or contradicting itself
     "wrong_identity",  # a manifest whose identity lacks what tells the columns
     "misplaced_result",  # a manifest under a folder name of another result
@@ -269,6 +270,11 @@ class _Verifier:
                     self._problem("wrong_documents", path, message)
                     return
                 n_tokens = int(part_documents(part)[1].sum())
+                if (draws := draws_of(manifest)) and (
+                    difference := draws_difference(part, draws, manifest.facts.get("vocab_size"))
+                ):
+                    self._problem("wrong_draws", path, f"{path}: {difference}; {remedy}")
+                    return
         except CorruptPartError as e:
             kind: ProblemKind = "wrong_tokens" if "n_tokens differs" in str(e) else "unreadable_part"
             self._problem(kind, path, f"{e}; {remedy}")

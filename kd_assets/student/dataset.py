@@ -6,7 +6,7 @@ from the same shards can be joined. The dataset is map-style with random access:
 workers and ranks see each document exactly as often as the sampler asks for it.
 
 Legend: B documents of a batch, L tokens of a document, T tokens of the longest document of a batch, k of top-k,
-H hidden size of the teacher.
+s different ids among the random draws of a position (the most of a document or batch), H hidden size of the teacher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
-from kd_assets.store import CacheReader
+from kd_assets.store import CacheReader, Ragged
 
 Sample = dict[str, Any]
 """`partition_key` and `document_id` are str, everything else is a tensor."""
@@ -38,7 +38,8 @@ class TeacherCacheDataset(Dataset[Sample]):
     are given:
 
     - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: stored as float16), `logsumexp`
-      and `target_logprob` float32 [L-1]. Row i is about token i + 1.
+      and `target_logprob` float32 [L-1]. Row i is about token i + 1. With random draws also `sampled_ids` and
+      `sampled_counts` int64 [L-1, s]: the different ids that were drawn and how often; a count of 0 is padding.
     - hidden_state_cache: `hidden_block_<n>` bfloat16 [L, H], bit for bit as the teacher gave it.
     - embedding_cache: `mean_embedding`, `last_token_embedding` float32 [H], and `embedded_tokens` int64 []: how many
       tokens they were pooled over.
@@ -119,7 +120,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
     `partition_key` and `document_id` become lists of str. Added to the samples' fields: `attention_mask` bool [B, T]
     (False on padding), `topk_mask` bool [B, T-1] (rows that hold a teacher's prediction of a token the loss mask asks
-    for) and `hidden_mask` bool [B, T] (tokens with hidden states). Padded values are zero, and no mask is True there.
+    for), `sampled_mask` bool [B, T-1, s] (ids that were drawn, whatever the loss mask asks for) and `hidden_mask` bool
+    [B, T] (tokens with hidden states). Padded values are zero, and no mask is True there.
     """
     batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in _KEY_FIELDS}
     n_tokens = max(len(sample["input_ids"]) for sample in samples)
@@ -132,6 +134,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     if "topk_ids" in batch:
         predicted = _lengths_mask([len(s["topk_ids"]) for s in samples], n_tokens - 1)
         batch["topk_mask"] = predicted & batch["loss_mask"][:, 1:]
+    if "sampled_counts" in batch:
+        batch["sampled_mask"] = batch["sampled_counts"] > 0
     if names := hidden_fields(batch):
         batch["hidden_mask"] = _lengths_mask([len(s[names[0]]) for s in samples], n_tokens)
     return batch
@@ -155,6 +159,8 @@ def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
             tensors[name] = torch.from_numpy(value.copy()).view(torch.bfloat16)
         elif name == "topk_ids":
             tensors[name] = torch.from_numpy(value.astype(np.int64))
+        elif isinstance(value, Ragged):
+            tensors[name] = _padded_lists(value)
         else:
             tensors[name] = torch.from_numpy(value.astype(np.float32))
     if asset == "embedding_cache":
@@ -175,7 +181,7 @@ def _is_over_tokens(name: str) -> bool:
 
 
 def _is_over_predictions(name: str) -> bool:
-    return name in ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob")
+    return name in ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob", "sampled_ids", "sampled_counts")
 
 
 def _padded_length(name: str, n_tokens: int) -> int:
@@ -184,10 +190,20 @@ def _padded_length(name: str, n_tokens: int) -> int:
 
 
 def _pad(values: Sequence[Tensor], length: int) -> Tensor:
-    padded = values[0].new_zeros(len(values), length, *values[0].shape[1:])
+    """Stacked, filled up with zeros to `length` rows and, where rows are lists of draws, to the longest of them."""
+    row_shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = values[0].new_zeros(len(values), length, *row_shape)
     for row, value in zip(padded, values, strict=True):
-        row[: len(value)] = value
+        row[tuple(slice(size) for size in value.shape)] = value
     return padded
+
+
+def _padded_lists(lists: Ragged) -> Tensor:
+    """int64 [lists, elements of the longest], filled up with zeros."""
+    lengths = lists.lengths
+    padded = np.zeros((len(lists), int(lengths.max(initial=0))), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = lists.values
+    return torch.from_numpy(padded)
 
 
 def _lengths_mask(lengths: Sequence[int], n: int) -> Tensor:

@@ -1,9 +1,11 @@
 """The three distillation losses, as pure functions of a student's outputs and a teacher's caches.
 
-Needs torch only. Every loss is a scalar in float32, zero when the student matches the teacher, a mean over what its
-mask selects, and zero (with zero gradient) where the mask selects nothing; what the mask leaves out has no influence.
+Needs torch only. Every loss is a scalar in float32, zero when the student matches the teacher (or the draws that stand
+for it), a mean over what its mask selects, and zero (with zero gradient) where the mask selects nothing; what the mask
+leaves out has no influence.
 
-Legend: B documents, T positions, V vocabulary, k of top-k, H hidden size, M selected positions or documents.
+Legend: B documents, T positions, V vocabulary, k of top-k, s ids among the random draws of a position, H hidden size,
+M selected positions or documents.
 """
 
 from __future__ import annotations
@@ -51,6 +53,24 @@ def response_loss(
     student_Mk = (student_Mk / temperature).log_softmax(-1)
     teacher_Mk = (teacher_Mk / temperature).log_softmax(-1)
     return functional.kl_div(student_Mk, teacher_Mk, reduction="batchmean", log_target=True) * temperature**2
+
+
+def sampled_response_loss(
+    logits_BTV: Tensor, sampled_ids_BTs: Tensor, sampled_counts_BTs: Tensor, mask_BT: Tensor
+) -> Tensor:
+    """KL(teacher's draws ‖ student), in nats: the response loss of random-sampling KD, at temperature 1.
+
+    The targets are how often each id was drawn over all draws of its position; a count of 0 is padding. On average over
+    draws its gradient is that of the full KL, with nothing cut off, as every id is drawn as often as the teacher says
+    (Anshumann et al. 2025, section 4: draws from the distribution itself have these importance weights).
+    """
+    logits_MV, counts_Ms = logits_BTV[mask_BT].float(), sampled_counts_BTs[mask_BT].float()
+    if not len(counts_Ms):
+        return logits_BTV.float().sum() * 0.0
+    student_Ms = logits_MV.gather(-1, sampled_ids_BTs[mask_BT]) - logits_MV.logsumexp(-1, keepdim=True)
+    targets_Ms = counts_Ms / counts_Ms.sum(-1, keepdim=True)
+    # What is padding has a target of 0, whose product with -inf would be NaN.
+    return functional.kl_div(student_Ms.masked_fill(counts_Ms == 0, 0.0), targets_Ms, reduction="batchmean")
 
 
 def feature_mse_loss(projected_BTH: Tensor, hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from kd_assets.student.losses import (
     relation_angle_loss,
     relation_distance_loss,
     response_loss,
+    sampled_response_loss,
 )
 
 CURVE_FILE = "curve.json"
@@ -107,13 +108,19 @@ class Student(nn.Module):
             # Logits are the student's largest tensor: only rows that the loss looks at are computed.
             asked_BT = batch["topk_mask"]
             logits_MV = self.model.lm_head(output.last_hidden_state[:, :-1][asked_BT])
-            losses["response"] = response_loss(
-                logits_MV,
-                batch["topk_ids"][asked_BT],
-                batch["topk_logprobs"][asked_BT],
-                asked_BT[asked_BT],
-                temperature=temperature,
-            )
+            asked_M = asked_BT[asked_BT]
+            if "sampled_ids" in batch and temperature == 1.0:  # drawn at temperature 1: they say nothing of another
+                losses["response"] = sampled_response_loss(
+                    logits_MV, batch["sampled_ids"][asked_BT], batch["sampled_counts"][asked_BT], asked_M
+                )
+            else:
+                losses["response"] = response_loss(
+                    logits_MV,
+                    batch["topk_ids"][asked_BT],
+                    batch["topk_logprobs"][asked_BT],
+                    asked_M,
+                    temperature=temperature,
+                )
         if self.projectors:
             of_blocks = [
                 feature_cosine_loss(projector(output.hidden_states[layer + 1]), batch[name], batch["hidden_mask"])
@@ -265,7 +272,8 @@ def vocabulary_of(dataset: TeacherCacheDataset) -> int:
     known = [int(f["vocab_size"]) for f in facts if "vocab_size" in f]
     if known:
         return max(known)
-    largest = 0
+    drawn = [m.stats.get("max_sampled_id", 0) for reader in dataset.readers.values() for m in reader.manifests]
+    largest = int(max(drawn))
     for reader in dataset.readers.values():
         names = [name for name in ("input_ids", "topk_ids") if name in reader.fields]
         ids_only = CacheReader.from_folders(reader.folders, fields=names)

@@ -38,6 +38,7 @@ VOCABULARY = 11
 K = 4
 HIDDEN_SIZE = 3
 BLOCKS = (0, 2)
+DRAWS = 20
 TABLES: tuple[Asset, ...] = ("shards_manifest", *CACHES)
 PARAMS: dict[Asset, dict[str, Any]] = {
     "shards_manifest": {},
@@ -45,6 +46,8 @@ PARAMS: dict[Asset, dict[str, Any]] = {
     "hidden_state_cache": {"blocks": list(BLOCKS), "max_length": MAX_LENGTH},
     "embedding_cache": {"max_length": MAX_LENGTH},
 }
+WITH_DRAWS: dict[str, Any] = {"k": K, "max_length": MAX_LENGTH, "draws": DRAWS, "seed": 0}
+"""Parameters of a top-k cache that has random draws besides."""
 RECOMPUTED: dict[str, Any] = {
     "n_documents": 2,
     "max_abs_logprob_difference": 1e-4,
@@ -75,8 +78,17 @@ def teacher_logits(docs: Documents) -> npt.NDArray[np.float32]:
     return rng.normal(0, 3, (docs.n_tokens - docs.n_documents, VOCABULARY)).astype(np.float32)
 
 
-def table(asset: Asset, docs: Documents) -> pa.Table:
-    """The rows of an asset for these documents, from the made-up teacher."""
+def sampled_ids(docs: Documents, draws: int = DRAWS) -> npt.NDArray[np.uint32]:
+    """uint32 [M, draws]: token ids drawn at random from what the made-up teacher says."""
+    probabilities = np.exp(teacher_logits(docs).astype(np.float64))
+    cumulative = np.cumsum(probabilities / probabilities.sum(axis=1, keepdims=True), axis=1)
+    u = np.random.default_rng(int(docs.input_ids.sum())).random((len(cumulative), draws))
+    drawn: npt.NDArray[np.int64] = (cumulative[:, None, :] <= u[:, :, None]).sum(axis=2)
+    return drawn.clip(max=VOCABULARY - 1).astype(np.uint32)
+
+
+def table(asset: Asset, docs: Documents, *, draws: int = 0) -> pa.Table:
+    """The rows of an asset for these documents, from the made-up teacher; a top-k cache with `draws` a position."""
     if asset == "shards_manifest":
         return encode_shard(docs, ["corpus"] * docs.n_documents, np.arange(docs.n_documents, dtype=np.int64))
     rng = np.random.default_rng(int(docs.input_ids.sum()))
@@ -97,6 +109,7 @@ def table(asset: Asset, docs: Documents) -> pa.Table:
         topk_logprobs_Mk=np.take_along_axis(logprobs, top, axis=1).astype(np.float16),
         logsumexp_M=logsumexp,
         target_logprob_M=np.take_along_axis(logprobs, targets(docs)[:, None], axis=1)[:, 0],
+        sampled_ids_Md=sampled_ids(docs, draws) if draws else None,
     )
 
 
@@ -141,11 +154,12 @@ def commit(
     max_length = None if asset == "shards_manifest" else MAX_LENGTH
     kept = whole.slice(0, whole.n_documents, max_length)
     out = output(store, asset, params=params, partition_key=partition_key)
+    draws = (params or {}).get("draws", 0)
     with writer(store, out, partition_key=partition_key) as result:
         plans = plan_parts(kept.n_tokens_D, max_documents=max_documents, max_tokens=10**9)
         for plan in plans:
             part = kept.slice(plan.first_document, plan.n_documents)
-            rows = table(asset, part)
+            rows = table(asset, part, draws=draws)
             result.write_part(plan.index, rows, n_tokens=part.n_tokens, stats=part_stats(asset, rows))
         recorded = {"recomputed": RECOMPUTED} if checks is None else checks
         manifest = result.commit(parts=len(plans), checks=recorded, provenance={"host": "here"})

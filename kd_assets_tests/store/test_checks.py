@@ -209,6 +209,23 @@ def test_probabilities_above_one_fail_finite(store: Path) -> None:
     assert result.numbers["max_probability_sum"] == pytest.approx(1.02, abs=1e-3)
 
 
+def test_positions_without_all_their_draws_fail_finite(store: Path) -> None:
+    folder, _ = examples.commit(store / "right", "topk_cache", params=examples.WITH_DRAWS)
+    assert check_finite(folder).passed
+    docs = examples.documents((3, 2))
+    rows = examples.table("topk_cache", docs, draws=examples.DRAWS - 1)
+    folder = commit_rows(store / "wrong", "topk_cache", rows, params=examples.WITH_DRAWS)
+    fails(check_finite(folder), "has 57 draws, expected 20 a position: 60")
+    fails(check_schema(folder), "column sampled_ids: expected .*'draws': '20'.* found .*'draws': '19'")
+
+
+def test_cache_that_lacks_its_draws_fails_schema(store: Path) -> None:
+    rows = examples.table("topk_cache", examples.documents((3, 2)))
+    folder = commit_rows(store, "topk_cache", rows, params=examples.WITH_DRAWS)
+    fails(check_schema(folder), "column sampled_ids is missing")
+    fails(check_finite(folder), "has 0 draws, expected 20 a position: 60")
+
+
 def test_statistics_that_were_not_taken_fail_finite(store: Path) -> None:
     docs = examples.documents((3, 2))
     folder = commit_rows(store, "topk_cache", examples.table("topk_cache", docs), stats={})
@@ -299,8 +316,15 @@ def fails(result: CheckResult, reason: str) -> None:
         assert result.passed, result.description
 
 
-def commit_rows(store: Path, asset: Asset, rows: Any, *, stats: dict[str, float] | None = None) -> Path:
-    out = examples.output(store, asset)
+def commit_rows(
+    store: Path,
+    asset: Asset,
+    rows: Any,
+    *,
+    stats: dict[str, float] | None = None,
+    params: dict[str, Any] | None = None,
+) -> Path:
+    out = examples.output(store, asset, params=params)
     with examples.writer(store, out) as result:
         n_tokens = sum(rows["n_tokens"].to_pylist())
         result.write_part(0, rows, n_tokens=n_tokens, stats=part_stats(asset, rows) if stats is None else stats)

@@ -140,6 +140,24 @@ def test_topk_statistics_count_what_is_not_finite_and_leave_it_out() -> None:
     assert all(np.isfinite(value) for value in stats.values())
 
 
+def test_draws_are_counted_by_position_in_any_order_they_come_in() -> None:
+    docs = examples.documents((3, 1, 2))
+    sampled = np.array([[5, 3, 5], [3, 3, 3], [4_000_000_000, 0, 1]], np.uint32)
+    numbers = np.zeros(3, np.float32)
+    rows = encode_topk(
+        docs,
+        topk_ids_Mk=np.zeros((3, 1), np.uint32),
+        topk_logprobs_Mk=np.zeros((3, 1), np.float16),
+        logsumexp_M=numbers,
+        target_logprob_M=numbers,
+        sampled_ids_Md=sampled,
+    )
+    assert rows["sampled_ids"].to_pylist() == [[[3, 5], [3]], [], [[0, 1, 4_000_000_000]]]
+    assert rows["sampled_counts"].to_pylist() == [[[1, 2], [3]], [], [[1, 1, 1]]]
+    stats = part_stats("topk_cache", rows)
+    assert (stats["n_draws"], stats["n_sampled_ids"], stats["max_sampled_id"]) == (9, 6, 4_000_000_000)
+
+
 def test_hidden_state_statistics_read_the_bits_of_bfloat16() -> None:
     docs = examples.documents((1,))
     numbers = np.array([[1.5, -3.0, 0.0, np.inf, -np.inf, np.nan]], np.float32)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import CorruptManifestError, InputError, NotCommittedError, ResultBusyError, VariantConflictError
@@ -27,6 +28,7 @@ from kd_assets.store import (
     canonical_json,
     commit_file_result,
     committed,
+    encode_topk,
     fingerprint,
     part_stats,
     plan_output,
@@ -41,6 +43,7 @@ from kd_assets.store.encode import flat
 from kd_assets.store.files import append_line
 from kd_assets.store.manifest import merge_stats
 from kd_assets.store.partfile import PartFile
+from kd_assets.teacher.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
 
 FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"
@@ -451,6 +454,13 @@ def test_identity_holds_the_parameters(store: Path, asset: Asset) -> None:
     assert "max_length" in manifest.params
 
 
+def test_identity_of_a_cache_with_draws_holds_their_number_and_seed(store: Path) -> None:
+    """[F29]"""
+    _, manifest = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    assert manifest.params == {"k": 4, "max_length": 6, "draws": 20, "seed": 0}
+    assert manifest.variant != examples.commit(store, "topk_cache")[1].variant
+
+
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -601,13 +611,13 @@ def test_embeddings_are_vectors_of_float32(store: Path) -> None:
 @pytest.mark.parametrize("asset", ["shards_manifest", "topk_cache", "embedding_cache"])
 def test_parquet_parts_split_bytes_of_four_byte_numbers_only(store: Path, asset: Asset) -> None:
     """[F42]"""
-    folder, _ = examples.commit(store, asset)
+    folder, _ = examples.commit(store, asset, params=examples.WITH_DRAWS if asset == "topk_cache" else None)
     file = pq.ParquetFile(folder / "part-00000.parquet")
     for i in range(file.metadata.num_columns):
         column = file.metadata.row_group(0).column(i)
         leaf = file.schema.column(i)
-        is_token_id = "bitWidth=32, isSigned=false" in str(leaf.logical_type)
-        is_split = leaf.physical_type == "FLOAT" or is_token_id
+        is_unsigned = re.search("bitWidth=(16|32), isSigned=false", str(leaf.logical_type)) is not None
+        is_split = leaf.physical_type == "FLOAT" or is_unsigned
         assert column.compression == "ZSTD"
         assert not column.has_dictionary_page
         assert not column.is_stats_set
@@ -668,20 +678,112 @@ def test_parts_open_in_plain_pyarrow(store: Path) -> None:
 def test_parts_open_in_pandas_duckdb_and_polars(store: Path, library: str) -> None:
     """[F46] Where they are installed: none of them is a dependency."""
     module: Any = pytest.importorskip(library)
-    path = str(examples.commit(store, "topk_cache")[0] / "part-00000.parquet")
+    path = str(examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)[0] / "part-00000.parquet")
     if library == "duckdb":
-        query = f"select topk_ids[1], topk_logprobs[1], logsumexp[1], input_ids from '{path}' limit 1"
-        ids, logprobs, logsumexp, input_ids = module.sql(query).fetchall()[0]
+        columns = "topk_ids[1], topk_logprobs[1], logsumexp[1], input_ids, sampled_ids[1], sampled_counts[1]"
+        query = f"select {columns} from '{path}' limit 1"
+        ids, logprobs, logsumexp, input_ids, *sampled = module.sql(query).fetchall()[0]
     else:
         frame = module.read_parquet(path)
         row = frame.row(0, named=True) if library == "polars" else frame.iloc[0]
         ids, logprobs = row["topk_ids"][0], row["topk_logprobs"][0]
         logsumexp, input_ids = row["logsumexp"][0], row["input_ids"]
+        sampled = [row["sampled_ids"][0], row["sampled_counts"][0]]
     expected = CacheReader(store / "tiny", "topk_cache")[0]
     assert list(ids) == expected["topk_ids"][0].tolist()
     assert list(logprobs) == expected["topk_logprobs"][0].tolist()
     assert logsumexp == expected["logsumexp"][0]
     assert list(input_ids) == expected["input_ids"].tolist()
+    assert list(sampled[0]) == expected["sampled_ids"][0].tolist()
+    assert list(sampled[1]) == expected["sampled_counts"][0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ random draws
+
+
+def test_cache_without_draws_is_named_and_made_as_before_there_were_draws(store: Path) -> None:
+    """[F47] The fingerprint is the one that the version before draws gave."""
+    folder, manifest = examples.commit(store, "topk_cache")
+    assert manifest.fingerprint == "914593e0ed944ad8a65e127d86de6c12a4c5bd48fbf40339146b72d9e4bb28f7"
+    names = next(part_tables(folder)).schema.names
+    assert names[4:] == ["topk_ids", "topk_logprobs", "logsumexp", "target_logprob"]
+    assert set(manifest.params) == {"k", "max_length"}
+
+
+def test_cache_with_draws_has_two_more_columns(store: Path) -> None:
+    """[F48]"""
+    folder, manifest = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    rows = next(part_tables(folder))
+    assert [(field.name, str(field.type).replace(" not null", "")) for field in rows.schema][8:] == [
+        ("sampled_ids", "list<element: list<element: uint32>>"),
+        ("sampled_counts", "list<element: list<element: uint16>>"),
+    ]
+    for name in ("sampled_ids", "sampled_counts"):
+        metadata = {key.decode(): value.decode() for key, value in rows.schema.field(name).metadata.items()}
+        assert metadata["draws"] == "20"
+        assert metadata["convention"].startswith("token ids drawn at random, with replacement")
+    assert manifest.format_version == 1
+    assert verify(store).problems == ()
+
+
+def test_cache_with_draws_differs_from_one_without_in_nothing_else(store: Path) -> None:
+    """[F48]"""
+    with_draws, _ = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    without, _ = examples.commit(store, "topk_cache")
+    for one, other in zip(part_tables(with_draws), part_tables(without), strict=True):
+        assert one.select(other.schema.names).equals(other)
+
+
+@pytest.mark.parametrize("draws", [0, 65_536])
+def test_draws_that_have_no_columns_are_refused(draws: int) -> None:
+    """[F48]"""
+    docs = examples.documents((2,))
+    numbers = np.zeros(1, np.float32)
+    with pytest.raises(ValueError, match="with d from 1 to 65535"):
+        encode_topk(
+            docs,
+            topk_ids_Mk=np.zeros((1, 1), np.uint32),
+            topk_logprobs_Mk=np.zeros((1, 1), np.float16),
+            logsumexp_M=numbers,
+            target_logprob_M=numbers,
+            sampled_ids_Md=np.zeros((1, draws), np.uint32),
+        )
+
+
+def test_lists_of_draws_are_the_different_ids_and_their_counts(store: Path) -> None:
+    """[F49] Counted here one by one."""
+    _, manifest = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    reader = CacheReader(store / "tiny", "topk_cache")
+    drawn = examples.sampled_ids(examples.documents().slice(0, 2)).tolist()
+    document = reader[0]
+    assert len(document["sampled_ids"]) == len(document["sampled_counts"]) == 4
+    for i, ids in enumerate(drawn):
+        counted = {token: ids.count(token) for token in sorted(ids)}
+        assert document["sampled_ids"][i].tolist() == list(counted)
+        assert document["sampled_counts"][i].tolist() == list(counted.values())
+    assert [len(reader[1][name]) for name in ("sampled_ids", "sampled_counts")] == [0, 0]
+    assert manifest.stats["n_draws"] == 20 * manifest.stats["n_positions"]
+    assert manifest.stats["max_sampled_id"] < examples.VOCABULARY
+
+
+def test_draw_is_the_lowest_id_with_more_than_u_up_to_it() -> None:
+    """[F50] That draws follow the distribution is in the teacher's tests."""
+    probabilities = torch.tensor([[0.25, 0.0, 0.5, 0.0, 0.25]])
+    u = torch.tensor([[0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-24]])
+    logits = probabilities.log()
+    assert drawn_ids(logits, logits.amax(1), u).tolist() == [[0, 0, 2, 2, 4, 4]]
+
+
+def test_numbers_behind_the_draws_can_be_had_from_numpy_alone() -> None:
+    """[F51]"""
+    key = int.from_bytes(hashlib.sha256(b"7:document-0").digest()[:16], "little")
+    words = [int(word) for word in np.random.Philox(key=key).random_raw(3)]
+    halves = [half for word in words for half in (word % 2**32, word // 2**32)]
+    expected = [half // 2**8 / 2**24 for half in halves]
+    assert uniforms(7, "document-0", 2, 3).reshape(-1).tolist() == expected
+    assert expected[0] == 0.13234221935272217
+    assert uniforms(7, "document-0", 1, 3).tolist() == [expected[:3]]
+    assert uniforms(8, "document-0", 1, 3).tolist() != uniforms(7, "document-1", 1, 3).tolist() != [expected[:3]]
 
 
 # ------------------------------------------------------------------------------------------------------------ golden

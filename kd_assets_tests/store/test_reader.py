@@ -91,6 +91,23 @@ def test_shapes_and_dtypes_are_those_of_the_format(filled: Path) -> None:
     assert documents["topk_cache"]["n_tokens"] == 6
 
 
+def test_random_draws_come_as_lists_of_a_document(store: Path) -> None:
+    examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    reader = CacheReader(store / examples.RECIPE, "topk_cache")
+    expected = examples.table("topk_cache", examples.documents().slice(2, 2, 6), draws=examples.DRAWS).to_pylist()
+    for i, row in zip((2, 3), expected, strict=True):
+        for name, dtype in (("sampled_ids", "uint32"), ("sampled_counts", "uint16")):
+            lists = reader[i][name]
+            assert [values.tolist() for values in lists] == row[name]
+            assert (lists.values.dtype.name, lists.values.flags.writeable) == (dtype, False)
+            assert lists.lengths.tolist() == [len(values) for values in row[name]]
+            assert [values.tolist() for values in lists[1:2]] == row[name][1:2]
+            assert lists[-1].tolist() == row[name][-1]
+            assert len(lists[1:1]) == len(lists[2:1]) == 0
+    with pytest.raises(IndexError):
+        reader[3]["sampled_ids"][5]
+
+
 def test_document_of_one_token_has_empty_rows_of_the_right_shape(filled: Path) -> None:
     assert CacheReader(filled, "topk_cache")[1]["topk_ids"].shape == (0, 4)
 

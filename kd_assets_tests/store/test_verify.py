@@ -14,7 +14,7 @@ import pytest
 
 from kd_assets.contract import Asset
 from kd_assets.errors import MissingInputError, NotCommittedError
-from kd_assets.store import Manifest, commit_file_result, committed, plan_output, read_manifest, verify
+from kd_assets.store import CacheReader, Manifest, commit_file_result, committed, plan_output, read_manifest, verify
 from kd_assets.store.files import atomic_file, file_sha256
 from kd_assets.store.fingerprint import data_version
 from kd_assets.store.partfile import part_suffix, write_table
@@ -121,6 +121,43 @@ def test_contents_that_are_not_what_the_manifest_says_are_told_apart(filled: Pat
         file.write(b"no parquet file at all")
     adopt_files(folder)
     assert kinds(folder)[0] == "unreadable_part"
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts", "message"),
+    [
+        ([[2, 1], [3]], [[1, 1], [2]], "not in ascending order"),
+        ([[1, 1], [3]], [[1, 1], [2]], "not in ascending order"),
+        ([[1, 2], [3]], [[1, 2], [2]], "add up to something else than 2"),
+        ([[1, 2], [3]], [[0, 2], [2]], "are below 1"),
+        ([[], [3]], [[], [2]], "add up to something else than 2"),
+        ([[1, 2], [3]], [[2], [2]], "have lists of different lengths"),
+        ([[1, 2]], [[1, 1]], "has not one list"),
+        ([[1, 11], [3]], [[1, 1], [2]], "a sampled id is 11, the teacher knows ids 0 to 10"),
+    ],
+)
+def test_draws_that_cannot_be_are_found(
+    store: Path, ids: list[list[int]], counts: list[list[int]], message: str
+) -> None:
+    params = {"k": examples.K, "max_length": examples.MAX_LENGTH, "draws": 2, "seed": 0}
+    folder, manifest = examples.commit(store, "topk_cache", docs=examples.documents((3,)), params=params)
+    write_manifest(folder, dataclasses.replace(manifest, facts={"vocab_size": examples.VOCABULARY}))
+    assert kinds(folder) == []
+    rows = examples.table("topk_cache", examples.documents((3,)), draws=2)
+    for name, lists in (("sampled_ids", ids), ("sampled_counts", counts)):
+        field = rows.schema.field(name)
+        rows = rows.set_column(rows.schema.get_field_index(name), field, pa.array([lists], type=field.type))
+    replace_part(folder, rows)
+    assert kinds(folder) == ["wrong_draws"]
+    assert message in verify(folder).problems[0].message
+
+
+def test_first_id_of_a_position_may_be_below_the_last_of_the_one_before(store: Path) -> None:
+    params = {"k": examples.K, "max_length": examples.MAX_LENGTH, "draws": 1, "seed": 0}
+    folder, _ = examples.commit(store, "topk_cache", docs=examples.documents((6, 6, 1)), params=params)
+    drawn = [ids.item() for ids in CacheReader.from_folders([folder])[0]["sampled_ids"]]
+    assert drawn != sorted(drawn)
+    assert kinds(folder) == []
 
 
 def test_hidden_states_that_are_no_arrow_file_are_unreadable(filled: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -50,6 +51,14 @@ class BigramTeacher:
         object.__setattr__(self, "logits_VV", logits)
         object.__setattr__(self, "states_VH", states)
 
+    def drawn(self, logits_MV: Tensor, draws: int) -> npt.NDArray[np.uint32]:
+        """uint32 [M, draws]: token ids drawn at random with replacement."""
+        if not len(logits_MV):
+            return np.zeros((0, draws), np.uint32)
+        generator = torch.Generator().manual_seed(self.seed)
+        ids_Md = logits_MV.softmax(-1).multinomial(draws, replacement=True, generator=generator)
+        return ids_Md.numpy().astype(np.uint32)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeUpDocument:
@@ -82,8 +91,12 @@ def commit_caches(
     assets: Sequence[Asset] = CACHES,
     shard: str = "shard",
     facts: Mapping[str, Any] | None = None,
+    draws: int = 0,
 ) -> dict[Asset, Path]:
-    """Commit caches of these documents, in this order and two documents to a part; asset → folder."""
+    """Commit caches of these documents, in this order and two documents to a part; asset → folder.
+
+    With `draws` the top-k cache has as many random draws of each position.
+    """
     teacher = teacher or BigramTeacher()
     recipe_folder = store / RECIPE
     folders: dict[Asset, Path] = {}
@@ -95,7 +108,7 @@ def commit_caches(
         with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=partition_key) as writer:
             for plan in plans:
                 part = cut.slice(plan.first_document, plan.n_documents)
-                table = _encoded(asset, part, teacher)
+                table = _encoded(asset, part, teacher, draws)
                 writer.write_part(plan.index, table, n_tokens=part.n_tokens, stats=part_stats(asset, table))
             writer.commit(parts=len(plans), checks={}, provenance={}, facts=facts or {"vocab_size": VOCABULARY})
         folders[asset] = writer.folder
@@ -111,7 +124,7 @@ def _flat(documents: Sequence[MadeUpDocument]) -> Documents:
     )
 
 
-def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher) -> Any:
+def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher, draws: int) -> Any:
     ids = torch.from_numpy(documents.input_ids.astype(np.int64))
     if asset == "topk_cache":
         last = torch.zeros(len(ids), dtype=torch.bool)
@@ -125,6 +138,7 @@ def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher) -> Any:
             topk_logprobs_Mk=top.values.numpy().astype(np.float16),
             logsumexp_M=logits.logsumexp(-1).numpy(),
             target_logprob_M=logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy(),
+            sampled_ids_Md=teacher.drawn(logits, draws) if draws else None,
         )
     states = teacher.states_VH[ids]
     if asset == "hidden_state_cache":

@@ -226,11 +226,56 @@ def test_documents_are_cut_with_the_rows_about_their_first_tokens(store: Path) -
         assert sample["embedded_tokens"].item() == len(whole[i]["input_ids"])
 
 
+@pytest.fixture
+def drawn(tmp_path: Path) -> TeacherCacheDataset:
+    """20 random draws of each position besides the top k."""
+    commit_caches(tmp_path, "made-up-00000", DOCUMENTS["made-up-00000"], assets=("topk_cache",), draws=20)
+    return TeacherCacheDataset.from_recipe(tmp_path / RECIPE, assets=("topk_cache",))
+
+
+def test_random_draws_come_as_ids_and_counts_padded_with_zeros(drawn: TeacherCacheDataset) -> None:
+    reader = drawn.readers["topk_cache"]
+    for i in range(len(drawn)):
+        sample, document = drawn[i], reader[i]
+        ids, counts = sample["sampled_ids"], sample["sampled_counts"]
+        assert (ids.dtype, counts.dtype) == (torch.int64, torch.int64)
+        assert (
+            ids.shape == counts.shape == (len(sample["input_ids"]) - 1, max(document["sampled_ids"].lengths, default=0))
+        )
+        for j, n in enumerate(document["sampled_ids"].lengths):
+            assert ids[j].tolist() == [*document["sampled_ids"][j].tolist(), *[0] * (ids.shape[1] - n)]
+            assert counts[j].tolist() == [*document["sampled_counts"][j].tolist(), *[0] * (ids.shape[1] - n)]
+            assert counts[j].sum() == 20
+
+
+def test_a_batch_of_draws_is_padded_to_its_longest_list_and_masked(drawn: TeacherCacheDataset) -> None:
+    samples = [drawn[i] for i in range(len(drawn))]
+    batch = collate(samples)
+    widest = max(sample["sampled_ids"].shape[1] for sample in samples)
+    assert len({sample["sampled_ids"].shape[1] for sample in samples}) > 1
+    shape = (len(samples), batch["input_ids"].shape[1] - 1, widest)
+    for name in ("sampled_ids", "sampled_counts", "sampled_mask"):
+        assert batch[name].shape == shape
+    for i, sample in enumerate(samples):
+        n, s = sample["sampled_ids"].shape
+        assert torch.equal(batch["sampled_ids"][i, :n, :s], sample["sampled_ids"])
+        assert torch.equal(batch["sampled_counts"][i, :n, :s], sample["sampled_counts"])
+        assert batch["sampled_mask"][i].sum() == (sample["sampled_counts"] > 0).sum()
+    assert not batch["sampled_ids"][~batch["sampled_mask"]].any()
+
+
+def test_documents_with_draws_are_cut_like_others(drawn: TeacherCacheDataset) -> None:
+    short = TeacherCacheDataset(drawn.readers, max_length=3)
+    for i in range(len(drawn)):
+        assert torch.equal(short[i]["sampled_ids"], drawn[i]["sampled_ids"][:2])
+
+
 def test_a_batch_of_documents_of_one_token_predicts_nothing(tmp_path: Path) -> None:
     single = [MadeUpDocument(document_id=f"doc-{i}", input_ids=(i,), loss_mask=(True,)) for i in range(3)]
-    commit_caches(tmp_path, "made-up-00000", single)
+    commit_caches(tmp_path, "made-up-00000", single, draws=5)
     dataset = TeacherCacheDataset.from_recipe(tmp_path / RECIPE)
     batch = collate([dataset[i] for i in range(3)])
     assert batch["topk_ids"].shape == (3, 0, 8)
     assert batch["topk_mask"].shape == (3, 0)
+    assert batch["sampled_ids"].shape == batch["sampled_mask"].shape == (3, 0, 0)
     assert int(batch["input_ids"].max()) < VOCABULARY

@@ -16,6 +16,7 @@ from kd_assets.student.losses import (
     relation_angle_loss,
     relation_distance_loss,
     response_loss,
+    sampled_response_loss,
 )
 
 EVERYWHERE = torch.ones(1, 1, dtype=torch.bool)
@@ -119,6 +120,56 @@ def test_response_loss_brings_a_student_to_the_teacher() -> None:
 def test_response_loss_refuses_a_temperature_of_zero() -> None:
     with pytest.raises(ValueError, match="temperature"):
         response_loss(torch.zeros(1, 1, 2), torch.tensor([[[0]]]), torch.zeros(1, 1, 1), EVERYWHERE, temperature=0.0)
+
+
+def drawn(logits: Tensor, draws: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and counts of random draws from the teacher; every id of the vocabulary has a place, some a count of 0."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = logits.shape[-1]
+    ids = logits.softmax(-1).flatten(0, 1).multinomial(draws, replacement=True, generator=generator)
+    counts = functional.one_hot(ids, vocabulary).sum(1).reshape(logits.shape)
+    return torch.arange(vocabulary).expand_as(counts), counts
+
+
+def test_sampled_response_loss_by_hand() -> None:
+    # Id 2 was drawn three times and id 0 once, the rest is padding; the student is uniform over four tokens.
+    loss = sampled_response_loss(
+        torch.zeros(1, 1, 4), torch.tensor([[[0, 2, 0]]]), torch.tensor([[[1, 3, 0]]]), EVERYWHERE
+    )
+    by_hand = 0.25 * math.log(0.25 / 0.25) + 0.75 * math.log(0.75 / 0.25)
+    assert loss.item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_sampled_response_loss_is_zero_for_a_student_that_says_what_was_drawn() -> None:
+    logits = torch.tensor([[[0.2, 0.0, 0.8, 0.0]]]).log()  # padding points to an id that the student rules out
+    loss = sampled_response_loss(logits, torch.tensor([[[0, 2, 1]]]), torch.tensor([[[2, 8, 0]]]), EVERYWHERE)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradient_of_the_sampled_response_loss_is_that_of_the_full_kl_on_average() -> None:
+    teacher, student = random_logits(1, 3, 8), random_logits(1, 3, 8, seed=1).requires_grad_()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    full = response_loss(student, *top(teacher, 8), mask)
+    sampled = sampled_response_loss(student, *drawn(teacher, 200_000), mask)
+    (expected,), (found,) = torch.autograd.grad(full, student), torch.autograd.grad(sampled, student)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    assert sampled.item() == pytest.approx(full.item(), abs=2e-2)
+
+
+def test_sampled_response_loss_ignores_what_the_mask_leaves_out() -> None:
+    logits = random_logits(2, 5, 7).requires_grad_()
+    ids, counts = drawn(random_logits(2, 5, 7, seed=1), 10)
+    counts[1] = 0  # padding of a shorter document
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, :2] = True
+    loss = sampled_response_loss(logits, ids, counts, mask)
+    alone = sampled_response_loss(logits[:1, :2], ids[:1, :2], counts[:1, :2], torch.ones(1, 2, dtype=torch.bool))
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert not gradient[~mask].any()
+    nothing = sampled_response_loss(logits, ids, counts, torch.zeros(2, 5, dtype=torch.bool))
+    assert nothing.item() == 0.0
+    assert not torch.autograd.grad(nothing, logits)[0].any()
 
 
 def test_feature_losses_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -43,8 +44,12 @@ class Asked(StopFlag):
 class Setting:
     """A store with two shards, and a student job over them."""
 
-    def __init__(self, folder: Path, *, params: StudentParams = PARAMS, assets: Sequence[Asset] = CACHES) -> None:
-        shards = [commit_caches(folder, f"made-up-{i:05d}", made_up_documents(20, seed=i)) for i in range(2)]
+    def __init__(
+        self, folder: Path, *, params: StudentParams = PARAMS, assets: Sequence[Asset] = CACHES, draws: int = 0
+    ) -> None:
+        shards = [
+            commit_caches(folder, f"made-up-{i:05d}", made_up_documents(20, seed=i), draws=draws) for i in range(2)
+        ]
         identity = {"asset": "student_smoke", "format_version": FORMAT_VERSION, "input": "all"}
         recipe_folder = folder / RECIPE
         self.output = plan_output("student_smoke", identity, recipe_folder=recipe_folder, partition_key="all")
@@ -105,6 +110,19 @@ def test_student_learns_from_all_three_caches(tmp_path: Path) -> None:
     assert manifest.provenance["run_id"] == "of a test"
     assert manifest.provenance["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert summary["last_loss"] < summary["first_loss"]
+
+
+def test_student_learns_from_random_draws_at_temperature_one_and_from_the_top_k_at_others(tmp_path: Path) -> None:
+    curves = []
+    for draws, temperature in ((0, 1.0), (50, 1.0), (0, 2.0), (50, 2.0)):
+        params = dataclasses.replace(PARAMS, temperature=temperature)
+        setting = Setting(tmp_path / f"{draws} {temperature}", params=params, assets=("topk_cache",), draws=draws)
+        setting.train()
+        curves.append(setting.curve()["response"])
+    topk, drawn, softened, drawn_softened = curves
+    assert drawn != topk
+    assert sum(drawn[-5:]) < sum(drawn[:5])
+    assert drawn_softened == softened
 
 
 @pytest.mark.parametrize(
