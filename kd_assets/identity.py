@@ -168,8 +168,9 @@ def model_folder(model: str, revision: str | None, *, environment: Mapping[str, 
     )
 
 
-def weights_fingerprint(folder: Path, cache: DigestCache | None) -> str:
-    """SHA-256 (hex) of what determines a model's numbers: its configuration and every `*.safetensors` file.
+def weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote_code: bool = False) -> str:
+    """SHA-256 (hex) of what determines a model's numbers: its configuration and every `*.safetensors` file; with
+    `remote_code` also every `*.py` file in the folder and below, since they may run.
 
     The configuration counts as parsed, without `VOLATILE_KEYS`. Raises MissingInputError when `config.json` or the
     weights are missing or incomplete (a shard that the index names, a Git LFS pointer in a file's place).
@@ -190,8 +191,9 @@ def weights_fingerprint(folder: Path, cache: DigestCache | None) -> str:
             raise MissingInputError(f"{folder} lacks {absent[0]}, which its index names: finish the download")
     for path in weights:
         _refuse_lfs_pointer(path)
-    files = [path for path in (*weights, index_file) if path.exists()]
-    digests = {path.name: file_sha256(path, cache) for path in files}
+    code = sorted(_glob(folder, "**/*.py")) if remote_code else []
+    files = [path for path in (*weights, index_file, *code) if path.exists()]
+    digests = {path.relative_to(folder).as_posix(): file_sha256(path, cache) for path in files}
     return _fingerprint({"config": _without_volatile(config), "files": digests})
 
 

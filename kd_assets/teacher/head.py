@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 CPU_CHUNK_BYTES = 128 * 2**20
-"""Float32 logits of one chunk on a CPU: 1,024 rows of a vocabulary of 32,768. Smaller ones do not fill the matrix
+"""Logits of one chunk on a CPU: 1,024 rows of a vocabulary of 32,768 in float32. Smaller ones do not fill the matrix
 product (measured on 2 cores: 560 us a row at 128 rows, 438 at 340, 378 at 1,024)."""
-CUDA_CHUNK_BYTES = 2**30
-"""On a GPU: 2,092 rows of a vocabulary of 128,256, enough to fill the matrix product."""
+CUDA_CHUNK_BYTES = 512 * 2**20
+"""On a GPU: 2,092 rows of a vocabulary of 128,256 in 16 bits, enough to fill the matrix product."""
 
 PROOF_RTOL = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Largest difference in the proof, relative to the largest logit: one rounding of the result in 16 bits; in float32
@@ -42,10 +42,7 @@ class Head:
     """Gemma's `final_logit_softcapping`: c x tanh(logits / c)."""
 
     def logits(self, final_NH: Tensor, buffers: ChunkBuffers) -> Tensor:
-        """float32 [N, V], valid until the next call with these buffers.
-
-        Computed in the model's precision, as the model does, and only then widened: the same numbers as its own.
-        """
+        """[N, V], valid until the next call with these buffers: in the model's precision, and its own numbers."""
         logits_NV = self._linear(final_NH, buffers)
         if self.divisor is not None:
             logits_NV.div_(self.divisor)
@@ -53,63 +50,56 @@ class Head:
             logits_NV.mul_(self.multiplier)
         if self.softcap is not None:
             logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return buffers.widened(logits_NV)
+        return logits_NV
 
     def _linear(self, final_NH: Tensor, buffers: ChunkBuffers) -> Tensor:
         # Straight into a buffer: fresh memory of this size comes from the kernel page by page, which on a CPU costs
         # a quarter of the product itself. A quantised or sharded head knows its own way.
-        if not is_plain(self.linear):
-            logits_NV: Tensor = self.linear(final_NH)
-            return logits_NV
-        out_NV, weight_HV = buffers.logits(len(final_NH)), self.linear.weight.T
-        bias_V = getattr(self.linear, "bias", None)
-        if bias_V is None:
-            return torch.mm(final_NH, weight_HV, out=out_NV)
-        return torch.addmm(bias_V, final_NH, weight_HV, out=out_NV)
+        if is_plain(self.linear):
+            weight_HV, out_NV = self.linear.weight.T, buffers.logits(len(final_NH))
+            final_NH = final_NH.to(weight_HV.dtype)  # Mamba keeps its residuals in float32, whatever its weights are
+            if out_NV.dtype == weight_HV.dtype:
+                bias_V = getattr(self.linear, "bias", None)
+                if bias_V is None:
+                    return torch.mm(final_NH, weight_HV, out=out_NV)
+                return torch.addmm(bias_V, final_NH, weight_HV, out=out_NV)
+        logits_NV: Tensor = self.linear(final_NH)
+        return logits_NV
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is a matrix product and nothing else: quantised and sharded layers are subclasses or take hooks."""
-    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+    """Whether it is a matrix product and nothing else: quantised layers are subclasses or have a weight that is no
+    ordinary tensor, others take hooks, and layers that are sharded or laid on another device have a `forward` of their
+    own."""
+    is_wrapped = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_wrapped
 
 
 class ChunkBuffers:
-    """Memory for one chunk of logits, taken once for the whole pass.
-
-    Cost: rows x V x 4 bytes twice, and in 16-bit precision once more in that precision.
-    """
+    """Memory for one chunk of logits in the model's precision, taken once for the whole pass."""
 
     def __init__(self, *, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = chunk_rows(vocabulary_size, device)
-        self.dtype = dtype
-        self._shape = (self.rows, vocabulary_size)
-        self._device = device
-        self._memory: dict[str, Tensor] = {}
+        self.rows = chunk_rows(vocabulary_size, dtype, device)
+        self.device = device
+        self._shape, self._dtype = (self.rows, vocabulary_size), dtype
+        self._memory: Tensor | None = None
 
     def logits(self, n: int) -> Tensor:
-        """[n, V] in the model's precision."""
-        return self._buffer("logits", self.dtype)[:n]
-
-    def scratch(self, n: int) -> Tensor:
-        """float32 [n, V], for the reductions over a chunk."""
-        return self._buffer("scratch", torch.float32)[:n]
-
-    def widened(self, logits_NV: Tensor) -> Tensor:
-        """The same logits in float32; themselves where they are."""
-        if logits_NV.dtype == torch.float32:
-            return logits_NV
-        return self._buffer("float32", torch.float32)[: len(logits_NV)].copy_(logits_NV)
-
-    def _buffer(self, name: str, dtype: torch.dtype) -> Tensor:
-        if name not in self._memory:
-            self._memory[name] = torch.empty(self._shape, dtype=dtype, device=self._device)
-        return self._memory[name]
+        """[n, V]."""
+        if self._memory is None:
+            self._memory = torch.empty(self._shape, dtype=self._dtype, device=self.device)
+        return self._memory[:n]
 
 
-def chunk_rows(vocabulary_size: int, device: torch.device) -> int:
+def chunk_rows(vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of one chunk. Depends on nothing that changes between attempts, so that neither do the bytes."""
     chunk_bytes = CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
-    return max(16, min(8192, chunk_bytes // (4 * vocabulary_size)))
+    return max(16, min(8192, chunk_bytes // (dtype.itemsize * vocabulary_size)))
+
+
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def configured_head(model: Any, config: Any) -> Head | None:
@@ -117,15 +107,12 @@ def configured_head(model: Any, config: Any) -> Head | None:
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Module):
         return None
-    multiplier = getattr(config, "logit_scale", None)
-    if multiplier is None:
-        multiplier = getattr(config, "lm_head_multiplier", None)
-    return Head(
-        linear=linear,
-        divisor=getattr(config, "logits_scaling", None),
-        multiplier=multiplier,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+
+    def number(names: tuple[str, ...]) -> float | None:
+        values = (getattr(config, name, None) for name in names)
+        return next((float(v) for v in values if isinstance(v, (int, float)) and v), None)  # MPT's may be a word
+
+    return Head(linear=linear, divisor=number(DIVISORS), multiplier=number(MULTIPLIERS), softcap=number(SOFTCAPS))
 
 
 @torch.inference_mode()
@@ -145,7 +132,7 @@ def proven_head(head: Head | None, final_BTH: Tensor, logits_BTV: Tensor) -> tup
     ours_NV = torch.cat(pieces)
     if ours_NV.shape != logits_NV.shape:
         return None, float("inf")
-    difference = relative_difference(ours_NV, logits_NV.float())
+    difference = relative_difference(ours_NV.float(), logits_NV.to(ours_NV.device).float())
     return (head if difference <= PROOF_RTOL[final_NH.dtype] else None), difference
 
 

@@ -76,7 +76,7 @@ def test_broken_weights_do_not_disprove_a_head() -> None:
     assert proven_head(head, *probe(model))[0] is head
 
 
-def test_logits_of_16_bit_teachers_are_the_models_own_and_then_widened() -> None:
+def test_logits_of_16_bit_teachers_are_the_models_own_in_its_precision() -> None:
     model = tiny_model("gemma2", dtype=torch.bfloat16)
     final_BTH, logits_BTV = probe(model)
     head = configured_head(model, model.config)
@@ -84,12 +84,18 @@ def test_logits_of_16_bit_teachers_are_the_models_own_and_then_widened() -> None
     buffers = ChunkBuffers(vocabulary_size=VOCABULARY, dtype=torch.bfloat16, device=CPU)
     with torch.inference_mode():
         logits_NV = head.logits(final_BTH.flatten(0, 1), buffers)
-    assert logits_NV.dtype == torch.float32
-    assert torch.equal(logits_NV, logits_BTV.flatten(0, 1).float())
+    assert logits_NV.dtype == torch.bfloat16
+    assert torch.equal(logits_NV, logits_BTV.flatten(0, 1))
 
 
 def test_chunks_shrink_as_the_vocabulary_grows() -> None:
-    assert chunk_rows(32_768, CPU) == 1024
-    assert chunk_rows(131_072, CPU) == 256
-    assert chunk_rows(131_072, torch.device("cuda")) == 2048
-    assert chunk_rows(10**9, CPU) == 16
+    assert chunk_rows(32_768, torch.float32, CPU) == 1024
+    assert chunk_rows(131_072, torch.float32, CPU) == 256
+    assert chunk_rows(10**9, torch.float32, CPU) == 16
+
+
+def test_a_chunk_on_a_gpu_takes_half_a_gib_in_the_models_own_precision() -> None:
+    cuda = torch.device("cuda")
+    assert chunk_rows(131_072, torch.bfloat16, cuda) == 2048
+    assert chunk_rows(131_072, torch.float32, cuda) == 1024
+    assert chunk_rows(128_256, torch.bfloat16, cuda) == 2092

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import HiddenStateParams, TopkParams
 from kd_assets.errors import MissingInputError, RecipeError, TeacherChangedError, TeacherError
-from kd_assets.teacher.load import as_teacher, load_teacher, read_model, rotary_limit
+from kd_assets.teacher.configuration import read_config, rotary_limit
+from kd_assets.teacher.load import as_teacher, load_teacher, read_model
 from kd_assets_tests.teacher.tiny import (
     HIDDEN_SIZE,
     LONGROPE,
@@ -81,7 +82,7 @@ def test_damaged_safetensors_file_is_refused_with_its_folder(folder: Path) -> No
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(TeacherError, match=r"teacher of mine has a truncated or damaged safetensors file"):
-        read_model(folder, torch.float32, torch.device("cpu"))
+        read_model(folder, read_config(folder), dtype=torch.float32, device=CPU)
 
 
 def test_weight_left_to_chance_is_refused(folder: Path) -> None:
