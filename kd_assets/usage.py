@@ -32,26 +32,27 @@ def n_cpus(environment: Mapping[str, str] = os.environ, *, n_ranks: int = 1) -> 
     return max(1, n // n_ranks)
 
 
+def cpu_s() -> float:
+    """Processor time used so far, by this process and by its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 class Meter:
     """Time and processor time since it was made."""
 
     def __init__(self, *, n_cpus: int) -> None:
         self._n_cpus = n_cpus
-        self._started_s, self._cpu_started_s = time.monotonic(), _cpu_s()
+        self._started_s, self._cpu_started_s = time.monotonic(), cpu_s()
 
     def usage(self) -> dict[str, Any]:
         """`wall_s`, `cpu_s`, `n_cpus`, `cpu_efficiency` (cpu_s / (wall_s x n_cpus)), and `max_rss_gib` since the
         process began."""
-        wall_s, cpu_s = time.monotonic() - self._started_s, _cpu_s() - self._cpu_started_s
+        wall_s, used_s = time.monotonic() - self._started_s, cpu_s() - self._cpu_started_s
         return {
             "wall_s": round(wall_s, 3),
-            "cpu_s": round(cpu_s, 3),
+            "cpu_s": round(used_s, 3),
             "n_cpus": self._n_cpus,
-            "cpu_efficiency": round(cpu_s / max(wall_s * self._n_cpus, 1e-9), 4),
+            "cpu_efficiency": round(used_s / max(wall_s * self._n_cpus, 1e-9), 4),
             "max_rss_gib": round(max_rss_gib(), 3),
         }
-
-
-def _cpu_s() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)

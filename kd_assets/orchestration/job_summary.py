@@ -17,7 +17,7 @@ from kd_assets.orchestration.follow import FollowedJob
 from kd_assets.orchestration.recipe import Recipe
 from kd_assets.scheduler import Attempt, Scheduler
 
-USAGE = ("cpu_efficiency", "max_rss_gib", "gpu_utilisation_percent", "gpu_memory_gib", "joules")
+USAGE = ("cpu_efficiency", "max_rss_gib", "gpu_utilisation_percent", "gpu_memory_gib", "joules", "cpu_joules")
 
 
 def task_facts(scheduler: Scheduler, job: FollowedJob, task: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from kd_assets.orchestration.dagster_internals import (
     one_transaction,
 )
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
+from kd_assets.orchestration.timeline import timeline_markdown
 from kd_assets.store import CheckResult, Manifest, read_manifest
 from kd_assets.store.checks import check_all
 from kd_assets.store.fingerprint import INPUT_KEY
@@ -34,6 +35,18 @@ CHECKS: dict[str, str] = {
     "finite": "No stored number is NaN or infinite; kept probabilities add up to at most 1.",
     "recomputed": "A seeded sample of documents, computed again one at a time with a plain log_softmax, agrees.",
 }
+
+NUMBERS = (
+    "tokens_per_s",
+    "wall_s",
+    "joules",
+    "cpu_joules",
+    "gpu_utilisation_percent",
+    "peak_memory_gib",
+    "padding_fraction",
+    "n_bad_records",
+)
+"""Facts that Dagster plots over partitions, where they are known."""
 
 COLLECT_RESULTS = 50
 """Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile: 0.4 s or so."""
@@ -270,10 +283,12 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
             "bytes_per_token": round(manifest.n_bytes / manifest.n_tokens, 2),
         }
     metadata["bytes"] = manifest.n_bytes
-    for name in ("tokens_per_s", "wall_s", "joules", "peak_memory_gib", "padding_fraction", "n_bad_records"):
+    for name in NUMBERS:
         value = facts.get(name, provenance.get(name))
         if value is not None:
             metadata[name] = value
+    if (picture := timeline_markdown(facts.get("telemetry"))) is not None:
+        metadata["telemetry"] = dg.MetadataValue.md(picture)
     metadata |= {
         "dagster/uri": str(folder),
         "folder": dg.MetadataValue.path(str(folder)),
@@ -287,7 +302,7 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
     metadata |= {
         "parameters": dg.MetadataValue.json(dict(manifest.identity)),
         "statistics": dg.MetadataValue.json(dict(manifest.stats)),
-        "facts": dg.MetadataValue.json({k: v for k, v in facts.items() if k not in metadata}),
+        "facts": dg.MetadataValue.json({k: v for k, v in facts.items() if k not in (*metadata, "telemetry")}),
         "provenance": dg.MetadataValue.json(dict(provenance)),
     }
     return metadata

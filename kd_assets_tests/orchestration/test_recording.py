@@ -1,5 +1,6 @@
 """Every result is recorded exactly once, with its own metadata, versions and checks, however it was collected."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -21,8 +22,16 @@ from kd_assets.orchestration.dagster_internals import (
     input_tags,
 )
 from kd_assets.orchestration.recipe import Recipe
-from kd_assets.orchestration.recording import COLLECT_RESULTS, COLLECT_TOKENS, Recorder, check_specs
+from kd_assets.orchestration.recording import (
+    COLLECT_RESULTS,
+    COLLECT_TOKENS,
+    Recorder,
+    check_specs,
+    result_metadata,
+)
 from kd_assets.store import read_manifest
+from kd_assets.store.layout import MANIFEST_NAME
+from kd_assets_tests.orchestration.made_up import CPU_SERIES, GPU_SERIES
 from kd_assets_tests.store import examples
 
 ASSETS: tuple[Asset, ...] = ("shards_manifest", "topk_cache")
@@ -60,6 +69,13 @@ class Bench:
             }
         self.instance.add_dynamic_partitions(str(self.recipe.partitions.name), keys)
         return keys
+
+    def add_facts(self, asset: Asset, keys: list[str], **facts: Any) -> None:
+        """As if the results had been committed with these facts."""
+        for key in keys:
+            folder = Path(self.output(asset, key).path)
+            manifest = dataclasses.replace(read_manifest(folder), facts=facts)
+            (folder / MANIFEST_NAME).write_text(manifest.to_json())
 
     def output(self, asset: Asset, key: str) -> Output:
         return examples.output(self._store, asset, partition_key=key)
@@ -348,9 +364,33 @@ def test_a_termination_during_a_flush_comes_after_what_is_being_written(
     all_once(bench, keys, result.run_id)
 
 
+@pytest.mark.parametrize("series", [CPU_SERIES, GPU_SERIES])
+def test_a_partition_has_a_picture_of_its_telemetry_and_not_its_numbers(bench: Bench, series: dict[str, Any]) -> None:
+    keys = bench.commit(1)
+    bench.add_facts("topk_cache", keys, telemetry=series, joules=12.5, cpu_joules=3.5, gpu_power_watts=300.0)
+    folder = Path(bench.output("topk_cache", keys[0]).path)
+    metadata = result_metadata(read_manifest(folder), folder)
+    assert isinstance(metadata["telemetry"], dg.MarkdownMetadataValue)
+    assert str(metadata["telemetry"].value).startswith("![")
+    assert (metadata["joules"], metadata["cpu_joules"]) == (12.5, 3.5)
+    assert metadata["facts"].value == {"gpu_power_watts": 300.0}
+
+
+@pytest.mark.parametrize("facts", [{}, {"telemetry": None}])
+def test_a_partition_that_was_too_short_has_no_picture(bench: Bench, facts: dict[str, Any]) -> None:
+    keys = bench.commit(1)
+    bench.add_facts("topk_cache", keys, **facts)
+    folder = Path(bench.output("topk_cache", keys[0]).path)
+    metadata = result_metadata(read_manifest(folder), folder)
+    assert "telemetry" not in metadata
+    assert metadata["facts"].value == {}
+
+
 def test_recording_with_all_checks_takes_less_than_50_ms_a_partition(bench: Bench) -> None:
-    """Nearly all of what a run over many partitions costs. Of the CPU's time, about 10 ms: others may use it, too."""
+    """Nearly all of what a run over many partitions costs, pictures included. Of the CPU's time, about 10 ms: others
+    may use it, too."""
     keys = bench.commit(COLLECT_RESULTS)
+    bench.add_facts("topk_cache", keys, telemetry=GPU_SERIES)
     elapsed_s = []
 
     def body(recorder: Recorder) -> None:
