@@ -151,13 +151,17 @@ def no_progress(starts: Sequence[Event], n_parts_on_disk: int) -> NoProgressErro
     )
 
 
-def gpu_of_rank(visible: str | None, rank: int, *, n_gpus: int) -> str | None:
+def gpus_of_rank(visible: str | None, rank: int, n_ranks: int, *, n_gpus: int) -> str | None:
     """What CUDA_VISIBLE_DEVICES must be for one of several processes; `visible` is what it is for the whole task.
 
-    Where it is not set the node's `n_gpus` are dealt out; None where there are none.
+    Each gets an equal, contiguous share (neighbours are the best connected); where there are fewer GPUs than processes,
+    one that others have, too. Where `visible` is None the node's `n_gpus` are dealt out; None where there are none.
     """
     gpus = [str(i) for i in range(n_gpus)] if visible is None else [g for g in visible.split(",") if g.strip()]
-    return gpus[rank % len(gpus)] if gpus else visible
+    if not gpus:
+        return visible
+    share = len(gpus) // n_ranks
+    return ",".join(gpus[rank * share : (rank + 1) * share]) if share else gpus[rank % len(gpus)]
 
 
 def _sleep(seconds: float, stop: StopFlag) -> None:

@@ -35,19 +35,22 @@ EventType = Literal[
 task_started      kind, n_partitions (of this process), n_parts_on_disk (files of its results that a kill does not
                   undo), host, pid, rank, n_ranks, slurm_job_id, slurm_array_job_id, slurm_array_task_id,
                   slurm_restart_count, slurm_nodelist, slurm_partition, slurm_cluster (None where SLURM says nothing)
-teacher_loaded    load_s, device, gpu, n_parameters, head, attention
+teacher_loaded    load_s, device, gpu, n_parameters, head, attention, placement, n_devices, compiled, warm_up_s,
+                  token_budget, quantization
 progress          partition_key, n_documents, done_documents, n_tokens, done_tokens, tokens_per_s
 committed         partition_key, asset, path, fingerprint, data_version, reused, usage
 partition_failed  partition_key, assets, error (the class: of `kd_assets.errors` where we foresaw it), message,
                   during ("load" where the teacher or tokenizer could not be loaded, else "run")
-warning           message, and partition_key where it is about one
+warning           message; partition_key where it is about one; token_budget where that was made smaller
 task_finished     status ("done", "failed", "resumable", "duplicate"), signal, n_committed, n_reused, n_failed, n_loads,
                   wall_s, usage, rank, slurm_job_id; of a duplicate also holder, as that task_started has it
 
-`usage` is what this attempt has used so far: wall_s, cpu_s, n_cpus, cpu_efficiency, max_rss_gib; where NVML is there
-also n_gpus, joules, gpu_utilisation_percent, gpu_memory_gib, gpu_power_watts, gpu_temperature_celsius,
-gpu_sm_clock_mhz, gpu_throttle_reasons (see `kd_assets.teacher.telemetry.GpuUsage`). What one partition used stands in
-its manifest's facts.
+`usage` is what this attempt has used so far: wall_s, cpu_s, n_cpus, cpu_efficiency, max_rss_gib; of jobs that run a
+model also cpu_utilisation_percent and host_memory_gib (of the process and its children) and, where RAPL can be read,
+cpu_joules (of all processors of the whole node, whoever uses them); where NVML is there also n_gpus, joules,
+gpu_utilisation_percent, gpu_memory_gib, gpu_power_watts, gpu_temperature_celsius, gpu_sm_clock_mhz,
+gpu_memory_clock_mhz, gpu_throttle_reasons (see `kd_assets.teacher.telemetry.Usage`). What one partition used stands in
+its manifest's facts, as a series over time in `telemetry`.
 
 A file holds the events of all attempts in the order of their starts; a duplicate, which leaves the task to another
 process, writes a warning and a task_finished in between, which do not end the other's attempt.
@@ -95,6 +98,8 @@ class TopkParams:
 
     k: int
     max_length: int
+    draws: int = 0
+    """Random-sampling KD: token ids drawn from each whole distribution besides (with replacement); 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +129,20 @@ class TeacherParams:
     tokenizer_fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the forward pass. Logits are always reduced in float32."""
-    token_budget: int = 16384
-    """Most tokens of one batch, padding included (a longer document is a batch of its own)."""
+    token_budget: int | None = None
+    """Most tokens of one batch, padding included (a longer document is a batch of its own); None: found from the memory
+    that is free once the teacher is loaded."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    quantization: dict[str, Any] | None = None
+    """A quantisation of the weights on loading, as the dict of a transformers quantisation configuration (its
+    `quant_method` and parameters); None: the weights as they are (which may be quantised themselves)."""
+    placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
+    """How the teacher lies on the GPUs of its process (see `kd_assets.placement`)."""
+    n_devices: int | None = None
+    """Devices that one teacher is spread over; None: as `kd_assets.placement` decides."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether decoder blocks are compiled (`torch.compile`); auto: on a GPU, once proved equal."""
     part_documents: int = 256
     """Most documents of a part file, and so of the window that is sorted by length."""
     part_tokens: int = 131072

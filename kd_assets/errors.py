@@ -92,6 +92,10 @@ class OutOfHostMemoryError(TeacherError):
     """The node's memory did not suffice. More memory for the task may."""
 
 
+class RankLostError(TeacherError):
+    """One of the processes that hold a teacher together ended before its time; the message says which, and how."""
+
+
 class StudentDidNotLearnError(KdAssetsError):
     """The student's loss was not finite, or did not fall; the message has the numbers."""
 

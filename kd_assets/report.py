@@ -34,6 +34,9 @@ class Reporter:
     ) -> None:
         self._task, self._attempt, self._clock = task, attempt, clock
         self._stream = sys.stdout if stream is None else stream
+        self.say_last: Callable[[Exception], None] = lambda e: None
+        """Set by the task: reports that all it has not finished failed with this error, and that it is over. For a
+        thread that has to end the process because the main thread is stuck."""
         self._lock = threading.Lock()
         self._fd: int | None = None
         if path is not None:

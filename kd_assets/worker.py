@@ -19,9 +19,9 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kd_assets.attempt import Attempt, DuplicateTaskError, gpu_of_rank, hold_task, no_progress, starts_of
+from kd_assets.attempt import Attempt, DuplicateTaskError, gpus_of_rank, hold_task, no_progress, starts_of
 from kd_assets.contract import Event, JobFile, JobKind, Output, WorkUnit, event_file, lease_file, read_job
 from kd_assets.errors import (
     EXIT_BAD_INPUT,
@@ -37,7 +37,7 @@ from kd_assets.store import committed, count_durable_files, local_locks, set_hea
 from kd_assets.usage import Meter, n_cpus
 
 if TYPE_CHECKING:
-    from kd_assets.teacher.telemetry import GpuSampler, GpuSpan
+    from kd_assets.teacher.telemetry import Sampler, Span
 
 BUSY_POLL_S = 1.0
 """How often a partition that another live task is computing is looked at again."""
@@ -86,21 +86,24 @@ class Task:
         make_runner: RunnerFactory = runner_for,
         attempt: Attempt | None = None,
         earlier_starts: Sequence[Event] = (),
-        gpus: GpuSpan | None = None,
+        telemetry: Span | None = None,
     ) -> None:
         self._job, self._units, self._report, self._stop = job, units, report, stop
         self._make_runner = make_runner
         self._attempt = attempt or Attempt.of(os.environ)
         self._earlier_starts = earlier_starts
-        self._meter, self._gpus = Meter(n_cpus=n_cpus(n_ranks=self._attempt.n_ranks)), gpus
+        self._meter, self._telemetry = Meter(n_cpus=n_cpus(n_ranks=self._attempt.n_ranks)), telemetry
         self._runner: Runner | None = None
         self._load_failure: Exception | None = None
         self._failed: list[type[Exception]] = []
         """Classes only: an exception keeps the arrays of the frames it went through."""
+        self._given_up: set[str] = set()
+        """Partitions that are reported as failed."""
         self._reported: set[str] = set()
         """Folders of the results that are reported as committed."""
         self._waited_for: set[str] = set()
         self._n_committed = self._n_reused = self._n_runners = 0
+        report.say_last = self._say_last
 
     def run(self) -> int:
         """Work through all units; returns the exit status of `slurm/task.sbatch`."""
@@ -125,6 +128,18 @@ class Task:
         if self._failed and status == "done":
             bad_input = all(issubclass(e, InputError) for e in self._failed)
             status, exit_code = "failed", EXIT_BAD_INPUT if bad_input else EXIT_FAILED
+        self._report_finished(status)
+        return exit_code
+
+    def _say_last(self, e: Exception) -> None:
+        """The end of the task in the words of another thread than the one that works, which is stuck."""
+        during: Literal["load", "run"] = "run" if self._runner is not None else "load"
+        for unit in self._units:
+            if unit.partition_key not in self._given_up and any(o.path not in self._reported for o in unit.outputs):
+                self._fail(unit, e, during=during)
+        self._report_finished("failed")
+
+    def _report_finished(self, status: str) -> None:
         usage = self._usage()
         self._report.emit(
             "task_finished",
@@ -139,12 +154,11 @@ class Task:
             rank=self._attempt.rank,
             slurm_job_id=self._attempt.slurm_job_id,
         )
-        return exit_code
 
     def _usage(self) -> dict[str, Any]:
         """What this attempt has used so far (see `kd_assets.contract.EventType`)."""
-        gpus = self._gpus.usage().facts() if self._gpus is not None else {}
-        return self._meter.usage() | {name: value for name, value in gpus.items() if value is not None}
+        sampled = self._telemetry.usage().facts() if self._telemetry is not None else {}
+        return self._meter.usage() | {name: value for name, value in sampled.items() if value is not None}
 
     def _warn_of_local_locks(self) -> None:
         """Where locks are not shared nothing fails, and two nodes may compute the same: that is not to stay unsaid."""
@@ -234,15 +248,16 @@ class Task:
             usage=self._usage(),
         )
 
-    def _fail(self, unit: WorkUnit, e: Exception) -> None:
+    def _fail(self, unit: WorkUnit, e: Exception, *, during: Literal["load", "run"] | None = None) -> None:
         self._failed.append(type(e))
+        self._given_up.add(unit.partition_key)
         self._report.emit(
             "partition_failed",
             partition_key=unit.partition_key,
             assets=[o.asset for o in unit.outputs],
             error=type(e).__name__,
             message=str(e) or type(e).__name__,
-            during="run" if self._load_failure is None else "load",
+            during=during or ("run" if self._load_failure is None else "load"),
         )
 
     def _raise_if_stopped(self) -> None:
@@ -256,23 +271,24 @@ def out_of_host_memory(e: MemoryError) -> OutOfHostMemoryError:
     )
 
 
-def gpus_of(kind: JobKind) -> GpuSampler | None:
-    """A sampler of the task's GPUs, for kinds of job that use them."""
+def sampler_of(kind: JobKind) -> Sampler | None:
+    """A sampler of the task's GPUs and processors, for kinds of job that run a model."""
     if kind == "shards":
         return None
-    from kd_assets.teacher.telemetry import GpuSampler
+    from kd_assets.teacher.telemetry import Sampler
 
-    return GpuSampler()
+    return Sampler()
 
 
 def share_node(attempt: Attempt, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where several processes share a task: leave this one its GPU and its processors. Before torch is imported."""
+    """Where several processes share a task: leave this one its GPUs and its processors. Before torch is imported."""
     if attempt.n_ranks == 1:
         return
     n_gpus = sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal())
-    gpu = gpu_of_rank(environment.get("CUDA_VISIBLE_DEVICES"), attempt.rank, n_gpus=n_gpus)
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    gpus = gpus_of_rank(visible, attempt.rank, attempt.n_ranks, n_gpus=n_gpus)
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
     environment.setdefault("OMP_NUM_THREADS", str(n_cpus(environment, n_ranks=attempt.n_ranks)))
 
 
@@ -306,16 +322,22 @@ def main(
         except InterruptedTaskError as e:
             _finished_at_once(report, attempt, status="resumable", signal=stop.signal_name)
             return e.exit_code
-        gpus = gpus_of(job.kind)
+        sampler = sampler_of(job.kind)
         try:
             starts = starts_of(events)
-            span = gpus.span() if gpus is not None else None
             return Task(
-                job, units, report, stop, make_runner=make_runner, attempt=attempt, earlier_starts=starts, gpus=span
+                job,
+                units,
+                report,
+                stop,
+                make_runner=make_runner,
+                attempt=attempt,
+                earlier_starts=starts,
+                telemetry=sampler.span() if sampler is not None else None,
             ).run()
         finally:
-            if gpus is not None:
-                gpus.close()
+            if sampler is not None:
+                sampler.close()
             if lease is not None:
                 lease.release()
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from kd_assets import attempt as attempts
-from kd_assets.attempt import Attempt, DuplicateTaskError, gpu_of_rank, hold_task, no_progress, starts_of
+from kd_assets.attempt import Attempt, DuplicateTaskError, gpus_of_rank, hold_task, no_progress, starts_of
 from kd_assets.contract import event_file, lease_file, read_events
 from kd_assets.errors import ContractError, InterruptedTaskError, StorageUnavailableError
 from kd_assets.report import Reporter, StopFlag
@@ -279,14 +279,16 @@ def test_counting_3000_results_takes_less_than_a_fifth_of_a_second(tmp_path: Pat
     [
         ("4,5,6,7", 8, ["4", "5", "6", "7"]),
         ("GPU-aa,GPU-bb", 8, ["GPU-aa", "GPU-bb", "GPU-aa", "GPU-bb"]),
+        ("0,1,2,3,4,5,6,7", 8, ["0,1", "2,3", "4,5", "6,7"]),
         (None, 4, ["0", "1", "2", "3"]),
+        (None, 9, ["0,1", "2,3", "4,5", "6,7"]),
         (None, 2, ["0", "1", "0", "1"]),
         (None, 0, [None] * 4),
         ("", 4, [""] * 4),
     ],
 )
-def test_each_process_gets_a_gpu_of_the_task(visible: str | None, n_gpus: int, expected: list[Any]) -> None:
-    assert [gpu_of_rank(visible, rank, n_gpus=n_gpus) for rank in range(4)] == expected
+def test_each_process_gets_an_equal_share_of_the_gpus(visible: str | None, n_gpus: int, expected: list[Any]) -> None:
+    assert [gpus_of_rank(visible, rank, 4, n_gpus=n_gpus) for rank in range(4)] == expected
 
 
 @pytest.mark.parametrize("environment", [{"KD_RANK": "4", "KD_RANKS": "4"}, {"KD_RANKS": "x"}, {"KD_RANKS": "0"}])

@@ -557,6 +557,9 @@ def test_each_of_several_processes_sees_its_own_gpu_and_share_of_processors() ->
     worker.share_node(Attempt.of({"KD_RANK": "2", "KD_RANKS": "4"}), environment)
     assert environment["CUDA_VISIBLE_DEVICES"] == "6"
     assert int(environment["OMP_NUM_THREADS"]) >= 1
+    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    worker.share_node(Attempt.of({"KD_RANK": "1", "KD_RANKS": "2"}), environment)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6,7", "of a teacher over two GPUs"
     untouched = {"CUDA_VISIBLE_DEVICES": "4,5"}
     worker.share_node(Attempt.of({}), untouched)
     assert untouched == {"CUDA_VISIBLE_DEVICES": "4,5"}

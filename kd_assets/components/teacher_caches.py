@@ -46,7 +46,17 @@ class TeacherModel(dg.Model, dg.Resolvable):
     """A hub id, or a folder when it starts with `/`, `.`, `~` or `$`."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    token_budget: Positive = 16384
+    token_budget: Positive | None = None
+    """Tokens of a batch, padding included; left out: found from the memory that is free once the teacher is loaded."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    quantization: dict[str, Any] | None = None
+    """A transformers quantisation configuration (`quant_method` and its parameters), applied on loading."""
+    placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
+    """How a teacher lies on the GPUs of its process; auto: one GPU where it fits, else split over several."""
+    n_devices: Positive | None = None
+    """GPUs that one teacher is spread over."""
+    compile: Literal["auto", "always", "never"] = "auto"
     recompute_documents: Annotated[int, Field(ge=1)] = 2
     seed: int = 0
     made_by: str | None = None
@@ -55,6 +65,8 @@ class TeacherModel(dg.Model, dg.Resolvable):
 class TopkModel(dg.Model, dg.Resolvable):
     k: Positive
     max_length: Positive
+    draws: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Token ids drawn at random from each whole distribution besides (random-sampling KD)."""
 
 
 class HiddenStatesModel(dg.Model, dg.Resolvable):
@@ -98,8 +110,9 @@ class TasksModel(dg.Model, dg.Resolvable):
     """Array tasks of a job at most; a task works through its share of the partitions, balanced by tokens."""
     concurrency: Positive = 1
     """Tasks that run at once."""
-    processes_per_task: Annotated[int, Field(gt=0, le=64)] = 1
-    """Processes that share a task's partitions, one GPU each: for a teacher that fits one GPU of several."""
+    processes_per_task: Annotated[int, Field(gt=0, le=64)] | None = None
+    """Processes that share a task's partitions, each with an equal share of the node's GPUs and a teacher of its own;
+    left out: as many as the teacher's size leaves room for, where `gpu_memory_gib` is known, else one."""
     slurm: ResourcesModel = ResourcesModel()
     """What each task asks for; the local scheduler does not look at it."""
 

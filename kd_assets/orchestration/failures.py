@@ -20,6 +20,8 @@ MEMORY_FACTOR = 2.0
 DEFAULT_MEMORY_LIMIT = 4.0
 """Times the memory first asked for, where `max_memory_gib` does not say."""
 SMALLEST_TOKEN_BUDGET = 256
+UNTOLD_TOKEN_BUDGET = 8192
+"""What a task is taken to have had that was to find its token budget itself and did not say what it found."""
 SIGKILL_STATUS = 128 + 9
 
 
@@ -65,6 +67,7 @@ _BY_ERROR = {
     "OutOfDeviceMemoryError": FailureClass.DEVICE_MEMORY,
     "OutOfHostMemoryError": FailureClass.HOST_MEMORY,
     "InterruptedTaskError": FailureClass.INTERRUPTED,
+    "RankLostError": FailureClass.KILLED,
 }
 
 _BY_STATUS = {
@@ -97,6 +100,8 @@ def classify(
     """
     if error is not None:
         failure = _BY_ERROR.get(error.name, FailureClass.WORK)
+        if failure is FailureClass.KILLED and state.ending is Ending.HOST_MEMORY:
+            return FailureClass.HOST_MEMORY  # what killed one of its processes
         # Weights that do not fit the device are none the smaller for smaller batches.
         return FailureClass.WORK if error.while_loading and failure is FailureClass.DEVICE_MEMORY else failure
     if state.ending is None or last_word == "done":
@@ -114,7 +119,7 @@ class Asked:
     resources: Resources
     excluded_nodes: frozenset[str] = frozenset()
     token_budget: int | None = None
-    """Tokens of a batch; None where the kind has no batches."""
+    """Tokens of a batch; None where tasks find them by themselves, or the kind has no batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,10 +145,19 @@ class GiveUp:
     """In words that follow the cause; empty where the cause says it all."""
 
 
-def decide(failure: FailureClass, asked: Asked, attempts: Attempts, *, n_parts: int, node: str) -> Retry | GiveUp:
+def decide(
+    failure: FailureClass,
+    asked: Asked,
+    attempts: Attempts,
+    *,
+    n_parts: int,
+    node: str,
+    token_budget: int | None = None,
+) -> Retry | GiveUp:
     """What to do about a partition that failed on `node` (empty: unknown).
 
-    `n_parts`: parts that the tasks it was in have put on disk so far.
+    `n_parts`: parts that the tasks it was in have put on disk so far. `token_budget`: what its task said it had last,
+    which it may have found itself or made smaller; None: it did not say.
     """
     if failure in FINAL:
         return GiveUp(why="")
@@ -153,20 +167,20 @@ def decide(failure: FailureClass, asked: Asked, attempts: Attempts, *, n_parts: 
     n_now = n_before if is_free else n_before + 1
     if n_now >= MAX_ATTEMPTS:
         return GiveUp(why=f"given up after {n_now} attempts in a row without a new part on disk")
-    adjusted = _adjusted(failure, asked, node)
+    adjusted = _adjusted(failure, asked, node, token_budget)
     if isinstance(adjusted, GiveUp):
         return adjusted
     return Retry(asked=adjusted, attempts=Attempts(n_without_progress=n_now, n_parts=n_parts))
 
 
-def _adjusted(failure: FailureClass, asked: Asked, node: str) -> Asked | GiveUp:
+def _adjusted(failure: FailureClass, asked: Asked, node: str, token_budget: int | None) -> Asked | GiveUp:
     match failure:
         case FailureClass.NODE_FAILURE | FailureClass.LAUNCH_FAILURE if node:
             return dataclasses.replace(asked, excluded_nodes=asked.excluded_nodes | {node})
         case FailureClass.HOST_MEMORY:
             return _with_more_memory(asked)
         case FailureClass.DEVICE_MEMORY:
-            return _with_smaller_batches(asked)
+            return _with_smaller_batches(asked, token_budget or asked.token_budget or UNTOLD_TOKEN_BUDGET)
         case _:
             return asked
 
@@ -183,7 +197,8 @@ def _with_more_memory(asked: Asked) -> Asked | GiveUp:
     return dataclasses.replace(asked, resources=dataclasses.replace(resources, memory_gib=more, max_memory_gib=limit))
 
 
-def _with_smaller_batches(asked: Asked) -> Asked | GiveUp:
-    if asked.token_budget is None or asked.token_budget // 2 < SMALLEST_TOKEN_BUDGET:
-        return GiveUp(why=f"batches of {asked.token_budget} tokens cannot be made smaller: use a larger device")
-    return dataclasses.replace(asked, token_budget=asked.token_budget // 2)
+def _with_smaller_batches(asked: Asked, token_budget: int) -> Asked | GiveUp:
+    """Half of the `token_budget` that was too large."""
+    if token_budget // 2 < SMALLEST_TOKEN_BUDGET:
+        return GiveUp(why=f"batches of {token_budget} tokens cannot be made smaller: use a larger device")
+    return dataclasses.replace(asked, token_budget=token_budget // 2)

@@ -105,11 +105,15 @@ class TaskReport:
     """Where each earlier attempt ran, and why it ended as far as the task itself can tell."""
     usage: Mapping[str, Any] = field(default_factory=dict)
     """What the last attempt used, as it last said."""
+    token_budgets: dict[str | None, int] = field(default_factory=dict)
+    """Partition → the token budget that the last attempt came down to in it; None → what it began with."""
 
     def add(self, event: Event) -> None:
         data = event.data
         if event.attempt < self.attempt:
             return  # of another process of the task, whose file is read after this attempt's beginning
+        if isinstance(budget := data.get("token_budget"), int):
+            self.token_budgets[data.get("partition_key")] = budget
         match event.type:
             case "task_started":
                 self._start(event)
@@ -140,6 +144,10 @@ class TaskReport:
     def is_final(self) -> bool:
         return self.last_word in LAST_WORDS
 
+    def token_budget(self, partition_key: str) -> int | None:
+        """What the last attempt said last of its token budget in this partition; None: nothing."""
+        return self.token_budgets.get(partition_key, self.token_budgets.get(None))
+
     def _start(self, event: Event) -> None:
         if event.attempt > self.attempt or not self.started_at:
             if self.started_at:
@@ -147,6 +155,7 @@ class TaskReport:
             self.attempt, self.last_signal = event.attempt, None
             self.last_words.clear()
             self.errors.clear()
+            self.token_budgets.clear()
             self.started_at.append(event.time)
         self.last_words.pop(int(event.data.get("rank") or 0), None)
         self.node = str(event.data.get("slurm_nodelist") or event.data.get("host") or "")
@@ -182,7 +191,7 @@ class FollowedJob:
     @staticmethod
     def of(submission: Submission) -> FollowedJob:
         job = read_job(submission.job_file)
-        n_tasks, n_ranks = len(job.tasks), read_spec(submission).resources.processes_per_task
+        n_tasks, n_ranks = len(job.tasks), read_spec(submission).resources.n_processes
         return FollowedJob(
             submission=submission,
             job=job,

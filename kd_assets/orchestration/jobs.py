@@ -430,7 +430,14 @@ class Pursuit:
         asked = self._asked_of(job)
         node = state.node or report.node
         attempts = self._attempts.get(key, Attempts())
-        decision = decide(failure, asked, attempts, n_parts=attempts.n_parts + n_new_files, node=node)
+        decision = decide(
+            failure,
+            asked,
+            attempts,
+            n_parts=attempts.n_parts + n_new_files,
+            node=node,
+            token_budget=report.token_budget(key),
+        )
         words = (
             f"{error.name}: {error.message}" if error is not None else f"task {task} {state.task_id}: {state.reason}"
         )

@@ -23,6 +23,7 @@ from kd_assets.orchestration.job_summary import failures_in_words
 from kd_assets.orchestration.jobs import FailedResult, Pursuit
 from kd_assets.orchestration.orphans import alive
 from kd_assets.orchestration.pictures import loss_curve_markdown
+from kd_assets.orchestration.placing import placed
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
 from kd_assets.orchestration.recording import Recorder, latest_data_version, result_metadata
@@ -208,7 +209,7 @@ class Run:
                 self._planner,
                 self._platform.make_scheduler(),
                 survey.missing,
-                resources=self._platform.resources(self._recipe, work.kind),
+                resources=placed(self._recipe, self._platform, self._planner, work.kind).resources,
                 record=self._record,
                 flush=self._flush,
             )

@@ -16,9 +16,11 @@ from typing import Any
 from kd_assets.contract import Asset, JobKind, read_job
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.orchestration.materialize import planner_of
+from kd_assets.orchestration.placing import placed
 from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform, secrets_set
 from kd_assets.orchestration.recipe import SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.orchestration.work import PlannedWork, Planner
+from kd_assets.placement import Placement
 from kd_assets.scheduler import JobSpec, Resources, Scheduler, SlurmScheduler, Submission, spread, submission_key
 
 UNKNOWN_KEY = "0" * 32
@@ -47,6 +49,9 @@ class JobPreview:
     """A pattern: `NUMBER` counts the submissions of the same work."""
     environment: str | None = None
     """The file that every task sources first; None with the local scheduler, whose tasks inherit the environment."""
+    placement: Placement | None = None
+    """Of the teacher, where it is settled before a node has a say."""
+    placement_words: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -216,13 +221,14 @@ class _Previewer:
             TaskPreview(partition_keys=tuple(keys[i] for i in task), n_tokens=sum(sizes[i] for i in task))
             for task in spread(sizes, wanted.n_tasks)
         )
+        task = placed(self._recipe, self._platform, self._planner, kind)
         spec = JobSpec(
             key=key,
             recipe=self._recipe.name,
             kind=kind,
             n_tasks=len(tasks),
             concurrency=wanted.concurrency,
-            resources=self._platform.resources(self._recipe, kind),
+            resources=task.resources,
         )
         folder = self._platform.jobs_folder / spec.recipe / f"{kind}-{key}" / "NUMBER"
         environment = None
@@ -240,6 +246,8 @@ class _Previewer:
                 commands=tuple(commands),
                 log_files=logs,
                 environment=environment,
+                placement=task.placement,
+                placement_words=task.words,
                 notes=notes,
             )
         )
@@ -248,7 +256,7 @@ class _Previewer:
 def local_commands(spec: JobSpec, submission: Submission, python: str) -> Iterator[tuple[str, ...]]:
     """What each task of a local job runs as."""
     for index in range(spec.n_tasks):
-        ranks = f"KD_RANKS={spec.resources.processes_per_task}"
+        ranks = f"KD_RANKS={spec.resources.n_processes}"
         variables = (f"KD_PYTHON={python}", ranks, f"SLURM_ARRAY_TASK_ID={index}", "SLURM_RESTART_COUNT=0")
         yield ("env", *variables, "bash", str(BATCH_SCRIPT), str(submission.job_file))
 
@@ -286,6 +294,7 @@ def _job_lines(job: JobPreview) -> Iterator[str]:
     ]
     yield from _shortened(rows, MOST_TASKS_SHOWN)
     yield f"  each task asks for: {resources_in_words(spec.resources)}"
+    yield from [f"  {job.placement_words}"] if job.placement_words else []
     yield f"  logs: {job.log_files}"
     if job.environment is not None:
         yield "  environment.sh, which each task sources first:"
@@ -307,8 +316,8 @@ def resources_in_words(resources: Resources) -> str:
         said.append(f"at most {resources.max_memory_gib:g} GiB after running out of it")
     if (minutes := resources.time_minutes) is not None:
         said.append(f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h")
-    if resources.processes_per_task > 1:
-        said.append(f"{resources.processes_per_task} processes")
+    if resources.n_processes > 1:
+        said.append(f"{resources.n_processes} processes")
     said += ["the whole node"] if resources.exclusive else []
     return ", ".join([*said, *resources.sbatch_options]) or "what the site gives by default"
 

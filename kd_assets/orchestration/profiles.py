@@ -188,6 +188,8 @@ class ResourcesModel(dg.Model, dg.Resolvable):
     qos: Word | None = None
     constraint: Word | None = None
     gpus_per_node: Positive | None = None
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one GPU. Nothing is asked for by it: it tells beforehand over how many of them a teacher goes."""
     cpus: Positive | None = None
     memory_gib: Annotated[float, Field(gt=0)] | None = None
     max_memory_gib: Annotated[float, Field(gt=0)] | None = None
@@ -212,6 +214,7 @@ class ResourcesModel(dg.Model, dg.Resolvable):
             qos=self.qos,
             constraint=self.constraint,
             gpus_per_node=self.gpus_per_node,
+            gpu_memory_gib=self.gpu_memory_gib,
             cpus=self.cpus,
             memory_gib=self.memory_gib,
             max_memory_gib=self.max_memory_gib,

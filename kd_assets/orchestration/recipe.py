@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import dagster as dg
 
@@ -48,10 +48,25 @@ class Teacher:
     model: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    token_budget: int = 16384
+    token_budget: int | None = None
+    trust_remote_code: bool = False
+    quantization: Mapping[str, Any] | None = None
+    placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
+    n_devices: int | None = None
+    compile: Literal["auto", "always", "never"] = "auto"
     recompute_documents: int = 2
     seed: int = 0
     made_by: str | None = None
+
+    @property
+    def changes_to_the_model(self) -> dict[str, object]:
+        """What makes another model of the same weights: part of a cache's identity, where a recipe asks for it."""
+        changes: dict[str, object] = {}
+        if self.quantization is not None:
+            changes["quantization"] = dict(self.quantization)
+        if self.trust_remote_code:
+            changes["trust_remote_code"] = True
+        return changes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +163,19 @@ class Recipe:
             "model": self.teacher.model,
             "revision": self.teacher.revision,
             "dtype": self.teacher.dtype,
-            "params": dataclasses.asdict(params),
+            **self.teacher.changes_to_the_model,
+            "params": content_of(params, seed=self.teacher.seed),
             "parts": [self.part_documents, self.part_tokens],
         }
+
+
+def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
+    """A cache's parameters as they enter its identity, with the seed where something is drawn with it. One that came
+    later is left out where it is not used, so that what was made before it stays what it is."""
+    content: dict[str, object] = dataclasses.asdict(params)
+    if isinstance(params, TopkParams):
+        if params.draws:
+            content["seed"] = seed
+        else:
+            del content["draws"]
+    return content

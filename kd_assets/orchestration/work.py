@@ -16,7 +16,7 @@ from typing import Any
 from kd_assets.contract import Asset, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
 from kd_assets.errors import MissingInputError, StoreError
 from kd_assets.identity import DigestCache, model_folder, tokenizer_fingerprint, weights_fingerprint
-from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
+from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
 from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
 from kd_assets.store import (
     FORMAT_VERSION,
@@ -138,10 +138,15 @@ class Planner:
         """Fingerprints of weights and tokenizer. Hashes each file once for as long as it does not change."""
         if self._teacher is None:
             folder, tokenizer = self._tokenizer_identity()
-            self._teacher = TeacherIdentity(
-                folder=folder, weights=weights_fingerprint(folder, self._digests), tokenizer=tokenizer
-            )
+            remote_code = self._recipe.teacher.trust_remote_code
+            weights = weights_fingerprint(folder, self._digests, remote_code=remote_code)
+            self._teacher = TeacherIdentity(folder=folder, weights=weights, tokenizer=tokenizer)
         return self._teacher
+
+    @property
+    def teacher_folder(self) -> Path:
+        """Where the teacher's files lie here."""
+        return self._tokenizer_identity()[0]
 
     def _tokenizer_identity(self) -> tuple[Path, str]:
         if self._tokenizer is None:
@@ -173,7 +178,8 @@ class Planner:
             "weights_fingerprint": teacher.weights,
             "tokenizer_fingerprint": teacher.tokenizer,
             "dtype": self._recipe.teacher.dtype,
-            "params": dataclasses.asdict(self._recipe.cache_params[asset]),
+            **self._recipe.teacher.changes_to_the_model,
+            "params": content_of(self._recipe.cache_params[asset], seed=self._recipe.teacher.seed),
             "part_documents": self._recipe.part_documents,
             "part_tokens": self._recipe.part_tokens,
         }
@@ -282,6 +288,11 @@ class Planner:
             tokenizer_fingerprint=teacher.tokenizer,
             dtype=recipe.teacher.dtype,
             token_budget=recipe.teacher.token_budget,
+            trust_remote_code=recipe.teacher.trust_remote_code,
+            quantization=None if recipe.teacher.quantization is None else dict(recipe.teacher.quantization),
+            placement=recipe.teacher.placement,
+            n_devices=recipe.teacher.n_devices,
+            compile=recipe.teacher.compile,
             part_documents=recipe.part_documents,
             part_tokens=recipe.part_tokens,
             recompute_documents=recipe.teacher.recompute_documents,

@@ -76,16 +76,23 @@ class Resources:
     qos: str | None = None
     constraint: str | None = None
     gpus_per_node: int | None = None
+    gpu_memory_gib: float | None = None
+    """Of one GPU. Not asked for: it tells whether a teacher fits (see `kd_assets.placement`)."""
     cpus: int | None = None
     memory_gib: float | None = None
     max_memory_gib: float | None = None
     """How far the memory may be raised when a task ran out of it."""
     time_minutes: int | None = None
     exclusive: bool = False
-    processes_per_task: int = 1
-    """Processes that share a task's partitions on its node, one GPU each: for teachers that fit one GPU."""
+    processes_per_task: int | None = None
+    """Processes that share a task's partitions on its node, each with an equal share of the GPUs and a teacher of its
+    own; None: one, unless `kd_assets.placement` makes it more."""
     sbatch_options: tuple[str, ...] = ()
     """Further options of sbatch, one argument each (`--reservation=maintenance`)."""
+
+    @property
+    def n_processes(self) -> int:
+        return self.processes_per_task or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -138,7 +138,7 @@ class LocalScheduler:
                     stderr=log,
                     start_new_session=True,
                     pass_fds=(fd,),
-                    env={**os.environ, "KD_PYTHON": self._python, "KD_RANKS": str(spec.resources.processes_per_task)},
+                    env={**os.environ, "KD_PYTHON": self._python, "KD_RANKS": str(spec.resources.n_processes)},
                     check=True,
                 )
         except (OSError, subprocess.CalledProcessError) as e:

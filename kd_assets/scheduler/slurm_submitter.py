@@ -91,7 +91,7 @@ class SlurmSubmitter:
         return (
             "# Sourced by slurm/task.sbatch: the compute environment, then the cluster profile's own lines.\n"
             f"export KD_PYTHON={shlex.quote(self._python)}\n"
-            f"export KD_RANKS={spec.resources.processes_per_task}\n"
+            f"export KD_RANKS={spec.resources.n_processes}\n"
             f"{self._profile.setup.rstrip()}\n"
         )
 

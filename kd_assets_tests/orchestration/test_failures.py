@@ -59,6 +59,7 @@ def test_a_script_that_ended_by_itself_is_classed_by_its_status(exit_code: int |
     [
         ("OutOfDeviceMemoryError", FailureClass.DEVICE_MEMORY),
         ("OutOfHostMemoryError", FailureClass.HOST_MEMORY),
+        ("RankLostError", FailureClass.KILLED),
         ("BadRecordError", FailureClass.WORK),
         ("NoProgressError", FailureClass.WORK),
         ("ZeroDivisionError", FailureClass.WORK),
@@ -66,6 +67,11 @@ def test_a_script_that_ended_by_itself_is_classed_by_its_status(exit_code: int |
 )
 def test_what_the_task_reports_counts_before_what_the_scheduler_says(error: str, failure: FailureClass) -> None:
     assert classify(ended(Ending.NODE_FAILURE), "failed", PartitionError(name=error, message="")) is failure
+
+
+def test_a_rank_that_was_killed_for_its_memory_is_a_lack_of_memory() -> None:
+    lost = PartitionError(name="RankLostError", message="killed by SIGKILL")
+    assert classify(ended(Ending.HOST_MEMORY), "failed", lost) is FailureClass.HOST_MEMORY
 
 
 def test_a_task_that_said_it_was_done_and_left_nothing_ended_without_its_results() -> None:
@@ -133,6 +139,33 @@ def test_out_of_device_memory_halves_the_batches_until_they_cannot_be_smaller() 
     decision = decide(FailureClass.DEVICE_MEMORY, smallest, Attempts(), n_parts=0, node="")
     assert isinstance(decision, GiveUp)
     assert "300 tokens" in decision.why
+
+
+FOUND_BY_ITSELF = dataclasses.replace(ASKED, token_budget=None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reported", "next_budget"),
+    [
+        (FOUND_BY_ITSELF, 24576, 12288),  # what the task measured
+        (ASKED, 1024, 512),  # the recipe says 4,096, and the task had come down to less
+        (ASKED, None, 2048),
+        (FOUND_BY_ITSELF, None, 4096),  # it did not say
+    ],
+)
+def test_half_of_the_budget_that_the_task_had_last_is_tried_next(
+    asked: Asked, reported: int | None, next_budget: int
+) -> None:
+    decision = decide(FailureClass.DEVICE_MEMORY, asked, Attempts(), n_parts=0, node="n1", token_budget=reported)
+    assert isinstance(decision, Retry)
+    assert decision.asked.token_budget == next_budget
+
+
+def test_other_failures_leave_it_to_the_task_to_find_its_budget() -> None:
+    for failure in (FailureClass.NODE_FAILURE, FailureClass.HOST_MEMORY, FailureClass.KILLED):
+        decision = decide(failure, FOUND_BY_ITSELF, Attempts(), n_parts=0, node="n1", token_budget=24576)
+        assert isinstance(decision, Retry)
+        assert decision.asked.token_budget is None
 
 
 @pytest.mark.parametrize("failure", [FailureClass.KILLED, FailureClass.LOST, FailureClass.TIME_LIMIT])

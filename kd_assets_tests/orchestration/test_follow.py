@@ -33,6 +33,16 @@ def test_the_last_attempt_has_the_last_word_on_a_partition() -> None:
     assert report_of(event("task_started"), FAILED, event("committed", partition_key="p0")).errors == {}
 
 
+def test_a_task_says_with_which_token_budget_it_loaded_and_to_which_it_came_down_in_a_partition() -> None:
+    loaded = event("teacher_loaded", token_budget=24576)
+    halved = event("warning", partition_key="p1", message="out of memory", token_budget=12288)
+    report = report_of(event("task_started"), loaded, halved)
+    assert (report.token_budget("p0"), report.token_budget("p1")) == (24576, 12288)
+    report.add(event("task_started", attempt=1))
+    assert report.token_budget("p1") is None
+    assert report_of(event("task_started"), event("teacher_loaded", token_budget=None)).token_budget("p0") is None
+
+
 @pytest.mark.parametrize(
     ("last_words", "why"),
     [

@@ -48,6 +48,7 @@ def test_every_field_of_the_default_profile_is_explained_and_right_when_it_is_un
         qos="normal",
         constraint="h100&nvlink",
         gpus_per_node=1,
+        gpu_memory_gib=80,
         cpus=8,
         memory_gib=64,
         max_memory_gib=256,

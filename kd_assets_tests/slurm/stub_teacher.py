@@ -34,6 +34,8 @@ TAKEN_MIB = 600
 """What `take_memory` allocates."""
 SMALL_BUDGET = 256
 """Tokens of the largest batch that `device_memory` has room for."""
+FOUND_BUDGET = 1024
+"""What it says it has measured, where the recipe leaves the token budget to the teacher."""
 
 
 class StubTeacher:
@@ -44,7 +46,11 @@ class StubTeacher:
         home = Path(job.recipe_folder).parent.parent
         told = home / "stub.json"
         self._told: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {}
-        report.emit("teacher_loaded", load_s=0.0, device="none", gpu=None, n_parameters=0)
+        assert job.teacher is not None
+        self._token_budget = job.teacher.token_budget or FOUND_BUDGET
+        report.emit(
+            "teacher_loaded", load_s=0.0, device="none", gpu=None, n_parameters=0, token_budget=self._token_budget
+        )
 
     def run(self, unit: WorkUnit) -> dict[str, Any]:
         print(f"stub teacher at {unit.partition_key}", flush=True)
@@ -79,9 +85,8 @@ class StubTeacher:
             case "host_memory":
                 raise OutOfHostMemoryError("the stub was told that the node's memory is full")
             case "device_memory":
-                assert self._job.teacher is not None
-                if self._job.teacher.token_budget > SMALL_BUDGET:
-                    raise OutOfDeviceMemoryError(f"batches of {self._job.teacher.token_budget} tokens are too large")
+                if self._token_budget > SMALL_BUDGET:
+                    raise OutOfDeviceMemoryError(f"batches of {self._token_budget} tokens are too large")
             case "take_memory":
                 self._taken = b"x" * (TAKEN_MIB << 20)  # the cgroup ends us here, when it allows less
             case "hang":

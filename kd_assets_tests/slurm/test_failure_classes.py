@@ -60,10 +60,11 @@ def test_a_task_that_the_most_memory_does_not_suffice_is_given_up_naming_the_lim
     assert "out of host memory × 2" in said  # failures_by_class
 
 
+@pytest.mark.parametrize("token_budget", [{"token_budget": 1024}, {}], ids=["given", "found"])
 def test_a_task_out_of_device_memory_is_tried_again_with_smaller_batches_until_they_fit(
-    slurm: SlurmCluster, deploy: Deploy, tiny_teacher: object
+    slurm: SlurmCluster, deploy: Deploy, tiny_teacher: object, token_budget: dict[str, int]
 ) -> None:
-    teacher = {"model_id": str(tiny_teacher), "dtype": "float32", "token_budget": 1024}
+    teacher = {"model_id": str(tiny_teacher), "dtype": "float32", **token_budget}
     deployment = deploy(slurm, n_tasks=1, told={"units": {KEYS[1]: "device_memory"}}, teacher=teacher)
     with Background(deployment, TWO) as run:
         run.succeeds()
