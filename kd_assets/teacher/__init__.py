@@ -1,8 +1,11 @@
 """The teacher pass: load once, run each batch once, feed every cache from it. The only package besides `student` that
-imports torch.
+imports torch. Imports no dagster.
 
-`load` finds a decoder's parts and proves them, `batching` says what runs together, `forward` runs it as far as needed,
-`head` and `topk` turn final states into next-token log-probabilities a chunk at a time, `capture` puts results into
-document order, `writer` writes parts in a thread, `reference` computes a sample again the plain way, `telemetry` reads
-the GPU's counters, and `runner` is what `kd_assets.worker` calls. Imports no dagster.
+The model: `load` reads it, `quantised` says what its weights are, `proofs` show that its parts are what the pass takes
+them for, `head` is its end in chunks. The devices: `running` holds it on one or several (`ranks`, `follower`),
+`compiled` makes its blocks faster, `budget` measures how large a batch may be, `memory` says how it ran out. One batch:
+`step` computes it with `forward`, `topk` and `sampling`, `transfer` brings it to the host, `capture` puts it into
+document order. One partition: `batching` and `windows` plan it, `partition` runs it, `writer` writes its parts in a
+thread, `reference` computes a sample again the plain way. `telemetry`, `host` and `series` watch; `runner` is what
+`kd_assets.worker` calls.
 """

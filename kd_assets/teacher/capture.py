@@ -1,32 +1,30 @@
-"""From the states of a batch to what the caches keep of its documents, put back into document order.
+"""What the caches keep of a window: steps from its batches, and their results put back into document order.
 
-Used by `kd_assets.teacher` only. Names: D = documents of a window, B = documents of a batch, T = its padded tokens,
-F = B x T, N = real tokens, M = positions that have a next token (N - D), H = hidden size, V = vocabulary, k of top-k.
+Used by `kd_assets.teacher` only. Names: D = documents of a window, B = documents of a batch, N = real tokens,
+M = positions that have a next token (N - D), H = hidden size, k of top-k, d = draws.
 
-The invariant: only real tokens are read. Rows are gathered by index before anything is computed on them, so that
-padding never goes through the head, and never into a mean. There is no loop over tokens: positions are index arrays.
+The invariant: only real tokens are read. A step names the rows it keeps, so that padding never goes through the head,
+and never into a mean; and what it runs does not depend on what is kept. There is no loop over tokens: positions are
+index arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TeacherParams, TopkParams
 from kd_assets.errors import NonFiniteTeacherError
 from kd_assets.store import Documents, Shard, encode_embeddings, encode_hidden_states, encode_topk
 from kd_assets.teacher.batching import Batch, batch_rows, concatenated_ranges, padded_ids
-from kd_assets.teacher.forward import States, run_forward
-from kd_assets.teacher.head import ChunkBuffers
-from kd_assets.teacher.load import Teacher
-from kd_assets.teacher.topk import TopK, topk_logprobs
+from kd_assets.teacher.sampling import uniforms
+from kd_assets.teacher.step import BlockStates, PooledStates, Step, StepResult, TopkRows, TopkStep
 
 Int64Array = npt.NDArray[np.int64]
 UnsignedArray = npt.NDArray[np.uint32]
@@ -66,16 +64,18 @@ class TopkArrays:
     logprobs_Mk: npt.NDArray[np.float16]
     logsumexp_M: npt.NDArray[np.float32]
     target_logprob_M: npt.NDArray[np.float32]
+    sampled_ids_Md: UnsignedArray | None
 
     @staticmethod
-    def empty(documents: Documents, k: int) -> TopkArrays:
+    def empty(documents: Documents, params: TopkParams) -> TopkArrays:
         m = documents.n_tokens - documents.n_documents
         return TopkArrays(
             documents=documents,
-            ids_Mk=np.empty((m, k), np.uint32),
-            logprobs_Mk=np.empty((m, k), np.float16),
+            ids_Mk=np.empty((m, params.k), np.uint32),
+            logprobs_Mk=np.empty((m, params.k), np.float16),
             logsumexp_M=np.empty(m, np.float32),
             target_logprob_M=np.empty(m, np.float32),
+            sampled_ids_Md=np.empty((m, params.draws), np.uint32) if params.draws else None,
         )
 
     @property
@@ -90,6 +90,7 @@ class TopkArrays:
             topk_logprobs_Mk=self.logprobs_Mk,
             logsumexp_M=self.logsumexp_M,
             target_logprob_M=self.target_logprob_M,
+            sampled_ids_Md=self.sampled_ids_Md,
         )
 
 
@@ -144,20 +145,18 @@ class Window:
 
     @staticmethod
     def of(
-        shard: Shard, first_document: int, n_documents: int, *, max_length: int, wanted: Wanted, teacher: Teacher
+        shard: Shard, first_document: int, n_documents: int, *, max_length: int, wanted: Wanted, hidden_size: int
     ) -> Window:
         cut: Callable[[int], Documents] = partial(shard.slice, first_document, n_documents)
         topk, hidden, embeddings = wanted.topk, wanted.hidden_states, wanted.embeddings
         return Window(
             documents=cut(max_length),
             wanted=wanted,
-            topk=None if topk is None else TopkArrays.empty(cut(topk.max_length), topk.k),
+            topk=None if topk is None else TopkArrays.empty(cut(topk.max_length), topk),
             hidden_states=None
             if hidden is None
-            else HiddenStateArrays.empty(cut(hidden.max_length), hidden.blocks, teacher.hidden_size),
-            embeddings=None
-            if embeddings is None
-            else EmbeddingArrays.empty(cut(embeddings.max_length), teacher.hidden_size),
+            else HiddenStateArrays.empty(cut(hidden.max_length), hidden.blocks, hidden_size),
+            embeddings=None if embeddings is None else EmbeddingArrays.empty(cut(embeddings.max_length), hidden_size),
         )
 
     def arrays(self) -> dict[Asset, CacheArrays]:
@@ -172,123 +171,96 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capture:
-    """Runs batches through a teacher and keeps what a window wants of them."""
+    """One batch of one window: the step it asks for, and where the step's result goes."""
 
-    teacher: Teacher
+    window: Window
+    batch: Batch
     partition_key: str
-    buffers: ChunkBuffers = field(kw_only=True)
+    seed: int
+    """Of the draws."""
 
-    @torch.inference_mode()
-    def run(self, window: Window, batch: Batch) -> None:
-        """One forward, then every wanted cache from its states. Raises NonFiniteTeacherError naming a document."""
-        ids_BT = padded_ids(window.documents.input_ids, window.documents.offsets, batch)
-        states = run_forward(
-            self.teacher,
-            torch.from_numpy(ids_BT).to(self.teacher.device),
+    def step(self) -> Step:
+        """What the devices have to do. The forward is the same whichever caches are wanted."""
+        window, batch = self.window, self.batch
+        hidden, embeddings, topk = window.hidden_states, window.embeddings, window.topk
+        return Step(
+            ids_BT=padded_ids(window.documents.input_ids, window.documents.offsets, batch),
             blocks=window.wanted.blocks,
-            needs_final=window.wanted.needs_final,
+            rows_N=batch_rows(batch, self._lengths_B(hidden.documents) if hidden else np.zeros(0, np.int64)),
+            pooled_lengths_B=self._lengths_B(embeddings.documents) if embeddings else None,
+            topk=self._topk_step(topk) if topk else None,
         )
-        if window.hidden_states is not None:
-            self._keep_hidden_states(window.hidden_states, batch, states)
-        if window.embeddings is not None:
-            self._keep_embeddings(window.embeddings, batch, states)
-        if window.topk is not None:
-            self._keep_topk(window.topk, batch, states)
 
-    def _keep_hidden_states(self, kept: HiddenStateArrays, batch: Batch, states: States) -> None:
-        lengths_B = kept.documents.n_tokens_D[batch.documents_B]
-        rows_N = torch.from_numpy(batch_rows(batch, lengths_B)).to(self.teacher.device)
-        to_N = concatenated_ranges(kept.documents.offsets[batch.documents_B], lengths_B)
-        for block, kept_NH in kept.block_NH.items():
-            state_NH = states.block_FH[block].index_select(0, rows_N)
-            self._check_finite(state_NH.isfinite().all(dim=1), kept.documents, batch, lengths_B, f"block {block}")
-            kept_NH[to_N] = bfloat16_bits(state_NH)
+    def keep(self, result: StepResult) -> None:
+        """Put a result, in memory that numpy can read, into the window. Raises NonFiniteTeacherError naming a document.
 
-    def _keep_embeddings(self, kept: EmbeddingArrays, batch: Batch, states: States) -> None:
-        assert states.final_FH is not None
-        lengths_B = kept.documents.n_tokens_D[batch.documents_B]
-        final_BTH = states.final_FH.view(len(lengths_B), batch.width, -1)
-        mean_BH, last_BH = pooled(final_BTH, torch.from_numpy(lengths_B).to(self.teacher.device))
-        finite_B = mean_BH.isfinite().all(dim=1)  # one NaN or infinity among the tokens is one in their mean
-        self._check_finite(finite_B, kept.documents, batch, np.ones_like(lengths_B), "the final hidden state")
-        kept.mean_DH[batch.documents_B] = mean_BH.cpu().numpy()
-        kept.last_token_DH[batch.documents_B] = last_BH.cpu().numpy()
+        Never while another result of the same window is being put there from another thread.
+        """
+        if self.window.hidden_states is not None:
+            for n, block in result.blocks.items():
+                self._keep_block(self.window.hidden_states, n, block)
+        if self.window.embeddings is not None and result.pooled is not None:
+            self._keep_embeddings(self.window.embeddings, result.pooled)
+        if self.window.topk is not None and result.topk is not None:
+            self._keep_topk(self.window.topk, result.topk)
 
-    def _keep_topk(self, kept: TopkArrays, batch: Batch, states: States) -> None:
-        """Through the head in chunks of rows: gathered from the final states, without padding and last tokens."""
-        documents = kept.documents
-        lengths_B = documents.n_tokens_D[batch.documents_B] - 1
-        from_M = batch_rows(batch, lengths_B)
-        if not len(from_M):
-            return
-        to_M = concatenated_ranges(kept.first_rows_D[batch.documents_B], lengths_B)
-        next_tokens_M = concatenated_ranges(documents.offsets[batch.documents_B] + 1, lengths_B)
-        targets_M = torch.from_numpy(documents.input_ids[next_tokens_M].astype(np.int64)).to(self.teacher.device)
-        rows_M = torch.from_numpy(from_M).to(self.teacher.device)
-        # chunks of equal size: a short last one would waste the matrix product
-        n_chunks = -(-len(from_M) // self.buffers.rows)
-        found = [
-            topk_logprobs(
-                logits_NV := self._logits(states, rows_N),
-                targets_N,
-                kept.ids_Mk.shape[1],
-                self.buffers.scratch(len(logits_NV)),
+    def _lengths_B(self, documents: Documents) -> Int64Array:
+        """Tokens of the batch's documents as a cache has them."""
+        lengths_B: Int64Array = documents.n_tokens_D[self.batch.documents_B]
+        return lengths_B
+
+    def _topk_step(self, kept: TopkArrays) -> TopkStep:
+        documents, documents_B = kept.documents, self.batch.documents_B
+        lengths_B = self._lengths_B(documents) - 1
+        next_tokens_M = concatenated_ranges(documents.offsets[documents_B] + 1, lengths_B)
+        drawn = None
+        if kept.sampled_ids_Md is not None:
+            draws = kept.sampled_ids_Md.shape[1]
+            drawn = np.concatenate(
+                [
+                    uniforms(self.seed, documents.document_ids[document], int(n), draws)
+                    for document, n in zip(documents_B, lengths_B, strict=True)
+                ]
             )
-            for rows_N, targets_N in zip(rows_M.chunk(n_chunks), targets_M.chunk(n_chunks), strict=True)
-        ]
-        finite_M = torch.cat([(f.logsumexp_N + f.target_logprob_N + f.logprobs_Nk.sum(1)).isfinite() for f in found])
-        self._check_finite(finite_M, documents, batch, lengths_B, "the logits")
-        _scatter_topk(kept, to_M, found)
+        return TopkStep(
+            k=kept.ids_Mk.shape[1],
+            rows_M=batch_rows(self.batch, lengths_B),
+            targets_M=documents.input_ids[next_tokens_M].astype(np.int64),
+            uniforms_Md=drawn,
+        )
 
-    def _logits(self, states: States, rows_N: Tensor) -> Tensor:
-        """float32 [N, V] of these rows of the flattened batch."""
-        if states.logits_FV is not None:
-            return self.buffers.widened(states.logits_FV.index_select(0, rows_N))
-        assert states.final_FH is not None
-        assert self.teacher.head is not None
-        return self.teacher.head.logits(states.final_FH.index_select(0, rows_N), self.buffers)
+    def _keep_block(self, kept: HiddenStateArrays, block: int, found: BlockStates) -> None:
+        lengths_B = self._lengths_B(kept.documents)
+        self._check_finite(found.finite_N, kept.documents, lengths_B, f"block {block}")
+        to_N = concatenated_ranges(kept.documents.offsets[self.batch.documents_B], lengths_B)
+        kept.block_NH[block][to_N] = found.bits_NH.numpy().view(np.uint16)
 
-    def _check_finite(
-        self, finite: Tensor, documents: Documents, batch: Batch, lengths_B: Int64Array, where: str
-    ) -> None:
+    def _keep_embeddings(self, kept: EmbeddingArrays, found: PooledStates) -> None:
+        documents_B = self.batch.documents_B
+        self._check_finite(found.finite_B, kept.documents, np.ones_like(documents_B), "the final hidden state")
+        kept.mean_DH[documents_B] = found.mean_BH.numpy()
+        kept.last_token_DH[documents_B] = found.last_BH.numpy()
+
+    def _keep_topk(self, kept: TopkArrays, found: TopkRows) -> None:
+        lengths_B = self._lengths_B(kept.documents) - 1
+        self._check_finite(found.finite_M, kept.documents, lengths_B, "the logits")
+        to_M = concatenated_ranges(kept.first_rows_D[self.batch.documents_B], lengths_B)
+        kept.ids_Mk[to_M] = found.ids_Mk.numpy().view(np.uint32)
+        kept.logprobs_Mk[to_M] = found.logprobs_Mk.numpy()
+        kept.logsumexp_M[to_M] = found.logsumexp_M.numpy()
+        kept.target_logprob_M[to_M] = found.target_logprob_M.numpy()
+        if kept.sampled_ids_Md is not None and found.sampled_ids_Md is not None:
+            kept.sampled_ids_Md[to_M] = found.sampled_ids_Md.numpy().view(np.uint32)
+
+    def _check_finite(self, finite: Tensor, documents: Documents, lengths_B: Int64Array, where: str) -> None:
         """`finite` [sum of lengths]: one flag a row."""
         if bool(finite.all()):
             return
         row = int((~finite).nonzero()[0])
-        document = int(np.repeat(batch.documents_B, lengths_B)[row])
+        document = int(np.repeat(self.batch.documents_B, lengths_B)[row])
         n_tokens = int(documents.n_tokens_D[document])
         raise NonFiniteTeacherError(
             f"partition {self.partition_key}: the teacher gave NaN or infinity in {where} for document "
             f"{documents.document_ids[document]!r} ({n_tokens} tokens): "
             "look at this document and at the teacher's weights; in float16 a wider dtype (bfloat16) may help"
         )
-
-
-def _scatter_topk(kept: TopkArrays, to_M: Int64Array, found: list[TopK]) -> None:
-    kept.ids_Mk[to_M] = _numpy(torch.cat([f.ids_Nk for f in found]).int()).view(np.uint32)
-    kept.logprobs_Mk[to_M] = _numpy(torch.cat([f.logprobs_Nk for f in found]).half())
-    kept.logsumexp_M[to_M] = _numpy(torch.cat([f.logsumexp_N for f in found]))
-    kept.target_logprob_M[to_M] = _numpy(torch.cat([f.target_logprob_N for f in found]))
-
-
-def pooled(final_BTH: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [B, H] twice: the mean over each document's tokens, and the state of its last one.
-
-    The mean accumulates in float32 whatever the states' precision; padding is left out, not multiplied by 0 (it may
-    be NaN).
-    """
-    positions_T = torch.arange(final_BTH.shape[1], device=final_BTH.device)
-    padding_BT1 = (positions_T >= lengths_B.unsqueeze(1)).unsqueeze(2)
-    sum_BH = final_BTH.masked_fill(padding_BT1, 0.0).sum(dim=1, dtype=torch.float32)
-    last_BH = final_BTH[torch.arange(len(lengths_B), device=final_BTH.device), lengths_B - 1].float()
-    return sum_BH / lengths_B.unsqueeze(1), last_BH
-
-
-def bfloat16_bits(states: Tensor) -> npt.NDArray[np.uint16]:
-    """The states rounded to bfloat16 (to nearest, ties to even), as the bits that numpy can hold."""
-    return _numpy(states.to(torch.bfloat16).view(torch.int16)).view(np.uint16)
-
-
-def _numpy(tensor: Tensor) -> npt.NDArray[np.generic]:
-    array: npt.NDArray[np.generic] = tensor.cpu().numpy()
-    return array

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_assets.teacher.load import Teacher, state_of
+from kd_assets.teacher.load import Teacher
+from kd_assets.teacher.proofs import state_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,10 +36,15 @@ def within_memory(work: Callable[[X], Y], argument: X, *, doing: str, device_rem
         if error is None:
             raise
     # Outside of the handler, so that `error` has no __context__: that would be `e` with all its frames.
+    free_cached_memory()
+    raise error
+
+
+def free_cached_memory() -> None:
+    """Give back what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise error
 
 
 def _memory_error(e: Exception, doing: str, device_remedy: str) -> KdAssetsError | None:

@@ -14,129 +14,30 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kd_assets.contract import Asset, JobFile, Output, TeacherParams, WorkUnit
-from kd_assets.errors import ContractError, InterruptedTaskError, MissingInputError, RecipeError
-from kd_assets.identity import DigestCache
+from kd_assets.errors import ContractError, MissingInputError, RecipeError
 from kd_assets.report import Reporter, StopFlag
-from kd_assets.store import PartPlan, ResultWriter, Shard, plan_parts, read_shard
+from kd_assets.store import Documents, PartPlan, ResultWriter, Shard, plan_parts, read_shard
 from kd_assets.store.provenance import task_provenance
 from kd_assets.store.schema import CONVENTIONS
-from kd_assets.teacher.batching import Batch, plan_batches
-from kd_assets.teacher.capture import Capture, Wanted, Window
-from kd_assets.teacher.head import ChunkBuffers
-from kd_assets.teacher.load import Teacher, load_teacher
+from kd_assets.teacher.budget import LARGEST_BUDGET_TOKENS, measured_budget
+from kd_assets.teacher.compiled import compile_blocks
+from kd_assets.teacher.load import Teacher
 from kd_assets.teacher.memory import within_memory
-from kd_assets.teacher.reference import Comparison, reference, sampled_documents, stored_row
-from kd_assets.teacher.telemetry import GpuSampler, GpuUsage, device_name, peak_memory_gib
-from kd_assets.teacher.writer import PartToWrite, PartWriter
-
-PROGRESS_S = 1.0
+from kd_assets.teacher.partition import Devices, PartitionPass, longest
+from kd_assets.teacher.reference import Comparison, sampled_documents, sampled_positions, stored_row
+from kd_assets.teacher.running import RunningTeacher
+from kd_assets.teacher.telemetry import Sampler, Span, device_name, peak_memory_gib
 
 FALLBACK_BUDGET_TOKENS = 1024
 """Most tokens of a batch of a teacher whose head is not proven: its own forward makes all their logits at once."""
-
-
-def longest(params: TeacherParams) -> int:
-    """The largest `max_length` of the recipe's caches: tokens of a document that run, whatever is selected."""
-    caches = (params.topk, params.hidden_states, params.embeddings)
-    return max(cache.max_length for cache in caches if cache is not None)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedWindow:
-    """A window that still has to run, and for which caches."""
-
-    part: PartPlan
-    assets: frozenset[Asset]
-    batches: tuple[Batch, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(batch.n_tokens for batch in self.batches)
-
-
-def plan_windows(
-    shard: Shard,
-    parts: Sequence[PartPlan],
-    missing: Mapping[int, frozenset[Asset]],
-    *,
-    max_length: int,
-    budget: int,
-    alone_above: int | None,
-) -> list[PlannedWindow]:
-    """The windows some cache still misses, with their batches. `missing`: part index → caches without that part."""
-    lengths_D = shard.n_tokens_D.clip(max=max_length)
-    return [
-        PlannedWindow(
-            part=part,
-            assets=missing[part.index],
-            batches=plan_batches(
-                lengths_D[part.first_document : part.first_document + part.n_documents],
-                token_budget=budget,
-                alone_above=alone_above,
-            ),
-        )
-        for part in parts
-        if missing[part.index]
-    ]
-
-
-@dataclass(kw_only=True, slots=True)
-class Tally:
-    """What has run of one partition so far, and its progress events."""
-
-    report: Reporter
-    partition_key: str
-    n_documents: int
-    n_tokens: int
-    done_documents: int = 0
-    done_tokens: int = 0
-    computed_tokens: int = 0
-    """Padding included."""
-    n_batches: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    reported: float = 0.0
-
-    @staticmethod
-    def of(windows: Sequence[PlannedWindow], *, report: Reporter, partition_key: str) -> Tally:
-        return Tally(
-            report=report,
-            partition_key=partition_key,
-            n_documents=sum(w.part.n_documents for w in windows),
-            n_tokens=sum(w.n_tokens for w in windows),
-        )
-
-    def add(self, batch: Batch) -> None:
-        self.done_documents += len(batch.documents_B)
-        self.done_tokens += batch.n_tokens
-        self.computed_tokens += batch.n_padded_tokens
-        self.n_batches += 1
-        now = time.perf_counter()
-        if now - self.reported >= PROGRESS_S or self.done_tokens == self.n_tokens:
-            self.reported = now
-            self.report.emit(
-                "progress",
-                partition_key=self.partition_key,
-                n_documents=self.n_documents,
-                done_documents=self.done_documents,
-                n_tokens=self.n_tokens,
-                done_tokens=self.done_tokens,
-                tokens_per_s=round(self.tokens_per_s, 1),
-            )
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.done_tokens / max(time.perf_counter() - self.started, 1e-9)
-
-    @property
-    def padding_fraction(self) -> float:
-        return 1.0 - self.done_tokens / self.computed_tokens if self.computed_tokens else 0.0
 
 
 class Clock:
@@ -159,27 +60,46 @@ class Clock:
 class TeacherRunner:
     """A loaded teacher that works through partitions (see `kd_assets.worker.Runner`)."""
 
-    def __init__(self, job: JobFile, report: Reporter, stop: StopFlag) -> None:
+    def __init__(self, job: JobFile, report: Reporter, stop: StopFlag, *, teacher: Teacher | None = None) -> None:
+        """`teacher`: one that is loaded already, in place of the recipe's (see `RunningTeacher`)."""
         if job.teacher is None:
             raise ContractError(f"job {job.key} is of kind teacher and has no teacher parameters")
         self._job, self._report, self._stop, self._params = job, report, stop, job.teacher
-        self._teacher = teacher = within_memory(
-            lambda params: load_teacher(
+        self._running = running = within_memory(
+            lambda params: RunningTeacher(
                 params,
                 # The control plane hashed the weights when it planned, and keeps the digests beside the store.
-                digests=DigestCache(Path(job.recipe_folder).parent.parent / "digests.json"),
+                digests=Path(job.recipe_folder).parent.parent / "digests.json",
                 warn=lambda message: report.emit("warning", message=message),
+                say_last=report.say_last,
+                teacher=teacher,
             ),
             job.teacher,
             doing="the teacher could not be loaded",
             device_remedy="no token budget makes room for its weights: use GPUs with more memory",
         )
-        self._gpus = GpuSampler()
-        self._buffers = ChunkBuffers(
-            vocabulary_size=teacher.vocabulary_size, dtype=teacher.dtype, device=teacher.device
+        self._teacher = teacher = running.teacher
+        try:
+            self._blocks = compile_blocks(
+                teacher,
+                job.teacher.compile,
+                blocks=job.teacher.hidden_states.blocks if job.teacher.hidden_states is not None else (),
+                longest=longest_ever(job.teacher, teacher),
+                is_shared=running.is_shared,
+                warn=lambda message: report.emit("warning", message=message),
+            )
+            budget = first_budget(job.teacher, running)
+        except BaseException:
+            running.close()
+            raise
+        self._devices = Devices(
+            teacher=teacher,
+            run_step=running.run_step,
+            first_budget=budget,
+            budget_limit=budget if job.teacher.token_budget is not None else None,
+            can_halve=not running.is_shared,
         )
-        budget = job.teacher.token_budget
-        self._budget = budget if teacher.head is not None else min(budget, FALLBACK_BUDGET_TOKENS)
+        self._sampler = Sampler()
         report.emit(
             "teacher_loaded",
             load_s=round(teacher.load_s, 3),
@@ -188,6 +108,12 @@ class TeacherRunner:
             n_parameters=teacher.n_parameters,
             head="proven" if teacher.head is not None else "own logits",
             attention=teacher.model.config._attn_implementation,
+            quantization=teacher.quantisation_in_words,
+            placement=running.placement.kind,
+            n_devices=running.placement.n_devices,
+            compiled=self._blocks.in_words,
+            warm_up_s=round(self._blocks.warm_up_s, 3),
+            token_budget=budget,
         )
 
     def run(self, unit: WorkUnit) -> dict[str, Any]:
@@ -198,12 +124,12 @@ class TeacherRunner:
         return within_memory(
             self._run,
             unit,
-            doing=f"partition {unit.partition_key} failed with a token budget of {self._budget}",
+            doing=f"partition {unit.partition_key} failed with a token budget of {self._devices.first_budget}",
             device_remedy="lower teacher.token_budget",
         )
 
     def _run(self, unit: WorkUnit) -> dict[str, Any]:
-        clock, gpus = Clock(), self._gpus.span()
+        clock = Clock()
         shard = self._read_shard(unit)
         self._check_outputs(unit)
         max_length = longest(self._params)
@@ -213,22 +139,25 @@ class TeacherRunner:
             max_tokens=self._params.part_tokens,
         )
         with ExitStack() as leases:
-            leases.callback(gpus.close)
+            telemetry = self._sampler.span()
+            leases.callback(telemetry.close)
             results = {o.asset: leases.enter_context(self._result_of(o, unit.partition_key)) for o in unit.outputs}
-            windows = plan_windows(
-                shard,
-                parts,
-                {p.index: frozenset(a for a, r in results.items() if p.index not in r.finished) for p in parts},
-                max_length=max_length,
-                budget=self._budget,
-                alone_above=self._teacher.alone_above,
+            work = PartitionPass(
+                partition_key=unit.partition_key,
+                shard=shard,
+                parts=parts,
+                results=results,
+                params=self._params,
+                devices=self._devices,
+                report=self._report,
+                stop=self._stop,
+                tokens_done=telemetry.tokens_done,
             )
-            tally = Tally.of(windows, report=self._report, partition_key=unit.partition_key)
-            self._compute(unit.partition_key, shard, windows, results, tally)
+            work.run()
             clock.lap("compute")
             checks = self._recompute(unit.partition_key, shard, parts, results)
             clock.lap("recompute")
-            facts = self._facts(clock, tally, gpus.usage())
+            facts = self._facts(clock, work, telemetry)
             provenance = self._provenance(facts)
             for asset, result in results.items():
                 result.commit(
@@ -240,7 +169,8 @@ class TeacherRunner:
         return {"partition_key": unit.partition_key, "assets": list(results), **facts}
 
     def close(self) -> None:
-        self._gpus.close()
+        self._running.close()
+        self._sampler.close()
 
     def _read_shard(self, unit: WorkUnit) -> Shard:
         folders = unit.inputs.get("shards_manifest", ())
@@ -272,47 +202,6 @@ class TeacherRunner:
             if kept.get(output.asset) is None:
                 raise RecipeError(f"{output.asset} is asked for, and the recipe {self._job.recipe} has no such cache")
 
-    def _compute(
-        self,
-        partition_key: str,
-        shard: Shard,
-        windows: Sequence[PlannedWindow],
-        results: Mapping[Asset, ResultWriter],
-        tally: Tally,
-    ) -> None:
-        """Run the windows; on return every part is on disk. Raises InterruptedTaskError after the batch in hand."""
-        capture = Capture(teacher=self._teacher, partition_key=partition_key, buffers=self._buffers)
-        with PartWriter() as writer:
-            for planned in windows:
-                window = Window.of(
-                    shard,
-                    planned.part.first_document,
-                    planned.part.n_documents,
-                    max_length=longest(self._params),
-                    wanted=Wanted.of(self._params, set(planned.assets)),
-                    teacher=self._teacher,
-                )
-                for batch in planned.batches:
-                    self._raise_if_stopped(partition_key)
-                    capture.run(window, batch)
-                    tally.add(batch)
-                for asset, arrays in window.arrays().items():
-                    writer.put(
-                        PartToWrite(
-                            result=results[asset],
-                            asset=asset,
-                            index=planned.part.index,
-                            n_tokens=arrays.documents.n_tokens,
-                            encode=arrays.table,
-                        )
-                    )
-
-    def _raise_if_stopped(self, partition_key: str) -> None:
-        if self._stop:
-            raise InterruptedTaskError(
-                f"partition {partition_key}: stopped by {self._stop.signal_name}; its finished parts are on disk"
-            )
-
     def _recompute(
         self, partition_key: str, shard: Shard, parts: Sequence[PartPlan], results: Mapping[Asset, ResultWriter]
     ) -> dict[Asset, dict[str, Any]]:
@@ -321,33 +210,56 @@ class TeacherRunner:
         sample = sampled_documents(
             n_documents, params.recompute_documents, seed=params.seed, partition_key=partition_key
         )
-        comparisons = {asset: Comparison(asset=asset, dtype=self._teacher.dtype) for asset in results}
+        teacher = self._teacher
+        comparisons = {
+            a: Comparison(
+                asset=a,
+                dtype=teacher.dtype,
+                seed=params.seed,
+                quantisation=teacher.quantisation,
+                routed=teacher.routed,
+            )
+            for a in results
+        }
         blocks = params.hidden_states.blocks if params.hidden_states is not None else ()
         for index in sample:
             part = next(p for p in reversed(parts) if p.first_document <= index)
             document = shard.slice(index, 1, max_length=longest(params))
-            expected = reference(self._teacher, document.input_ids, blocks)
+            with self._blocks.plain():
+                expected = self._running.reference(
+                    document.input_ids,
+                    blocks,
+                    self._sampled_positions(document) if "topk_cache" in results else np.arange(0),
+                )
             for asset, result in results.items():
                 path = result.folder / result.finished[part.index].name
                 comparisons[asset].add(stored_row(path, index - part.first_document), expected)
         ids = [shard.document_ids[index] for index in sample]
-        return {asset: c.result(ids, seed=params.seed) for asset, c in comparisons.items()}
+        return {asset: comparison.result(ids) for asset, comparison in comparisons.items()}
 
-    def _facts(self, clock: Clock, tally: Tally, gpus: GpuUsage) -> dict[str, Any]:
+    def _sampled_positions(self, document: Documents) -> npt.NDArray[np.int64]:
+        assert self._params.topk is not None
+        n_positions = min(document.n_tokens, self._params.topk.max_length) - 1
+        return sampled_positions(n_positions, seed=self._params.seed, document_id=document.document_ids[0])
+
+    def _facts(self, clock: Clock, work: PartitionPass, telemetry: Span) -> dict[str, Any]:
         """What this attempt cost; of a resumed partition only the windows that it ran itself."""
-        compute_s = clock.laps_s["compute"]
+        compute_s, done = clock.laps_s["compute"], work.tally.done
         return {
             "wall_s": round(clock.wall_s, 3),
             "compute_s": round(compute_s, 3),
             "recompute_s": round(clock.laps_s["recompute"], 3),
-            "tokens_per_s": round(tally.done_tokens / max(compute_s, 1e-9), 1),
-            "computed_tokens": tally.done_tokens,
-            "padding_fraction": round(tally.padding_fraction, 5),
-            "n_batches": tally.n_batches,
-            "token_budget": self._budget,
+            "tokens_per_s": round(done.tokens / max(compute_s, 1e-9), 1),
+            "computed_tokens": done.tokens,
+            "padding_fraction": round(done.padding_fraction, 5),
+            "n_batches": done.batches,
+            "token_budget": work.last_budget,
+            "n_budget_halvings": work.budgets.n_halvings,
             "vocab_size": self._teacher.vocabulary_size,
+            "quantization": self._teacher.quantisation_in_words,
             "peak_memory_gib": round(peak_memory_gib(self._teacher.device), 3),
-            **gpus.facts(),
+            **telemetry.usage().facts(),
+            "telemetry": telemetry.series(),
         }
 
     def _provenance(self, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,11 +278,32 @@ class TeacherRunner:
             "seed": params.seed,
             "device": str(teacher.device),
             "gpu": device_name(teacher.device),
+            "placement": self._running.placement.kind,
+            "n_devices": self._running.placement.n_devices,
+            "compiled": self._blocks.in_words,
             "n_threads": torch.get_num_threads(),
             "attention": teacher.model.config._attn_implementation,
             "head": "proven" if teacher.head is not None else "own logits",
+            "normaliser": self._running.normaliser,
+            **({"trust_remote_code": True} if params.trust_remote_code else {}),
+            "quantization": teacher.quantisation_in_words,
             **{name: facts[name] for name in ("wall_s", "tokens_per_s", "joules")},
         }
+
+
+def longest_ever(params: TeacherParams, teacher: Teacher) -> int:
+    """Tokens of the longest document that may be tried: beyond its context a teacher may have no positions, and what it
+    cannot repeat must not run before a document that it can."""
+    return min(n for n in (longest(params), teacher.context_tokens, teacher.repeatable_tokens) if n is not None)
+
+
+def first_budget(params: TeacherParams, running: RunningTeacher) -> int:
+    """Most tokens of a batch that every partition begins with: the recipe's word, or what fits."""
+    teacher = running.teacher
+    largest = LARGEST_BUDGET_TOKENS if teacher.head is not None else FALLBACK_BUDGET_TOKENS
+    if params.token_budget is not None:
+        return params.token_budget if teacher.head is not None else min(params.token_budget, largest)
+    return measured_budget(running.run_step, teacher, params, longest=longest_ever(params, teacher), largest=largest)
 
 
 def check_token_ids(largest_id: int, n_token_ids: int, partition_key: str) -> None:

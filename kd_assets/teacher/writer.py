@@ -18,6 +18,7 @@ import pyarrow as pa
 from kd_assets.contract import Asset
 from kd_assets.errors import InterruptedTaskError
 from kd_assets.store import ResultWriter, part_stats
+from kd_assets.teacher.windows import BUDGET_STAT
 
 QUEUED_PARTS = 2
 """Parts that wait while one is written. Each holds its arrays: 2 GB for 131,072 tokens of one block of 8,192 states."""
@@ -31,6 +32,8 @@ class PartToWrite:
     asset: Asset
     index: int
     n_tokens: int
+    token_budget: int
+    """What its batches were planned with; kept with the part (see `windows`)."""
     encode: Callable[[], pa.Table]
 
 
@@ -76,4 +79,5 @@ class PartWriter:
 
 def _write(part: PartToWrite) -> None:
     table = part.encode()
-    part.result.write_part(part.index, table, n_tokens=part.n_tokens, stats=part_stats(part.asset, table))
+    stats = part_stats(part.asset, table) | {BUDGET_STAT: float(part.token_budget)}
+    part.result.write_part(part.index, table, n_tokens=part.n_tokens, stats=stats)

@@ -9,7 +9,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,9 +16,9 @@ import torch
 
 from kd_assets.errors import MissingInputError, OutOfDeviceMemoryError, OutOfHostMemoryError, StorageUnavailableError
 from kd_assets.report import Reporter, StopFlag
-from kd_assets.teacher.capture import Capture
 from kd_assets.teacher.memory import within_memory
 from kd_assets.teacher.runner import TeacherRunner
+from kd_assets_tests.teacher.test_windows import Room
 from kd_assets_tests.teacher.tiny import Desk, part_bytes, save_teacher, tiny_documents, tiny_params
 
 CUDA_TEXT = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB."
@@ -118,21 +117,13 @@ def test_one_partition_without_room_leaves_the_runner_as_good_as_before(
     expected = undisturbed.unit(undisturbed.commit_shard(tiny_documents(lengths)), params)
     undisturbed.run(params, expected)
 
-    batches, run_batch = [], Capture.run
-
-    def out_of_memory_in_the_second(self: Capture, *arguments: Any) -> None:
-        batches.append(1)
-        if len(batches) == 2:
-            raise torch.OutOfMemoryError(CUDA_TEXT)
-        run_batch(self, *arguments)
-
-    monkeypatch.setattr(Capture, "run", out_of_memory_in_the_second)
+    room = Room(60)
+    monkeypatch.setattr("kd_assets.teacher.step.run_forward", room.run_forward)
     with Reporter(desk.events_file) as report:
         runner = TeacherRunner(desk.job(params, units), report, StopFlag())
-        with pytest.raises(
-            OutOfDeviceMemoryError, match=r"shard-00000 .* token budget of 128: .* lower teacher.token_b"
-        ):
+        with pytest.raises(OutOfDeviceMemoryError, match=r"shard-00000: a batch of 1 x 64 tokens .* lower max_length"):
             runner.run(units[0])
+        room.n_tokens = 128
         runner.run(units[1])
         runner.run(units[0])
         runner.close()

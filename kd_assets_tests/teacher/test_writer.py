@@ -35,7 +35,7 @@ def result(tmp_path: Path) -> ResultWriter:
 
 
 def part(result: ResultWriter, index: int, encode: Callable[[], pa.Table] = table) -> PartToWrite:
-    return PartToWrite(result=result, asset="embedding_cache", index=index, n_tokens=5, encode=encode)
+    return PartToWrite(result=result, asset="embedding_cache", index=index, n_tokens=5, token_budget=128, encode=encode)
 
 
 def put_and_raise(item: PartToWrite, error: Exception) -> None:
@@ -51,6 +51,7 @@ def test_parts_are_on_disk_when_the_writer_is_left(result: ResultWriter) -> None
             for index in range(5):
                 writer.put(part(result, index))
         assert sorted(result.finished) == [0, 1, 2, 3, 4]
+        assert {record.stats["min_token_budget"] for record in result.finished.values()} == {128.0}
 
 
 def test_error_of_the_thread_reaches_the_producer_while_the_queue_is_full(result: ResultWriter) -> None:
