@@ -41,8 +41,8 @@ check: $(READY)
 
 test: check
 	@.ci/install-slurm
-	@$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
-# These wait more than they compute, each file on a cluster of its own. (Status 5: PYTEST_ARGS chose none of them.)
+	@$(BIN)/python -m pytest -m "not slurm" --numprocesses 2 --dist loadfile $(PYTEST_ARGS) || [ $$? = 5 ]
+# These wait more than they compute, each file on a cluster of its own. (Status 5: PYTEST_ARGS chose no test of these.)
 	@$(BIN)/python -m pytest -m slurm --numprocesses 4 --dist loadfile $(PYTEST_ARGS) || [ $$? = 5 ]
 
 clean:

@@ -16,6 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Several tests may share two cores; see slurm/task.sbatch. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# What needs the control plane is left out where it is not installed, so that `pytest kd_assets_tests -m gpu` is one
+# command on a node.
+collect_ignore = (
+    []
+    if importlib.util.find_spec("dagster") is not None
+    else ["orchestration", "ui", "slurm", "scheduler/test_local.py", "benchmarks/test_scheduler.py"]
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for those by which Dagster marks what we use of it as beta or superseded each time it

@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -41,7 +42,7 @@ import tokenizers
 import torch
 import transformers
 
-from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TeacherParams, TopkParams
+from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TeacherParams, TopkParams, WorkUnit
 from kd_assets.report import Reporter, StopFlag
 from kd_assets.store import Documents
 from kd_assets.store.documents import offsets_of
@@ -113,7 +114,7 @@ def timed(work: Callable[[], object]) -> float:
 def bare_forward(model: Any, documents: Documents, budget: int) -> None:
     """The model's forward with logits over all documents, nothing kept."""
     for batch in plan_batches(documents.n_tokens_D, token_budget=budget):
-        ids_BT = torch.from_numpy(padded_ids(documents.input_ids, documents.offsets, batch))
+        ids_BT = torch.from_numpy(padded_ids(documents.input_ids, documents.offsets, batch)).to(model.device)
         model(input_ids=ids_BT, use_cache=False)
 
 
@@ -124,7 +125,6 @@ class Passes:
         self._desk = Desk(folder / "pass")
         self._shard_folder = self._desk.commit_shard(documents)
         self._params = params
-        self._folder = folder
         self._n_runs = 0
         self._report = Reporter(None, stream=io.StringIO())
         self.load_s = timed(self._load)
@@ -135,27 +135,53 @@ class Passes:
 
     def run(self, assets: Sequence[Asset] = CACHES) -> dict[str, Any]:
         self._n_runs += 1
-        unit = self._desk.unit(self._shard_folder, self._params, assets, key="shard-00000")
-        outputs = tuple(
-            self._desk.fresh_output(output, run=self._n_runs, partition_key=unit.partition_key)
-            for output in unit.outputs
-        )
-        return self._runner.run(dataclasses.replace(unit, outputs=outputs))
+        return self._runner.run(fresh_unit(self._desk, self._shard_folder, self._params, assets, run=self._n_runs))
+
+    def close(self) -> None:
+        self._runner.close()
 
 
-@torch.inference_mode()
+def fresh_unit(
+    desk: Desk,
+    shard_folder: Path,
+    params: TeacherParams,
+    assets: Sequence[Asset],
+    *,
+    run: int,
+    key: str = "shard-00000",
+) -> WorkUnit:
+    """A unit whose results are not there yet."""
+    unit = desk.unit(shard_folder, params, assets, key=key)
+    outputs = tuple(desk.fresh_output(output, run=run, partition_key=key) for output in unit.outputs)
+    return dataclasses.replace(unit, outputs=outputs)
+
+
+Columns = Callable[[Any, torch.Tensor, torch.Tensor], dict[str, Any]]
+
+
 def three_passes(model_folder: Path, documents: Documents, output_folder: Path) -> None:
     """The original's way: for each cache a load, and a full forward of every document by itself."""
     output_folder.mkdir(parents=True, exist_ok=True)
-    for name, columns_of in (("topk", topk_lists), ("hidden", hidden_lists), ("embedding", embedding_lists)):
+    for name, columns_of in original_caches(THIRD_OF_DEPTH).items():
         model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-        rows = []
-        for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
-            ids_1L = torch.from_numpy(documents.input_ids[start:end].astype(np.int64)).unsqueeze(0)
-            mask_1L = torch.ones_like(ids_1L)
-            row = {"input_ids": ids_1L[0].tolist(), "attn_mask": mask_1L[0].tolist()}
-            rows.append(row | columns_of(model, ids_1L, mask_1L))
-        pq.write_table(pa.Table.from_pylist(rows), output_folder / f"{name}.parquet")
+        write_original(model, documents, columns_of, output_folder / f"{name}.parquet")
+
+
+def original_caches(block: int) -> dict[str, Columns]:
+    """Each cache's columns as the original makes them, from one document and the model."""
+    return {"topk": topk_lists, "hidden": partial(hidden_lists, block), "embedding": embedding_lists}
+
+
+@torch.inference_mode()
+def write_original(model: Any, documents: Documents, columns_of: Columns, path: Path) -> None:
+    """One cache the original's way: a full forward of every document by itself, and Python lists."""
+    rows = []
+    for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
+        ids_1L = torch.from_numpy(documents.input_ids[start:end].astype(np.int64)).unsqueeze(0).to(model.device)
+        mask_1L = torch.ones_like(ids_1L)
+        row = {"input_ids": ids_1L[0].tolist(), "attn_mask": mask_1L[0].tolist()}
+        rows.append(row | columns_of(model, ids_1L, mask_1L))
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def topk_lists(model: Any, ids_1L: torch.Tensor, mask_1L: torch.Tensor) -> dict[str, Any]:
@@ -164,10 +190,10 @@ def topk_lists(model: Any, ids_1L: torch.Tensor, mask_1L: torch.Tensor) -> dict[
     return {"topk_ids": top.indices.tolist(), "topk_logprobs": top.values.half().tolist()}
 
 
-def hidden_lists(model: Any, ids_1L: torch.Tensor, mask_1L: torch.Tensor) -> dict[str, Any]:
+def hidden_lists(block: int, model: Any, ids_1L: torch.Tensor, mask_1L: torch.Tensor) -> dict[str, Any]:
     kept: list[torch.Tensor] = []
-    block = model.model.layers[THIRD_OF_DEPTH]
-    handle = block.register_forward_hook(lambda module, args, output: kept.append(output))
+    layer = model.get_decoder().layers[block]
+    handle = layer.register_forward_hook(lambda module, args, output: kept.append(output))
     model(ids_1L, attention_mask=mask_1L)
     handle.remove()
     return {"hidden": kept[0][0].bfloat16().float().tolist()}
