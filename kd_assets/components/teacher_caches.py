@@ -18,7 +18,7 @@ from kd_assets.orchestration.materialize import materialize_caches, materialize_
 from kd_assets.orchestration.nightly import nightly_requests
 from kd_assets.orchestration.orphans import settle_orphans
 from kd_assets.orchestration.platform import Platform
-from kd_assets.orchestration.profiles import Positive, ResourcesModel
+from kd_assets.orchestration.profiles import Positive, ResourcesModel, refused
 from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, Source, Tasks, Teacher
 from kd_assets.orchestration.recording import check_specs
 from kd_assets.sources.plan import SourceSpec
@@ -39,8 +39,30 @@ class SourceModel(dg.Model, dg.Resolvable):
     """Key of the asset that writes this file, for the lineage (`demo/corpus`)."""
 
 
+def _n_devices_refused(placements: list[str], when: dict[str, Any], because: str) -> dict[str, Any]:
+    """JSON schema of a teacher: numbers of devices that these placements cannot have."""
+    return {
+        "if": {"properties": {"placement": {"enum": placements}}, "required": ["placement"]},
+        "then": {"properties": {"n_devices": refused({"type": "integer", **when}, because)}},
+    }
+
+
+_ONE_IS_ONE = "1, or left out, beside placement one_device"
+_SPLIT_IS_SEVERAL = "2 or more, or left out, beside a placement over several devices"
+_NAMES_ITS_METHOD = "name the method: quant_method, as the to_dict() of its transformers configuration does"
+
+
 class TeacherModel(dg.Model, dg.Resolvable):
     """The model that is run. (`model_id` and not `model`: dagster's Resolvable has a method of that name.)"""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                _n_devices_refused(["one_device"], {"minimum": 2}, _ONE_IS_ONE),
+                _n_devices_refused(["tensor_parallel", "device_map"], {"maximum": 1}, _SPLIT_IS_SEVERAL),
+            ]
+        }
+    )
 
     model_id: str
     """A hub id, or a folder when it starts with `/`, `.`, `~` or `$`."""
@@ -50,7 +72,7 @@ class TeacherModel(dg.Model, dg.Resolvable):
     """Tokens of a batch, padding included; left out: found from the memory that is free once the teacher is loaded."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
-    quantization: dict[str, Any] | None = None
+    quantization: Annotated[dict[str, Any], Field(json_schema_extra={"required": ["quant_method"]})] | None = None
     """A transformers quantisation configuration (`quant_method` and its parameters), applied on loading."""
     placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
     """How a teacher lies on the GPUs of its process; auto: one GPU where it fits, else split over several."""
@@ -60,6 +82,21 @@ class TeacherModel(dg.Model, dg.Resolvable):
     recompute_documents: Annotated[int, Field(ge=1)] = 2
     seed: int = 0
     made_by: str | None = None
+
+    @field_validator("quantization")
+    @classmethod
+    def _has_a_method(cls, quantization: dict[str, Any] | None) -> dict[str, Any] | None:
+        if quantization is not None and "quant_method" not in quantization:
+            raise ValueError(_NAMES_ITS_METHOD)
+        return quantization
+
+    @model_validator(mode="after")
+    def _devices_suit_the_placement(self) -> "TeacherModel":
+        if self.placement == "one_device" and self.n_devices not in (None, 1):
+            raise ValueError(f"n_devices is {self.n_devices}; it can only be {_ONE_IS_ONE}")
+        if self.placement in ("tensor_parallel", "device_map") and self.n_devices == 1:
+            raise ValueError(f"n_devices is 1; it can only be {_SPLIT_IS_SEVERAL}")
+        return self
 
 
 class TopkModel(dg.Model, dg.Resolvable):

@@ -44,9 +44,26 @@ NUMBERS = (
     "gpu_utilisation_percent",
     "peak_memory_gib",
     "padding_fraction",
+    "token_budget",
     "n_bad_records",
 )
 """Facts that Dagster plots over partitions, where they are known."""
+
+WORDS = (
+    "teacher",
+    "quantization",
+    "trust_remote_code",
+    "placement",
+    "n_devices",
+    "compiled",
+    "host",
+    "device",
+    "gpu",
+    "slurm_job_id",
+    "attempt",
+    "code_commit",
+)
+"""Of the provenance, what stands by itself."""
 
 COLLECT_RESULTS = 50
 """Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile: 0.4 s or so."""
@@ -296,7 +313,7 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "data_version": manifest.data_version,
     }
-    for name in ("teacher", "host", "device", "gpu", "slurm_job_id", "attempt", "code_commit"):
+    for name in WORDS:
         if provenance.get(name) is not None:
             metadata[name] = provenance[name]
     metadata |= {

@@ -232,8 +232,14 @@ def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # the tokenizers library raises bare Exception
+        if "trust_remote_code" in str(e):
+            raise InputError(
+                f"the tokenizer in {folder} needs Python code that comes with it, which never runs here "
+                "(teacher.trust_remote_code is for the model alone): name a model with a tokenizer.json that "
+                "transformers loads by itself"
+            ) from e
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {e}") from e
     return DocumentTokeniser(tokenizer, max_length=params.max_length)
 

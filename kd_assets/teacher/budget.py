@@ -100,11 +100,13 @@ def measured_budget(
     longest: int,
     largest: int = LARGEST_BUDGET_TOKENS,
     meter: Meter | None = None,
+    can_retry: bool = True,
 ) -> int:
     """Tokens of a batch that fit into the memory that is free now; at most `largest`.
 
     `longest`: tokens of the longest document of any cache. Raises OutOfDeviceMemoryError where not even one such
     document fits. `meter`: how memory is measured; None: as the teacher's device has it, which on a CPU is not at all.
+    `can_retry`: whether a step may follow one that ran out of memory: not where other processes take part in it.
     """
     if meter is None:
         if teacher.device.type != "cuda":
@@ -117,6 +119,11 @@ def measured_budget(
         try:
             of_devices = _measured(meter, run_step, step)
         except OutOfDeviceMemoryError as e:
+            if not can_retry and (found or n_documents > 1):
+                raise OutOfDeviceMemoryError(
+                    f"{e}; and its processes can run nothing after that: set teacher.token_budget below "
+                    f"{step.ids_BT.size}, so that none has to be measured"
+                ) from None
             if found:
                 largest = step.ids_BT.size - 1
                 break

@@ -138,8 +138,9 @@ def proven_head(head: Head | None, final_BTH: Tensor, logits_BTV: Tensor) -> tup
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest absolute difference over the largest magnitude of `theirs`. NaN or infinity in both is no difference:
-    broken weights are not the head's fault, and the pass will name the document."""
+    broken weights are not the head's fault, and the pass will name the document. In one alone it is an infinite one."""
     broken = ~ours.isfinite() & ~theirs.isfinite()
-    difference = (ours - theirs).abs().masked_fill(broken, 0.0).max().item()
+    delta = (ours - theirs).abs().masked_fill(broken, 0.0)
+    difference = delta.masked_fill(delta.isnan(), float("inf")).max().item()
     scale = theirs.masked_fill(~theirs.isfinite(), 0.0).abs().max().item()
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))

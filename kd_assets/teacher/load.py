@@ -80,6 +80,8 @@ class Teacher:
     """What is quantised of it; None: nothing."""
     routed: bool = False
     """Whether tokens are routed to experts."""
+    learned_positions: int | None = None
+    """Tokens of the longest document that it can run at all; None: any (see `learned_positions`)."""
 
     @property
     def quantisation_in_words(self) -> str | None:
@@ -317,7 +319,23 @@ def as_teacher(
         load_s=time.perf_counter() - started,
         quantisation=quantisation,
         routed=any(ROUTING.search(type(module).__name__) for module in anatomy.decoder.modules()),
+        learned_positions=learned_positions(
+            anatomy.decoder, model.get_input_embeddings(), getattr(config, "max_position_embeddings", None)
+        ),
     )
+
+
+def learned_positions(decoder: nn.Module, word_embeddings: nn.Module, context_tokens: int | None) -> int | None:
+    """`context_tokens` of a teacher with a table of positions (GPT-2, OPT), None of any other.
+
+    Beyond the table's end there is nothing to be had: on a CPU an IndexError, on a GPU an assertion in a kernel, after
+    which the process can do nothing more with it.
+    """
+    if context_tokens is None:
+        return None
+    tables = (m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not word_embeddings)
+    is_learned = any(0 <= table.num_embeddings - context_tokens <= 2 for table in tables)  # OPT's begins at 2
+    return context_tokens if is_learned else None
 
 
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:

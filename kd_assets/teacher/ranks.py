@@ -102,8 +102,10 @@ class Ranks:
                 self._children.append(self._start(rank, program))
             self._tell(load_command)
         except OSError as e:
+            # A pipe breaks where a rank has ended already.
+            reason = self._reason() if self._children and self._lost.wait(REASON_WAIT_S) else None
             self.close()
-            raise RankLostError(f"the {n_ranks} processes of the teacher could not be started: {e}") from e
+            raise reason or RankLostError(f"the {n_ranks} processes of the teacher could not be started: {e}") from e
 
     def _start(self, rank: int, program: Sequence[str]) -> _Child:
         ours, theirs = Pipe()
@@ -199,13 +201,15 @@ class Ranks:
     # ------------------------------------------------------------------ the end
 
     def close(self) -> None:
-        """End them; returns once they are gone. Main thread only."""
+        """End them, and their group; returns once they are gone. Main thread only."""
         if self._closing.is_set():
             return
         self._closing.set()
-        if not self.is_broken:
+        if not self.is_broken:  # else it would wait for ranks that are gone
             with contextlib.suppress(OSError):
                 self._tell(("close",))
+            # Only now: NCCL ends a group when all ranks of a node end it (ncclCommDestroy).
+            leave_group()
         deadline = time.monotonic() + (0.0 if self.is_broken else CLOSE_WAIT_S)
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):

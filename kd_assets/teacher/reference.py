@@ -52,6 +52,10 @@ precision in 16 bits (2^-8, 2^-11), and 512 in float32, where thousands of terms
 STATE_RTOL = {torch.float32: 2.0**-12, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 """The same for a hidden state, as the norm of the difference over the norm: noise that grows with every block."""
 
+LOG_ATOL = 2.0**-18
+"""What the order of summation may change in the float32 logarithm of a sum, however small the logits are: those of a
+document that begins with a token whose embedding is 0 (as that of padding is) are all 0."""
+
 DRAW_ATOL = 2.0**-20
 """What float32 weights and their sums may change in a cumulative probability."""
 
@@ -211,7 +215,7 @@ class Comparison:
         ids_Pk = torch.from_numpy(row["topk_ids"].reshape(n_stored, -1)[at_P].astype(np.int64)).to(device)
         stored_Pk = _on(row["topk_logprobs"].reshape(n_stored, -1)[at_P], device)
         targets_P = torch.from_numpy(row["input_ids"][at_P + 1].astype(np.int64)).to(device)
-        computing_P1 = self._tolerance(LOGIT_RTOL) * logits_PV.abs().amax(dim=1, keepdim=True)
+        computing_P1 = self._tolerance(LOGIT_RTOL) * logits_PV.abs().amax(dim=1, keepdim=True) + LOG_ATOL
 
         at_ids_Pk = logprobs_PV.gather(1, ids_Pk)
         largest_Pk = logprobs_PV.topk(ids_Pk.shape[1], dim=1).values

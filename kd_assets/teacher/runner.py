@@ -303,7 +303,14 @@ def first_budget(params: TeacherParams, running: RunningTeacher) -> int:
     largest = LARGEST_BUDGET_TOKENS if teacher.head is not None else FALLBACK_BUDGET_TOKENS
     if params.token_budget is not None:
         return params.token_budget if teacher.head is not None else min(params.token_budget, largest)
-    return measured_budget(running.run_step, teacher, params, longest=longest_ever(params, teacher), largest=largest)
+    return measured_budget(
+        running.run_step,
+        teacher,
+        params,
+        longest=longest_ever(params, teacher),
+        largest=largest,
+        can_retry=not running.is_shared,
+    )
 
 
 def check_token_ids(largest_id: int, n_token_ids: int, partition_key: str) -> None:
@@ -321,6 +328,11 @@ def check_length(n_tokens: int, teacher: Teacher, partition_key: str) -> str | N
         raise RecipeError(
             f"partition {partition_key} has a document of {n_tokens} tokens; beyond {teacher.repeatable_tokens} this "
             "teacher's dynamic rotary scaling depends on what ran before: lower max_length of every cache to that"
+        )
+    if teacher.learned_positions is not None and n_tokens > teacher.learned_positions:
+        raise RecipeError(
+            f"partition {partition_key} has a document of {n_tokens} tokens, and the teacher has positions for "
+            f"{teacher.learned_positions}: lower max_length of every cache to that"
         )
     if teacher.context_tokens is not None and n_tokens > teacher.context_tokens:
         return (

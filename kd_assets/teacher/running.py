@@ -24,7 +24,7 @@ from kd_assets.teacher.configuration import keep_to_this_machine, read_config
 from kd_assets.teacher.head import relative_difference
 from kd_assets.teacher.load import Teacher, Warn, load_teacher
 from kd_assets.teacher.proofs import CAUSAL_RTOL, probe_ids, tapped
-from kd_assets.teacher.ranks import Command, Ranks, join_group, leave_group
+from kd_assets.teacher.ranks import Command, Ranks, join_group
 from kd_assets.teacher.reference import Int64Array, Reference, reference
 from kd_assets.teacher.step import Engine, Step, StepResult
 
@@ -143,8 +143,6 @@ class RunningTeacher:
     def close(self) -> None:
         """End the other processes, if any."""
         if self._ranks is not None:
-            if not self._ranks.is_broken:  # else it would wait for ranks that are gone
-                leave_group()
             self._ranks.close()
 
 

@@ -15,6 +15,7 @@ before it.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,9 +150,11 @@ def _fused(logits_NV: Tensor, largest_N1: Tensor) -> Tensor:
 class CompiledLogSums:
     """`LogSums` as one kernel that reads the logits once. Rows may differ in number, nothing else may."""
 
-    def __init__(self) -> None:
-        # Deterministic: no kernel is chosen by a stopwatch, so every attempt adds up in the same order.
-        self._compiled = torch.compile(_fused, fullgraph=True, options={"deterministic": True})
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Tensor, Tensor], Tensor]:
+        # Deterministic: no kernel is chosen by a stopwatch, so every attempt adds up in the same order. Made when first
+        # used, in the proof: a torch that does not know this option says so here.
+        return torch.compile(_fused, fullgraph=True, options={"deterministic": True})
 
     def __call__(self, logits_NV: Tensor, top_ids_N1: Tensor, largest_N1: Tensor) -> Tensor:
         if len(logits_NV) < 2:  # the compiler would make a kernel of its own for one row

@@ -8,9 +8,11 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
+from pydantic import ValidationError
 
 from kd_assets.components import TeacherCaches
 from kd_assets.components.recipes import load_recipe
@@ -181,6 +183,54 @@ def test_a_wrong_string_is_no_template() -> None:
     assert error.message == "'ten' is not of type 'integer'"
     (error,) = validator.iter_errors(good | {"caches": {}})
     assert list(error.absolute_path) == ["caches"]
+
+
+WRONG_TEACHERS = [
+    ({"placement": "one_device", "n_devices": 2}, ["n_devices"], "1, or left out, beside placement one_device"),
+    ({"placement": "tensor_parallel", "n_devices": 1}, ["n_devices"], "2 or more, or left out"),
+    ({"placement": "device_map", "n_devices": 1}, ["n_devices"], "2 or more, or left out"),
+    ({"quantization": {"bits": 4}}, ["quantization"], "quant_method"),
+    ({"quantization": {}}, ["quantization"], "quant_method"),
+]
+
+
+@pytest.mark.parametrize(("settings", "where", "said"), WRONG_TEACHERS)
+def test_a_teacher_that_no_machine_can_load_is_refused_with_the_recipe(
+    settings: dict[str, object], where: list[str], said: str
+) -> None:
+    """By the schema, which names the line, and by whatever else loads the recipe."""
+    schema = TeacherCaches.get_model_cls().model_json_schema()
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(schema)
+    attributes: dict[str, Any] = {
+        "recipe": "r",
+        "sources": [{"name": "s", "path": "/s"}],
+        "teacher": {"model_id": "m"} | settings,
+        "caches": {"topk": {"k": 4, "max_length": 8}},
+    }
+    (error,) = validator.iter_errors(attributes)
+    assert list(error.absolute_path) == ["teacher", *where]
+    assert said in error.message
+    with pytest.raises(ValidationError, match=said):
+        TeacherCaches(**attributes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"placement": "one_device", "n_devices": 1},
+        {"placement": "tensor_parallel", "n_devices": 2},
+        {"placement": "device_map"},
+        {"n_devices": 1},
+        {"placement": "tensor_parallel", "n_devices": "{{ env.N }}"},
+        {"quantization": None},
+        {"quantization": {"quant_method": "fp8", "anything": 1}},
+    ],
+)
+def test_a_teacher_that_some_machine_can_load_passes_the_check(settings: dict[str, object]) -> None:
+    schema = TeacherCaches.get_model_cls().model_json_schema()
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(schema)
+    attributes = {"recipe": "r", "sources": [{"name": "s", "path": "/s"}], "teacher": {"model_id": "m"} | settings}
+    assert list(validator.iter_errors(attributes | {"caches": {"topk": {"k": 4, "max_length": 8}}})) == []
 
 
 def a_recipe(**changes: object) -> Recipe:

@@ -386,6 +386,19 @@ def test_a_partition_that_was_too_short_has_no_picture(bench: Bench, facts: dict
     assert metadata["facts"].value == {}
 
 
+def test_how_a_teacher_ran_stands_by_itself_in_the_metadata(bench: Bench) -> None:
+    keys = bench.commit(1)
+    bench.add_facts("topk_cache", keys, token_budget=4096, n_batches=3)
+    folder = Path(bench.output("topk_cache", keys[0]).path)
+    ran = {"placement": "tensor_parallel", "n_devices": 2, "compiled": "blocks", "quantization": "fp8 weights"}
+    manifest = dataclasses.replace(read_manifest(folder), provenance=ran | {"trust_remote_code": True, "gpu": None})
+    metadata = result_metadata(manifest, folder)
+    assert {name: metadata[name] for name in ran} == ran
+    assert (metadata["trust_remote_code"], metadata["token_budget"]) == (True, 4096)
+    assert "gpu" not in metadata, "what does not hold is not said"
+    assert metadata["facts"].value == {"n_batches": 3}
+
+
 def test_recording_with_all_checks_takes_less_than_50_ms_a_partition(bench: Bench) -> None:
     """Nearly all of what a run over many partitions costs, pictures included. Of the CPU's time, about 10 ms: others
     may use it, too."""

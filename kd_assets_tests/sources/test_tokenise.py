@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -250,14 +252,26 @@ def test_tokens_that_hold_a_character_of_a_span_are_in_it() -> None:
 
 
 def test_a_tokenizer_that_changed_since_planning_is_refused(save_tokenizer: SaveTokenizer, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "tokenizer"
     shutil.copytree(save_tokenizer(), folder)
     planned = params(folder)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(TeacherChangedError, match="materialize shards_manifest again"):
         load_tokeniser(planned)
+
+
+def test_code_that_comes_with_a_tokenizer_never_runs_and_the_error_promises_no_remedy_that_does_not_help(
+    tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(save_tokenizer(), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Ours", "auto_map": {"AutoTokenizer": ["ours.Ours", "ours.Ours"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "ours.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    with pytest.raises(InputError, match="needs Python code that comes with it, which never runs here"):
+        load_tokeniser(params(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:

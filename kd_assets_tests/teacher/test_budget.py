@@ -109,6 +109,8 @@ class Device:
     base: float
     per_token: float
     room: float
+    seems: float | None = None
+    """What there seems to be; None: as much as there is."""
     steps: list[int] = field(default_factory=list)
 
     def __call__(self, work: Callable[[], object], n_tokens: int) -> list[Measurement]:
@@ -117,11 +119,22 @@ class Device:
         if needed > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
         work()
-        return measured((n_tokens, needed), room=self.room)
+        return measured((n_tokens, needed), room=self.room if self.seems is None else self.seems)
 
 
-def budget_of(teacher: Teacher, params: TeacherParams, meter: Device, *, longest: int = 64, largest: int = 4096) -> int:
-    return measured_budget(Engine(teacher).run, teacher, params, longest=longest, largest=largest, meter=meter)
+def budget_of(
+    teacher: Teacher,
+    params: TeacherParams,
+    meter: Device,
+    *,
+    longest: int = 64,
+    largest: int = 4096,
+    can_retry: bool = True,
+) -> int:
+    run_step = Engine(teacher).run
+    return measured_budget(
+        run_step, teacher, params, longest=longest, largest=largest, meter=meter, can_retry=can_retry
+    )
 
 
 def test_steps_double_until_more_is_of_no_use(teacher: Teacher, params: TeacherParams) -> None:
@@ -140,6 +153,17 @@ def test_running_out_of_memory_while_measuring_means_smaller(teacher: Teacher, p
     device = Device(base=1000, per_token=10, room=7000)
     assert budget_of(teacher, params, device) == 512
     assert device.steps == [2048, 1024, 512]
+
+
+@pytest.mark.parametrize(("room", "steps"), [(20000, [2048]), (30000, [2048, 4096])])
+def test_processes_that_end_with_an_error_are_not_measured_any_further(
+    teacher: Teacher, params: TeacherParams, room: int, steps: list[int]
+) -> None:
+    """Ranks of a tensor-parallel teacher are no longer in step after an error: a budget would be of no use to them."""
+    device = Device(base=0, per_token=10, room=room, seems=10**9)
+    with pytest.raises(OutOfDeviceMemoryError, match=f"set teacher.token_budget below {steps[-1]}"):
+        budget_of(teacher, params, device, can_retry=False)
+    assert device.steps == steps
 
 
 def test_what_ran_out_of_memory_while_measuring_is_above_the_budget_whatever_the_line_says(

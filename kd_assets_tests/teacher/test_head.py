@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_assets.teacher.head import ChunkBuffers, Head, chunk_rows, configured_head, proven_head
+from kd_assets.teacher.head import ChunkBuffers, Head, chunk_rows, configured_head, proven_head, relative_difference
 from kd_assets_tests.teacher.tiny import VOCABULARY, tiny_model
 
 CPU = torch.device("cpu")
@@ -74,6 +74,15 @@ def test_broken_weights_do_not_disprove_a_head() -> None:
         model.model.embed_tokens.weight[3] = float("nan")
     head = configured_head(model, model.config)
     assert proven_head(head, *probe(model))[0] is head
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_number_on_one_side_alone_is_an_infinite_difference(broken: float) -> None:
+    """Every bound then refuses it, whichever way round it is compared."""
+    whole, damaged = torch.ones(4), torch.tensor([1.0, broken, 1.0, 1.0])
+    assert relative_difference(damaged, whole) == float("inf")
+    assert relative_difference(whole, damaged) == float("inf")
+    assert relative_difference(damaged, damaged) == 0.0
 
 
 def test_logits_of_16_bit_teachers_are_the_models_own_in_its_precision() -> None:

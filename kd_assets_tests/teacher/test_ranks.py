@@ -19,6 +19,7 @@ import torch
 from kd_assets.contract import Event, TeacherParams, WorkUnit, event_file, read_events
 from kd_assets.errors import EXIT_FAILED, EXIT_RESUMABLE, OutOfDeviceMemoryError, RankLostError
 from kd_assets.store import read_manifest, read_shard
+from kd_assets.teacher import ranks
 from kd_assets.teacher.load import load_teacher
 from kd_assets.teacher.ranks import loss_of, rank_environment
 from kd_assets.teacher.reference import Comparison, reference, stored_row
@@ -276,6 +277,33 @@ def test_a_main_thread_that_waits_for_a_lost_rank_for_ever_is_ended_with_last_wo
     assert failed["message"].endswith("Its last lines:\n  no more memory on this rank")
     (finished,) = task.events("task_finished")
     assert (finished["status"], finished["n_failed"]) == ("failed", 1)
+
+
+def test_a_rank_that_ends_before_it_is_told_anything_ends_with_its_reason() -> None:
+    """The message is larger than a pipe holds, so that it is never told."""
+    program = (sys.executable, "-c", "import sys; sys.exit('no module of ours')")
+    with pytest.raises(RankLostError, match=r"(?s)rank 1 of 2 of the teacher ended with status 1.*no module of ours"):
+        ranks.Ranks(2, (bytes(2**20),), say_last=print, program=program)
+
+
+LISTENER = """
+    import sys
+    from multiprocessing.connection import Connection
+    from pathlib import Path
+
+    connection = Connection(int(sys.argv[sys.argv.index("--pipe") + 1]))
+    commands = [connection.recv_bytes(), connection.recv_bytes()]
+    Path(sys.argv[-1]).with_name("told").touch()
+"""
+
+
+def test_all_ranks_leave_their_group_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL ends a group only when every rank of the node does: gloo would not mind."""
+    program = (sys.executable, "-c", textwrap.dedent(LISTENER))
+    others = ranks.Ranks(2, ("load",), say_last=print, program=program)
+    told = others.store_file.with_name("told")
+    monkeypatch.setattr(ranks, "leave_group", lambda: wait_until(told.exists, seconds=30))
+    others.close()
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,20 @@ def test_tokens_that_took_other_experts_are_forgiven_up_to_a_share(
     )
 
 
+def test_logits_that_are_all_zero_are_compared_with_the_rounding_of_their_logarithm() -> None:
+    """As after a first token whose embedding is 0: relative to the largest logit there is no room at all."""
+    logits_LV = torch.zeros(len(IDS_L), VOCABULARY)
+    row = stored_topk(logits_LV, IDS_L)
+    row["logsumexp"] = np.nextafter(row["logsumexp"], np.float32(np.inf))
+    row["target_logprob"] = np.nextafter(row["target_logprob"], np.float32(-np.inf))
+    expected = Reference(
+        positions_P=np.arange(len(IDS_L)), logits_PV=logits_LV, block_LH={}, final_LH=torch.zeros(len(IDS_L), 1)
+    )
+    comparison = Comparison(asset="topk_cache", dtype=torch.float32, seed=0)
+    comparison.add(row, expected)
+    assert comparison.result(["doc"])["passed"] is True
+
+
 def test_comparison_takes_the_sampled_positions_that_the_cache_holds() -> None:
     row, expected = with_wrong_rows(1)
     sampled = Reference(

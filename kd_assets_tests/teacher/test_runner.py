@@ -275,6 +275,16 @@ def test_documents_whose_states_depend_on_what_ran_before_are_refused(desk: Desk
         check_length(17, teacher, "shard-00000")
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_documents_beyond_the_end_of_a_table_of_positions_are_refused(desk: Desk, architecture: str) -> None:
+    """On a GPU the assertion in its kernel would take all later partitions with it."""
+    folder = save_teacher(desk.folder / architecture, architecture, max_position_embeddings=16)
+    teacher = load_teacher(tiny_params(folder), digests=None, warn=print)
+    assert check_length(16, teacher, "shard-00000") is None
+    with pytest.raises(RecipeError, match=r"has positions for 16: lower max_length"):
+        check_length(17, teacher, "shard-00000")
+
+
 def test_sample_is_the_same_for_every_attempt_and_another_for_every_partition() -> None:
     one = sampled_documents(1000, 3, seed=0, partition_key="shard-00000")
     assert one == sampled_documents(1000, 3, seed=0, partition_key="shard-00000") == sorted(one)

@@ -156,6 +156,15 @@ def test_a_normaliser_that_is_wrong_or_does_not_run_gives_way_to_the_eager_one()
         assert proven is eager_log_sums
 
 
+def test_a_torch_without_a_deterministic_compiler_takes_the_eager_normaliser(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("Unexpected optimization option deterministic")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    proven = proven_log_sums(CompiledLogSums(), rows=4, vocabulary_size=100, dtype=torch.float32, device=CPU)
+    assert proven is eager_log_sums
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_top_k_on_the_gpu_is_that_of_the_cpu(dtype: torch.dtype) -> None:
