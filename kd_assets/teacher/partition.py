@@ -96,8 +96,9 @@ class PartitionPass:
         """The token budget of the partition's last window, whoever made it."""
         return self.budgets.of(self._last_index)
 
-    def run(self) -> None:
-        """Compute the windows; on return every part is on disk.
+    def run(self, meanwhile: Callable[[], None]) -> None:
+        """Compute the windows; on return every part is on disk. `meanwhile` is called once all is computed, while the
+        last parts are written.
 
         Raises InterruptedTaskError after the batch in hand, OutOfDeviceMemoryError when a smaller budget cannot help.
         """
@@ -105,6 +106,8 @@ class PartitionPass:
             for part in self._missing:
                 while not self._run_window(part, writer, collector):
                     pass
+            collector.flush()
+            meanwhile()
 
     def _run_window(self, part: PartPlan, writer: PartWriter, collector: Collector) -> bool:
         """Launch a window, batch by batch; False when it has to be begun again with a smaller budget."""

@@ -32,7 +32,7 @@ from kd_assets.teacher.compiled import compile_blocks
 from kd_assets.teacher.load import Teacher
 from kd_assets.teacher.memory import within_memory
 from kd_assets.teacher.partition import Devices, PartitionPass, longest
-from kd_assets.teacher.reference import Comparison, sampled_documents, sampled_positions, stored_row
+from kd_assets.teacher.reference import Comparison, Reference, sampled_documents, sampled_positions, stored_row
 from kd_assets.teacher.running import RunningTeacher
 from kd_assets.teacher.telemetry import Sampler, Span, device_name, peak_memory_gib
 
@@ -153,10 +153,24 @@ class TeacherRunner:
                 stop=self._stop,
                 tokens_done=telemetry.tokens_done,
             )
-            work.run()
-            clock.lap("compute")
-            checks = self._recompute(unit.partition_key, shard, parts, results)
-            clock.lap("recompute")
+            sample = sampled_documents(
+                len(shard.document_ids),
+                self._params.recompute_documents,
+                seed=self._params.seed,
+                partition_key=unit.partition_key,
+            )
+            ahead: dict[int, Reference] = {}
+
+            def meanwhile() -> None:
+                clock.lap("compute")
+                # Only the first: a reference holds as much as a document's states and some rows of logits.
+                ahead.update({index: self._reference(shard, index, results) for index in sample[:1]})
+                clock.lap("recompute")
+
+            work.run(meanwhile)
+            clock.lap("write")
+            checks = self._recompute(shard, sample, parts, results, ahead)
+            clock.lap("compare")
             facts = self._facts(clock, work, telemetry)
             provenance = self._provenance(facts)
             for asset, result in results.items():
@@ -203,39 +217,47 @@ class TeacherRunner:
                 raise RecipeError(f"{output.asset} is asked for, and the recipe {self._job.recipe} has no such cache")
 
     def _recompute(
-        self, partition_key: str, shard: Shard, parts: Sequence[PartPlan], results: Mapping[Asset, ResultWriter]
+        self,
+        shard: Shard,
+        sample: Sequence[int],
+        parts: Sequence[PartPlan],
+        results: Mapping[Asset, ResultWriter],
+        ahead: dict[int, Reference],
     ) -> dict[Asset, dict[str, Any]]:
-        """Compare a sample of what is on disk with the plain path; what `checks["recomputed"]` keeps, by asset."""
-        params, n_documents = self._params, len(shard.document_ids)
-        sample = sampled_documents(
-            n_documents, params.recompute_documents, seed=params.seed, partition_key=partition_key
-        )
+        """Compare documents as they are on disk with the plain path; what `checks["recomputed"]` keeps, by asset.
+
+        `ahead`: references that are there already; they are used up.
+        """
         teacher = self._teacher
         comparisons = {
             a: Comparison(
                 asset=a,
                 dtype=teacher.dtype,
-                seed=params.seed,
+                seed=self._params.seed,
                 quantisation=teacher.quantisation,
                 routed=teacher.routed,
             )
             for a in results
         }
-        blocks = params.hidden_states.blocks if params.hidden_states is not None else ()
         for index in sample:
             part = next(p for p in reversed(parts) if p.first_document <= index)
-            document = shard.slice(index, 1, max_length=longest(params))
-            with self._blocks.plain():
-                expected = self._running.reference(
-                    document.input_ids,
-                    blocks,
-                    self._sampled_positions(document) if "topk_cache" in results else np.arange(0),
-                )
+            expected = ahead.pop(index) if index in ahead else self._reference(shard, index, results)
             for asset, result in results.items():
                 path = result.folder / result.finished[part.index].name
                 comparisons[asset].add(stored_row(path, index - part.first_document), expected)
         ids = [shard.document_ids[index] for index in sample]
         return {asset: comparison.result(ids) for asset, comparison in comparisons.items()}
+
+    def _reference(self, shard: Shard, index: int, results: Mapping[Asset, ResultWriter]) -> Reference:
+        """A document by the plain path, as far as these results need it."""
+        hidden = self._params.hidden_states
+        document = shard.slice(index, 1, max_length=longest(self._params))
+        with self._blocks.plain():
+            return self._running.reference(
+                document.input_ids,
+                hidden.blocks if hidden is not None else (),
+                self._sampled_positions(document) if "topk_cache" in results else np.arange(0),
+            )
 
     def _sampled_positions(self, document: Documents) -> npt.NDArray[np.int64]:
         assert self._params.topk is not None
@@ -244,11 +266,12 @@ class TeacherRunner:
 
     def _facts(self, clock: Clock, work: PartitionPass, telemetry: Span) -> dict[str, Any]:
         """What this attempt cost; of a resumed partition only the windows that it ran itself."""
-        compute_s, done = clock.laps_s["compute"], work.tally.done
+        laps_s, done = clock.laps_s, work.tally.done
+        compute_s = laps_s["compute"] + laps_s["write"]
         return {
             "wall_s": round(clock.wall_s, 3),
             "compute_s": round(compute_s, 3),
-            "recompute_s": round(clock.laps_s["recompute"], 3),
+            "recompute_s": round(laps_s["recompute"] + laps_s["compare"], 3),
             "tokens_per_s": round(done.tokens / max(compute_s, 1e-9), 1),
             "computed_tokens": done.tokens,
             "padding_fraction": round(done.padding_fraction, 5),
