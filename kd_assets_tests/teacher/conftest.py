@@ -3,6 +3,7 @@ where there is a GPU."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -27,3 +28,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def cuda_for_gpu_tests(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def compiler_for_compiled_tests(request: pytest.FixtureRequest) -> None:
+    """What the product does without a compiler, or with one that fails, has tests of its own."""
+    if request.node.get_closest_marker("compiler") is None:
+        return
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    if any(character.isspace() for character in torch.__file__):
+        pytest.skip("torch is in a folder with a space, which its compiler's command line does not quote")

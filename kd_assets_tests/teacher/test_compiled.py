@@ -79,6 +79,7 @@ def compiled_blocks(teacher: Teacher, warnings: list[str] | None = None) -> Bloc
 # The numbers
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
@@ -102,6 +103,7 @@ def test_compiled_blocks_give_the_states_of_the_plain_ones_and_nothing_is_compil
         assert all(torch.equal(early.block_FH[n], whole.block_FH[n]) for n in (0, 1)), "the pass ended below"
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_another_process_goes_on_with_equal_bytes(tmp_path: Path) -> None:
     """An attempt that is stopped after its first part, and resumed by another process that compiles afresh and begins
@@ -165,6 +167,7 @@ def test_without_a_compiler_the_blocks_run_as_they_were_and_the_reason_is_told()
     assert all("forward" not in vars(block) for block in teacher.blocks)
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_blocks_that_differ_by_more_than_the_recomputation_allows_run_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
@@ -199,6 +202,7 @@ def test_a_block_that_is_no_single_graph_runs_as_it_was(monkeypatch: pytest.Monk
     run_forward(teacher, spread_ids(2, 9, teacher.n_token_ids), blocks=(), needs_final=True)
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_what_cannot_be_compiled_of_single_documents_leaves_batches_of_several_compiled(
     monkeypatch: pytest.MonkeyPatch,

@@ -130,6 +130,7 @@ def test_k_above_the_vocabulary_is_refused() -> None:
         topk_logprobs(torch.zeros(1, 3), torch.tensor([0]), k=4)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_normaliser_is_the_eager_one_and_takes_any_number_of_rows(dtype: torch.dtype) -> None:
     """By the compiler of the CPU; on a GPU the same code is compiled by another."""
