@@ -21,7 +21,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 collect_ignore = (
     []
     if importlib.util.find_spec("dagster") is not None
-    else ["orchestration", "ui", "slurm", "scheduler/test_local.py", "benchmarks/test_scheduler.py"]
+    else [
+        "orchestration",
+        "ui",
+        "slurm",
+        "scheduler/test_local.py",
+        "benchmarks/test_scheduler.py",
+        "golden/test_golden_deployment.py",
+    ]
 )
 
 
