@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/python -W ignore -m kd_assets.defs.demo.run
+	@$(BIN)/python -W ignore -m kd_assets.demo.run
 
 ui: $(READY)
 	@mkdir -p "$(DAGSTER_HOME)" && cp dagster.yaml "$(DAGSTER_HOME)/dagster.yaml"

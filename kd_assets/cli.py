@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.errors import EXIT_FAILED, KdAssetsError, MissingInputError
-from kd_assets.store.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
-from kd_assets.store.verify import VerifyReport, verify
+from kd_assets.store.checking.verify import VerifyReport, verify
+from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
 
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of a command whose reader went away."""
@@ -30,7 +30,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
+class Subcommand:
     """A subcommand: its name, its help, what it adds to the parser, and what it does (returns the exit status)."""
 
     name: str
@@ -244,8 +244,8 @@ def _preview_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
-    previews = _control_plane("kd_assets.orchestration.preview")
-    recipe = _control_plane("kd_assets.components.recipes").load_recipe(arguments.recipe)
+    previews = _control_plane("kd_assets.diagnose.preview")
+    recipe = _control_plane("kd_assets.components").load_recipe(arguments.recipe)
     platform = _control_plane("kd_assets.orchestration.platform").Platform.from_environment()
     shown = previews.preview(recipe, platform, partitions=arguments.partitions, assets=arguments.assets)
     if arguments.json:
@@ -263,8 +263,8 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """Exit 1 when anything fails; each finding is a line, printed as soon as it is known."""
-    doctor = _control_plane("kd_assets.orchestration.doctor")
-    load_recipe = _control_plane("kd_assets.components.recipes").load_recipe
+    doctor = _control_plane("kd_assets.diagnose.doctor")
+    load_recipe = _control_plane("kd_assets.components").load_recipe
     recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
     platform = _control_plane("kd_assets.orchestration.platform").Platform.from_environment()
     ok = True
@@ -276,26 +276,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- main
 
-COMMANDS: tuple[Command, ...] = (
-    Command(
+COMMANDS: tuple[Subcommand, ...] = (
+    Subcommand(
         name="inspect",
         description="what is in a cache, and a few of its documents readable by eye",
         add_arguments=_inspect_arguments,
         run=_inspect,
     ),
-    Command(
+    Subcommand(
         name="verify",
         description="check every hash and every count; exit 1 with the file named when something is wrong",
         add_arguments=_verify_arguments,
         run=_verify,
     ),
-    Command(
+    Subcommand(
         name="preview",
         description="what materializing would submit now, command lines and all; submits nothing",
         add_arguments=_preview_arguments,
         run=_preview,
     ),
-    Command(
+    Subcommand(
         name="doctor",
         description="check what jobs need, the cluster included; exit 1 with the remedy named when something fails",
         add_arguments=_doctor_arguments,

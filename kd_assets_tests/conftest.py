@@ -22,12 +22,15 @@ collect_ignore = (
     []
     if importlib.util.find_spec("dagster") is not None
     else [
-        "orchestration",
-        "ui",
-        "slurm",
-        "scheduler/test_local.py",
         "benchmarks/test_scheduler.py",
+        "diagnose",
         "golden/test_golden_deployment.py",
+        "orchestration",
+        "recipes",
+        "scheduler/local/test_local.py",
+        "slurm",
+        "test_dagster_internals.py",
+        "ui",
     ]
 )
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import KdAssetsError
-from kd_assets.store import atomic_write, prepare_folder
 
 DOCUMENTS_FILE = "documents.jsonl"
 CHATS_FILE = "chats.jsonl"

@@ -36,9 +36,9 @@ from torch.nn import functional
 
 from kd_assets.demo.corpus import CHATS_FILE, DOCUMENTS_FILE, passage_of
 from kd_assets.demo.muon import Muon
+from kd_assets.durable import atomic_write, prepare_folder, storage_errors
 from kd_assets.errors import InputError, KdAssetsError, MissingInputError
-from kd_assets.store import atomic_write, canonical_json, prepare_folder
-from kd_assets.store.files import storage_errors
+from kd_assets.store import canonical_json
 
 NOTE_FILE = "demo_teacher.json"
 TRAINING_VERSION = 1

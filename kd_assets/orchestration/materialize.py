@@ -16,18 +16,19 @@ from typing import Any
 import dagster as dg
 
 from kd_assets.contract import Asset, JobKind, Output, WorkUnit
+from kd_assets.dagster_internals import already_recorded
 from kd_assets.errors import KdAssetsError
-from kd_assets.orchestration.dagster_internals import already_recorded
-from kd_assets.orchestration.failures import FailureClass
-from kd_assets.orchestration.job_summary import failures_in_words
-from kd_assets.orchestration.jobs import FailedResult, Pursuit
+from kd_assets.orchestration.driving.driver import Driver, FailedResult
 from kd_assets.orchestration.orphans import alive
-from kd_assets.orchestration.pictures import loss_curve_markdown
-from kd_assets.orchestration.placing import placed
+from kd_assets.orchestration.planner import PlannedWork, Planner
 from kd_assets.orchestration.platform import Platform
-from kd_assets.orchestration.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
-from kd_assets.orchestration.recording import Recorder, latest_data_version, result_metadata
-from kd_assets.orchestration.work import PlannedWork, Planner
+from kd_assets.orchestration.recording.job_table import failures_in_words
+from kd_assets.orchestration.recording.loss_picture import loss_curve_markdown
+from kd_assets.orchestration.recording.metadata import result_metadata
+from kd_assets.orchestration.recording.recorder import Recorder, latest_data_version
+from kd_assets.orchestration.retries import FailureClass
+from kd_assets.orchestration.task_resources import task_resources
+from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
 from kd_assets.store import read_manifest, set_head
 
 FAILURES_TAG = "kd_assets/failures"
@@ -203,21 +204,21 @@ class Run:
             self._context.log.info(f"{work.kind}: all {len(work.units)} partitions are committed; nothing to run")
             return
         with _as_failure():
-            pursuit = Pursuit(
+            driver = Driver(
                 self._context,
                 self._recipe,
                 self._planner,
                 self._platform.make_scheduler(),
                 survey.missing,
-                resources=placed(self._recipe, self._platform, self._planner, work.kind).resources,
+                resources=task_resources(self._recipe, self._platform, self._planner, work.kind).resources,
                 record=self._record,
                 flush=self._flush,
             )
             try:
-                pursuit.run()
+                driver.run()
             finally:
-                self.failed += pursuit.failed
-                self._failures += pursuit.failures
+                self.failed += driver.failed
+                self._failures += driver.failures
                 if self._failures:
                     words = failures_in_words(self._failures)
                     self._context.instance.add_run_tags(self._context.run.run_id, {FAILURES_TAG: words})

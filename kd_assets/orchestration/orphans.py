@@ -17,11 +17,11 @@ from pathlib import Path
 import dagster as dg
 
 from kd_assets.contract import Asset, JobFile, JobKind
+from kd_assets.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 from kd_assets.errors import ContractError
-from kd_assets.orchestration.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
-from kd_assets.orchestration.follow import FollowedJob
-from kd_assets.orchestration.nightly import stretches_of
-from kd_assets.orchestration.recipe import STUDENT_SMOKE, Recipe
+from kd_assets.orchestration.driving.following import FollowedJob
+from kd_assets.orchestration.schedules import ranges_of
+from kd_assets.recipes.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import followers, is_cancelled, is_locked, locked, make_folder
 
@@ -123,7 +123,7 @@ def requests_for(instance: dg.DagsterInstance, recipe: Recipe, orphan: Orphan) -
         return
     present = list(instance.get_dynamic_partitions(str(recipe.partitions.name)))
     wanted: dict[str, tuple[Asset, ...]] = dict.fromkeys(_partitions_of(orphan.job), tuple(assets))
-    for stretch in stretches_of(present, {k: a for k, a in wanted.items() if k in set(present)}):
+    for stretch in ranges_of(present, {k: a for k, a in wanted.items() if k in set(present)}):
         yield dg.RunRequest(
             run_key=f"{key}#{stretch.first}",
             asset_selection=[recipe.key(a) for a in stretch.assets],

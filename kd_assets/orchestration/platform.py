@@ -20,9 +20,9 @@ import dagster as dg
 
 from kd_assets.contract import JobKind
 from kd_assets.errors import RecipeError, SchedulerError
-from kd_assets.identity import DigestCache
-from kd_assets.orchestration.profiles import find_profile, read_profile
-from kd_assets.orchestration.recipe import Recipe
+from kd_assets.model_files.digests import DigestCache
+from kd_assets.recipes.cluster_profile import find_profile, read_profile
+from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import LocalScheduler, Profile, Resources, Scheduler, SlurmScheduler
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]

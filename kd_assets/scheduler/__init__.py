@@ -5,25 +5,25 @@ scheduler here: a job is named by a submission key made from the work itself, eq
 starting another, and nothing a scheduler says ever proves success; only a committed result does.
 """
 
+from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import (
-    Attempt,
+    AccountedAttempt,
     Ending,
     JobSpec,
     Poll,
     Resources,
     Scheduler,
-    Submission,
     TaskPhase,
     TaskState,
     submission_key,
 )
-from kd_assets.scheduler.local import LocalScheduler
-from kd_assets.scheduler.profile import Profile
-from kd_assets.scheduler.slurm_scheduler import SlurmScheduler
+from kd_assets.scheduler.local.scheduler import LocalScheduler
+from kd_assets.scheduler.slurm.profile import Profile
+from kd_assets.scheduler.slurm.scheduler import SlurmScheduler
 from kd_assets.scheduler.spread import spread
 
 __all__ = [
-    "Attempt",
+    "AccountedAttempt",
     "Ending",
     "JobSpec",
     "LocalScheduler",

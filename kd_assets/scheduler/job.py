@@ -1,4 +1,4 @@
-"""The words of a submission: its key, its folder and files, what it asks for, its tasks and their states."""
+"""The words of a job: what it asks for, its tasks and their states, and what orchestration asks of a scheduler."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Protocol
 
 from kd_assets.contract import JobKind, WorkUnit
 from kd_assets.errors import SchedulerError
+from kd_assets.scheduler.folder import Submission
 
 
 class TaskPhase(enum.Enum):
@@ -77,7 +78,7 @@ class Resources:
     constraint: str | None = None
     gpus_per_node: int | None = None
     gpu_memory_gib: float | None = None
-    """Of one GPU. Not asked for: it tells whether a teacher fits (see `kd_assets.placement`)."""
+    """Of one GPU. Not asked for: it tells whether a teacher fits (see `kd_assets.model_files.placement`)."""
     cpus: int | None = None
     memory_gib: float | None = None
     max_memory_gib: float | None = None
@@ -86,7 +87,7 @@ class Resources:
     exclusive: bool = False
     processes_per_task: int | None = None
     """Processes that share a task's partitions on its node, each with an equal share of the GPUs and a teacher of its
-    own; None: one, unless `kd_assets.placement` makes it more."""
+    own; None: one, unless `kd_assets.model_files.placement` makes it more."""
     sbatch_options: tuple[str, ...] = ()
     """Further options of sbatch, one argument each (`--reservation=maintenance`)."""
 
@@ -121,33 +122,6 @@ class JobSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A job that was handed to the scheduler once; its folder holds everything about it and is never deleted.
-
-    The folder is `<jobs folder>/<recipe>/<kind>-<key>/<number>/`: the same work submitted again after an end is the
-    next number.
-    """
-
-    folder: Path
-
-    @property
-    def job_file(self) -> Path:
-        return self.folder / "job.json"
-
-    @property
-    def spec_file(self) -> Path:
-        return self.folder / "spec.json"
-
-    @property
-    def events_folder(self) -> Path:
-        return self.folder / "events"
-
-    @property
-    def log_folder(self) -> Path:
-        return self.folder / "logs"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Poll:
     """One look at jobs. A task's state is the last known one while the scheduler cannot be reached."""
 
@@ -159,7 +133,7 @@ class Poll:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
+class AccountedAttempt:
     """One start of a task as the site's accounting has it."""
 
     state: str
@@ -208,7 +182,7 @@ class Scheduler(Protocol):
         """End them; returns once they are gone."""
         ...
 
-    def accounting(self, submission: Submission) -> Mapping[int, Sequence[Attempt]]:
+    def accounting(self, submission: Submission) -> Mapping[int, Sequence[AccountedAttempt]]:
         """Task → its attempts, oldest first; empty where nobody keeps accounts, or not yet."""
         ...
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from kd_assets.contract import JobKind, decode
 from kd_assets.errors import ContractError, SchedulerError
-from kd_assets.scheduler.job import JobSpec, Submission
+from kd_assets.scheduler.folder import Submission
+from kd_assets.scheduler.job import JobSpec
 
 
 class SubmissionFolders:

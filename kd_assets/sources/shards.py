@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_assets.contract import JobFile, Output, WorkUnit
+from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
 from kd_assets.errors import BadRecordError, ContractError, InputError, InterruptedTaskError, RecipeError
-from kd_assets.report import Reporter, StopFlag
 from kd_assets.sources.records import Record, ShardHash, read_records
 from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser
 from kd_assets.store import Documents, PartRecord, ResultWriter, encode_shard
 from kd_assets.store.fingerprint import INPUT_KEY
 from kd_assets.store.partfile import PartFile
-from kd_assets.store.provenance import task_provenance
+from kd_assets.worker.provenance import task_provenance
+from kd_assets.worker.stop_flag import StopFlag
 
 BATCH_RECORDS = 512
 BATCH_CHARACTERS = 2_000_000
@@ -115,7 +115,7 @@ class ShardsRunner:
             more = f" (and {n_bad - 1:,} more of {n_records:,} records of {unit.partition_key})" if n_bad > 1 else ""
             raise BadRecordError(f"{bad[0]}{more}; mend it, or set on_bad_record: skip") from bad[0]
         if n_bad == n_records:
-            raise no_documents(unit, Counts(n_records=n_records, n_bad_records=n_bad), bad)
+            raise no_documents(unit, RecordCounts(n_records=n_records, n_bad_records=n_bad), bad)
 
     def _warn(self, unit: WorkUnit, facts: Mapping[str, Any]) -> None:
         for name, message in (
@@ -130,7 +130,7 @@ class ShardsRunner:
 
 
 @dataclass(kw_only=True, slots=True)
-class Counts:
+class RecordCounts:
     """What became of records. A part keeps its own in its stats, a manifest's facts hold the sum."""
 
     n_records: int = 0
@@ -141,7 +141,7 @@ class Counts:
     n_documents_without_loss: int = 0
     n_loss_tokens: int = 0
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: RecordCounts) -> None:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -149,12 +149,12 @@ class Counts:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
-    def of_part(cls, part: PartRecord) -> Counts:
+    def of_part(cls, part: PartRecord) -> RecordCounts:
         return cls(**{name: int(part.stats[name]) for name in cls.__slots__})
 
 
 @dataclass(kw_only=True, slots=True)
-class Progress:
+class ShardProgress:
     """What a task says while it works, about once a second."""
 
     report: Reporter
@@ -191,7 +191,7 @@ class Part:
     """The documents of one part, and what became of the records they come from."""
 
     documents: list[TokenisedDocument]
-    counts: Counts
+    counts: RecordCounts
     bad: list[BadRecordError]
 
 
@@ -208,15 +208,15 @@ class ShardInProgress:
     part_documents: int
     fail_on_bad_record: bool
     n_parts: int = 0
-    counts: Counts = field(default_factory=Counts)
+    counts: RecordCounts = field(default_factory=RecordCounts)
     bad: list[BadRecordError] = field(default_factory=list)
     lengths: list[npt.NDArray[np.int64]] = field(default_factory=list)
     """Tokens of each document, part by part."""
-    progress: Progress = field(init=False)
+    progress: ShardProgress = field(init=False)
 
     def __post_init__(self) -> None:
         n_records = sum(records.n_records for records in self.unit.records)
-        self.progress = Progress(report=self.report, partition_key=self.unit.partition_key, n_records=n_records)
+        self.progress = ShardProgress(report=self.report, partition_key=self.unit.partition_key, n_records=n_records)
 
     def make(self) -> dict[str, Any]:
         """Write every part that is missing; returns the facts for the manifest."""
@@ -244,7 +244,7 @@ class ShardInProgress:
         return self._facts()
 
     def _pass_over(self, items: Iterator[Record | BadRecordError], part: PartRecord) -> None:
-        counts = Counts.of_part(part)
+        counts = RecordCounts.of_part(part)
         for _ in itertools.islice(items, counts.n_records):
             pass
         with PartFile(Path(self.output.path) / part.name) as file:
@@ -256,7 +256,7 @@ class ShardInProgress:
 
     def _take_part(self, items: Iterator[Record | BadRecordError]) -> Part:
         """Tokenise records until the part is full or none are left."""
-        part = Part(documents=[], counts=Counts(), bad=[])
+        part = Part(documents=[], counts=RecordCounts(), bad=[])
         while batch := take_batch(items, self.part_documents - len(part.documents)):
             part.counts.n_records += len(batch)
             outcomes = iter(self.tokenise([item for item in batch if isinstance(item, Record)]))
@@ -354,7 +354,7 @@ def refuse_changed_source(unit: WorkUnit, output: Output, shard_hash: ShardHash)
         )
 
 
-def no_documents(unit: WorkUnit, counts: Counts, bad: Sequence[BadRecordError]) -> InputError:
+def no_documents(unit: WorkUnit, counts: RecordCounts, bad: Sequence[BadRecordError]) -> InputError:
     """What to raise when not one record of a shard became a document."""
     paths = ", ".join(sorted({records.path for records in unit.records}))
     first = f"; the first: {bad[0]}" if bad else ""

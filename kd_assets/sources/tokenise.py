@@ -28,7 +28,8 @@ import numpy.typing as npt
 
 from kd_assets.contract import ShardsParams
 from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherChangedError
-from kd_assets.identity import model_folder, tokenizer_fingerprint
+from kd_assets.model_files.fingerprints import tokenizer_fingerprint
+from kd_assets.model_files.folder import model_folder
 from kd_assets.sources.records import Record
 
 TEMPLATE_DATE = {
@@ -40,7 +41,7 @@ TEMPLATE_DATE = {
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
-Span = tuple[int, int]
+TextSpan = tuple[int, int]
 """Characters `start` to `end` - 1 of a rendered chat."""
 
 
@@ -48,7 +49,7 @@ class RenderedChat(NamedTuple):
     """A chat as the tokenizer will see it."""
 
     text: str
-    assistant_spans: Sequence[Span]
+    assistant_spans: Sequence[TextSpan]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -118,7 +119,7 @@ class DocumentTokeniser:
                 ids, offsets = next(encoded)
                 yield self._document(record, ids, tokens_in_spans(offsets, chat.assistant_spans))
 
-    def _encode_chats(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[Span]]]:
+    def _encode_chats(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[TextSpan]]]:
         """Ids and offsets of each rendered chat."""
         if not texts:
             return iter(())
@@ -165,7 +166,7 @@ class ChatRenderer:
         self._marks_generation = _GENERATION.search(template) is not None
         self._template = with_fixed_date(template)
         self._special_tokens = dict(tokenizer.special_tokens_map)
-        self._render_jinja: Callable[..., tuple[list[str], list[list[Span]]]] = render_jinja_template
+        self._render_jinja: Callable[..., tuple[list[str], list[list[TextSpan]]]] = render_jinja_template
 
     def render(self, record: Record) -> RenderedChat:
         """The chat as text, with what the assistant says. Raises BadRecordError, with the reason."""
@@ -176,7 +177,7 @@ class ChatRenderer:
             chat if self._marks_generation else RenderedChat(chat.text, self._prefix_spans(record, messages, chat.text))
         )
 
-    def _prefix_spans(self, record: Record, messages: list[dict[str, str]], text: str) -> list[Span]:
+    def _prefix_spans(self, record: Record, messages: list[dict[str, str]], text: str) -> list[TextSpan]:
         """What each assistant message adds to the rendering of those before it."""
         spans = []
         for i, message in enumerate(messages):
@@ -244,7 +245,7 @@ def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
     return DocumentTokeniser(tokenizer, max_length=params.max_length)
 
 
-def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
+def tokens_in_spans(offsets: Sequence[TextSpan], spans: Sequence[TextSpan]) -> npt.NDArray[np.bool_]:
     """bool [L]: which of L tokens, at these characters, hold a character of one of the spans.
 
     Byte-level tokenizers leave spaces out of a token's offsets, so a token of spaces alone is empty at the character

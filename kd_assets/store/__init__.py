@@ -4,11 +4,8 @@ Needs pyarrow and numpy; imports neither torch nor dagster. Anyone may import th
 exists exactly when its manifest does, and what a manifest says about the bytes beside it is true.
 """
 
-from kd_assets.store.checks import CheckResult, check_complete, check_finite, check_recomputed, check_schema
-from kd_assets.store.columns import Ragged
-from kd_assets.store.documents import Documents, PartPlan, plan_parts
-from kd_assets.store.encode import encode_embeddings, encode_hidden_states, encode_shard, encode_topk, part_stats
-from kd_assets.store.files import Lease, atomic_write, local_locks, prepare_folder
+from kd_assets.store.checking.checks import CheckResult, check_complete, check_finite, check_recomputed, check_schema
+from kd_assets.store.checking.verify import Note, Problem, VerifyReport, verify
 from kd_assets.store.fingerprint import (
     FORMAT_VERSION,
     INPUT_KEY,
@@ -19,11 +16,18 @@ from kd_assets.store.fingerprint import (
 )
 from kd_assets.store.layout import count_durable_files, result_folder
 from kd_assets.store.manifest import Manifest, PartRecord, append_audit, committed, read_head, read_manifest
-from kd_assets.store.provenance import task_provenance
-from kd_assets.store.reader import CacheReader, current_results, variants_of
-from kd_assets.store.shard import Shard, read_shard
-from kd_assets.store.verify import Note, Problem, VerifyReport, verify
-from kd_assets.store.writer import ResultWriter, commit_file_result, set_head
+from kd_assets.store.reading.columns import Ragged
+from kd_assets.store.reading.reader import CacheReader, current_results, variants_of
+from kd_assets.store.reading.shard import Shard, read_shard
+from kd_assets.store.writing.documents import Documents, PartPlan, plan_parts
+from kd_assets.store.writing.encode import (
+    encode_embeddings,
+    encode_hidden_states,
+    encode_shard,
+    encode_topk,
+    part_stats,
+)
+from kd_assets.store.writing.writer import ResultWriter, commit_file_result, set_head
 
 __all__ = [
     "FORMAT_VERSION",
@@ -31,7 +35,6 @@ __all__ = [
     "CacheReader",
     "CheckResult",
     "Documents",
-    "Lease",
     "Manifest",
     "Note",
     "PartPlan",
@@ -42,7 +45,6 @@ __all__ = [
     "Shard",
     "VerifyReport",
     "append_audit",
-    "atomic_write",
     "canonical_json",
     "check_complete",
     "check_finite",
@@ -57,17 +59,14 @@ __all__ = [
     "encode_shard",
     "encode_topk",
     "fingerprint",
-    "local_locks",
     "part_stats",
     "plan_output",
     "plan_parts",
-    "prepare_folder",
     "read_head",
     "read_manifest",
     "read_shard",
     "result_folder",
     "set_head",
-    "task_provenance",
     "variant_of",
     "variants_of",
     "verify",

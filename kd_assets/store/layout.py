@@ -19,7 +19,6 @@ JOURNAL_NAME = "journal.jsonl"
 LEASE_NAME = ".lease"
 HEAD_NAME = "head.json"
 AUDIT_NAME = "audit.jsonl"
-TEMPORARY_SUFFIX = ".tmp"
 
 VARIANT_LENGTH = 12
 FOLDER_FINGERPRINT_LENGTH = 16

@@ -14,16 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import decode
+from kd_assets.durable import append_line, atomic_write, storage_errors
 from kd_assets.errors import ContractError, CorruptManifestError, NotCommittedError
-from kd_assets.store.files import append_line, atomic_write, storage_errors
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint
-from kd_assets.store.layout import (
-    AUDIT_NAME,
-    FOLDER_FINGERPRINT_LENGTH,
-    HEAD_NAME,
-    MANIFEST_NAME,
-    recipe_folder_of,
-)
+from kd_assets.store.layout import AUDIT_NAME, FOLDER_FINGERPRINT_LENGTH, HEAD_NAME, MANIFEST_NAME, recipe_folder_of
 
 _SELF_HASH = "manifest_sha256"
 

@@ -18,8 +18,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from kd_assets.errors import CorruptPartError
-from kd_assets.store.documents import plan_parts
 from kd_assets.store.schema import split_columns
+from kd_assets.store.writing.documents import plan_parts
 
 GROUP_TOKENS = 4_096
 """Larger groups compress 1 % better, and cost a loader that jumps about in proportion (1 ms a group at this size)."""

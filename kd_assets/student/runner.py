@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kd_assets.contract import CACHES, JobFile, Output, StudentParams, WorkUnit
+from kd_assets.contract import CACHES, JobFile, Output, Reporter, StudentParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, RecipeError, StudentDidNotLearnError
-from kd_assets.report import Reporter, StopFlag
 from kd_assets.store import CacheReader, commit_file_result
-from kd_assets.store.provenance import task_provenance
 from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
 from kd_assets.student.losses import (
     feature_cosine_loss,
@@ -34,6 +32,8 @@ from kd_assets.student.losses import (
     response_loss,
     sampled_response_loss,
 )
+from kd_assets.worker.provenance import task_provenance
+from kd_assets.worker.stop_flag import StopFlag
 
 CURVE_FILE = "curve.json"
 

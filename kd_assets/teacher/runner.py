@@ -21,20 +21,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kd_assets.contract import Asset, JobFile, Output, TeacherParams, WorkUnit
+from kd_assets.contract import Asset, JobFile, Output, Reporter, TeacherParams, WorkUnit
 from kd_assets.errors import ContractError, MissingInputError, RecipeError
-from kd_assets.report import Reporter, StopFlag
 from kd_assets.store import Documents, PartPlan, ResultWriter, Shard, plan_parts, read_shard
-from kd_assets.store.provenance import task_provenance
 from kd_assets.store.schema import CONVENTIONS
-from kd_assets.teacher.budget import LARGEST_BUDGET_TOKENS, measured_budget
-from kd_assets.teacher.compiled import compile_blocks
-from kd_assets.teacher.load import Teacher
-from kd_assets.teacher.memory import within_memory
-from kd_assets.teacher.partition import Devices, PartitionPass, longest
-from kd_assets.teacher.reference import Comparison, Reference, sampled_documents, sampled_positions, stored_row
-from kd_assets.teacher.running import RunningTeacher
-from kd_assets.teacher.telemetry import Sampler, Span, device_name, peak_memory_gib
+from kd_assets.teacher.devices.compiled import compile_blocks
+from kd_assets.teacher.devices.device import device_name, peak_memory_gib
+from kd_assets.teacher.devices.measured_budget import LARGEST_BUDGET_TOKENS, measured_budget
+from kd_assets.teacher.devices.memory import within_memory
+from kd_assets.teacher.devices.teacher_on_devices import TeacherOnDevices
+from kd_assets.teacher.model.load import Teacher
+from kd_assets.teacher.partition.partition_pass import PartitionPass, StepRunner, longest
+from kd_assets.teacher.recompute import Comparison, Reference, sampled_documents, sampled_positions, stored_row
+from kd_assets.worker.provenance import task_provenance
+from kd_assets.worker.stop_flag import StopFlag
+from kd_assets.worker.telemetry.sampler import Sampler, UsageSpan
 
 FALLBACK_BUDGET_TOKENS = 1024
 """Most tokens of a batch of a teacher whose head is not proven: its own forward makes all their logits at once."""
@@ -58,20 +59,20 @@ class Clock:
 
 
 class TeacherRunner:
-    """A loaded teacher that works through partitions (see `kd_assets.worker.Runner`)."""
+    """A loaded teacher that works through partitions (see `kd_assets.worker.task.Runner`)."""
 
     def __init__(self, job: JobFile, report: Reporter, stop: StopFlag, *, teacher: Teacher | None = None) -> None:
-        """`teacher`: one that is loaded already, in place of the recipe's (see `RunningTeacher`)."""
+        """`teacher`: one that is loaded already, in place of the recipe's (see `TeacherOnDevices`)."""
         if job.teacher is None:
             raise ContractError(f"job {job.key} is of kind teacher and has no teacher parameters")
         self._job, self._report, self._stop, self._params = job, report, stop, job.teacher
         self._running = running = within_memory(
-            lambda params: RunningTeacher(
+            lambda params: TeacherOnDevices(
                 params,
                 # The control plane hashed the weights when it planned, and keeps the digests beside the store.
                 digests=Path(job.recipe_folder).parent.parent / "digests.json",
                 warn=lambda message: report.emit("warning", message=message),
-                say_last=report.say_last,
+                report_fatal=report.report_fatal,
                 teacher=teacher,
             ),
             job.teacher,
@@ -92,7 +93,7 @@ class TeacherRunner:
         except BaseException:
             running.close()
             raise
-        self._devices = Devices(
+        self._devices = StepRunner(
             teacher=teacher,
             run_step=running.run_step,
             first_budget=budget,
@@ -264,7 +265,7 @@ class TeacherRunner:
         n_positions = min(document.n_tokens, self._params.topk.max_length) - 1
         return sampled_positions(n_positions, seed=self._params.seed, document_id=document.document_ids[0])
 
-    def _facts(self, clock: Clock, work: PartitionPass, telemetry: Span) -> dict[str, Any]:
+    def _facts(self, clock: Clock, work: PartitionPass, telemetry: UsageSpan) -> dict[str, Any]:
         """What this attempt cost; of a resumed partition only the windows that it ran itself."""
         laps_s, done = clock.laps_s, work.tally.done
         compute_s = laps_s["compute"] + laps_s["write"]
@@ -320,7 +321,7 @@ def longest_ever(params: TeacherParams, teacher: Teacher) -> int:
     return min(n for n in (longest(params), teacher.context_tokens, teacher.repeatable_tokens) if n is not None)
 
 
-def first_budget(params: TeacherParams, running: RunningTeacher) -> int:
+def first_budget(params: TeacherParams, running: TeacherOnDevices) -> int:
     """Most tokens of a batch that every partition begins with: the recipe's word, or what fits."""
     teacher = running.teacher
     largest = LARGEST_BUDGET_TOKENS if teacher.head is not None else FALLBACK_BUDGET_TOKENS

@@ -16,17 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kd_assets.contract import JobFile, Output, WorkUnit
-from kd_assets.report import Reporter, StopFlag
-from kd_assets.store import (
-    Documents,
-    ResultWriter,
-    encode_embeddings,
-    encode_hidden_states,
-    part_stats,
-    read_shard,
-)
-from kd_assets.worker import Runner, main
+from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
+from kd_assets.store import Documents, ResultWriter, encode_embeddings, encode_hidden_states, part_stats, read_shard
+from kd_assets.worker.main import main
+from kd_assets.worker.stop_flag import StopFlag
+from kd_assets.worker.task import Runner
 from kd_assets_tests.slurm.stub_teacher import evenly_likely
 from kd_assets_tests.store.examples import RECOMPUTED
 
@@ -36,11 +30,11 @@ IMPORTS = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
 )
-"""What `kd_assets.worker.runner_for` and loading a Llama import, torch among them."""
+"""What `kd_assets.worker.task.runner_for` and loading a Llama import, torch among them."""
 
 
 class DoNothingTeacher:
-    """See `kd_assets.worker.Runner`. Each result has one part: equally likely tokens, hidden states of zero."""
+    """See `kd_assets.worker.task.Runner`. Each result has one part: equally likely tokens, hidden states of zero."""
 
     def __init__(self, job: JobFile, report: Reporter) -> None:
         self._job = job
@@ -80,7 +74,7 @@ def rows_of(output: Output, documents: Documents) -> pa.Table:
 
 
 def make_runner(job: JobFile, report: Reporter, stop: StopFlag) -> Runner:
-    """See `kd_assets.worker.runner_for`: imports only now, when a result is missing."""
+    """See `kd_assets.worker.task.runner_for`: imports only now, when a result is missing."""
     for name in IMPORTS:
         importlib.import_module(name)
     return DoNothingTeacher(job, report)

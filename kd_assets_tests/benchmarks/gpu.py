@@ -51,15 +51,16 @@ import pyarrow as pa
 import torch
 import transformers
 
-from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TeacherParams, TopkParams
+from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, Reporter, TeacherParams, TopkParams
 from kd_assets.errors import OutOfDeviceMemoryError
-from kd_assets.identity import DigestCache, weights_fingerprint
-from kd_assets.report import Reporter, StopFlag
+from kd_assets.model_files.digests import DigestCache
+from kd_assets.model_files.fingerprints import weights_fingerprint
 from kd_assets.store import Documents
-from kd_assets.teacher.load import DTYPES, Teacher, as_teacher, load_teacher
-from kd_assets.teacher.memory import within_memory
+from kd_assets.teacher.devices.device import device_name
+from kd_assets.teacher.devices.memory import within_memory
+from kd_assets.teacher.model.load import DTYPES, Teacher, as_teacher, load_teacher
 from kd_assets.teacher.runner import TeacherRunner
-from kd_assets.teacher.telemetry import device_name
+from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.benchmarks.teacher import (
     bare_forward,
     fresh_unit,

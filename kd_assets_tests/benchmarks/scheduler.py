@@ -60,7 +60,7 @@ import dagster as dg
 from kd_assets.contract import CACHES, Asset, JobFile
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import BATCH_SCRIPT
-from kd_assets.orchestration.recording import CHECKS
+from kd_assets.orchestration.recording.recorder import CHECKS
 from kd_assets_tests.benchmarks.do_nothing import write_python
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.orchestration.deployment import make_tiny_teacher

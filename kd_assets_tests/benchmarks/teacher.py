@@ -42,12 +42,21 @@ import tokenizers
 import torch
 import transformers
 
-from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TeacherParams, TopkParams, WorkUnit
-from kd_assets.report import Reporter, StopFlag
+from kd_assets.contract import (
+    CACHES,
+    Asset,
+    EmbeddingParams,
+    HiddenStateParams,
+    Reporter,
+    TeacherParams,
+    TopkParams,
+    WorkUnit,
+)
 from kd_assets.store import Documents
-from kd_assets.store.documents import offsets_of
-from kd_assets.teacher.batching import padded_ids, plan_batches
+from kd_assets.store.writing.documents import offsets_of
+from kd_assets.teacher.partition.batching import padded_ids, plan_batches
 from kd_assets.teacher.runner import TeacherRunner
+from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.teacher.tiny import Desk, tiny_params
 
 VOCABULARY, HIDDEN_SIZE, N_BLOCKS = 32_768, 512, 16

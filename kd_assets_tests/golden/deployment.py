@@ -8,7 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from kd_assets.components.recipes import load_recipe
+from kd_assets.components import load_recipe
 from kd_assets.orchestration.platform import Platform
 from kd_assets_tests.golden.facts import RECIPE
 from kd_assets_tests.orchestration.deployment import Deployment

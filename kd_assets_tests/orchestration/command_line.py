@@ -8,7 +8,7 @@ import sys
 import time
 
 from kd_assets.scheduler import LocalScheduler, Submission
-from kd_assets.scheduler.local import process_group
+from kd_assets.scheduler.local.scheduler import process_group
 from kd_assets_tests.orchestration.deployment import Deployment, write_definitions
 
 

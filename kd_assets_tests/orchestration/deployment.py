@@ -11,9 +11,9 @@ from typing import Any
 import dagster as dg
 
 from kd_assets.components import TeacherCaches
-from kd_assets.components.teacher_caches import recipe_definitions
 from kd_assets.contract import Event, read_events
-from kd_assets.orchestration.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+from kd_assets.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import Platform
 
 SHARDS = ("tiny-00000", "tiny-00001", "tiny-00002")
@@ -173,7 +173,7 @@ def failure_text(result: dg.ExecuteInProcessResult) -> str:
 DEFINITIONS = """
 import dagster as dg
 from kd_assets.components import TeacherCaches
-from kd_assets.components.teacher_caches import recipe_definitions
+from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import Platform
 
 defs = dg.Definitions.merge(

@@ -14,13 +14,12 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
-from kd_assets.components import TeacherCaches
-from kd_assets.components.recipes import load_recipe
+from kd_assets.components import TeacherCaches, load_recipe
 from kd_assets.contract import EmbeddingParams, HiddenStateParams, TopkParams
 from kd_assets.definitions import defs
 from kd_assets.errors import MissingInputError, RecipeError, SchedulerError
 from kd_assets.orchestration.platform import PROJECT_FOLDER, Platform
-from kd_assets.orchestration.recipe import Recipe, Source, Tasks, Teacher
+from kd_assets.recipes.recipe import Recipe, Source, Tasks, TeacherSettings
 from kd_assets.scheduler import LocalScheduler, Resources, SlurmScheduler
 from kd_assets.sources.plan import SourceSpec
 
@@ -237,7 +236,7 @@ def a_recipe(**changes: object) -> Recipe:
     fields: dict[str, object] = {
         "name": "r",
         "sources": (Source(spec=SourceSpec(name="s", path="/s", file_format="jsonl", licence="CC0-1.0")),),
-        "teacher": Teacher(model="m"),
+        "teacher": TeacherSettings(model="m"),
         "documents_per_shard": 10,
         "topk": TopkParams(k=4, max_length=100),
         "embeddings": EmbeddingParams(max_length=300),
@@ -268,7 +267,7 @@ def test_a_code_version_changes_with_what_decides_the_content_and_with_nothing_e
     assert before.code_version("topk_cache") != after.code_version("topk_cache")
     for asset in ("shard_plan", "shards_manifest", "embedding_cache"):
         assert before.code_version(asset) == after.code_version(asset)
-    slower = a_recipe(teacher=Teacher(model="m", token_budget=1))
+    slower = a_recipe(teacher=TeacherSettings(model="m", token_budget=1))
     assert slower.code_version("topk_cache") == before.code_version("topk_cache")
 
 

@@ -300,16 +300,16 @@ def test_a_worker_that_usr1_kills_before_it_listens_is_requeued(script: Script) 
 
 # ---------------------------------------------------------------------- several processes of one task
 
-FOUR = "export KD_RANKS=4"
+FOUR = "export KD_N_PROCESSES=4"
 
 
 def test_each_of_several_processes_knows_which_it_is(script: Script) -> None:
-    assert script.run('echo "rank $KD_RANK of $KD_RANKS"', environment=FOUR) == 0
-    assert sorted(script.log.splitlines()) == [f"rank {rank} of 4" for rank in range(4)]
+    assert script.run('echo "process_index $KD_PROCESS_INDEX of $KD_N_PROCESSES"', environment=FOUR) == 0
+    assert sorted(script.log.splitlines()) == [f"process_index {process_index} of 4" for process_index in range(4)]
 
 
 def test_usr1_reaches_all_processes_and_requeues_once_all_have_flushed(script: Script) -> None:
-    script.start(LISTENS.replace("echo ready", 'echo "ready-$KD_RANK"'), environment=FOUR, wait_for="ready-3")
+    script.start(LISTENS.replace("echo ready", 'echo "ready-$KD_PROCESS_INDEX"'), environment=FOUR, wait_for="ready-3")
     while script.log.count("ready-") < 4:
         time.sleep(0.01)
     script.send(signal.SIGUSR1)
@@ -332,17 +332,22 @@ def test_usr1_reaches_all_processes_and_requeues_once_all_have_flushed(script: S
 def test_the_status_of_several_processes_is_that_of_the_worst(
     script: Script, statuses: tuple[int, ...], expected: int
 ) -> None:
-    worker = f"statuses=({' '.join(map(str, statuses))}); exit ${{statuses[KD_RANK]}}"
+    worker = f"statuses=({' '.join(map(str, statuses))}); exit ${{statuses[KD_PROCESS_INDEX]}}"
     assert script.run(worker, environment=FOUR) == expected
 
 
 def test_one_process_that_fails_leaves_the_others_at_work(script: Script) -> None:
-    worker = '[ "$KD_RANK" = 0 ] && kill -9 $$; /bin/sleep 0.3; echo "rank $KD_RANK is done"'
+    worker = '[ "$KD_PROCESS_INDEX" = 0 ] && kill -9 $$; /bin/sleep 0.3; echo "process $KD_PROCESS_INDEX is done"'
     assert script.run(worker, environment=FOUR) == 137
-    assert [f"rank {rank} is done" in script.log for rank in range(4)] == [False, True, True, True]
+    assert [f"process {i} is done" in script.log for i in range(4)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("ranks", ["0", "four", "-1", "1.5"])
 def test_a_number_of_processes_that_is_none_is_refused(script: Script, ranks: str) -> None:
-    assert script.run("echo the worker ran", environment=f"export KD_RANKS={ranks}") == 2
-    assert f"KD_RANKS is '{ranks}', expected a number of processes" in script.log
+    assert script.run("echo the worker ran", environment=f"export KD_N_PROCESSES={ranks}") == 2
+    assert f"KD_N_PROCESSES is '{ranks}', expected a number of processes" in script.log

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kd_assets.contract import JobFile, WorkUnit
+from kd_assets.contract import JobFile, Reporter, WorkUnit
 from kd_assets.errors import InterruptedTaskError, OutOfDeviceMemoryError, OutOfHostMemoryError, TeacherError
-from kd_assets.report import Reporter, StopFlag
 from kd_assets.store import Documents, ResultWriter, encode_topk, part_stats, plan_parts, read_shard
-from kd_assets.worker import Runner, main, runner_for
+from kd_assets.worker.main import main
+from kd_assets.worker.stop_flag import StopFlag
+from kd_assets.worker.task import Runner, runner_for
 from kd_assets_tests.store.examples import RECOMPUTED
 
 TAKEN_MIB = 600
@@ -39,7 +40,7 @@ FOUND_BUDGET = 1024
 
 
 class StubTeacher:
-    """See `kd_assets.worker.Runner`."""
+    """See `kd_assets.worker.task.Runner`."""
 
     def __init__(self, job: JobFile, report: Reporter, stop: StopFlag) -> None:
         self._job, self._report, self._stop = job, report, stop

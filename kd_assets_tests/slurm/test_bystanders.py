@@ -10,10 +10,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from kd_assets.diagnose.preview import preview, text_lines
 from kd_assets.orchestration import orphans
-from kd_assets.orchestration.preview import preview, text_lines
 from kd_assets.scheduler.job import TaskPhase
-from kd_assets.scheduler.slurm_submitter import SlurmSubmitter
+from kd_assets.scheduler.slurm.submitter import SlurmSubmitter
 from kd_assets.scheduler.submissions import followers
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until

@@ -11,9 +11,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from kd_assets.orchestration.doctor import examine
+from kd_assets.diagnose.doctor import examine
+from kd_assets.diagnose.preview import preview, text_lines
 from kd_assets.orchestration.platform import Platform
-from kd_assets.orchestration.preview import preview, text_lines
 from kd_assets.scheduler import SlurmScheduler, Submission
 from kd_assets_tests.orchestration.deployment import Deployment
 from kd_assets_tests.slurm.cluster import SlurmCluster

@@ -14,7 +14,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from kd_assets.scheduler import slurm_scheduler
+from kd_assets.scheduler.slurm import scheduler as slurm_scheduler
 from kd_assets.scheduler.submissions import read_spec
 from kd_assets.store import verify
 from kd_assets_tests.slurm.background import Background, part_files, parts, store_of

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_assets.orchestration.preview import preview, text_lines
+from kd_assets.diagnose.preview import preview, text_lines
 from kd_assets_tests.orchestration.deployment import failure_text
 from kd_assets_tests.slurm.background import Background
 from kd_assets_tests.slurm.cluster import SlurmCluster
@@ -150,7 +150,7 @@ def test_a_site_that_takes_few_jobs_gets_them_in_smaller_arrays_as_room_appears(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("kd_assets.scheduler.slurm_submitter.PACE_S", (1.0, 2.0))
+    monkeypatch.setattr("kd_assets.scheduler.slurm.submitter.PACE_S", (1.0, 2.0))
     cluster = make_cluster(accounting=True, enforce_limits=True)
     cluster.limit_submitted_jobs(4)
     deployment = deploy(cluster, n_tasks=12)
@@ -183,7 +183,7 @@ def test_processes_of_one_task_share_its_partitions(slurm: SlurmCluster, deploy:
     result = deployment.run("topk_cache", partition_range=ALL)
     assert result.success, failure_text(result)
     assert deployment.n_teacher_loads() == 6
-    assert {e.data["rank"] for e in deployment.job_events("task_started")} == {0, 1}
+    assert {e.data["process_index"] for e in deployment.job_events("task_started")} == {0, 1}
     assert deployment.n_made() == ONCE
     assert deployment.recorded(result.run_id) == list(KEYS)
 

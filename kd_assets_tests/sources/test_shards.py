@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kd_assets.contract import JobFile, ShardsParams, WorkUnit
+from kd_assets.contract import JobFile, Reporter, ShardsParams, WorkUnit
 from kd_assets.errors import (
     BadRecordError,
     ContractError,
@@ -29,12 +29,12 @@ from kd_assets.errors import (
     StorageUnavailableError,
     TeacherChangedError,
 )
-from kd_assets.identity import tokenizer_fingerprint
-from kd_assets.report import Reporter, StopFlag
+from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources import shards as shards_module
 from kd_assets.sources.plan import SourceSpec, plan_shards
 from kd_assets.sources.shards import ShardsRunner
 from kd_assets.store import Manifest, committed, plan_output, read_shard
+from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.sources.conftest import UNMARKED_TEMPLATE, SaveTokenizer
 
 QUESTION = {"role": "user", "content": "What is a list?"}

@@ -13,7 +13,7 @@ import pytest
 
 from kd_assets.contract import ShardsParams
 from kd_assets.errors import BadRecordError, InputError, MissingInputError, RecipeError, TeacherChangedError
-from kd_assets.identity import tokenizer_fingerprint
+from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources.records import Record
 from kd_assets.sources.tokenise import (
     TEMPLATE_DATE,

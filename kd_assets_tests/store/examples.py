@@ -28,7 +28,7 @@ from kd_assets.store import (
     plan_output,
     plan_parts,
 )
-from kd_assets.store.documents import offsets_of
+from kd_assets.store.writing.documents import offsets_of
 
 RECIPE = "tiny"
 PARTITION = "tiny-00000"

@@ -18,14 +18,14 @@ from kd_assets.store import (
     check_finite,
     check_recomputed,
     check_schema,
-    checks,
     encode_embeddings,
     encode_hidden_states,
     encode_topk,
     part_stats,
     read_manifest,
 )
-from kd_assets.store.checks import check_all
+from kd_assets.store.checking import checks
+from kd_assets.store.checking.checks import check_all
 from kd_assets.store.partfile import PartFile
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.test_verify import replace_part

@@ -21,7 +21,14 @@ import pytest
 import torch
 
 from kd_assets.contract import CACHES, Asset
-from kd_assets.errors import CorruptManifestError, InputError, NotCommittedError, ResultBusyError, VariantConflictError
+from kd_assets.durable import append_line
+from kd_assets.errors import (
+    CorruptManifestError,
+    InputError,
+    NotCommittedError,
+    ResultBusyError,
+    VariantConflictError,
+)
 from kd_assets.store import (
     CacheReader,
     Documents,
@@ -39,11 +46,10 @@ from kd_assets.store import (
     variant_of,
     verify,
 )
-from kd_assets.store.encode import flat
-from kd_assets.store.files import append_line
 from kd_assets.store.manifest import merge_stats
 from kd_assets.store.partfile import PartFile
-from kd_assets.teacher.sampling import drawn_ids, uniforms
+from kd_assets.store.writing.encode import flat
+from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
 
 FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"

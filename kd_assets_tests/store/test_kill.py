@@ -15,7 +15,7 @@ import pytest
 from kd_assets.errors import NotCommittedError, ResultBusyError
 from kd_assets.store import Manifest, committed, part_stats, plan_parts, read_manifest, set_head, verify
 from kd_assets.store.manifest import write_head
-from kd_assets.store.writer import ResultWriter
+from kd_assets.store.writing.writer import ResultWriter
 from kd_assets_tests.store import examples
 
 N_DOCUMENTS = 120
@@ -114,7 +114,7 @@ def test_kill_between_manifest_and_clean_up_is_tidied_up_by_the_next_reuse(tmp_p
     script = f"""
 import os, signal, sys
 from pathlib import Path
-from kd_assets.store import writer
+from kd_assets.store.writing import writer
 from kd_assets_tests.store import test_kill
 print("ready", flush=True)
 sys.stdin.readline()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import StorageUnavailableError
-from kd_assets.store import Manifest, append_audit, atomic_write, prepare_folder
+from kd_assets.store import Manifest, append_audit
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.test_kill import write_everything
 

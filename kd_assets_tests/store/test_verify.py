@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 
 from kd_assets.contract import Asset
+from kd_assets.durable import atomic_file, file_sha256
 from kd_assets.errors import MissingInputError, NotCommittedError
 from kd_assets.store import CacheReader, Manifest, commit_file_result, committed, plan_output, read_manifest, verify
-from kd_assets.store.files import atomic_file, file_sha256
 from kd_assets.store.fingerprint import data_version
 from kd_assets.store.partfile import part_suffix, write_table
 from kd_assets_tests.store import examples

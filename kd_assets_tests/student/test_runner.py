@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kd_assets.contract import CACHES, Asset, JobFile, StudentParams, WorkUnit
+from kd_assets.contract import CACHES, Asset, JobFile, Reporter, StudentParams, WorkUnit
 from kd_assets.errors import (
     ContractError,
     InterruptedTaskError,
@@ -21,10 +21,10 @@ from kd_assets.errors import (
     RecipeError,
     StudentDidNotLearnError,
 )
-from kd_assets.report import Reporter, StopFlag
 from kd_assets.store import FORMAT_VERSION, plan_output, read_manifest
 from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets.student.runner import StudentRunner, fallen, student_layers, vocabulary_of
+from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.student.made_up import RECIPE, VOCABULARY, commit_caches, made_up_documents
 
 PARAMS = StudentParams(steps=30, batch_documents=8, max_length=16, hidden_size=32, n_layers=2, learning_rate=5e-3)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kd_assets.errors import TeacherError
-from kd_assets.placement import Placement
-from kd_assets.teacher.load import load_teacher
-from kd_assets.teacher.ranks import join_group, leave_group
-from kd_assets.teacher.running import Rank, load_rank, prove_whole
-from kd_assets.teacher.step import Engine, Step, StepResult, TopkStep
+from kd_assets.model_files.placement import Placement
+from kd_assets.teacher.batch.engine import Engine, Step, StepResult, TopkStep
+from kd_assets.teacher.devices.rank_group import join_group, leave_group
+from kd_assets.teacher.devices.teacher_on_devices import Rank, load_rank, prove_whole
+from kd_assets.teacher.model.load import load_teacher
 from kd_assets_tests.teacher.tiny import N_BLOCKS, VOCABULARY, tiny_params
 
 BOTH = Placement(kind="tensor_parallel", n_devices=2, n_processes=1, reason="this test")

@@ -25,16 +25,16 @@ from torch import Tensor
 
 from kd_assets.contract import HiddenStateParams, TeacherParams, TopkParams, WorkUnit
 from kd_assets.errors import InterruptedTaskError
-from kd_assets.report import StopFlag
 from kd_assets.store import read_manifest
 from kd_assets.store.schema import hidden_field
-from kd_assets.teacher.batching import plan_batches
-from kd_assets.teacher.capture import Capture, Wanted, Window
-from kd_assets.teacher.load import Teacher, as_teacher, load_teacher
-from kd_assets.teacher.proofs import probe_ids
-from kd_assets.teacher.reference import LOGIT_RTOL, Reference, reference, stored_row
-from kd_assets.teacher.step import Engine, StepResult
-from kd_assets.teacher.transfer import Collector, copier
+from kd_assets.teacher.batch.engine import Engine, StepResult
+from kd_assets.teacher.batch.transfer import Collector, copier
+from kd_assets.teacher.model.anatomy import probe_ids
+from kd_assets.teacher.model.load import Teacher, as_teacher, load_teacher
+from kd_assets.teacher.partition.batching import plan_batches
+from kd_assets.teacher.partition.window import CacheRequest, Capture, Window
+from kd_assets.teacher.recompute import LOGIT_RTOL, Reference, reference, stored_row
+from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.teacher.test_runner import StopAfter
 from kd_assets_tests.teacher.tiny import (
     ARCHITECTURES,
@@ -185,7 +185,7 @@ def test_results_that_the_collector_brings_are_those_that_lie_on_the_device(
 def capture_of(teacher: Teacher, folder: Path, seed: int) -> Capture:
     params = tiny_params(folder.parent / "teacher")
     shard = Desk(folder).read_shard(tiny_documents([64, 50, 33], seed=seed))
-    wanted = Wanted.of(params, {"topk_cache", "hidden_state_cache", "embedding_cache"})
+    wanted = CacheRequest.of(params, {"topk_cache", "hidden_state_cache", "embedding_cache"})
     window = Window.of(shard, 0, 3, max_length=64, wanted=wanted, hidden_size=teacher.hidden_size)
     (batch,) = plan_batches(window.documents.n_tokens_D, token_budget=1024)
     return Capture(window=window, batch=batch, partition_key="p", seed=0)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TopkParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, NonFiniteTeacherError, RecipeError
-from kd_assets.identity import weights_fingerprint
-from kd_assets.report import StopFlag
+from kd_assets.model_files.fingerprints import weights_fingerprint
 from kd_assets.store import Documents, encode_topk, read_manifest
-from kd_assets.teacher.load import load_teacher
-from kd_assets.teacher.reference import sampled_documents
+from kd_assets.teacher.model.load import load_teacher
+from kd_assets.teacher.recompute import sampled_documents
 from kd_assets.teacher.runner import check_length
+from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.teacher.tiny import (
     VOCABULARY,
     Desk,
@@ -208,7 +208,7 @@ def test_difference_is_recorded_as_failed_and_the_result_committed(
         arrays["topk_logprobs_Mk"] = arrays["topk_logprobs_Mk"] * np.float16(1.01)
         return encode_topk(documents, **arrays)
 
-    monkeypatch.setattr("kd_assets.teacher.capture.encode_topk", wrong)
+    monkeypatch.setattr("kd_assets.teacher.partition.window.encode_topk", wrong)
     params = tiny_params(teacher_folder)
     unit = desk.unit(desk.commit_shard(tiny_documents(LENGTHS)), params)
     desk.run(params, unit)

@@ -23,16 +23,17 @@ from kd_assets.contract import (
     HiddenStateParams,
     JobFile,
     Output,
+    Reporter,
     TeacherParams,
     TopkParams,
     WorkUnit,
 )
-from kd_assets.identity import weights_fingerprint
-from kd_assets.report import Reporter, StopFlag
+from kd_assets.model_files.fingerprints import weights_fingerprint
 from kd_assets.store import Documents, ResultWriter, Shard, encode_shard, part_stats, plan_output, read_shard
-from kd_assets.store.documents import offsets_of
-from kd_assets.teacher.configuration import auto_class
+from kd_assets.store.writing.documents import offsets_of
+from kd_assets.teacher.model.configuration import auto_class
 from kd_assets.teacher.runner import TeacherRunner
+from kd_assets.worker.stop_flag import StopFlag
 
 VOCABULARY = 200
 HIDDEN_SIZE = 32

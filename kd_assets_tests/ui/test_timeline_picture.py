@@ -9,9 +9,9 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from kd_assets.orchestration.timeline import WIDTH, timeline_markdown
+from kd_assets.orchestration.recording.telemetry_picture import WIDTH, timeline_markdown
 from kd_assets_tests.orchestration.deployment import SHARDS, Deployment, make_tiny_teacher
-from kd_assets_tests.orchestration.made_up import GPU_SERIES
+from kd_assets_tests.orchestration.recording.made_up import GPU_SERIES
 from kd_assets_tests.ui.web_ui import dagster_dev
 
 

@@ -1,0 +1,61 @@
+"""The seam between the planes: the job file, the events of its tasks, and the names both sides use.
+
+Standard library only: a node needs no dagster, the service node no torch, and both import this. The invariant: what
+one side writes the other reads whole, or refuses with a clear error.
+"""
+
+from kd_assets.contract.decode import decode
+from kd_assets.contract.events import (
+    Event,
+    EventType,
+    Reporter,
+    event_file,
+    lease_file,
+    parse_event,
+    read_events,
+    task_name,
+)
+from kd_assets.contract.job_file import (
+    CACHES,
+    CONTRACT_VERSION,
+    Asset,
+    EmbeddingParams,
+    HiddenStateParams,
+    JobFile,
+    JobKind,
+    Output,
+    RecordRange,
+    ShardsParams,
+    StudentParams,
+    TeacherParams,
+    TopkParams,
+    WorkUnit,
+    read_job,
+)
+
+__all__ = [
+    "CACHES",
+    "CONTRACT_VERSION",
+    "Asset",
+    "EmbeddingParams",
+    "Event",
+    "EventType",
+    "HiddenStateParams",
+    "JobFile",
+    "JobKind",
+    "Output",
+    "RecordRange",
+    "Reporter",
+    "ShardsParams",
+    "StudentParams",
+    "TeacherParams",
+    "TopkParams",
+    "WorkUnit",
+    "decode",
+    "event_file",
+    "lease_file",
+    "parse_event",
+    "read_events",
+    "read_job",
+    "task_name",
+]

@@ -1,0 +1,216 @@
+"""The job file: all that a worker is told, written by the control plane before it submits.
+
+Standard library only; imported on both sides. The invariant: one version on both sides, or a clear error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kd_assets.contract.decode import decode
+from kd_assets.errors import ContractError
+
+CONTRACT_VERSION = 2
+
+JobKind = Literal["shards", "teacher", "student"]
+
+Asset = Literal["shards_manifest", "topk_cache", "hidden_state_cache", "embedding_cache", "student_smoke"]
+
+CACHES: tuple[Asset, ...] = ("topk_cache", "hidden_state_cache", "embedding_cache")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordRange:
+    """A run of consecutive records of one source file: part of a shard."""
+
+    source: str
+    """Name of the source in the recipe."""
+    path: str
+    """Absolute path of the file."""
+    file_format: Literal["jsonl", "parquet"]
+    first_record: int
+    """0-based, counting every record of the file (blank lines of a JSONL file are no records)."""
+    n_records: int
+    byte_offset: int | None = None
+    """Where the first record starts in a JSONL file; None for Parquet."""
+    first_line: int | None = None
+    """1-based line of the first record in a JSONL file, for error messages; None for Parquet."""
+    text_field: str = "text"
+    messages_field: str = "messages"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardsParams:
+    """How a shard's records become tokenised documents."""
+
+    tokenizer: str
+    """A folder or hub id that `AutoTokenizer.from_pretrained` accepts."""
+    revision: str | None = None
+    tokenizer_fingerprint: str
+    """What `model_files.fingerprints.tokenizer_fingerprint` gave when the job was planned."""
+    max_length: int
+    """Documents are cut after this many tokens."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    part_documents: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopkParams:
+    """The response-based cache: top-k next-token log-probabilities of every position."""
+
+    k: int
+    max_length: int
+    draws: int = 0
+    """Random-sampling KD: token ids drawn from each whole distribution besides (with replacement); 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenStateParams:
+    """The feature-based cache: outputs of decoder blocks (0-based)."""
+
+    blocks: tuple[int, ...]
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingParams:
+    """The relation-based cache: the final hidden states pooled over a document."""
+
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherParams:
+    """Which teacher runs, how, and what each cache keeps. A cache that is None is not of this recipe."""
+
+    model: str
+    """A folder or hub id that `AutoModelForCausalLM.from_pretrained` accepts."""
+    revision: str | None = None
+    weights_fingerprint: str
+    """What `model_files.fingerprints.weights_fingerprint` gave when the job was planned; checked again on loading."""
+    tokenizer_fingerprint: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the forward pass. Logits are always reduced in float32."""
+    token_budget: int | None = None
+    """Most tokens of one batch, padding included (a longer document is a batch of its own); None: found from the memory
+    that is free once the teacher is loaded."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    quantization: dict[str, Any] | None = None
+    """A quantisation of the weights on loading, as the dict of a transformers quantisation configuration (its
+    `quant_method` and parameters); None: the weights as they are (which may be quantised themselves)."""
+    placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
+    """How the teacher lies on the GPUs of its process (see `kd_assets.model_files.placement`)."""
+    n_devices: int | None = None
+    """Devices that one teacher is spread over; None: as `kd_assets.model_files.placement` decides."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether decoder blocks are compiled (`torch.compile`); auto: on a GPU, once proved equal."""
+    part_documents: int = 256
+    """Most documents of a part file, and so of the window that is sorted by length."""
+    part_tokens: int = 131072
+    """A part is closed once it holds this many tokens."""
+    recompute_documents: int = 2
+    """Documents of each partition that are computed again by the plain reference path."""
+    seed: int = 0
+    topk: TopkParams | None = None
+    hidden_states: HiddenStateParams | None = None
+    embeddings: EmbeddingParams | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentParams:
+    """A small student trained for a few steps, to prove that the caches teach."""
+
+    steps: int = 60
+    batch_documents: int = 8
+    max_length: int = 256
+    """Tokens of a document that the student sees."""
+    hidden_size: int = 128
+    n_layers: int = 2
+    learning_rate: float = 2e-3
+    temperature: float = 2.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """One result a unit must leave behind: an asset's partition with the identity that names it."""
+
+    asset: Asset
+    path: str
+    """Absolute folder of the result; see FORMAT.md for its name."""
+    variant: str
+    fingerprint: str
+    identity: dict[str, Any]
+    """Everything that determines the bytes; `fingerprint` is its hash."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkUnit:
+    """One partition's share of a job: what it reads and what it must commit."""
+
+    partition_key: str
+    n_tokens: int = 0
+    """Estimated size, for balancing; 0 where unknown."""
+    records: tuple[RecordRange, ...] = ()
+    """Kind `shards`: the records that make the shard."""
+    inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Asset name → committed result folders. Kind `teacher`: {"shards_manifest": (folder,)}; kind `student`: every
+    cache of every shard, the folders of all assets in the same shard order."""
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFile:
+    """All that a worker is told. `tasks[i]` lists the indexes into `units` that array task i works through."""
+
+    contract_version: int = CONTRACT_VERSION
+    kind: JobKind
+    recipe: str
+    key: str
+    """The submission key: equal work has an equal key (see `kd_assets.scheduler`)."""
+    recipe_folder: str
+    """`<store>/<recipe>`: where `audit.jsonl` lives."""
+    events_folder: str
+    tasks: tuple[tuple[int, ...], ...]
+    units: tuple[WorkUnit, ...]
+    shards: ShardsParams | None = None
+    teacher: TeacherParams | None = None
+    student: StudentParams | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What only the control plane knows (run id, code commit, source revisions and licences); copied to manifests."""
+
+    def units_of_task(self, task_index: int) -> tuple[WorkUnit, ...]:
+        """The units of one array task, in order. Raises ContractError for a task this job does not have."""
+        if not 0 <= task_index < len(self.tasks):
+            raise ContractError(
+                f"job {self.key} has tasks 0 to {len(self.tasks) - 1}, and was started as task {task_index}: "
+                "check SLURM_ARRAY_TASK_ID"
+            )
+        return tuple(self.units[i] for i in self.tasks[task_index])
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+
+def read_job(path: Path) -> JobFile:
+    """The job file at `path`. Raises ContractError when it is not one, or of another contract version."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError as e:
+        raise ContractError(f"no job file at {path}: it is written by the control plane before it submits") from e
+    except OSError as e:
+        raise ContractError(f"{path} cannot be read as a job file: {e}") from e
+    except ValueError as e:
+        raise ContractError(f"{path} is not JSON: {e}") from e
+    version = raw.get("contract_version") if isinstance(raw, dict) else None
+    if version != CONTRACT_VERSION:
+        raise ContractError(
+            f"{path} is of contract version {version!r}, this worker reads version {CONTRACT_VERSION}: install the "
+            "same kd_assets on the cluster nodes and in the Dagster deployment"
+        )
+    return decode(JobFile, raw, where=str(path))

@@ -1,0 +1,165 @@
+"""What the doctor finds on disk: whether the caches will fit, and whether the teacher's weights are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_assets.diagnose.finding import Finding, bytes_in_words, fail, ok, warn
+from kd_assets.diagnose.preview import BYTES_A_TOKEN
+from kd_assets.errors import InputError, MissingInputError, NotCommittedError
+from kd_assets.model_files.folder import model_folder
+from kd_assets.orchestration.materialize import planner_of
+from kd_assets.orchestration.platform import Platform
+from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
+from kd_assets.sources.plan import ShardPlan, resolve_path
+from kd_assets.store.reading.summary import inspect
+
+SPACE_MARGIN = 1.2
+
+MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, by its format."""
+
+
+def check_space(recipe: Recipe, platform: Platform) -> Iterator[Finding]:
+    """Free space against what the plan's caches will take, as an upper bound: before compression."""
+    free = shutil.disk_usage(platform.home_folder).free
+    try:
+        hidden_size = hidden_size_of(teacher_folder(recipe, platform))
+        n_tokens, n_documents, source = size_of_the_plan(recipe, platform)
+    except InputError as e:
+        yield warn("free space", f"{bytes_in_words(free)} free; what is needed is not known: {e}")
+        return
+    needed = bytes_needed(recipe, n_tokens, n_documents, hidden_size)
+    there = bytes_there(platform.recipe_folder(recipe.name))
+    left = max(sum(needed.values()) - there, 0)
+    each = ", ".join(f"{asset} {bytes_in_words(n)}" for asset, n in needed.items())
+    found = (
+        f"{bytes_in_words(free)} free in {platform.home_folder}; {n_tokens:,} tokens of {source} take at most "
+        f"{bytes_in_words(sum(needed.values()))} ({each}), of which {bytes_in_words(there)} are there"
+    )
+    if free < left:
+        yield fail(
+            "free space", found, "move KD_HOME to a larger disk, or keep fewer blocks, a smaller k or shorter documents"
+        )
+    elif free < SPACE_MARGIN * left:
+        yield warn("free space", found, "it is close: watch the disk")
+    else:
+        yield ok("free space", found)
+
+
+def bytes_there(folder: Path) -> int:
+    """Of a recipe's current results."""
+    try:
+        return sum(cache.n_bytes for cache in inspect(folder).caches)
+    except (MissingInputError, NotCommittedError):
+        return 0
+
+
+def size_of_the_plan(recipe: Recipe, platform: Platform) -> tuple[int, int, str]:
+    """Tokens and documents of all shards, and where the numbers come from.
+
+    From the shard plan, else from the sizes of the sources, where a document count is a guess. Raises MissingInputError
+    for sources that are not there.
+    """
+    planner = planner_of(recipe, platform)
+    try:
+        plan: ShardPlan = planner.current_plan()
+    except MissingInputError:
+        paths = [
+            resolve_path(s.spec.path, platform.home_folder, what=s.spec.name, environment=platform.variables())
+            for s in recipe.sources
+        ]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise MissingInputError(f"the source {missing[0]} is not there, and no shard plan is made") from None
+        n_tokens = sum(path.stat().st_size for path in paths) // BYTES_A_TOKEN
+        return n_tokens, max(n_tokens // 500, 1), "the sources (no shard plan yet)"
+    return sum(s.n_bytes for s in plan.shards) // BYTES_A_TOKEN, sum(s.n_records for s in plan.shards), "the shard plan"
+
+
+def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: int) -> dict[str, int]:
+    """Asset → bytes at most, from the columns of FORMAT.md: every cache carries ids (4) and mask (1) of its tokens."""
+    per_token = {SHARDS_MANIFEST: 5.0}
+    per_document = {SHARDS_MANIFEST: 100.0}
+    kept = {SHARDS_MANIFEST: recipe.max_length}
+    if (topk := recipe.topk) is not None:
+        per_token["topk_cache"] = 5 + topk.k * (4 + 2) + 8
+        kept["topk_cache"] = topk.max_length
+    if (hidden := recipe.hidden_states) is not None:
+        per_token["hidden_state_cache"] = 5 + len(hidden.blocks) * hidden_size * 2
+        kept["hidden_state_cache"] = hidden.max_length
+    if (embeddings := recipe.embeddings) is not None:
+        per_token["embedding_cache"], per_document["embedding_cache"] = 5.0, 2 * hidden_size * 4
+        kept["embedding_cache"] = embeddings.max_length
+    return {
+        str(asset): int(
+            min(n_tokens, n_documents * kept[asset]) * a_token + n_documents * per_document.get(asset, 100.0)
+        )
+        for asset, a_token in per_token.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the teacher
+
+
+def teacher_folder(recipe: Recipe, platform: Platform) -> Path:
+    """Raises MissingInputError when it is not on this machine."""
+    model = recipe.teacher.model
+    if model.startswith((".", "/", "~", "$")):
+        home, variables = platform.home_folder, platform.variables()
+        model = str(resolve_path(model, home, what="teacher", environment=variables))
+    return model_folder(model, recipe.teacher.revision)
+
+
+def hidden_size_of(folder: Path) -> int:
+    """From the model's configuration, whose text part may be nested. Raises InputError where it is not there."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return int((config if "hidden_size" in config else config["text_config"])["hidden_size"])
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise InputError(f"{folder}/config.json tells no hidden_size ({e})") from e
+
+
+def check_weights(recipe: Recipe, platform: Platform) -> Iterator[Finding]:
+    """Every file that the index names, as long as its own header says. Nothing is hashed: that takes minutes."""
+    try:
+        folder = teacher_folder(recipe, platform)
+    except MissingInputError as e:
+        made_by = recipe.teacher.made_by
+        yield fail("weights", str(e), "" if made_by is None else f"materialize {made_by}")
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    problems = [problem for path in files if (problem := safetensors_problem(path))]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        problems += [f"{name} is missing" for name in sorted(named - {path.name for path in files})]
+    if not files:
+        problems.append("no *.safetensors is there")
+    if problems:
+        yield fail("weights", f"{folder}: {'; '.join(problems[:3])}", "download the model again: hf download")
+        return
+    size = bytes_in_words(sum(path.stat().st_size for path in files))
+    yield ok("weights", f"{len(files)} files, {size}, complete in {folder}")
+
+
+def safetensors_problem(path: Path) -> str | None:
+    """What is wrong with a file by its header: 8 bytes of its length, then JSON with the offsets of each tensor."""
+    try:
+        with path.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            n_header = int.from_bytes(f.read(8), "little")
+            if not 2 <= n_header <= min(MAX_HEADER_BYTES, max(size - 8, 0)):
+                return f"{path.name} is no whole safetensors file ({bytes_in_words(size)})"
+            header: Mapping[str, Any] = json.loads(f.read(n_header))
+            ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+    except OSError as e:
+        return f"{path.name} cannot be read ({e.strerror})"
+    except (ValueError, LookupError, TypeError):
+        return f"{path.name} has no header of the safetensors format"
+    expected = 8 + n_header + max(ends, default=0)
+    return None if size == expected else f"{path.name} has {size:,} bytes and should have {expected:,}"

@@ -1,0 +1,128 @@
+"""What a teacher and its tokenizer are, as hashes of what their files hold; never of their names.
+
+Anyone may import it, so that the service node can name a 70B teacher's weights without torch. The invariant: two
+folders have equal fingerprints exactly when everything that determines the teacher's numbers (weights and
+configuration) or a document's tokens (vocabulary, merges, special tokens, chat template) is equal; where the folder
+lies, when it was written and by which library version do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_assets.errors import InputError, MissingInputError
+from kd_assets.model_files.digests import DigestCache, cached_sha256, os_reason
+
+VOLATILE_KEYS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "_commit_hash"})
+"""Keys of Hugging Face JSON files that say where a file came from, not what it means; dropped at any depth."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.tiktoken",
+)
+"""Patterns of the files that `AutoTokenizer` reads."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote_code: bool = False) -> str:
+    """SHA-256 (hex) of what determines a model's numbers: its configuration and every `*.safetensors` file; with
+    `remote_code` also every `*.py` file in the folder and below, since they may run.
+
+    The configuration counts as parsed, without `VOLATILE_KEYS`. Raises MissingInputError when `config.json` or the
+    weights are missing or incomplete (a shard that the index names, a Git LFS pointer in a file's place).
+    """
+    config = _read_json(folder / "config.json", "a model folder holds one beside its weights")
+    weights = sorted(_glob(folder, "*.safetensors"))
+    if not weights:
+        raise MissingInputError(
+            f"{folder} holds no *.safetensors: download the model's weights, or convert them with "
+            "save_pretrained() (other formats are not read: they can run code)"
+        )
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.exists():
+        index = _read_json(index_file, "it lists the weight files")
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if absent := sorted(named - {path.name for path in weights}):
+            raise MissingInputError(f"{folder} lacks {absent[0]}, which its index names: finish the download")
+    for path in weights:
+        _refuse_lfs_pointer(path)
+    code = sorted(_glob(folder, "**/*.py")) if remote_code else []
+    files = [path for path in (*weights, index_file, *code) if path.exists()]
+    digests = {path.relative_to(folder).as_posix(): cached_sha256(path, cache) for path in files}
+    return _fingerprint({"config": _without_volatile(config), "files": digests})
+
+
+def tokenizer_fingerprint(folder: Path, cache: DigestCache | None) -> str:
+    """SHA-256 (hex) of what determines a document's tokens: the `TOKENIZER_FILES` that are there, template included.
+
+    `tokenizer_config.json` counts as parsed, without `VOLATILE_KEYS`. Raises MissingInputError when there are none.
+    """
+    found = sorted({path for pattern in TOKENIZER_FILES for path in _glob(folder, pattern)})
+    contents: dict[str, Any] = {}
+    for path in found:
+        _refuse_lfs_pointer(path)
+        name = path.relative_to(folder).as_posix()
+        if name == "tokenizer_config.json":
+            contents[name] = _without_volatile(_read_json(path, "it is part of the tokenizer"))
+        else:
+            contents[name] = cached_sha256(path, cache)
+    if contents.keys() <= {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}:
+        raise MissingInputError(
+            f"{folder} holds no tokenizer (tokenizer.json, or a vocabulary such as tokenizer.model): name the folder "
+            "that save_pretrained() wrote the tokenizer to"
+        )
+    return _fingerprint(contents)
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    if not folder.is_dir():
+        raise MissingInputError(f"no model folder at {folder}")
+    return [path for path in folder.glob(pattern) if not path.is_dir()]
+
+
+def _read_json(path: Path, why: str) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as e:
+        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}; {why}") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not JSON ({e}): download it again") from e
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    """A clone made without git-lfs has a small text in the place of each large file."""
+    try:
+        with path.open("rb") as f:
+            pointer = f.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError as e:
+        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}") from e
+    if pointer:
+        raise MissingInputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its clone")
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_volatile(v) for k, v in value.items() if k not in VOLATILE_KEYS}
+    if isinstance(value, list):
+        return [_without_volatile(v) for v in value]
+    return value
+
+
+def _fingerprint(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,159 @@
+"""How large a teacher is, from its configuration and the headers of its weights; nothing of the weights is read.
+
+Anyone may import it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_assets.errors import InputError, MissingInputError
+
+GIB = 2**30
+
+BYTES_OF = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+
+_STORED_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Floating-point types of safetensors that loading casts to the recipe's. Narrower ones are quantised and stay."""
+
+_STORED_OTHERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
+
+LARGEST_HEADER_BYTES = 100 * 2**20
+"""As safetensors itself has it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSize:
+    """What of a teacher decides where it fits."""
+
+    weights_gib: float
+    """On the devices: in the precision it runs in."""
+    precision: str
+    """In words: `bfloat16`, `4-bit bfloat16`."""
+    model_type: str
+    divisors: tuple[int, ...]
+    """Numbers that tensor parallelism cuts into equal pieces: heads, key-value heads, vocabulary, inner sizes."""
+    is_quantised: bool = False
+    has_plan: bool | None = None
+    """Whether transformers has a tensor-parallel plan for it; None where nobody has asked transformers."""
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.weights_gib:.1f} GiB of weights in {self.precision}"
+
+    def why_not(self, n: int) -> str | None:
+        """Why tensor parallelism over `n` cannot be; None where it can."""
+        if self.has_plan is False:
+            return f"transformers has no tensor-parallel plan for {self.model_type}"
+        if not self.divisors:
+            return f"the configuration of {self.model_type} does not say how many heads it has"
+        if odd := [d for d in self.divisors if d % n]:
+            return f"its sizes {', '.join(map(str, odd))} do not divide by {n}"
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------- what it weighs
+
+
+def teacher_size(
+    folder: Path, *, dtype: str, quantization: Mapping[str, Any] | None = None, has_plan: bool | None = None
+) -> TeacherSize:
+    """The size of the teacher in a folder, from its configuration and the heads of its safetensors files.
+
+    Raises MissingInputError where they are missing, InputError where they cannot be read.
+    """
+    config = _read_config(folder)
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else {}
+    is_stored_quantised = isinstance(config.get("quantization_config") or text.get("quantization_config"), dict)
+    bits = None if quantization is None or is_stored_quantised else quantised_bits(quantization)
+    n_bytes = sum(
+        _device_bytes(name, stored, n, dtype=dtype, bits=bits, as_stored=is_stored_quantised)
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, stored, n in _tensors(path)
+    )
+    if not n_bytes:
+        raise MissingInputError(f"{folder} holds no weights in *.safetensors")
+    precision = dtype if bits is None else f"{bits:g}-bit {dtype}"
+    return TeacherSize(
+        weights_gib=n_bytes / GIB,
+        precision="their stored precision" if is_stored_quantised else precision,
+        model_type=str(config.get("model_type", "an unnamed architecture")),
+        divisors=_divisors({**config, **text}),
+        is_quantised=is_stored_quantised or quantization is not None,
+        has_plan=has_plan,
+    )
+
+
+def quantised_bits(quantization: Mapping[str, Any]) -> float | None:
+    """Bits of a weight under a quantisation on loading, scales included; None where this does not say (then the
+    weights are counted as if they stayed as they are)."""
+    if quantization.get("load_in_4bit"):
+        return 4.5
+    if quantization.get("load_in_8bit"):
+        return 8.0
+    if isinstance(bits := quantization.get("bits") or quantization.get("nbits"), int):
+        return bits + 0.5
+    said = " ".join(str(quantization.get(name, "")).lower() for name in ("quant_method", "weights", "quant_type"))
+    for word, n_bits in (("fp8", 8.0), ("float8", 8.0), ("int8", 8.0), ("eetq", 8.0), ("int4", 4.5), ("fp4", 4.5)):
+        if word in said:
+            return n_bits
+    return None
+
+
+def _device_bytes(name: str, stored: str, n: int, *, dtype: str, bits: float | None, as_stored: bool) -> float:
+    stored_bytes = _STORED_FLOATS.get(stored) or _STORED_OTHERS.get(stored, 1)
+    if as_stored or stored not in _STORED_FLOATS:
+        return n * stored_bytes
+    if bits is not None and not any(part in name for part in ("embed", "head", "norm")):
+        return n * bits / 8
+    return n * BYTES_OF[dtype]
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, int]]:
+    """(name, stored type, numbers) of each tensor, from the head of a file: 8 bytes with its length, then JSON."""
+    try:
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > LARGEST_HEADER_BYTES:
+                raise ValueError(f"a head of {length} bytes")
+            head = json.loads(f.read(length))
+        for name, tensor in head.items():
+            if name != "__metadata__":
+                yield name, str(tensor["dtype"]), math.prod(tensor["shape"])
+    except OSError as e:
+        raise MissingInputError(f"{path} cannot be read: {e.strerror}") from e
+    except (ValueError, struct.error, LookupError, TypeError, AttributeError) as e:
+        raise InputError(f"{path} is no safetensors file ({e}): download it again") from e
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as e:
+        raise MissingInputError(f"{path} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise InputError(f"{path} is not JSON ({e}): download it again") from e
+    return config if isinstance(config, dict) else {}
+
+
+def _numbers(value: Any) -> list[int]:
+    """Of a number, or of a list with one for each layer; 0 stands for none."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+
+
+def _divisors(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Empty where the configuration names no heads."""
+    heads = _numbers(config.get("num_attention_heads"))
+    if not heads:
+        return ()
+    names = ("num_key_value_heads", "vocab_size", "intermediate_size", "moe_intermediate_size")
+    return tuple(sorted({*heads, *(n for name in names for n in _numbers(config.get(name)))}))

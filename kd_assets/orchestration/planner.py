@@ -1,0 +1,329 @@
+"""From a selection (assets and partitions) to the exact results that must exist: their identities, folders and inputs.
+
+Everything here is a function of the recipe, the current shard plan, the committed shards and the teacher's files, so
+that the same selection always names the same results; whoever asks again finds them committed and computes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_assets.contract import Asset, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
+from kd_assets.durable import atomic_write, prepare_folder
+from kd_assets.errors import MissingInputError, StoreError
+from kd_assets.model_files.digests import DigestCache
+from kd_assets.model_files.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from kd_assets.model_files.folder import model_folder
+from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
+from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
+from kd_assets.store import FORMAT_VERSION, Manifest, committed, fingerprint, plan_output, read_manifest
+from kd_assets.store.fingerprint import INPUT_KEY
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherIdentity:
+    """The teacher's files as they are now."""
+
+    folder: Path
+    weights: str
+    tokenizer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedWork:
+    """What one job of a kind has to do, and the partitions that cannot be asked for, each with its reason."""
+
+    kind: JobKind
+    units: tuple[WorkUnit, ...]
+    impossible: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def only(self, wanted: Callable[[Output], bool]) -> PlannedWork:
+        """The units with the outputs that are `wanted`; without the units that have none left."""
+        kept = [dataclasses.replace(u, outputs=tuple(o for o in u.outputs if wanted(o))) for u in self.units]
+        return dataclasses.replace(self, units=tuple(u for u in kept if u.outputs))
+
+    def survey(self) -> Survey:
+        """What is committed already and what is missing, each result looked at once. A damaged manifest makes its
+        partition impossible: it must not stop the others."""
+        committed_outputs: list[tuple[WorkUnit, Output]] = []
+        missing: set[str] = set()
+        damaged: dict[str, str] = {}
+        for unit in self.units:
+            for output in unit.outputs:
+                try:
+                    if is_committed(output):
+                        committed_outputs.append((unit, output))
+                    else:
+                        missing.add(output.path)
+                except StoreError as e:
+                    damaged[unit.partition_key] = f"{e}. Move {output.path} away and materialize again"
+        return Survey(
+            committed=tuple((u, o) for u, o in committed_outputs if u.partition_key not in damaged),
+            missing=dataclasses.replace(
+                self, units=tuple(u for u in self.units if u.partition_key not in damaged), impossible={}
+            ).only(lambda o: o.path in missing),
+            impossible={**self.impossible, **damaged},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """Planned work, sorted by what is there of it."""
+
+    committed: tuple[tuple[WorkUnit, Output], ...]
+    missing: PlannedWork
+    impossible: Mapping[str, str]
+    """Partition → why it cannot be asked for."""
+
+
+class Planner:
+    """Names the results of one recipe in one deployment."""
+
+    def __init__(self, recipe: Recipe, recipe_folder: Path, digests: DigestCache, variables: Mapping[str, str]) -> None:
+        self._recipe, self._folder, self._digests, self._variables = recipe, recipe_folder, digests, variables
+        self._teacher: TeacherIdentity | None = None
+        self._tokenizer: tuple[Path, str] | None = None
+
+    @property
+    def recipe_folder(self) -> Path:
+        return self._folder
+
+    # ------------------------------------------------------------------ the plan
+
+    def make_plan(self) -> ShardPlan:
+        """Read every source once and make its shards the current plan. Nothing is written when a source is bad."""
+        plan = plan_shards(
+            [s.spec for s in self._recipe.sources],
+            documents_per_shard=self._recipe.documents_per_shard,
+            shard_prefix=self._recipe.name,
+            base_folder=Path(self._variables["KD_HOME"]),
+            environment=self._variables,
+        )
+        folder = self._folder / SHARD_PLAN
+        prepare_folder(folder)
+        atomic_write(folder / f"{plan.plan_hash[:16]}.json", plan.to_json().encode())
+        atomic_write(folder / PLAN_FILE, plan.to_json().encode())
+        return plan
+
+    def _resolve(self, path: str, *, what: str) -> Path:
+        """An absolute path; a relative one starts from KD_HOME."""
+        return resolve_path(path, Path(self._variables["KD_HOME"]), what=what, environment=self._variables)
+
+    def current_plan(self) -> ShardPlan:
+        """The plan made last. Raises MissingInputError when there is none."""
+        path = self._folder / SHARD_PLAN / PLAN_FILE
+        try:
+            return ShardPlan.from_json(path.read_text(), where=str(path))
+        except FileNotFoundError as e:
+            raise MissingInputError(
+                f"no shard plan at {path}: materialize {self._recipe.name}/{SHARD_PLAN} first"
+            ) from e
+
+    # ------------------------------------------------------------------ the teacher's files
+
+    def teacher(self) -> TeacherIdentity:
+        """Fingerprints of weights and tokenizer. Hashes each file once for as long as it does not change."""
+        if self._teacher is None:
+            folder, tokenizer = self._tokenizer_identity()
+            remote_code = self._recipe.teacher.trust_remote_code
+            weights = weights_fingerprint(folder, self._digests, remote_code=remote_code)
+            self._teacher = TeacherIdentity(folder=folder, weights=weights, tokenizer=tokenizer)
+        return self._teacher
+
+    @property
+    def teacher_folder(self) -> Path:
+        """Where the teacher's files lie here."""
+        return self._tokenizer_identity()[0]
+
+    def _tokenizer_identity(self) -> tuple[Path, str]:
+        if self._tokenizer is None:
+            teacher = self._recipe.teacher
+            model = teacher.model
+            if model.startswith((".", "/", "~", "$")):
+                model = str(self._resolve(model, what="teacher"))
+            folder = model_folder(model, teacher.revision)
+            self._tokenizer = folder, tokenizer_fingerprint(folder, self._digests)
+        return self._tokenizer
+
+    # ------------------------------------------------------------------ results
+
+    def shards_output(self, shard: PlannedShard) -> Output:
+        """The tokenised shard that the current plan and recipe name."""
+        params = self.shards_params()
+        variant = {
+            "tokenizer_fingerprint": params.tokenizer_fingerprint,
+            "max_length": params.max_length,
+            "on_bad_record": params.on_bad_record,
+            "part_documents": params.part_documents,
+        }
+        return self._output(SHARDS_MANIFEST, shard.partition_key, variant, shard.input_hash)
+
+    def cache_output(self, asset: Asset, partition_key: str, shard: Manifest) -> Output:
+        """The cache of one committed shard."""
+        teacher = self.teacher()
+        variant = {
+            "weights_fingerprint": teacher.weights,
+            "tokenizer_fingerprint": teacher.tokenizer,
+            "dtype": self._recipe.teacher.dtype,
+            **self._recipe.teacher.changes_to_the_model,
+            "params": content_of(self._recipe.cache_params[asset], seed=self._recipe.teacher.seed),
+            "part_documents": self._recipe.part_documents,
+            "part_tokens": self._recipe.part_tokens,
+        }
+        return self._output(asset, partition_key, variant, shard.data_version)
+
+    def _output(self, asset: Asset, partition_key: str, variant: Mapping[str, Any], input_hash: str) -> Output:
+        identity = {"asset": asset, "format_version": FORMAT_VERSION, **variant, INPUT_KEY: input_hash}
+        # Through JSON, so that what the worker reads back is what was hashed.
+        return plan_output(
+            asset, json.loads(json.dumps(identity)), recipe_folder=self._folder, partition_key=partition_key
+        )
+
+    # ------------------------------------------------------------------ work
+
+    def shards_work(self, partition_keys: Sequence[str]) -> PlannedWork:
+        """Tokenising of these partitions."""
+        shards = {s.partition_key: s for s in self.current_plan().shards}
+        units, impossible = [], {}
+        for key in partition_keys:
+            if (shard := shards.get(key)) is None:
+                impossible[key] = self._not_in_plan(key)
+                continue
+            units.append(
+                WorkUnit(
+                    partition_key=key,
+                    n_tokens=shard.n_bytes // 4,  # about four bytes a token in English; only for balancing
+                    records=shard.records,
+                    outputs=(self.shards_output(shard),),
+                )
+            )
+        return PlannedWork(kind="shards", units=tuple(units), impossible=impossible)
+
+    def teacher_work(self, partition_keys: Sequence[str], assets: Sequence[Asset]) -> PlannedWork:
+        """One teacher pass over these partitions that feeds these caches. A partition whose shard is not committed is
+        impossible: content of an older plan is never cached as if it were today's."""
+        shards = {s.partition_key: s for s in self.current_plan().shards}
+        units, impossible = [], {}
+        for key in partition_keys:
+            if (planned := shards.get(key)) is None:
+                impossible[key] = self._not_in_plan(key)
+                continue
+            output = self.shards_output(planned)
+            try:
+                shard = committed(Path(output.path), output.fingerprint)
+            except StoreError as e:
+                impossible[key] = f"{e}. Move {output.path} away and materialize {SHARDS_MANIFEST} again"
+                continue
+            if shard is None:
+                impossible[key] = (
+                    f"{self._recipe.name}/{SHARDS_MANIFEST} has no partition {key} for the current plan and recipe: "
+                    "materialize it, or select it in the same run"
+                )
+                continue
+            units.append(
+                WorkUnit(
+                    partition_key=key,
+                    n_tokens=shard.n_tokens,
+                    inputs={SHARDS_MANIFEST: (output.path,)},
+                    outputs=tuple(self.cache_output(asset, key, shard) for asset in assets),
+                )
+            )
+        return PlannedWork(kind="teacher", units=tuple(units), impossible=impossible)
+
+    def student_work(self) -> tuple[PlannedWork, tuple[str, ...]]:
+        """Training on every partition of the plan all of whose caches are committed; and those partitions."""
+        keys = [s.partition_key for s in self.current_plan().shards]
+        survey = self.teacher_work(keys, self._recipe.caches).survey()
+        there: dict[str, list[tuple[WorkUnit, Output]]] = {}
+        for unit, output in survey.committed:
+            there.setdefault(unit.partition_key, []).append((unit, output))
+        units = [found[0][0] for found in there.values() if len(found) == len(self._recipe.caches)]
+        if not units:
+            raise MissingInputError(
+                f"no partition of {self._recipe.name} has all its caches ({', '.join(self._recipe.caches)}) for the "
+                "current plan and recipe: materialize some first"
+            )
+        inputs: dict[str, tuple[str, ...]] = {
+            asset: tuple(o.path for u in units for o in u.outputs if o.asset == asset) for asset in self._recipe.caches
+        }
+        content = {
+            asset: [read_manifest(Path(folder)).data_version for folder in folders] for asset, folders in inputs.items()
+        }
+        variant = {"student": dataclasses.asdict(self.student_params())}
+        output = self._output(STUDENT_SMOKE, "all", variant, fingerprint(content))
+        unit = WorkUnit(partition_key="all", n_tokens=sum(u.n_tokens for u in units), inputs=inputs, outputs=(output,))
+        return PlannedWork(kind="student", units=(unit,)), tuple(u.partition_key for u in units)
+
+    # ------------------------------------------------------------------ what the worker is told
+
+    def shards_params(self) -> ShardsParams:
+        folder, tokenizer = self._tokenizer_identity()
+        return ShardsParams(
+            tokenizer=str(folder),
+            revision=self._recipe.teacher.revision,
+            tokenizer_fingerprint=tokenizer,
+            max_length=self._recipe.max_length,
+            on_bad_record=self._recipe.on_bad_record,
+        )
+
+    def teacher_params(self) -> TeacherParams:
+        recipe, teacher = self._recipe, self.teacher()
+        return TeacherParams(
+            model=str(teacher.folder),
+            revision=recipe.teacher.revision,
+            weights_fingerprint=teacher.weights,
+            tokenizer_fingerprint=teacher.tokenizer,
+            dtype=recipe.teacher.dtype,
+            token_budget=recipe.teacher.token_budget,
+            trust_remote_code=recipe.teacher.trust_remote_code,
+            quantization=None if recipe.teacher.quantization is None else dict(recipe.teacher.quantization),
+            placement=recipe.teacher.placement,
+            n_devices=recipe.teacher.n_devices,
+            compile=recipe.teacher.compile,
+            part_documents=recipe.part_documents,
+            part_tokens=recipe.part_tokens,
+            recompute_documents=recipe.teacher.recompute_documents,
+            seed=recipe.teacher.seed,
+            topk=recipe.topk,
+            hidden_states=recipe.hidden_states,
+            embeddings=recipe.embeddings,
+        )
+
+    def student_params(self) -> StudentParams:
+        return self._recipe.student or StudentParams()
+
+    def provenance(self, kind: JobKind) -> dict[str, Any]:
+        """What a task cannot know itself: where its input and its teacher come from, and under which licences."""
+        plan, (folder, tokenizer) = self.current_plan(), self._tokenizer_identity()
+        facts: dict[str, Any] = {
+            "plan_hash": plan.plan_hash,
+            "sources": [dataclasses.asdict(s) for s in plan.sources],
+            "tokenizer": str(folder),
+            "tokenizer_fingerprint": tokenizer,
+        }
+        if kind != "shards":
+            facts |= {
+                "teacher": self._recipe.teacher.model,
+                "teacher_folder": str(folder),
+                "teacher_revision": self._recipe.teacher.revision,
+                "weights_fingerprint": self.teacher().weights,
+            }
+        return facts
+
+    def _not_in_plan(self, partition_key: str) -> str:
+        return (
+            f"the current shard plan of {self._recipe.name} has no shard {partition_key}: "
+            f"materialize {self._recipe.name}/{SHARD_PLAN} again, or choose another partition"
+        )
+
+
+def is_committed(output: Output) -> bool:
+    """Whether the result is there. Raises StoreError when what is there cannot be read."""
+    return committed(Path(output.path), output.fingerprint) is not None

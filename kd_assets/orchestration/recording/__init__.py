@@ -1,0 +1,1 @@
+"""Telling Dagster what is committed."""

@@ -1,0 +1,77 @@
+"""What the web UI shows of a committed result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from kd_assets.orchestration.recording.telemetry_picture import timeline_markdown
+from kd_assets.store import Manifest
+
+NUMBERS = (
+    "tokens_per_s",
+    "wall_s",
+    "joules",
+    "cpu_joules",
+    "gpu_utilisation_percent",
+    "peak_memory_gib",
+    "padding_fraction",
+    "token_budget",
+    "n_bad_records",
+)
+"""Facts that Dagster plots over partitions, where they are known."""
+
+WORDS = (
+    "teacher",
+    "quantization",
+    "trust_remote_code",
+    "placement",
+    "n_devices",
+    "compiled",
+    "host",
+    "device",
+    "gpu",
+    "slurm_job_id",
+    "attempt",
+    "code_commit",
+)
+"""Of the provenance, what stands by itself."""
+
+
+def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """What the web UI shows of a committed result, the most telling first. Numbers stay numbers: Dagster plots them."""
+    facts, provenance = manifest.facts, manifest.provenance
+    metadata: dict[str, Any] = {}
+    if manifest.n_documents:
+        metadata |= {
+            "dagster/partition_row_count": manifest.n_documents,
+            "documents": manifest.n_documents,
+            "tokens": manifest.n_tokens,
+            "bytes_per_token": round(manifest.n_bytes / manifest.n_tokens, 2),
+        }
+    metadata["bytes"] = manifest.n_bytes
+    for name in NUMBERS:
+        value = facts.get(name, provenance.get(name))
+        if value is not None:
+            metadata[name] = value
+    if (picture := timeline_markdown(facts.get("telemetry"))) is not None:
+        metadata["telemetry"] = dg.MetadataValue.md(picture)
+    metadata |= {
+        "dagster/uri": str(folder),
+        "folder": dg.MetadataValue.path(str(folder)),
+        "variant": manifest.variant,
+        "fingerprint": manifest.fingerprint,
+        "data_version": manifest.data_version,
+    }
+    for name in WORDS:
+        if provenance.get(name) is not None:
+            metadata[name] = provenance[name]
+    metadata |= {
+        "parameters": dg.MetadataValue.json(dict(manifest.identity)),
+        "statistics": dg.MetadataValue.json(dict(manifest.stats)),
+        "facts": dg.MetadataValue.json({k: v for k, v in facts.items() if k not in (*metadata, "telemetry")}),
+        "provenance": dg.MetadataValue.json(dict(provenance)),
+    }
+    return metadata

@@ -1,0 +1,267 @@
+"""Telling Dagster of a committed result: one materialization with metadata and provenance, and its checks.
+
+The manifest on disk is the only source; an event of a job never is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from kd_assets.contract import CACHES, Asset, Output, WorkUnit
+from kd_assets.dagster_internals import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_TAG,
+    CheckTarget,
+    input_tags,
+    interrupts_held_back,
+    latest_storage_ids,
+    one_transaction,
+)
+from kd_assets.orchestration.recording.metadata import result_metadata
+from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
+from kd_assets.store import CheckResult, Manifest, read_manifest
+from kd_assets.store.checking.checks import check_all
+from kd_assets.store.fingerprint import INPUT_KEY
+
+CHECKS: dict[str, str] = {
+    "complete": "Documents and tokens of the part files equal those of the shards manifest.",
+    "schema": "Every part file has exactly the schema of FORMAT.md.",
+    "finite": "No stored number is NaN or infinite; kept probabilities add up to at most 1.",
+    "recomputed": "A seeded sample of documents, computed again one at a time with a plain log_softmax, agrees.",
+}
+
+COLLECT_RESULTS = 50
+"""Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile: 0.4 s or so."""
+
+COLLECT_TOKENS = 1_000_000
+"""Tokens of the results that are collected: their checks read them, and delay what comes after."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Collected:
+    """A committed output that Dagster is still to be told of."""
+
+    unit: WorkUnit
+    output: Output
+    manifest: Manifest | None = None
+    """None where it is recorded already and only its checks are new."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def partition_key(self) -> str:
+        return self.unit.partition_key
+
+    @property
+    def asset(self) -> Asset:
+        return self.output.asset
+
+
+class Recorder:
+    """Records each result at most once in a run, and remembers which checks failed.
+
+    Results are collected for up to `collect_s` and then written together, which takes less than half the time of
+    writing each alone. Call `flush` while waiting and at the end, also at a bad end. What was collected and is not
+    written is lost to this run only: it is committed, and the next run records it.
+    """
+
+    def __init__(
+        self,
+        context: dg.AssetExecutionContext,
+        recipe: Recipe,
+        *,
+        plan_hash: str,
+        teacher_version: str | None,
+        collect_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`plan_hash` and `teacher_version` are the data versions of the shard plan and of the asset that makes the
+        teacher (None where no asset does) that this run works from. With a `collect_s` of 0 each result is written at
+        once."""
+        self._context, self._recipe = context, recipe
+        self._plan_hash, self._teacher_version = plan_hash, teacher_version
+        self._collect_s, self._clock = collect_s, clock
+        self._recorded: set[tuple[str, Asset]] = set()
+        self._to_record: list[_Collected] = []
+        self._to_check: list[_Collected] = []
+        self._collecting_since = 0.0
+        self.failed_checks: dict[str, list[str]] = {}
+        """Partition key → what failed, in words. Complete after `flush`."""
+
+    def record(self, unit: WorkUnit, output: Output, *, reused: bool, facts: Mapping[str, Any]) -> None:
+        """Record the materialization and the checks of one committed output, unless this run already has.
+
+        `facts` are metadata of this run rather than of the result: where the log is, for instance. Raises StoreError
+        where its manifest cannot be read.
+        """
+        if (unit.partition_key, output.asset) in self._recorded:
+            return
+        manifest = read_manifest(Path(output.path))
+        self._begin_collecting()
+        self._to_record.append(
+            _Collected(unit=unit, output=output, manifest=manifest, facts={"reused": reused} | dict(facts))
+        )
+        self._recorded.add((unit.partition_key, output.asset))
+        self._flush_if_due()
+
+    def record_checks(self, unit: WorkUnit, output: Output) -> None:
+        """Record the selected checks of one committed cache; its materialization must be recorded."""
+        self._begin_collecting()
+        self._to_check.append(_Collected(unit=unit, output=output))
+        self._flush_if_due()
+
+    def flush(self) -> None:
+        """Write what was collected: first all materializations, then, once they are computed, all checks.
+
+        Either is written wholly or, on an exception, not at all, and is tried again by the next flush; a termination
+        that comes during a write takes effect after it. When this returns all is in the web UI.
+        """
+        if self._to_record:
+            with interrupts_held_back():
+                with one_transaction(self._context.instance, self._context.run.run_id):
+                    # Shards first: the materializations of caches point to theirs.
+                    self._log_materializations([c for c in self._to_record if c.asset not in CACHES])
+                    self._log_materializations([c for c in self._to_record if c.asset in CACHES])
+                self._to_check += [c for c in self._to_record if c.asset in CACHES]
+                self._to_record.clear()
+        if self._to_check:
+            results = [(collected, self._check_results(collected)) for collected in self._to_check]
+            with interrupts_held_back():
+                with one_transaction(self._context.instance, self._context.run.run_id):
+                    self._log_checks(results)
+                self._remember_failed(results)
+                self._to_check.clear()
+
+    def _begin_collecting(self) -> None:
+        if not self._to_record and not self._to_check:
+            self._collecting_since = self._clock()
+
+    def _flush_if_due(self) -> None:
+        collected = [*self._to_record, *self._to_check]
+        if (
+            len(collected) >= COLLECT_RESULTS
+            or sum(c.unit.n_tokens for c in collected) >= COLLECT_TOKENS
+            or self._clock() - self._collecting_since >= self._collect_s
+        ):
+            self.flush()
+
+    # ------------------------------------------------------------------ materializations
+
+    def _log_materializations(self, results: Sequence[_Collected]) -> None:
+        inputs = [self._upstream_versions(c) for c in results]
+        partition_keys = [c.partition_key for c in results]
+        pointers = {key: self._event_pointers(key, partition_keys) for key in {key for i in inputs for key in i}}
+        for collected, versions in zip(results, inputs, strict=True):
+            manifest = collected.manifest
+            assert manifest is not None
+            tags = {
+                DATA_VERSION_TAG: manifest.data_version,
+                CODE_VERSION_TAG: self._recipe.code_version(collected.asset),
+            }
+            for upstream, data_version in versions.items():
+                tags |= input_tags(upstream, data_version, pointers[upstream].get(collected.partition_key))
+            self._context.log_event(
+                dg.AssetMaterialization(
+                    self._recipe.key(collected.asset),
+                    partition=collected.partition_key,
+                    metadata=result_metadata(manifest, Path(collected.output.path)) | dict(collected.facts),
+                    tags=tags,
+                )
+            )
+
+    def _upstream_versions(self, collected: _Collected) -> dict[dg.AssetKey, str]:
+        """The inputs a result stands for, with their data versions. A reused shard stands for today's plan, whichever
+        plan it was made under: its content is what today's plan names."""
+        recipe, manifest = self._recipe, collected.manifest
+        assert manifest is not None
+        if collected.asset == SHARDS_MANIFEST:
+            versions = {recipe.key(SHARD_PLAN): self._plan_hash}
+        else:
+            versions = {recipe.key(SHARDS_MANIFEST): str(manifest.identity[INPUT_KEY])}
+        if recipe.teacher_asset is not None and self._teacher_version is not None:
+            versions[recipe.teacher_asset] = self._teacher_version
+        return versions
+
+    def _event_pointers(self, upstream: dg.AssetKey, partition_keys: Sequence[str]) -> Mapping[str, int]:
+        """Partition → storage id of the last materialization of `upstream` for it; without those that have none."""
+        instance = self._context.instance
+        if upstream == self._recipe.key(SHARDS_MANIFEST):
+            return latest_storage_ids(instance, upstream, partition_keys)
+        records = instance.fetch_materializations(upstream, limit=1).records
+        return dict.fromkeys(partition_keys, records[0].storage_id) if records else {}
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_results(self, collected: _Collected) -> list[CheckResult]:
+        """The selected checks, computed now from the files."""
+        key = self._recipe.key(collected.asset)
+        wanted = {c.name for c in self._context.selected_asset_check_keys if c.asset_key == key}
+        if not wanted:
+            return []
+        (shard_folder,) = collected.unit.inputs[SHARDS_MANIFEST]
+        results = check_all(Path(collected.output.path), Path(shard_folder), manifest=collected.manifest)
+        return [result for result in results if result.name in wanted]
+
+    def _log_checks(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:
+        partitions: dict[Asset, list[str]] = {}
+        for collected, results in checked:
+            if results:
+                partitions.setdefault(collected.asset, []).append(collected.partition_key)
+        targets = {asset: self._check_targets(asset, keys) for asset, keys in partitions.items()}
+        for collected, results in checked:
+            for result in results:
+                self._context.log_event(
+                    dg.AssetCheckEvaluation(
+                        asset_key=self._recipe.key(collected.asset),
+                        check_name=result.name,
+                        passed=result.passed,
+                        partition=collected.partition_key,
+                        description=result.description,
+                        metadata=dict(result.numbers),
+                        # Without the target Dagster shows no status at the partition.
+                        target_materialization_data=targets[collected.asset].get(collected.partition_key),
+                    )
+                )
+
+    def _check_targets(self, asset: Asset, partition_keys: Sequence[str]) -> dict[str, CheckTarget]:
+        """Partition → its last materialization; without those that have none."""
+        instance, key = self._context.instance, self._recipe.key(asset)
+        ids = latest_storage_ids(instance, key, partition_keys)
+        if not ids:
+            return {}
+        records = instance.fetch_materializations(
+            dg.AssetRecordsFilter(asset_key=key, storage_ids=list(ids.values())), limit=len(ids)
+        ).records
+        return {
+            str(r.partition_key): CheckTarget(run_id=r.run_id, storage_id=r.storage_id, timestamp=r.timestamp)
+            for r in records
+        }
+
+    def _remember_failed(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:
+        for collected, results in checked:
+            for result in results:
+                if not result.passed:
+                    self.failed_checks.setdefault(collected.partition_key, []).append(
+                        f"{collected.asset}: check {result.name} failed: {result.description}"
+                    )
+
+
+def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetCheckSpec]:
+    return [
+        dg.AssetCheckSpec(name, asset=recipe.key(asset), description=description, partitions_def=partitions)
+        for asset in recipe.caches
+        for name, description in CHECKS.items()
+    ]
+
+
+def latest_data_version(instance: dg.DagsterInstance, key: dg.AssetKey) -> str | None:
+    """The data version an unpartitioned asset's last materialization gave; None when there is none."""
+    records = instance.fetch_materializations(key, limit=1).records
+    if not records or records[0].asset_materialization is None:
+        return None
+    return (records[0].asset_materialization.tags or {}).get(DATA_VERSION_TAG)

@@ -1,0 +1,164 @@
+"""A recipe's YAML: the pydantic models that are its schema (`dg check yaml` validates against them).
+
+Right behind them stands the frozen `Recipe`, and nothing else in the project sees pydantic.
+"""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import dagster as dg
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
+from kd_assets.recipes.recipe import Tasks
+
+
+class SourceModel(dg.Model, dg.Resolvable):
+    """A file of documents: records with a text field, or with a list of chat messages."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    path: str
+    """A file; `$NAME` stands for an environment variable, looked up when the shard plan is made."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    text_field: str = "text"
+    messages_field: str = "messages"
+    licence: str = "unknown"
+    revision: str | None = None
+    made_by: str | None = None
+    """Key of the asset that writes this file, for the lineage (`demo/corpus`)."""
+
+
+def _n_devices_refused(placements: list[str], when: dict[str, Any], because: str) -> dict[str, Any]:
+    """JSON schema of a teacher: numbers of devices that these placements cannot have."""
+    return {
+        "if": {"properties": {"placement": {"enum": placements}}, "required": ["placement"]},
+        "then": {"properties": {"n_devices": refused({"type": "integer", **when}, because)}},
+    }
+
+
+_ONE_IS_ONE = "1, or left out, beside placement one_device"
+
+_SPLIT_IS_SEVERAL = "2 or more, or left out, beside a placement over several devices"
+
+_NAMES_ITS_METHOD = "name the method: quant_method, as the to_dict() of its transformers configuration does"
+
+
+class TeacherModel(dg.Model, dg.Resolvable):
+    """The model that is run. (`model_id` and not `model`: dagster's Resolvable has a method of that name.)"""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                _n_devices_refused(["one_device"], {"minimum": 2}, _ONE_IS_ONE),
+                _n_devices_refused(["tensor_parallel", "device_map"], {"maximum": 1}, _SPLIT_IS_SEVERAL),
+            ]
+        }
+    )
+
+    model_id: str
+    """A hub id, or a folder when it starts with `/`, `.`, `~` or `$`."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    token_budget: Positive | None = None
+    """Tokens of a batch, padding included; left out: found from the memory that is free once the teacher is loaded."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    quantization: Annotated[dict[str, Any], Field(json_schema_extra={"required": ["quant_method"]})] | None = None
+    """A transformers quantisation configuration (`quant_method` and its parameters), applied on loading."""
+    placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
+    """How a teacher lies on the GPUs of its process; auto: one GPU where it fits, else split over several."""
+    n_devices: Positive | None = None
+    """GPUs that one teacher is spread over."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    recompute_documents: Annotated[int, Field(ge=1)] = 2
+    seed: int = 0
+    made_by: str | None = None
+
+    @field_validator("quantization")
+    @classmethod
+    def _has_a_method(cls, quantization: dict[str, Any] | None) -> dict[str, Any] | None:
+        if quantization is not None and "quant_method" not in quantization:
+            raise ValueError(_NAMES_ITS_METHOD)
+        return quantization
+
+    @model_validator(mode="after")
+    def _devices_suit_the_placement(self) -> "TeacherModel":
+        if self.placement == "one_device" and self.n_devices not in (None, 1):
+            raise ValueError(f"n_devices is {self.n_devices}; it can only be {_ONE_IS_ONE}")
+        if self.placement in ("tensor_parallel", "device_map") and self.n_devices == 1:
+            raise ValueError(f"n_devices is 1; it can only be {_SPLIT_IS_SEVERAL}")
+        return self
+
+
+class TopkModel(dg.Model, dg.Resolvable):
+    k: Positive
+    max_length: Positive
+    draws: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Token ids drawn at random from each whole distribution besides (random-sampling KD)."""
+
+
+class HiddenStatesModel(dg.Model, dg.Resolvable):
+    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    max_length: Positive
+
+
+class EmbeddingsModel(dg.Model, dg.Resolvable):
+    max_length: Positive
+
+
+class CachesModel(dg.Model, dg.Resolvable):
+    """Which caches the recipe has; one that is left out is not made."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    topk: TopkModel | None = None
+    hidden_states: HiddenStatesModel | None = None
+    embeddings: EmbeddingsModel | None = None
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> "CachesModel":
+        if self.topk is None and self.hidden_states is None and self.embeddings is None:
+            raise ValueError("name at least one of topk, hidden_states, embeddings")
+        return self
+
+
+class StudentModel(dg.Model, dg.Resolvable):
+    steps: Positive = 60
+    batch_documents: Positive = 8
+    max_length: Positive = 256
+    hidden_size: Positive = 128
+    n_layers: Positive = 2
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    seed: int = 0
+
+
+class TasksModel(dg.Model, dg.Resolvable):
+    n_tasks: Annotated[int, Field(gt=0, le=100_000)] = 1
+    """Array tasks of a job at most; a task works through its share of the partitions, balanced by tokens."""
+    concurrency: Positive = 1
+    """Tasks that run at once."""
+    processes_per_task: Annotated[int, Field(gt=0, le=64)] | None = None
+    """Processes that share a task's partitions, each with an equal share of the node's GPUs and a teacher of its own;
+    left out: as many as the teacher's size leaves room for, where `gpu_memory_gib` is known, else one."""
+    slurm: ResourcesModel = ResourcesModel()
+    """What each task asks for; the local scheduler does not look at it."""
+
+    def to_tasks(self) -> Tasks:
+        resources = dataclasses.replace(self.slurm.to_resources(), processes_per_task=self.processes_per_task)
+        return Tasks(n_tasks=self.n_tasks, concurrency=self.concurrency, resources=resources)
+
+
+class JobsModel(dg.Model, dg.Resolvable):
+    """How each kind of job is split into array tasks, and what they ask for."""
+
+    shards: TasksModel = TasksModel()
+    teacher: TasksModel = TasksModel()
+    student: TasksModel = TasksModel()
+
+
+class NightlyModel(dg.Model, dg.Resolvable):
+    """Cron lines of the two nightly schedules."""
+
+    plan: str = "30 1 * * *"
+    caches: str = "0 2 * * *"

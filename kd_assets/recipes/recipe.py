@@ -1,0 +1,173 @@
+"""A recipe: one teacher, its sources, and what to cache. The frozen form that everything after the YAML works with.
+
+Imported by components and orchestration. Pure data and names: no file is touched here, so definitions load on a machine
+that has neither the weights nor the sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import dagster as dg
+
+from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, JobKind, StudentParams, TopkParams
+from kd_assets.errors import RecipeError
+from kd_assets.scheduler.job import Resources
+from kd_assets.sources.plan import SourceSpec
+from kd_assets.store import FORMAT_VERSION, fingerprint
+
+SHARD_PLAN = "shard_plan"
+SHARDS_MANIFEST: Asset = "shards_manifest"
+STUDENT_SMOKE: Asset = "student_smoke"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A file of documents. Its path is resolved when a shard plan is made."""
+
+    spec: SourceSpec
+    made_by: str | None = None
+    """Key of the asset that writes the file, where one does (`demo/corpus`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSettings:
+    """Which model runs and how. `model` is a hub id, or a folder (may hold `$NAME`)."""
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    token_budget: int | None = None
+    trust_remote_code: bool = False
+    quantization: Mapping[str, Any] | None = None
+    placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
+    n_devices: int | None = None
+    compile: Literal["auto", "always", "never"] = "auto"
+    recompute_documents: int = 2
+    seed: int = 0
+    made_by: str | None = None
+
+    @property
+    def changes_to_the_model(self) -> dict[str, object]:
+        """What makes another model of the same weights: part of a cache's identity, where a recipe asks for it."""
+        changes: dict[str, object] = {}
+        if self.quantization is not None:
+            changes["quantization"] = dict(self.quantization)
+        if self.trust_remote_code:
+            changes["trust_remote_code"] = True
+        return changes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tasks:
+    """Into how many array tasks a job of a kind is split, how many run at once, and what each of them asks for.
+
+    It decides nothing about the bytes: it is in no fingerprint and no code version.
+    """
+
+    n_tasks: int = 1
+    concurrency: int = 1
+    resources: Resources = field(default_factory=Resources)
+    """Of SLURM; what is None is the cluster profile's word."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    name: str
+    sources: tuple[Source, ...]
+    teacher: TeacherSettings
+    documents_per_shard: int
+    topk: TopkParams | None = None
+    hidden_states: HiddenStateParams | None = None
+    embeddings: EmbeddingParams | None = None
+    student: StudentParams | None = None
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    part_documents: int = 256
+    part_tokens: int = 131072
+    tasks: Mapping[JobKind, Tasks] = field(default_factory=dict)
+    nightly_plan_cron: str = "30 1 * * *"
+    nightly_caches_cron: str = "0 2 * * *"
+
+    def __post_init__(self) -> None:
+        if not self.caches:
+            raise RecipeError(
+                f"recipe {self.name} caches nothing: name at least one of topk, hidden_states, embeddings"
+            )
+
+    @property
+    def cache_params(self) -> dict[Asset, TopkParams | HiddenStateParams | EmbeddingParams]:
+        """The parameters of each cache this recipe has, in the order of `CACHES`."""
+        params = {
+            "topk_cache": self.topk,
+            "hidden_state_cache": self.hidden_states,
+            "embedding_cache": self.embeddings,
+        }
+        return {asset: p for asset in CACHES if (p := params[asset]) is not None}
+
+    @property
+    def caches(self) -> tuple[Asset, ...]:
+        return tuple(self.cache_params)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens after which a document is cut on tokenising: the most any cache keeps."""
+        return max(p.max_length for p in self.cache_params.values())
+
+    def key(self, asset: str) -> dg.AssetKey:
+        return dg.AssetKey([self.name, asset])
+
+    @property
+    def partitions(self) -> dg.DynamicPartitionsDefinition:
+        return dg.DynamicPartitionsDefinition(name=f"{self.name}_shards")
+
+    @property
+    def teacher_asset(self) -> dg.AssetKey | None:
+        """The asset that makes the teacher: caches are stale when its data version changes."""
+        made_by = self.teacher.made_by
+        return None if made_by is None else dg.AssetKey.from_user_string(made_by)
+
+    def tasks_of(self, kind: JobKind) -> Tasks:
+        return self.tasks.get(kind, Tasks())
+
+    def code_version(self, asset: str) -> str:
+        """Changes exactly when the recipe or the format asks for other content, never with a file's."""
+        return f"{FORMAT_VERSION}-{fingerprint(self._content_settings(asset))[:8]}"
+
+    def _content_settings(self, asset: str) -> dict[str, object]:
+        sources = [dataclasses.asdict(s) for s in self.sources]
+        tokenising: dict[str, object] = {
+            "tokenizer": self.teacher.model,
+            "revision": self.teacher.revision,
+            "max_length": self.max_length,
+            "on_bad_record": self.on_bad_record,
+        }
+        if asset == SHARD_PLAN:
+            return {"sources": sources, "documents_per_shard": self.documents_per_shard}
+        if asset == SHARDS_MANIFEST:
+            return tokenising
+        if asset == STUDENT_SMOKE:
+            return {"student": None if self.student is None else dataclasses.asdict(self.student)}
+        params = {str(a): p for a, p in self.cache_params.items()}[asset]
+        return {
+            "model": self.teacher.model,
+            "revision": self.teacher.revision,
+            "dtype": self.teacher.dtype,
+            **self.teacher.changes_to_the_model,
+            "params": content_of(params, seed=self.teacher.seed),
+            "parts": [self.part_documents, self.part_tokens],
+        }
+
+
+def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
+    """A cache's parameters as they enter its identity, with the seed where something is drawn with it. One that came
+    later is left out where it is not used, so that what was made before it stays what it is."""
+    content: dict[str, object] = dataclasses.asdict(params)
+    if isinstance(params, TopkParams):
+        if params.draws:
+            content["seed"] = seed
+        else:
+            del content["draws"]
+    return content

@@ -1,0 +1,1 @@
+"""The embedded scheduler: job arrays on this machine."""

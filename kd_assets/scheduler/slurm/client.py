@@ -1,0 +1,235 @@
+"""SLURM's own commands as functions: sbatch, squeue, sacct, scancel, scontrol, sinfo. No decisions.
+
+Their text is read by `parsing`, their state words by `states`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd_assets.errors import SchedulerError, SchedulerUnreachableError
+from kd_assets.scheduler.job import JobSpec, Resources
+from kd_assets.scheduler.slurm.command import Answer, CommandMissingError, CommandRunner
+from kd_assets.scheduler.slurm.parsing import (
+    ACCOUNTING_FIELDS,
+    PARTITION_FIELDS,
+    QUEUE_FIELDS,
+    UNANSWERED,
+    AccountingRow,
+    PartitionInfo,
+    QueueRow,
+    SubmitAnswer,
+    Unknown,
+    excluded_nodes,
+    parse_accounting,
+    parse_node_states,
+    parse_partitions,
+    parse_queue,
+    read_submit_answer,
+)
+from kd_assets.scheduler.slurm.profile import Profile
+
+_FIRST_UTS = 1_000_000_000  # sacct refuses times since the epoch of fewer digits
+
+_NAMES_A_CALL = 500
+
+_IDS_A_CALL = 1000
+
+_REFUSALS = (
+    "Access/permission denied",
+    "Invalid job id",
+    "Job/step already completing or completed",
+    "Job is no longer pending execution",
+    "Invalid user",
+)
+"""In the text of the other commands: an answer, and waiting does not change it."""
+
+
+class Slurm:
+    """A cluster's commands. Each raises SchedulerUnreachableError when there is no answer within `timeout_s`."""
+
+    def __init__(self, run: CommandRunner, *, timeout_s: float) -> None:
+        self._runner, self._timeout_s = run, timeout_s
+        self._max_array_size: int | None = None
+
+    def submit(self, argv: Sequence[str]) -> SubmitAnswer:
+        """Run an sbatch command line that asks for `--parsable` output. Never raises for want of an answer."""
+        try:
+            return read_submit_answer(self._run(argv))
+        except SchedulerUnreachableError as e:
+            return Unknown(text=str(e))
+
+    def queue_text(self) -> str:
+        """One squeue call for all of this user's jobs, as a text that `parse_queue` reads in any process."""
+        fields = ",".join(f"{field}:{separator}" for separator in (_new_separator(),) for field in QUEUE_FIELDS)
+        # Without --array-unique squeue folds a task that was requeued or held into its array's row of those that never
+        # started, with their restart count of 0. --array would name each task, but forgets the last one of `0-20:2`.
+        return self._answer(["squeue", "--me", "--all", "--array-unique", "--states=all", f"--Format={fields}"]).stdout
+
+    def queue(self) -> list[QueueRow]:
+        """All of this user's jobs whose name is one of ours, ended ones until SLURM forgets them (MinJobAge)."""
+        return parse_queue(self.queue_text())
+
+    def accounting(self, names: Sequence[str], since: float) -> list[AccountingRow] | None:
+        """Every attempt of the jobs with these names that lived at `since` (epoch) or later, oldest first.
+
+        None where the site has no accounting. A new job takes up to five seconds to appear.
+        """
+        rows: list[AccountingRow] = []
+        for i in range(0, len(names), _NAMES_A_CALL):
+            separator = _new_separator()
+            argv = [
+                "sacct", "--duplicates", "--noheader", "--parsable2", f"--delimiter={separator}",
+                f"--starttime=uts{max(int(since), _FIRST_UTS)}", f"--name={','.join(names[i : i + _NAMES_A_CALL])}",
+                f"--format={','.join(ACCOUNTING_FIELDS)}",
+            ]  # fmt: skip
+            try:
+                answer = self._run(argv)
+            except CommandMissingError:
+                return None
+            if answer.status != 0:
+                if "accounting storage is disabled" in answer.stderr:
+                    return None
+                raise _no_answer(answer)
+            rows += parse_accounting(answer.stdout, separator)
+        return rows
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Ask for the end of jobs (`14`) or array tasks (`14_3`), and return before they are gone.
+
+        One that SLURM does not know any more is no error.
+        """
+        for i in range(0, len(ids), _IDS_A_CALL):
+            answer = self._run(["scancel", *ids[i : i + _IDS_A_CALL]])
+            gone = [line for line in answer.stderr.splitlines() if "Invalid job id" in line]
+            if answer.status != 0 and (not gone or len(gone) < len(answer.stderr.splitlines())):
+                raise _no_answer(answer)
+
+    def release(self, task_id: str) -> None:
+        """Let a held task start. Raises SchedulerError when it may not, or is no longer there."""
+        answer = self._run(["scontrol", "release", task_id])
+        if answer.status != 0:
+            raise _no_answer(answer)
+
+    def exclude(self, task_id: str, nodes: Sequence[str]) -> None:
+        """Keep a task that waits from these nodes, too. Raises SchedulerError when it no longer waits."""
+        shown = self._answer(["scontrol", "--oneliner", "show", "job", task_id]).stdout
+        update = f"ExcNodeList={','.join([*excluded_nodes(shown), *nodes])}"
+        self._answer(["scontrol", "update", f"JobId={task_id}", update])
+
+    def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Node → sinfo's word for it (see `slurm_states.is_bad_node`); without those that SLURM does not know."""
+        argv = ["sinfo", "--noheader", "--all", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T"]
+        return parse_node_states(self._answer(argv).stdout)
+
+    def max_array_size(self) -> int:
+        """One more than the largest index of an array. Asked once."""
+        if self._max_array_size is None:
+            text = self._answer(["scontrol", "show", "config"]).stdout
+            match = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
+            self._max_array_size = int(match[1]) if match else 1001  # SLURM's default
+        return self._max_array_size
+
+    def version(self) -> str:
+        """`22.05.8`."""
+        text = self._answer(["squeue", "--version"]).stdout
+        match = re.search(r"\d+\.\d+(\.\d+)?\S*", text)
+        return match[0] if match else text.strip()
+
+    def partitions(self) -> list[PartitionInfo]:
+        """What sinfo lists, one entry for each shape of node in a partition."""
+        return parse_partitions(
+            self._answer(["sinfo", "--noheader", "--exact", "--format=" + "|".join(PARTITION_FIELDS)]).stdout
+        )
+
+    def _answer(self, argv: Sequence[str]) -> Answer:
+        answer = self._run(argv)
+        if answer.status != 0:
+            raise _no_answer(answer)
+        return answer
+
+    def _run(self, argv: Sequence[str]) -> Answer:
+        return self._runner.run(argv, timeout_s=self._timeout_s)
+
+
+def sbatch_argv(
+    *,
+    profile: Profile,
+    spec: JobSpec,
+    name: str,
+    comment: str,
+    array: str,
+    log_folder: Path,
+    script: str,
+    arguments: Sequence[str],
+    folder: Path,
+) -> list[str]:
+    """The command line that submits an array, every option on it; `slurm/task.sbatch` has none of its own.
+
+    Each task's output is appended to `slurm-<job id>_<index>.log` in `log_folder`; `folder` is where it starts.
+
+    The command's own environment becomes the jobs' (see `command`): typed into a shell, put `env -i` and what the job
+    may see before it. Raises SchedulerError for a folder whose name sbatch cannot express.
+    """
+    wanted = spec.resources
+    options = {
+        "job-name": name,
+        "comment": comment,
+        "array": array,
+        "chdir": str(folder),
+        "output": f"{_literal(str(log_folder))}/slurm-%A_%a.log",
+        "open-mode": "append",
+        "signal": f"B:USR1@{profile.signal_s}",
+        # Not a list of names, nor NONE: both make the node run `su - user` for the login environment, which may stall
+        # or fail, and hand the same narrow list on to every srun. ALL is small here, see `command.KEPT_VARIABLES`.
+        "export": "ALL",
+        "partition": wanted.slurm_partition,
+        "account": wanted.account,
+        "qos": wanted.qos,
+        "constraint": wanted.constraint,
+        "gpus-per-node": wanted.gpus_per_node,
+        "cpus-per-task": wanted.cpus,
+        "mem": _memory(wanted),
+        "time": wanted.time_minutes,
+        "exclude": ",".join(spec.excluded_nodes) or None,
+    }
+    flags = ["--requeue", *(["--exclusive"] if wanted.exclusive else [])]
+    given = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    return ["sbatch", "--parsable", *given, *flags, *wanted.sbatch_options, script, *arguments]
+
+
+def _memory(wanted: Resources) -> str | None:
+    """sbatch's `--mem`. A whole node has all of its memory (0): SLURM alone would give it the site's default."""
+    if wanted.memory_gib is None:
+        return "0" if wanted.exclusive else None
+    return f"{round(wanted.memory_gib * 1024)}M"
+
+
+def _new_separator() -> str:
+    """Drawn for one call, so that no name or comment can hold it."""
+    return f"|{secrets.token_hex(6)}|"
+
+
+def _literal(path: str) -> str:
+    """A folder in sbatch's `--output`, where `%` starts a symbol.
+
+    Raises SchedulerError for a backslash: one anywhere makes sbatch take all symbols literally, so all tasks of an
+    array would write one file.
+    """
+    if "\\" in path or not path.isprintable():
+        raise SchedulerError(
+            f"SLURM cannot write logs under {path!r}: choose a KD_HOME without backslashes and line ends"
+        )
+    return path.replace("%", "%%")
+
+
+def _no_answer(answer: Answer) -> SchedulerError:
+    """The error for a command that failed: unreachable, unless the controller clearly said no."""
+    text = " ".join((answer.stderr or answer.stdout).split())[-500:]
+    said = f"{answer.argv[0]} failed (exit status {answer.status}): {text or 'without a word'}"
+    if any(phrase in text for phrase in _REFUSALS) and not any(phrase in text.lower() for phrase in UNANSWERED):
+        return SchedulerError(said)
+    return SchedulerUnreachableError(said)

@@ -1,0 +1,56 @@
+"""A cluster's profile: what a site wants of every job, and how its scheduler is reached. Pure data.
+
+Written by an administrator as `slurm/profiles/<name>.yaml`, read by `kd_assets.recipes.cluster_profile`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kd_assets.contract import JobKind
+from kd_assets.scheduler.job import Resources
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """One SLURM cluster as this deployment uses it."""
+
+    name: str
+    ssh: str | None = None
+    """`user@login`: run SLURM's commands there; None: here."""
+    ssh_options: tuple[str, ...] = ()
+    """Before the host on ssh's command line (`-F`, `/etc/kd/ssh_config`); the user's own configuration holds anyway."""
+    defaults: Resources = field(default_factory=Resources)
+    kinds: Mapping[JobKind, Resources] = field(default_factory=dict)
+    """What jobs of a kind ask for, where a recipe does not say."""
+    array_concurrency: int | None = None
+    """Most tasks of one job at once, whatever a recipe asks for."""
+    setup: str = ""
+    """Lines of Bash that every task runs first: modules, environment. No secrets."""
+    secrets: tuple[str, ...] = ("HF_TOKEN",)
+    """Names of environment variables that tasks get through a 0600 file, never in any other way."""
+    poll_interval_s: float = 30.0
+    command_timeout_s: float = 30.0
+    """For each call of a SLURM command."""
+    visibility_grace_s: float = 30.0
+    """How long the shared file system may take to show what a node wrote."""
+    absence_grace_s: float = 60.0
+    """How long a task may be unknown to a scheduler that answers before it counts as lost."""
+    signal_s: int = 300
+    """USR1 comes this many seconds before the time limit."""
+
+    def resources(self, kind: JobKind, wanted: Resources) -> Resources:
+        """What a job asks for: the recipe's word first, then the profile's for its kind, then its defaults."""
+        merged: dict[str, object] = {}
+        for layer in (self.defaults, self.kinds.get(kind, Resources()), wanted):
+            merged |= _set_fields(layer)
+        return Resources(**merged)  # type: ignore[arg-type]
+
+
+def _set_fields(resources: Resources) -> dict[str, object]:
+    """The fields that say something."""
+    return {
+        f.name: v for f in dataclasses.fields(Resources) if (v := getattr(resources, f.name)) not in (None, False, ())
+    }

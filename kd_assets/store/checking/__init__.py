@@ -1,0 +1,1 @@
+"""Comparing what is on disk with what manifests say of it."""

@@ -1,0 +1,277 @@
+"""Random access to the documents of a cache, across partitions: what training reads through.
+
+A reader sees results of exactly one variant, through their partitions' heads as they were when it was made. It keeps
+file names and counts; files are opened when they are first needed, in each process for itself, so a reader may be
+pickled, forked and shared by threads. Arrow files are mapped: a document costs the pages it lies on. Of Parquet files
+one group of rows is decoded at a time, and the last few are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kd_assets.durable import storage_errors
+from kd_assets.errors import CorruptPartError, NotCommittedError, UnknownFieldError, VariantConflictError
+from kd_assets.store.layout import HEAD_NAME, is_variant_name
+from kd_assets.store.manifest import Manifest, PartRecord, read_head, read_manifest
+from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
+from kd_assets.store.reading.columns import Column, column_of
+from kd_assets.store.writing.documents import Int64Array, offsets_of
+
+_OPEN_FILES = 128
+"""Files a process keeps open: well below the usual limit of 1,024, many loader workers included."""
+
+_MAPPED_BYTES = 4096
+"""What a mapped group counts as: its arrays are views of the file, so only the bookkeeping takes memory."""
+
+
+class CacheReader:
+    """The documents of one variant of an asset, in the order of partitions and, within each, of the shard.
+
+    `reader[i]` is a dict with `partition_key`, `document_id` and the columns named by `fields` (all, unless given);
+    arrays are read-only views. Shapes and dtypes are those of FORMAT.md; bfloat16 comes as its bits in uint16.
+    """
+
+    def __init__(
+        self,
+        recipe_folder: Path,
+        asset: str,
+        *,
+        variant: str | None = None,
+        partition_keys: Iterable[str] | None = None,
+        fields: Iterable[str] | None = None,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        """Open the current results of `asset` under a recipe's folder.
+
+        `partition_keys` gives which and in which order (default: all, sorted); `cache_bytes` bounds what a process
+        keeps decoded. Raises VariantConflictError when there are several variants and none is named,
+        NotCommittedError for a partition without a committed result, UnknownFieldError for a column it lacks.
+        """
+        folders = current_results(recipe_folder, asset, variant=variant, partition_keys=partition_keys)
+        self._open(folders, fields=fields, cache_bytes=cache_bytes)
+
+    @classmethod
+    def from_folders(
+        cls, folders: Sequence[Path], *, fields: Iterable[str] | None = None, cache_bytes: int = 256 << 20
+    ) -> CacheReader:
+        """A reader of these result folders, in this order, whether or not they are current."""
+        reader = cls.__new__(cls)
+        reader._open(folders, fields=fields, cache_bytes=cache_bytes)
+        return reader
+
+    def _open(self, folders: Sequence[Path], *, fields: Iterable[str] | None, cache_bytes: int) -> None:
+        self.folders = tuple(folders)
+        self.manifests = tuple(read_manifest(folder) for folder in folders)
+        _require_one_variant(self.manifests, self.folders)
+        self._cache_bytes = cache_bytes
+        self._parts: tuple[tuple[int, Path, PartRecord], ...] = tuple(
+            (i, folder / record.name, record)
+            for i, (folder, manifest) in enumerate(zip(self.folders, self.manifests, strict=True))
+            for record in manifest.parts
+        )
+        self._first_documents = offsets_of(np.array([r.n_documents for _, _, r in self._parts], dtype=np.int64))
+        self._index: tuple[list[str], Int64Array] | None = None
+        self._start_in_process()
+        self._fields = None if fields is None else tuple(fields)
+        if self._parts:
+            available = self.schema.names
+            self._fields = tuple(available) if self._fields is None else self._fields
+            if unknown := [name for name in self._fields if name not in available]:
+                raise UnknownFieldError(
+                    f"{self.asset} in {self.folders[0]} has no field {unknown[0]!r}; it has {', '.join(available)}"
+                )
+
+    @property
+    def asset(self) -> str:
+        return self.manifests[0].asset
+
+    @property
+    def variant(self) -> str:
+        return self.manifests[0].variant
+
+    @property
+    def partition_keys(self) -> tuple[str, ...]:
+        return tuple(manifest.partition_key for manifest in self.manifests)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self._fields or ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of the part files. Raises NotCommittedError when there are no parts, so no documents."""
+        if not self._parts:
+            raise NotCommittedError(f"the results in {[str(f) for f in self.folders[:3]]} hold no documents")
+        with self._locked():
+            return self._part(0).schema
+
+    @property
+    def document_ids(self) -> list[str]:
+        """The id of every document; read from the files on first use."""
+        return list(self._load_index()[0])
+
+    @property
+    def n_tokens_D(self) -> Int64Array:
+        """int64 [D]: tokens of every document; read from the files on first use."""
+        return self._load_index()[1].copy()
+
+    def keys(self) -> list[tuple[str, str]]:
+        """(partition key, document id) of every document: what names a document across the caches of a recipe."""
+        counts = [manifest.n_documents for manifest in self.manifests]
+        of_document = (key for key, n in zip(self.partition_keys, counts, strict=True) for _ in range(n))
+        return list(zip(of_document, self.document_ids, strict=True))
+
+    def __len__(self) -> int:
+        return int(self._first_documents[-1])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        i = int(i) % len(self)
+        part = int(np.searchsorted(self._first_documents, i, side="right")) - 1
+        row = i - int(self._first_documents[part])
+        with self._locked():
+            file = self._part(part)
+            group = file.group_of(row)
+            columns = self._group(part, group)
+            row -= int(file.first_rows[group])
+        document = {name: column.row(row) for name, column in columns.items() if name in self.fields}
+        manifest = self.manifests[self._parts[part][0]]
+        return {"partition_key": manifest.partition_key, "document_id": columns["document_id"].row(row)} | document
+
+    def _group(self, part: int, group: int) -> dict[str, Column]:
+        """The columns of a group of rows, from memory or from the file."""
+        columns = self._groups.pop((part, group), None)
+        if columns is None:
+            names = list(dict.fromkeys(("document_id", *self.fields)))
+            path = self._parts[part][1]
+            table = self._part(part).read_group(group, names)
+            columns = {name: column_of(table[name]) for name in names}
+            self._groups_bytes += _cost(path, columns)
+        self._groups[part, group] = columns  # as the one used last
+        while self._groups_bytes > self._cache_bytes and len(self._groups) > 1:
+            (oldest, _), evicted = self._groups.popitem(last=False)
+            self._groups_bytes -= _cost(self._parts[oldest][1], evicted)
+        return columns
+
+    def _part(self, part: int) -> PartFile:
+        file = self._files.pop(part, None)
+        if file is None:
+            _, path, record = self._parts[part]
+            with storage_errors(path, "read"):
+                n_bytes = path.stat().st_size if path.exists() else None
+            if n_bytes != record.n_bytes:
+                found = "it is missing" if n_bytes is None else f"it has {n_bytes}"
+                raise CorruptPartError(f"{path}: expected {record.n_bytes} bytes, {found}; run kd-assets verify")
+            file = PartFile(path)
+            if file.n_rows != record.n_documents:
+                raise CorruptPartError(f"{path}: expected {record.n_documents} documents, it has {file.n_rows}")
+        self._files[part] = file
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)  # closed when the last view of it is gone
+        return file
+
+    def _load_index(self) -> tuple[list[str], Int64Array]:
+        if self._index is not None:
+            return self._index
+        document_ids: list[str] = []
+        n_tokens = [np.zeros(0, np.int64)]
+        for part in range(len(self._parts)):
+            with self._locked():
+                table = self._part(part).read(["document_id", "n_tokens"])
+            document_ids += table["document_id"].to_pylist()
+            n_tokens.append(table["n_tokens"].to_numpy().astype(np.int64))
+        self._index = document_ids, np.concatenate(n_tokens)
+        return self._index
+
+    def _locked(self) -> threading.RLock:
+        """The lock of this process. A process that was forked off starts anew: the lock it inherited may be taken."""
+        if self._process_id != os.getpid():
+            self._start_in_process()
+        return self._lock
+
+    def _start_in_process(self) -> None:
+        self._lock = threading.RLock()
+        self._process_id = os.getpid()
+        self._files: OrderedDict[int, PartFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], dict[str, Column]] = OrderedDict()
+        self._groups_bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("folders", "manifests", "_cache_bytes", "_parts", "_first_documents", "_fields")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._index = None
+        self._start_in_process()
+
+
+def current_results(
+    recipe_folder: Path, asset: str, *, variant: str | None = None, partition_keys: Iterable[str] | None = None
+) -> list[Path]:
+    """The folders of the current results of one variant, in the order of `partition_keys` (default: all, sorted)."""
+    variants = variants_of(recipe_folder / asset)
+    if variant is None:
+        if len(variants) > 1:
+            listed = "; ".join(f"{name}: {len(heads)} partitions" for name, heads in variants.items())
+            raise VariantConflictError(
+                f"{recipe_folder / asset} holds several variants, which are never mixed: name one with variant=… "
+                f"({listed})"
+            )
+        variant = next(iter(variants), None)
+    if variant is None or variant not in variants:
+        there = f"; committed are {', '.join(variants)}" if variants else ""
+        named = "" if variant is None else f" of variant {variant}"
+        raise NotCommittedError(f"no committed results{named} in {recipe_folder / asset}{there}: materialize them")
+    heads = variants[variant]
+    if partition_keys is None:
+        return [heads[key] for key in sorted(heads)]
+    wanted = list(partition_keys)
+    if missing := [key for key in wanted if key not in heads]:
+        raise NotCommittedError(
+            f"{recipe_folder / asset / variant} has no committed result for partition {missing[0]!r} "
+            f"({len(missing)} missing of {len(wanted)}): materialize them"
+        )
+    return [heads[key] for key in wanted]
+
+
+def variants_of(asset_folder: Path) -> dict[str, dict[str, Path]]:
+    """variant → partition key → folder of the current result; variants without one are left out."""
+    found: dict[str, dict[str, Path]] = {}
+    with storage_errors(asset_folder, "read"):
+        names = sorted(os.listdir(asset_folder)) if asset_folder.is_dir() else []
+        for variant in filter(is_variant_name, names):
+            keys = sorted(e.name for e in os.scandir(asset_folder / variant) if (Path(e) / HEAD_NAME).exists())
+            heads = {key: read_head(asset_folder / variant / key) for key in keys}
+            if current := {key: head for key, head in heads.items() if head is not None}:
+                found[variant] = current
+    return found
+
+
+def _require_one_variant(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:
+    if not manifests:
+        raise NotCommittedError("no result folders were given to read")
+    first = manifests[0]
+    for manifest, folder in zip(manifests, folders, strict=True):
+        if (manifest.asset, manifest.variant) != (first.asset, first.variant):
+            raise VariantConflictError(
+                f"{folders[0]} is {first.asset} of variant {first.variant}, {folder} is {manifest.asset} of variant "
+                f"{manifest.variant}: one reader reads one variant of one asset"
+            )
+    keys = [manifest.partition_key for manifest in manifests]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []:
+        raise VariantConflictError(f"partition {repeated[0]!r} is given twice: its documents would count double")
+
+
+def _cost(path: Path, columns: dict[str, Column]) -> int:
+    return _MAPPED_BYTES if path.suffix == ARROW_SUFFIX else sum(column.n_bytes for column in columns.values())

@@ -1,0 +1,232 @@
+"""What is in a store, for people: totals of each cache, and a few of its documents in readable form.
+
+Gathers; `kd_assets.cli` prints, and turns token ids into text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_assets.errors import CorruptManifestError, MissingInputError, NotCommittedError
+from kd_assets.store.checking.verify import result_folders
+from kd_assets.store.fingerprint import INPUT_KEY
+from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_manifest
+from kd_assets.store.reading.reader import CacheReader
+
+SHOWN_TOKENS = 48
+SHOWN_POSITIONS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSummary:
+    """The current results of one variant of one asset."""
+
+    recipe: str
+    asset: str
+    variant: str
+    folders: tuple[Path, ...]
+    """In the order of their partition keys."""
+    partition_keys: tuple[str, ...]
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    bytes_per_token: float | None
+    params: dict[str, Any]
+    identity: dict[str, Any]
+    """What the variant's name stands for besides the parameters."""
+    stats: dict[str, float]
+    checks: dict[str, dict[str, Any]]
+    """Of each recorded check: how many partitions have it, how many passed, the largest of its `max_…` numbers."""
+    provenance: dict[str, Any]
+    """Of the result committed last."""
+    first_created_at: str
+    last_created_at: str
+    has_documents: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """All that was found at or below a path."""
+
+    path: Path
+    caches: tuple[CacheSummary, ...]
+    n_superseded: int
+    """Committed results that are not their partition's current one."""
+    unfinished: tuple[Path, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """One prediction of the teacher."""
+
+    position: int
+    token_id: int
+    """The token at `position`; it and those before it are what the teacher saw."""
+    target_id: int
+    target_probability: float
+    top: tuple[tuple[int, float], ...]
+    """(token id, probability), most likely first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentView:
+    """One document of a cache, for reading by eye."""
+
+    partition_key: str
+    document_id: str
+    n_tokens: int
+    n_loss_tokens: int
+    input_ids: tuple[int, ...]
+    """The first of them."""
+    positions: tuple[Position, ...]
+    vectors: dict[str, dict[str, Any]]
+    """Of each column of vectors: shape, norm of the first vector and its first values."""
+    fields: dict[str, Any]
+    """The columns of one number or text."""
+
+
+def inspect(path: Path) -> Inspection:
+    """Summaries of the results at or below `path`, by recipe, asset and variant.
+
+    A result folder counts whether or not it is current; above it only current results do. Raises MissingInputError
+    when there is no such folder, NotCommittedError when it holds no committed result.
+    """
+    if not path.is_dir():
+        raise MissingInputError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+    groups: dict[tuple[str, str, str], list[tuple[Path, Manifest]]] = {}
+    unfinished, n_superseded = [], 0
+    for folder in sorted(result_folders(path)):
+        try:
+            manifest = read_manifest(folder)
+        except NotCommittedError:
+            unfinished.append(folder)
+            continue
+        if folder != path and not _is_current(folder):
+            n_superseded += 1
+            continue
+        groups.setdefault((manifest.recipe, manifest.asset, manifest.variant), []).append((folder, manifest))
+    if not groups:
+        some = f", and {len(unfinished)} unfinished ones" if unfinished else ""
+        raise NotCommittedError(f"{path} holds no committed results{some}: materialize them, or give another path")
+    return Inspection(
+        path=path,
+        caches=tuple(_summary(results) for _, results in sorted(groups.items())),
+        n_superseded=n_superseded,
+        unfinished=tuple(unfinished),
+    )
+
+
+def view_documents(cache: CacheSummary, n_documents: int) -> list[DocumentView]:
+    """The first documents of a cache; empty for results that are no tables."""
+    if not cache.has_documents:
+        return []
+    reader = CacheReader.from_folders(cache.folders)
+    return [_view(reader[i]) for i in range(min(n_documents, len(reader)))]
+
+
+def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """The numbers whose bfloat16 bits these are; exact."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _is_current(folder: Path) -> bool:
+    try:
+        return read_head(folder.parent) == folder
+    except CorruptManifestError:
+        return False
+
+
+def _summary(results: Sequence[tuple[Path, Manifest]]) -> CacheSummary:
+    manifests = [manifest for _, manifest in results]
+    latest = max(manifests, key=lambda m: m.created_at)
+    n_tokens, n_bytes = sum(m.n_tokens for m in manifests), sum(m.n_bytes for m in manifests)
+    kept_out = {"asset", "format_version", "params", INPUT_KEY}
+    return CacheSummary(
+        recipe=latest.recipe,
+        asset=latest.asset,
+        variant=latest.variant,
+        folders=tuple(folder for folder, _ in results),
+        partition_keys=tuple(m.partition_key for m in manifests),
+        n_documents=sum(m.n_documents for m in manifests),
+        n_tokens=n_tokens,
+        n_bytes=n_bytes,
+        bytes_per_token=n_bytes / n_tokens if n_tokens else None,
+        params=latest.params,
+        identity={k: v for k, v in latest.identity.items() if k not in kept_out},
+        stats=merge_stats(m.stats for m in manifests),
+        checks=_merged_checks(manifests),
+        provenance=latest.provenance,
+        first_created_at=min(m.created_at for m in manifests),
+        last_created_at=latest.created_at,
+        has_documents=any(m.n_documents for m in manifests),
+    )
+
+
+def _merged_checks(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:
+    merged: dict[str, dict[str, Any]] = {}
+    for manifest in manifests:
+        for name, record in manifest.checks.items():
+            if not isinstance(record, dict):
+                continue
+            total = merged.setdefault(name, {"n_partitions": 0, "n_passed": 0})
+            total["n_partitions"] += 1
+            total["n_passed"] += record.get("passed") is True
+            for key, value in record.items():
+                if key.startswith("max_") and isinstance(value, (int, float)):
+                    total[key] = max(total.get(key, -math.inf), value)
+    return merged
+
+
+def _view(document: dict[str, Any]) -> DocumentView:
+    input_ids, loss_mask = document["input_ids"], document["loss_mask"]
+    vectors = {}
+    for name, values in document.items():
+        if name.startswith("hidden_block_"):
+            vectors[name] = _vector_view(bfloat16_to_float32(values))
+        elif name.endswith("_embedding"):
+            vectors[name] = _vector_view(values)
+    shown = ("partition_key", "document_id", "n_tokens")
+    return DocumentView(
+        partition_key=document["partition_key"],
+        document_id=document["document_id"],
+        n_tokens=len(input_ids),
+        n_loss_tokens=int(np.count_nonzero(loss_mask)),
+        input_ids=tuple(input_ids[:SHOWN_TOKENS].tolist()),
+        positions=_positions(document) if "topk_ids" in document else (),
+        vectors=vectors,
+        fields={k: v for k, v in document.items() if k not in shown and isinstance(v, (int, str))},
+    )
+
+
+def _vector_view(values: npt.NDArray[np.float32]) -> dict[str, Any]:
+    first = values if values.ndim == 1 else values[0]
+    norm = float(np.linalg.norm(first.astype(np.float64)))
+    return {"shape": list(values.shape), "first_norm": norm, "first_values": first[:4].tolist()}
+
+
+def _positions(document: dict[str, Any]) -> tuple[Position, ...]:
+    """A few predictions, spread evenly over the document."""
+    n_positions = len(document["target_logprob"])
+    chosen = sorted({(i + 1) * n_positions // (SHOWN_POSITIONS + 1) for i in range(SHOWN_POSITIONS)})
+    found = []
+    for i in (i for i in chosen if i < n_positions):
+        logprobs = document["topk_logprobs"][i].astype(np.float32)
+        order = np.argsort(-logprobs, kind="stable")
+        pairs = zip(document["topk_ids"][i][order].tolist(), np.exp(logprobs[order]).tolist(), strict=True)
+        found.append(
+            Position(
+                position=i,
+                token_id=int(document["input_ids"][i]),
+                target_id=int(document["input_ids"][i + 1]),
+                target_probability=float(np.exp(document["target_logprob"][i])),
+                top=tuple(pairs),
+            )
+        )
+    return tuple(found)

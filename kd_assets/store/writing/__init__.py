@@ -1,0 +1,1 @@
+"""Writing a result: documents in memory, encoded into parts, the manifest last."""

@@ -1,0 +1,210 @@
+"""Arrays in, Arrow tables out, and what to remember about them. Never a Python list of numbers.
+
+Shape suffixes as in `kd_assets.store.writing.documents`. Wrong shapes and dtypes are bugs of the caller: ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kd_assets.store import schema as schemas
+from kd_assets.store.writing.documents import Documents
+
+FloatArray = npt.NDArray[np.float32]
+_CHUNK = 1 << 20
+"""Elements that statistics look at together: what stays in a core's cache."""
+
+MAX_DRAWS = np.iinfo(np.uint16).max
+"""Token ids drawn at a position: how often one came up is stored in 16 bits."""
+
+_BFLOAT16_MAGNITUDE = np.uint16(0x7FFF)
+_BFLOAT16_INFINITY = np.uint16(0x7F80)
+"""Bits of bfloat16: with the sign dropped, the order of the bits is the order of the magnitudes; from infinity on
+there are only infinity and NaN."""
+
+
+def encode_shard(documents: Documents, sources: Sequence[str], source_records: npt.NDArray[np.int64]) -> pa.Table:
+    """Documents as rows of a shard. Document i came from record `source_records[i]` (int64 [D]) of `sources[i]`."""
+    _expect("source_records", source_records, np.int64, (documents.n_documents,))
+    if len(sources) != documents.n_documents:
+        raise ValueError(f"{len(sources)} sources for {documents.n_documents} documents")
+    columns = [pa.array(sources, type=pa.string()), pa.array(source_records)]
+    return _table(documents, columns, schemas.shard_schema())
+
+
+def encode_topk(
+    documents: Documents,
+    *,
+    topk_ids_Mk: npt.NDArray[np.uint32],
+    topk_logprobs_Mk: npt.NDArray[np.float16],
+    logsumexp_M: FloatArray,
+    target_logprob_M: FloatArray,
+    sampled_ids_Md: npt.NDArray[np.uint32] | None = None,
+) -> pa.Table:
+    """Top-k log-probabilities as rows of a cache: uint32 and float16 [M, k], float32 [M] and [M].
+
+    `sampled_ids_Md` uint32 [M, d], of a cache with draws: the token ids drawn at each position, in any order.
+    """
+    n_positions = documents.n_tokens - documents.n_documents
+    if topk_ids_Mk.ndim != 2 or topk_ids_Mk.shape[1] < 1:
+        raise ValueError(f"topk_ids must be uint32 [M, k], found {list(topk_ids_Mk.shape)}")
+    k = topk_ids_Mk.shape[1]
+    _expect("topk_ids", topk_ids_Mk, np.uint32, (n_positions, k))
+    _expect("topk_logprobs", topk_logprobs_Mk, np.float16, (n_positions, k))
+    _expect("logsumexp", logsumexp_M, np.float32, (n_positions,))
+    _expect("target_logprob", target_logprob_M, np.float32, (n_positions,))
+    offsets = documents.offsets - np.arange(documents.n_documents + 1)
+    columns = [
+        _lists(offsets, _vectors(topk_ids_Mk)),
+        _lists(offsets, _vectors(topk_logprobs_Mk)),
+        _lists(offsets, pa.array(logsumexp_M)),
+        _lists(offsets, pa.array(target_logprob_M)),
+    ]
+    if sampled_ids_Md is None:
+        return _table(documents, columns, schemas.topk_schema(k))
+    if sampled_ids_Md.ndim != 2 or not 1 <= sampled_ids_Md.shape[1] <= MAX_DRAWS:
+        found = list(sampled_ids_Md.shape)
+        raise ValueError(f"sampled_ids must be uint32 [M, d] with d from 1 to {MAX_DRAWS}, found {found}")
+    draws = sampled_ids_Md.shape[1]
+    _expect("sampled_ids", sampled_ids_Md, np.uint32, (n_positions, draws))
+    columns += [_lists(offsets, counted) for counted in _counted(sampled_ids_Md)]
+    return _table(documents, columns, schemas.topk_schema(k, draws))
+
+
+def encode_hidden_states(documents: Documents, hidden_by_block: Mapping[int, npt.NDArray[np.uint16]]) -> pa.Table:
+    """Block outputs as rows of a cache: for each decoder block the bits of bfloat16, uint16 [N, H]."""
+    if not hidden_by_block:
+        raise ValueError("no blocks to encode")
+    hidden_size = next(iter(hidden_by_block.values())).shape[-1]
+    for block, hidden_NH in hidden_by_block.items():
+        _expect(schemas.hidden_field(block), hidden_NH, np.uint16, (documents.n_tokens, hidden_size))
+    columns = [_lists(documents.offsets, _vectors(hidden_by_block[block])) for block in sorted(hidden_by_block)]
+    return _table(documents, columns, schemas.hidden_state_schema(tuple(hidden_by_block), hidden_size))
+
+
+def encode_embeddings(documents: Documents, *, mean_DH: FloatArray, last_token_DH: FloatArray) -> pa.Table:
+    """Pooled embeddings as rows of a cache: float32 [D, H] each."""
+    hidden_size = mean_DH.shape[-1]
+    _expect("mean_embedding", mean_DH, np.float32, (documents.n_documents, hidden_size))
+    _expect("last_token_embedding", last_token_DH, np.float32, (documents.n_documents, hidden_size))
+    return _table(documents, [_vectors(mean_DH), _vectors(last_token_DH)], schemas.embedding_schema(hidden_size))
+
+
+def part_stats(asset: str, table: pa.Table) -> dict[str, float]:
+    """What the checks will ask of a part, taken while it is in memory. Keys start with n_, min_ or max_.
+
+    Non-finite numbers are counted in `n_non_finite` and left out of the others, which are therefore always finite.
+    """
+    if asset == "topk_cache":
+        return _topk_stats(table)
+    if asset == "hidden_state_cache":
+        return _bfloat16_stats([flat(table[f.name]) for f in table.schema if f.name.startswith("hidden_block_")])
+    if asset == "embedding_cache":
+        return _float_stats([flat(table[name]) for name in ("mean_embedding", "last_token_embedding")])
+    return {}
+
+
+def flat(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
+    """All numbers of a column, nesting dropped, without a copy where the column is one chunk."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # a column of no chunks stays chunked
+        array = pa.array([], type=array.type)
+    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        array = array.flatten()
+    return np.asarray(array.to_numpy(zero_copy_only=False))
+
+
+def _topk_stats(table: pa.Table) -> dict[str, float]:
+    k = table.schema.field("topk_ids").type.value_type.list_size
+    logprobs_Mk = flat(table["topk_logprobs"]).reshape(-1, k)
+    others = [flat(table["logsumexp"]), flat(table["target_logprob"])]
+    n_non_finite = sum(int(np.count_nonzero(~np.isfinite(values))) for values in others)
+    max_sum, min_logprob, max_logprob = 0.0, 0.0, -np.inf
+    rows = max(1, _CHUNK // k)
+    for start in range(0, len(logprobs_Mk), rows):
+        chunk = logprobs_Mk[start : start + rows].astype(np.float32)
+        finite = np.isfinite(chunk)
+        if not finite.all():
+            n_non_finite += int(np.count_nonzero(~finite))
+            chunk = np.where(finite, chunk, np.float32(-100))
+            min_logprob = min(min_logprob, float(chunk.min(where=finite, initial=0)))
+        else:
+            min_logprob = min(min_logprob, float(chunk.min()))
+        max_logprob = max(max_logprob, float(chunk.max()))
+        # a logprob above 0 is wrong, and found so below; far above, its exponential must not become infinite
+        max_sum = max(max_sum, float(np.exp(np.minimum(chunk, 10)).sum(axis=1).max()))
+    stats = {"n_non_finite": n_non_finite, "n_positions": len(logprobs_Mk), "max_probability_sum": max_sum}
+    if len(logprobs_Mk):
+        stats |= {"min_logprob": min_logprob, "max_logprob": max_logprob}
+    if "sampled_ids" in table.schema.names:
+        ids, counts = flat(table["sampled_ids"]), flat(table["sampled_counts"])
+        stats |= {"n_sampled_ids": len(ids), "n_draws": int(counts.sum()), "max_sampled_id": int(ids.max(initial=0))}
+    return {name: float(value) for name, value in stats.items()}
+
+
+def _bfloat16_stats(columns: list[npt.NDArray[np.uint16]]) -> dict[str, float]:
+    n_non_finite, largest = 0, 0
+    for bits in columns:
+        for start in range(0, len(bits), _CHUNK):
+            magnitude = bits[start : start + _CHUNK] & _BFLOAT16_MAGNITUDE
+            if magnitude.max() >= _BFLOAT16_INFINITY:
+                finite = magnitude < _BFLOAT16_INFINITY
+                n_non_finite += int(np.count_nonzero(~finite))
+                magnitude = magnitude[finite]
+            largest = max(largest, int(magnitude.max(initial=0)))
+    max_abs = np.array(largest << 16, dtype=np.uint32).view(np.float32)
+    return {"n_non_finite": float(n_non_finite), "max_abs": float(max_abs)}
+
+
+def _float_stats(columns: list[FloatArray]) -> dict[str, float]:
+    n_non_finite, max_abs = 0, 0.0
+    for values in columns:
+        finite = np.isfinite(values)
+        n_non_finite += int(np.count_nonzero(~finite))
+        max_abs = max(max_abs, float(np.abs(values).max(where=finite, initial=0)))
+    return {"n_non_finite": float(n_non_finite), "max_abs": max_abs}
+
+
+def _counted(sampled_ids_Md: npt.NDArray[np.uint32]) -> tuple[pa.ListArray, pa.ListArray]:
+    """The different ids of each row in ascending order, and how often each is there, as two arrays of M lists."""
+    draws = sampled_ids_Md.shape[1]
+    sorted_Md = np.sort(sampled_ids_Md, axis=1)
+    is_first_Md = np.ones(sorted_Md.shape, dtype=np.bool_)
+    np.not_equal(sorted_Md[:, 1:], sorted_Md[:, :-1], out=is_first_Md[:, 1:])
+    # Every row starts with a first one, so the distance to the next first one is a count within the row.
+    firsts = np.flatnonzero(is_first_Md)
+    counts = np.diff(firsts, append=sorted_Md.size).astype(np.uint16)
+    offsets = np.searchsorted(firsts, np.arange(len(sorted_Md) + 1) * draws).astype(np.int64)
+    return _lists(offsets, pa.array(sorted_Md.reshape(-1)[firsts])), _lists(offsets, pa.array(counts))
+
+
+def _table(documents: Documents, columns: Sequence[pa.Array], schema: pa.Schema) -> pa.Table:
+    common = [
+        pa.array(documents.document_ids, type=pa.string()),
+        pa.array(documents.n_tokens_D.astype(np.int32)),
+        _lists(documents.offsets, pa.array(documents.input_ids)),
+        _lists(documents.offsets, pa.array(documents.loss_mask)),
+    ]
+    return pa.Table.from_arrays([*common, *columns], schema=schema)
+
+
+def _lists(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.ListArray:
+    if int(offsets[-1]) > np.iinfo(np.int32).max:
+        raise ValueError(f"{offsets[-1]} list elements in one part: more than 2^31 - 1, make parts smaller")
+    starts = pa.array(offsets.astype(np.int32))
+    return pa.ListArray.from_arrays(starts, values, type=schemas.list_of(values.type))
+
+
+def _vectors(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+    numbers = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(numbers, type=schemas.vector_of(numbers.type, values.shape[1]))
+
+
+def _expect(name: str, array: npt.NDArray[Any], dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name} must be {np.dtype(dtype)} {list(shape)}, found {array.dtype} {list(array.shape)}")

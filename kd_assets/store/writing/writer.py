@@ -1,0 +1,358 @@
+"""Writing one result: parts as they come, the manifest last, and exactly where a killed attempt left off.
+
+The order on disk is what makes this safe. A part is renamed into place after its bytes are synced; then its line is
+appended to the journal; when all are there, the manifest is renamed into place: that is the commit. Head, audit line
+and the removal of the journal follow; a journal beside a manifest says that a kill came between, and the next one to
+reuse the result does them. A part without a journal line, or whose hash differs from it, is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+
+from kd_assets.contract import Output, decode
+from kd_assets.durable import (
+    TEMPORARY_SUFFIX,
+    HashingFile,
+    Lease,
+    append_line,
+    atomic_file,
+    atomic_write,
+    file_sha256,
+    prepare_folder,
+    remove_file,
+    storage_errors,
+)
+from kd_assets.errors import ContractError, CorruptManifestError, CorruptPartError, NotCommittedError, ResultBusyError
+from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint, variant_of
+from kd_assets.store.layout import (
+    JOURNAL_NAME,
+    LEASE_NAME,
+    MANIFEST_NAME,
+    part_name,
+    recipe_folder_of,
+    result_folder,
+)
+from kd_assets.store.manifest import (
+    Manifest,
+    PartRecord,
+    audit_commit,
+    audited,
+    merge_stats,
+    read_manifest,
+    without_non_finite,
+    write_head,
+)
+from kd_assets.store.partfile import part_suffix, write_table
+
+
+def utc_now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+class ResultWriter:
+    """Writes the result that `output` names; a context manager, used by one task at a time.
+
+    Entering creates the folders, takes the lease (ResultBusyError when another live process has it) and verifies what
+    earlier attempts left; `finished` then lists the parts that need not be made again. Leaving releases the lease and
+    keeps everything. Raises StorageUnavailableError whenever the disk does not play along; nothing is lost by it.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        *,
+        recipe: str,
+        recipe_folder: Path,
+        partition_key: str,
+        clock: Callable[[], datetime.datetime] = utc_now,
+    ) -> None:
+        self.folder = result_folder(recipe_folder, output.asset, output.variant, partition_key, output.fingerprint)
+        if Path(output.path) != self.folder:
+            raise ContractError(f"output path {output.path} is not that of its fingerprint: expected {self.folder}")
+        if output.fingerprint != fingerprint(output.identity) or output.variant != variant_of(output.identity):
+            raise ContractError(
+                f"{self.folder}: fingerprint or variant are not those of the identity: make outputs with plan_output"
+            )
+        self._output, self._recipe, self._partition_key, self._clock = output, recipe, partition_key, clock
+        self._lease = Lease(self.folder / LEASE_NAME)
+        self._finished: dict[int, PartRecord] = {}
+        self._committed: Manifest | None = None
+        self.forgotten: tuple[str, ...] = ()
+        """Parts of earlier attempts that failed verification and have to be made again, each with the reason."""
+
+    @property
+    def finished(self) -> Mapping[int, PartRecord]:
+        """The parts on disk by index, verified."""
+        return MappingProxyType(self._finished)
+
+    def __enter__(self) -> ResultWriter:
+        prepare_folder(self.folder)
+        self._lease.acquire(_lease_holder())
+        try:
+            self._resume()
+        except BaseException:
+            self._lease.release()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lease.release()
+
+    def write_part(self, index: int, table: pa.Table, *, n_tokens: int, stats: Mapping[str, float]) -> PartRecord:
+        """Write part `index` durably and journal it. A part that is finished already is left as it is.
+
+        `table` comes from an encoder of this output's asset, `stats` from `part_stats`.
+        """
+        asset = (table.schema.metadata or {}).get(b"kd_assets.asset", b"").decode()
+        if asset != self._output.asset:
+            raise ValueError(f"a table of {asset or 'no asset'} was handed to the writer of {self._output.asset}")
+        counted = int(table["n_tokens"].to_numpy().sum())
+        if counted != n_tokens:
+            raise ValueError(f"part {index}: n_tokens is {n_tokens}, its documents have {counted}")
+        suffix = part_suffix(self._output.asset)
+        with self._new_part(
+            index, part_name(index, suffix), n_documents=table.num_rows, n_tokens=n_tokens, stats=stats
+        ) as file:
+            if file is not None:
+                write_table(table, suffix, file)
+        return self._finished[index]
+
+    def write_file(self, index: int, name: str, data: bytes) -> PartRecord:
+        """Write `data` as part `index` under a name of its own, for results that are no tables."""
+        if Path(name).name != name or name.startswith(".") or name in (MANIFEST_NAME, JOURNAL_NAME):
+            raise ValueError(f"{name!r} cannot be a file of a result")
+        with self._new_part(index, name, n_documents=0, n_tokens=0, stats={}) as file:
+            if file is not None:
+                file.write(data)
+        return self._finished[index]
+
+    def commit(
+        self,
+        *,
+        parts: int,
+        checks: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        facts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Manifest:
+        """Write the manifest over parts 0 to `parts - 1`: from here on the result exists.
+
+        Returns the manifest that is there when the result was committed before. Raises CorruptPartError unless
+        exactly these parts are finished.
+        """
+        assert self._lease.held, "commit outside the writer's with block"
+        if sorted(self._finished) != list(range(parts)):
+            missing = sorted(set(range(parts)) - set(self._finished))
+            extra = sorted(set(self._finished) - set(range(parts)))
+            raise CorruptPartError(
+                f"{self.folder}: expected parts 0 to {parts - 1}; missing {missing[:8]}, not expected {extra[:8]}"
+            )
+        manifest = self._committed
+        if manifest is None:
+            manifest = self._manifest(checks=checks, provenance=provenance, facts=facts)
+            if not (self.folder / JOURNAL_NAME).exists():  # no parts at all; a commit needs its journal beside it
+                self._rewrite_journal()
+            atomic_write(self.folder / MANIFEST_NAME, manifest.to_json().encode())
+            self._committed = manifest
+        _finish_commit(self.folder, manifest)
+        return manifest
+
+    def forget_finished(self) -> None:
+        """Make all parts again, unless the result is committed: for results whose files belong to one attempt."""
+        if self._committed is None:
+            self._finished.clear()
+            self._rewrite_journal()
+
+    @contextlib.contextmanager
+    def _new_part(
+        self, index: int, name: str, *, n_documents: int, n_tokens: int, stats: Mapping[str, float]
+    ) -> Iterator[HashingFile | None]:
+        """The file of a new part, journaled when the block ends well; None when the part is finished already."""
+        assert self._lease.held, "a part is written inside the writer's with block"
+        assert index >= 0
+        if index in self._finished:
+            yield None
+            return
+        merge_stats([stats])  # refuses a statistic that could not be merged at the end
+        with atomic_file(self.folder / name) as file:
+            yield file
+        record = PartRecord(
+            index=index,
+            name=name,
+            n_documents=n_documents,
+            n_tokens=n_tokens,
+            n_bytes=file.n_bytes,
+            sha256=file.sha256,
+            stats={key: float(value) for key, value in stats.items()},
+        )
+        append_line(self.folder / JOURNAL_NAME, self._journal_line(record))
+        self._finished[index] = record
+
+    def _manifest(
+        self, *, checks: Mapping[str, Any], provenance: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> Manifest:
+        parts = tuple(self._finished[i] for i in sorted(self._finished))
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            asset=self._output.asset,
+            recipe=self._recipe,
+            partition_key=self._partition_key,
+            variant=self._output.variant,
+            fingerprint=self._output.fingerprint,
+            identity=without_non_finite(self._output.identity),
+            data_version=data_version(self._output.asset, [part.sha256 for part in parts]),
+            n_documents=sum(part.n_documents for part in parts),
+            n_tokens=sum(part.n_tokens for part in parts),
+            n_bytes=sum(part.n_bytes for part in parts),
+            parts=parts,
+            stats=merge_stats(part.stats for part in parts),
+            checks=without_non_finite(checks),
+            facts=without_non_finite(facts),
+            provenance=without_non_finite(provenance),
+            created_at=self._clock().isoformat(timespec="seconds"),
+        )
+
+    def _resume(self) -> None:
+        """Take stock of what earlier attempts left in the folder. Holding the lease, nothing here is in use."""
+        for path in self.folder.iterdir():
+            if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
+                remove_file(path)
+        try:
+            manifest = read_manifest(self.folder)
+        except NotCommittedError:
+            manifest = None
+        if manifest is not None and manifest.fingerprint != self._output.fingerprint:
+            raise self._occupied(MANIFEST_NAME, manifest.fingerprint)
+        records, journal_is_whole = (manifest.parts, True) if manifest is not None else self._read_journal()
+        reasons = []
+        self._finished.clear()
+        for record in records:
+            reason = _damage(self.folder / record.name, record)
+            if reason is None:
+                self._finished[record.index] = record
+            else:
+                reasons.append(f"{record.name}: {reason}")
+        self.forgotten = tuple(reasons)
+        if manifest is not None and not reasons:
+            self._committed = manifest
+        elif reasons or not journal_is_whole:
+            self._rewrite_journal()
+            if manifest is not None:  # damaged after its commit: from here on it is an unfinished result like others
+                remove_file(self.folder / MANIFEST_NAME)
+
+    def _read_journal(self) -> tuple[list[PartRecord], bool]:
+        """The journal's records, and whether all of it could be read: a kill leaves half a last line."""
+        path = self.folder / JOURNAL_NAME
+        with storage_errors(path, "read"):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        records: dict[int, PartRecord] = {}
+        is_whole = True
+        for line in lines:
+            try:
+                raw = json.loads(line)
+                record = decode(PartRecord, raw["part"], where=str(path))
+                if not line.endswith(b"\n"):
+                    raise ValueError("no newline")
+            except (ValueError, KeyError, TypeError, ContractError):
+                is_whole = False
+                continue
+            if raw.get("fingerprint") != self._output.fingerprint:
+                raise self._occupied(JOURNAL_NAME, str(raw.get("fingerprint")))
+            records[record.index] = record
+        return list(records.values()), is_whole
+
+    def _rewrite_journal(self) -> None:
+        lines = [json.dumps(self._journal_line(r), sort_keys=True) for r in self._finished.values()]
+        atomic_write(self.folder / JOURNAL_NAME, "".join(f"{line}\n" for line in lines).encode())
+
+    def _journal_line(self, record: PartRecord) -> dict[str, Any]:
+        part = {name: getattr(record, name) for name in PartRecord.__dataclass_fields__}
+        return {"fingerprint": self._output.fingerprint, "part": part}
+
+    def _occupied(self, name: str, found: str) -> CorruptManifestError:
+        return CorruptManifestError(
+            f"{self.folder / name} is of fingerprint {found}, expected {self._output.fingerprint}: something else is "
+            "in this folder, and it is not overwritten; move it away"
+        )
+
+
+def commit_file_result(
+    output: Output,
+    *,
+    recipe: str,
+    recipe_folder: Path,
+    partition_key: str,
+    files: Mapping[str, bytes],
+    checks: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    clock: Callable[[], datetime.datetime] = utc_now,
+) -> Manifest:
+    """Commit a few files as one result, in the order of their names; what an unfinished attempt left is replaced.
+
+    Returns the manifest that is there when the result was committed before.
+    """
+    with ResultWriter(
+        output, recipe=recipe, recipe_folder=recipe_folder, partition_key=partition_key, clock=clock
+    ) as writer:
+        writer.forget_finished()
+        for index, name in enumerate(sorted(files)):
+            writer.write_file(index, name, files[name])
+        return writer.commit(parts=len(writer.finished), checks=checks, provenance=provenance, facts=facts)
+
+
+def set_head(folder: Path) -> None:
+    """Make a committed result its partition's current one: what reuse does instead of computing.
+
+    Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it.
+    """
+    manifest = read_manifest(folder)
+    write_head(folder, manifest.fingerprint)
+    if not (folder / JOURNAL_NAME).exists():
+        return
+    lease = Lease(folder / LEASE_NAME)
+    try:
+        lease.acquire(_lease_holder())
+    except ResultBusyError:
+        return
+    try:
+        _finish_commit(folder, manifest)
+    finally:
+        lease.release()
+
+
+def _finish_commit(folder: Path, manifest: Manifest) -> None:
+    """What follows a commit. Runs again after a kill, so each step first looks whether it was done."""
+    write_head(folder, manifest.fingerprint)
+    if (folder / JOURNAL_NAME).exists():
+        recipe_folder = recipe_folder_of(folder)
+        committed_as = (str(folder.relative_to(recipe_folder)), manifest.created_at)
+        if committed_as not in audited(recipe_folder, mentioning=folder.name):
+            audit_commit(folder, manifest)
+        remove_file(folder / JOURNAL_NAME)
+
+
+def _damage(path: Path, record: PartRecord) -> str | None:
+    """Why the file is not the one that was recorded; None when it is."""
+    with storage_errors(path, "read"):
+        if not path.exists():
+            return "missing"
+        n_bytes = path.stat().st_size
+        if n_bytes != record.n_bytes:
+            return f"{n_bytes} bytes, expected {record.n_bytes}"
+        digest = file_sha256(path)
+    return None if digest == record.sha256 else f"sha256 {digest}, expected {record.sha256}"
+
+
+def _lease_holder() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job_id": os.environ.get("SLURM_JOB_ID")}

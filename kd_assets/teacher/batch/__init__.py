@@ -1,0 +1,1 @@
+"""One batch: computed, reduced to what the caches keep, and brought to the host."""

@@ -1,0 +1,1 @@
+"""The teacher on the devices of its process: placed, measured, compiled, one process or several."""

@@ -1,0 +1,1 @@
+"""The loaded teacher, and what is proved of it."""

@@ -1,0 +1,1 @@
+"""One partition through the teacher: its windows, batches, budgets, and the parts they become."""

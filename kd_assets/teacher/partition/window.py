@@ -1,0 +1,266 @@
+"""What the caches keep of a window: steps from its batches, and their results put back into document order.
+
+Used by `kd_assets.teacher` only. Names: D = documents of a window, B = documents of a batch, N = real tokens,
+M = positions that have a next token (N - D), H = hidden size, k of top-k, d = draws.
+
+The invariant: only real tokens are read. A step names the rows it keeps, so that padding never goes through the head,
+and never into a mean; and what it runs does not depend on what is kept. There is no loop over tokens: positions are
+index arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from torch import Tensor
+
+from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TeacherParams, TopkParams
+from kd_assets.errors import NonFiniteTeacherError
+from kd_assets.store import Documents, Shard, encode_embeddings, encode_hidden_states, encode_topk
+from kd_assets.teacher.batch.engine import BlockStates, PooledStates, Step, StepResult, TopkRows, TopkStep
+from kd_assets.teacher.batch.sampling import uniforms
+from kd_assets.teacher.partition.batching import Batch, batch_rows, concatenated_ranges, padded_ids
+
+Int64Array = npt.NDArray[np.int64]
+UnsignedArray = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRequest:
+    """The caches that a window still misses."""
+
+    topk: TopkParams | None = None
+    hidden_states: HiddenStateParams | None = None
+    embeddings: EmbeddingParams | None = None
+
+    @staticmethod
+    def of(params: TeacherParams, assets: set[Asset]) -> CacheRequest:
+        return CacheRequest(
+            topk=params.topk if "topk_cache" in assets else None,
+            hidden_states=params.hidden_states if "hidden_state_cache" in assets else None,
+            embeddings=params.embeddings if "embedding_cache" in assets else None,
+        )
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return () if self.hidden_states is None else self.hidden_states.blocks
+
+    @property
+    def needs_final(self) -> bool:
+        return self.topk is not None or self.embeddings is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopkArrays:
+    """The top-k cache of a window, rows in document order."""
+
+    documents: Documents
+    ids_Mk: npt.NDArray[np.uint32]
+    logprobs_Mk: npt.NDArray[np.float16]
+    logsumexp_M: npt.NDArray[np.float32]
+    target_logprob_M: npt.NDArray[np.float32]
+    sampled_ids_Md: UnsignedArray | None
+
+    @staticmethod
+    def empty(documents: Documents, params: TopkParams) -> TopkArrays:
+        m = documents.n_tokens - documents.n_documents
+        return TopkArrays(
+            documents=documents,
+            ids_Mk=np.empty((m, params.k), np.uint32),
+            logprobs_Mk=np.empty((m, params.k), np.float16),
+            logsumexp_M=np.empty(m, np.float32),
+            target_logprob_M=np.empty(m, np.float32),
+            sampled_ids_Md=np.empty((m, params.draws), np.uint32) if params.draws else None,
+        )
+
+    @property
+    def first_rows_D(self) -> Int64Array:
+        """int64 [D]: a document's first row; each document before it has one row less than tokens."""
+        return self.documents.offsets[:-1] - np.arange(self.documents.n_documents)
+
+    def table(self) -> pa.Table:
+        return encode_topk(
+            self.documents,
+            topk_ids_Mk=self.ids_Mk,
+            topk_logprobs_Mk=self.logprobs_Mk,
+            logsumexp_M=self.logsumexp_M,
+            target_logprob_M=self.target_logprob_M,
+            sampled_ids_Md=self.sampled_ids_Md,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenStateArrays:
+    """The hidden-state cache of a window: bits of bfloat16, rows in document order."""
+
+    documents: Documents
+    block_NH: dict[int, npt.NDArray[np.uint16]]
+
+    @staticmethod
+    def empty(documents: Documents, blocks: tuple[int, ...], hidden_size: int) -> HiddenStateArrays:
+        shape = (documents.n_tokens, hidden_size)
+        return HiddenStateArrays(documents=documents, block_NH={n: np.empty(shape, np.uint16) for n in blocks})
+
+    def table(self) -> pa.Table:
+        return encode_hidden_states(self.documents, self.block_NH)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingArrays:
+    """The embedding cache of a window, a row a document."""
+
+    documents: Documents
+    mean_DH: npt.NDArray[np.float32]
+    last_token_DH: npt.NDArray[np.float32]
+
+    @staticmethod
+    def empty(documents: Documents, hidden_size: int) -> EmbeddingArrays:
+        shape = (documents.n_documents, hidden_size)
+        return EmbeddingArrays(
+            documents=documents, mean_DH=np.empty(shape, np.float32), last_token_DH=np.empty(shape, np.float32)
+        )
+
+    def table(self) -> pa.Table:
+        return encode_embeddings(self.documents, mean_DH=self.mean_DH, last_token_DH=self.last_token_DH)
+
+
+CacheArrays = TopkArrays | HiddenStateArrays | EmbeddingArrays
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """A run of documents whose results become one part of each wanted cache; filled batch by batch."""
+
+    documents: Documents
+    """Cut to the longest `max_length` of the recipe: what the batches run."""
+    wanted: CacheRequest
+    topk: TopkArrays | None
+    hidden_states: HiddenStateArrays | None
+    embeddings: EmbeddingArrays | None
+
+    @staticmethod
+    def of(
+        shard: Shard, first_document: int, n_documents: int, *, max_length: int, wanted: CacheRequest, hidden_size: int
+    ) -> Window:
+        cut: Callable[[int], Documents] = partial(shard.slice, first_document, n_documents)
+        topk, hidden, embeddings = wanted.topk, wanted.hidden_states, wanted.embeddings
+        return Window(
+            documents=cut(max_length),
+            wanted=wanted,
+            topk=None if topk is None else TopkArrays.empty(cut(topk.max_length), topk),
+            hidden_states=None
+            if hidden is None
+            else HiddenStateArrays.empty(cut(hidden.max_length), hidden.blocks, hidden_size),
+            embeddings=None if embeddings is None else EmbeddingArrays.empty(cut(embeddings.max_length), hidden_size),
+        )
+
+    def arrays(self) -> dict[Asset, CacheArrays]:
+        """What was captured, by asset."""
+        captured: dict[Asset, CacheArrays | None] = {
+            "topk_cache": self.topk,
+            "hidden_state_cache": self.hidden_states,
+            "embedding_cache": self.embeddings,
+        }
+        return {asset: arrays for asset, arrays in captured.items() if arrays is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capture:
+    """One batch of one window: the step it asks for, and where the step's result goes."""
+
+    window: Window
+    batch: Batch
+    partition_key: str
+    seed: int
+    """Of the draws."""
+
+    def step(self) -> Step:
+        """What the devices have to do. The forward is the same whichever caches are wanted."""
+        window, batch = self.window, self.batch
+        hidden, embeddings, topk = window.hidden_states, window.embeddings, window.topk
+        return Step(
+            ids_BT=padded_ids(window.documents.input_ids, window.documents.offsets, batch),
+            blocks=window.wanted.blocks,
+            rows_N=batch_rows(batch, self._lengths_B(hidden.documents) if hidden else np.zeros(0, np.int64)),
+            pooled_lengths_B=self._lengths_B(embeddings.documents) if embeddings else None,
+            topk=self._topk_step(topk) if topk else None,
+        )
+
+    def keep(self, result: StepResult) -> None:
+        """Put a result, in memory that numpy can read, into the window. Raises NonFiniteTeacherError naming a document.
+
+        Never while another result of the same window is being put there from another thread.
+        """
+        if self.window.hidden_states is not None:
+            for n, block in result.blocks.items():
+                self._keep_block(self.window.hidden_states, n, block)
+        if self.window.embeddings is not None and result.pooled is not None:
+            self._keep_embeddings(self.window.embeddings, result.pooled)
+        if self.window.topk is not None and result.topk is not None:
+            self._keep_topk(self.window.topk, result.topk)
+
+    def _lengths_B(self, documents: Documents) -> Int64Array:
+        """Tokens of the batch's documents as a cache has them."""
+        lengths_B: Int64Array = documents.n_tokens_D[self.batch.documents_B]
+        return lengths_B
+
+    def _topk_step(self, kept: TopkArrays) -> TopkStep:
+        documents, documents_B = kept.documents, self.batch.documents_B
+        lengths_B = self._lengths_B(documents) - 1
+        next_tokens_M = concatenated_ranges(documents.offsets[documents_B] + 1, lengths_B)
+        drawn = None
+        if kept.sampled_ids_Md is not None:
+            draws = kept.sampled_ids_Md.shape[1]
+            drawn = np.concatenate(
+                [
+                    uniforms(self.seed, documents.document_ids[document], int(n), draws)
+                    for document, n in zip(documents_B, lengths_B, strict=True)
+                ]
+            )
+        return TopkStep(
+            k=kept.ids_Mk.shape[1],
+            rows_M=batch_rows(self.batch, lengths_B),
+            targets_M=documents.input_ids[next_tokens_M].astype(np.int64),
+            uniforms_Md=drawn,
+        )
+
+    def _keep_block(self, kept: HiddenStateArrays, block: int, found: BlockStates) -> None:
+        lengths_B = self._lengths_B(kept.documents)
+        self._check_finite(found.finite_N, kept.documents, lengths_B, f"block {block}")
+        to_N = concatenated_ranges(kept.documents.offsets[self.batch.documents_B], lengths_B)
+        kept.block_NH[block][to_N] = found.bits_NH.numpy().view(np.uint16)
+
+    def _keep_embeddings(self, kept: EmbeddingArrays, found: PooledStates) -> None:
+        documents_B = self.batch.documents_B
+        self._check_finite(found.finite_B, kept.documents, np.ones_like(documents_B), "the final hidden state")
+        kept.mean_DH[documents_B] = found.mean_BH.numpy()
+        kept.last_token_DH[documents_B] = found.last_BH.numpy()
+
+    def _keep_topk(self, kept: TopkArrays, found: TopkRows) -> None:
+        lengths_B = self._lengths_B(kept.documents) - 1
+        self._check_finite(found.finite_M, kept.documents, lengths_B, "the logits")
+        to_M = concatenated_ranges(kept.first_rows_D[self.batch.documents_B], lengths_B)
+        kept.ids_Mk[to_M] = found.ids_Mk.numpy().view(np.uint32)
+        kept.logprobs_Mk[to_M] = found.logprobs_Mk.numpy()
+        kept.logsumexp_M[to_M] = found.logsumexp_M.numpy()
+        kept.target_logprob_M[to_M] = found.target_logprob_M.numpy()
+        if kept.sampled_ids_Md is not None and found.sampled_ids_Md is not None:
+            kept.sampled_ids_Md[to_M] = found.sampled_ids_Md.numpy().view(np.uint32)
+
+    def _check_finite(self, finite: Tensor, documents: Documents, lengths_B: Int64Array, where: str) -> None:
+        """`finite` [sum of lengths]: one flag a row."""
+        if bool(finite.all()):
+            return
+        row = int((~finite).nonzero()[0])
+        document = int(np.repeat(self.batch.documents_B, lengths_B)[row])
+        n_tokens = int(documents.n_tokens_D[document])
+        raise NonFiniteTeacherError(
+            f"partition {self.partition_key}: the teacher gave NaN or infinity in {where} for document "
+            f"{documents.document_ids[document]!r} ({n_tokens} tokens): "
+            "look at this document and at the teacher's weights; in float16 a wider dtype (bfloat16) may help"
+        )

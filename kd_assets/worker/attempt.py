@@ -1,0 +1,191 @@
+"""One start of a task: where it runs, its right to be at the task, and whether the starts before it got anywhere.
+
+Used by the worker. Two copies of a task can live at once: a submission whose answer was lost and that was made again,
+or a node that lost its slurmd, whose processes run on while SLURM starts the task elsewhere. No result would be damaged
+(each has a lease of its own, see `kd_assets.store`), but a teacher would be loaded twice. So a task has a lease, too,
+beside its events: a copy from another submission leaves, a later attempt of the same one waits and takes over.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_assets.contract import Event, Reporter, parse_event
+from kd_assets.durable import Lease, prepare_folder
+from kd_assets.errors import (
+    ContractError,
+    InterruptedTaskError,
+    NoProgressError,
+    ResultBusyError,
+    StorageUnavailableError,
+)
+from kd_assets.worker.stop_flag import StopFlag
+
+LEASE_POLL_S = 1.0
+"""How often an earlier attempt is looked at again."""
+MAX_STARTS_WITHOUT_PROGRESS = 5
+"""Starts in a row that added nothing to a task's results, after which it is not tried again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """Where this process runs and as what. Outside SLURM what SLURM would say is None."""
+
+    host: str
+    pid: int
+    process_index: int
+    """Which of the processes that share the task, from 0."""
+    n_processes: int
+    slurm_job_id: str | None
+    """Of this array task alone; kept when it is requeued."""
+    slurm_array_job_id: str | None
+    slurm_array_task_id: str | None
+    slurm_restart_count: int
+    slurm_nodelist: str | None
+    slurm_partition: str | None
+    slurm_cluster: str | None
+
+    @staticmethod
+    def of(environment: Mapping[str, str]) -> Attempt:
+        """Raises ContractError where the environment does not say a number."""
+        attempt = Attempt(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process_index=_number(environment, "KD_PROCESS_INDEX", 0),
+            n_processes=_number(environment, "KD_N_PROCESSES", 1),
+            slurm_job_id=environment.get("SLURM_JOB_ID"),
+            slurm_array_job_id=environment.get("SLURM_ARRAY_JOB_ID"),
+            slurm_array_task_id=environment.get("SLURM_ARRAY_TASK_ID"),
+            slurm_restart_count=_number(environment, "SLURM_RESTART_COUNT", 0),
+            slurm_nodelist=environment.get("SLURM_JOB_NODELIST"),
+            slurm_partition=environment.get("SLURM_JOB_PARTITION"),
+            slurm_cluster=environment.get("SLURM_CLUSTER_NAME"),
+        )
+        if not 0 <= attempt.process_index < attempt.n_processes:
+            raise ContractError(
+                f"KD_PROCESS_INDEX is {attempt.process_index} of {attempt.n_processes} processes, expected 0 to n - 1"
+            )
+        return attempt
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class DuplicateTaskError(Exception):
+    """Another submission's process is at this task. Not an error of the work, and never leaves the worker."""
+
+    def __init__(self, holder: Mapping[str, Any]) -> None:
+        super().__init__(f"SLURM job {holder.get('slurm_job_id')} is at this task {_whereabouts(holder)}")
+        self.holder = holder
+
+
+def hold_task(path: Path, attempt: Attempt, *, report: Reporter, stop: StopFlag) -> Lease | None:
+    """The lease of the task, held until this process ends; waits for an earlier attempt of the same SLURM job.
+
+    Raises DuplicateTaskError when another job's process has it, InterruptedTaskError when asked to stop meanwhile.
+    None, with a warning, where the disk gives no leases: the results' own leases then have to do.
+    """
+    lease, waits = Lease(path), False
+    while True:
+        try:
+            prepare_folder(path.parent)
+            lease.acquire(attempt.facts())
+            return lease
+        except ResultBusyError:
+            # Nothing to read: it was locked a moment ago, or its holder's words have not come over the network yet.
+            holder = lease.holder()
+        except StorageUnavailableError as e:
+            report.emit("warning", message=f"whether another copy of this task runs cannot be told: {e}")
+            return None
+        if holder is not None:
+            if holder.get("slurm_job_id") is None or holder["slurm_job_id"] != attempt.slurm_job_id:
+                raise DuplicateTaskError(holder)
+            if not waits:
+                waits = True
+                report.emit(
+                    "warning",
+                    message=f"waits for an earlier attempt that still runs {_whereabouts(holder)}",
+                    holder=holder,
+                )
+        _sleep(LEASE_POLL_S, stop)
+
+
+def starts_of(path: Path) -> list[Event]:
+    """The `task_started` events of a task's event file, oldest first."""
+    found = []
+    try:
+        with path.open("rb") as file:
+            for line in file:  # a file of days has 100,000 lines of progress: only those in question are parsed
+                if b'"task_started"' not in line:
+                    continue
+                try:
+                    event = parse_event(line.decode("utf-8", "replace"))
+                except ContractError:  # half a line of a killed attempt
+                    continue
+                if event.type == "task_started":
+                    found.append(event)
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def no_progress(starts: Sequence[Event], n_parts_on_disk: int) -> NoProgressError | None:
+    """Why this start is one too many, given the earlier ones; None when it is not."""
+    last = starts[-MAX_STARTS_WITHOUT_PROGRESS:]
+    if len(last) < MAX_STARTS_WITHOUT_PROGRESS or any(e.data.get("n_parts_on_disk") != n_parts_on_disk for e in last):
+        return None
+    n = 0
+    for event in reversed(starts):
+        if event.data.get("n_parts_on_disk") != n_parts_on_disk:
+            break
+        n += 1
+    hosts = sorted({str(e.data.get("host")) for e in last})
+    return NoProgressError(
+        f"this task was started {n} times (last on {', '.join(hosts)}) and no start added a file to its results, which "
+        f"have {n_parts_on_disk}: it is not tried again. Its log says how each start ended: look for a time limit that "
+        "is shorter than loading and one part, or for what kills it; then materialize again"
+    )
+
+
+def gpus_of_process(visible: str | None, process_index: int, n_processes: int, *, n_gpus: int) -> str | None:
+    """What CUDA_VISIBLE_DEVICES must be for one of several processes; `visible` is what it is for the whole task.
+
+    Each gets an equal, contiguous share (neighbours are the best connected); where there are fewer GPUs than processes,
+    one that others have, too. Where `visible` is None the node's `n_gpus` are dealt out; None where there are none.
+    """
+    gpus = [str(i) for i in range(n_gpus)] if visible is None else [g for g in visible.split(",") if g.strip()]
+    if not gpus:
+        return visible
+    share = len(gpus) // n_processes
+    return (
+        ",".join(gpus[process_index * share : (process_index + 1) * share])
+        if share
+        else gpus[process_index % len(gpus)]
+    )
+
+
+def _sleep(seconds: float, stop: StopFlag) -> None:
+    """Sleep, but not into a request to stop. A signal's handler does not end `time.sleep` (PEP 475)."""
+    deadline = time.monotonic() + seconds
+    while not stop and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, 0.2))
+    if stop:
+        raise InterruptedTaskError(f"stopped by {stop.signal_name} while it waited for an earlier attempt")
+
+
+def _whereabouts(holder: Mapping[str, Any]) -> str:
+    node = holder.get("slurm_nodelist") or holder.get("host")
+    return f"on {node} (process {holder.get('pid')}, restart {holder.get('slurm_restart_count')})"
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise ContractError(f"{name} is {text!r} in the environment, expected a number")
+    return int(text)

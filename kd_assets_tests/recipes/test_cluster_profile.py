@@ -1,0 +1,152 @@
+"""Cluster profiles as YAML: what they mean, and how they say what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kd_assets.contract import JobKind
+from kd_assets.errors import MissingInputError, RecipeError
+from kd_assets.recipes.cluster_profile import PROFILES_FOLDER, ResourcesModel, find_profile, minutes_of, read_profile
+from kd_assets.scheduler import Profile, Resources
+
+NO_WORD: dict[JobKind, Resources] = {"shards": Resources(), "teacher": Resources(), "student": Resources()}
+
+
+def profile_of(tmp_path: Path, text: str) -> Profile:
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    return read_profile(path)
+
+
+def complaint_about(tmp_path: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as raised:
+        profile_of(tmp_path, text)
+    return str(raised.value)
+
+
+def test_the_default_profile_asks_for_nothing_and_fits_any_cluster() -> None:
+    assert read_profile(PROFILES_FOLDER / "default.yaml") == Profile(name="default", kinds=NO_WORD)
+
+
+def test_every_field_of_the_default_profile_is_explained_and_right_when_it_is_uncommented(tmp_path: Path) -> None:
+    lines = (PROFILES_FOLDER / "default.yaml").read_text().splitlines()
+    fields = [line.removeprefix("# ") for line in lines if not line.startswith("# ----")]
+    start = next(i for i, line in enumerate(fields) if line.startswith("account:"))
+    text = "\n".join(line for line in fields[start:] if ":" in line.split("#")[0] or line.startswith("  "))
+    profile = profile_of(tmp_path, text)
+    assert profile.defaults == Resources(
+        slurm_partition="compute",
+        account="my_project",
+        qos="normal",
+        constraint="h100&nvlink",
+        gpus_per_node=1,
+        gpu_memory_gib=80,
+        cpus=8,
+        memory_gib=64,
+        max_memory_gib=256,
+        time_minutes=24 * 60,
+        exclusive=True,
+        sbatch_options=("--reservation=maintenance", "--mail-type=FAIL"),
+    )
+    assert profile.kinds["shards"] == Resources(slurm_partition="cpu", cpus=8, memory_gib=32, time_minutes=120)
+    assert profile.setup.splitlines() == ["module load cuda/12.8", "export HF_HOME=/shared/huggingface"]
+    assert (profile.ssh, profile.ssh_options) == ("user@login.example.org", ("-p", "2222"))
+    assert (profile.array_concurrency, profile.secrets) == (8, ("HF_TOKEN",))
+    shown = ("poll_interval_s", "command_timeout_s", "visibility_grace_s", "absence_grace_s", "signal_s")
+    defaults = Profile(name="site")
+    assert [getattr(profile, name) for name in shown] == [getattr(defaults, name) for name in shown]
+
+
+def test_the_example_profile_sends_tokenising_to_cpu_nodes_and_leaves_the_teacher_to_its_recipe() -> None:
+    profile = read_profile(PROFILES_FOLDER / "h100.yaml")
+    assert profile.kinds["shards"].slurm_partition == "cpu"
+    assert profile.kinds["teacher"] == Resources()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("partition: -h100", "partition: expected a name: it may not begin with -"),
+        ('partition: ""', "partition: it is empty"),
+        ('account: "a\\nb"', "account: expected one line"),
+        ('qos: "a\\0"', "qos: expected one line"),
+        ("account: 12", "account: Input should be a valid string"),
+        ("gpus_per_node: 0", "gpus_per_node: Input should be greater than 0"),
+        ("cpus: 1.5", "cpus: Input should be a valid integer"),
+        ("time: 1:00:00", "YAML reads 1:00:00 without quotes as the number 3600"),
+        ("time: 1 day", 'time: expected the time in quotes: "HH:MM:SS" or "D-HH:MM:SS"'),
+        ('time: "00:00:00"', "a time limit of 0"),
+        ("partitin: x", "partitin: there is no such field; there are absence_grace_s, account, array_concurrency,"),
+        ("kinds: {teachers: {}}", "kinds.teachers: there is no such field; there are shards, student, teacher"),
+        ("kinds: {teacher: {gpus: 4}}", "kinds.teacher.gpus: there is no such field; there are account, constraint"),
+        ("poll_interval_s: 0", "poll_interval_s: Input should be greater than 0"),
+        ("secrets: [HF TOKEN]", "secrets.0: String should match pattern"),
+        ("setup: export HF_TOKEN=hf_abc", "setup: it sets HF_TOKEN, and everyone can read it"),
+        ("ssh: -oProxyCommand=x", "ssh: expected user@host"),
+        ("ssh: a b", "ssh: expected user@host"),
+        ("sbatch_options: [--array=3]", "sbatch_options.0: --array may not stand here: kd_assets sets it itself"),
+        ("sbatch_options: [--arr=3]", "sbatch_options.0: --array may not stand here"),
+        ("sbatch_options: [--part=x]", "--partition may not stand here: write it as the field partition"),
+        ("sbatch_options: [--dependency=afterok:1]", "--dependency may not stand here: kd_assets could not follow"),
+        ("sbatch_options: [--wait]", "--wait may not stand here: sbatch would not simply submit"),
+        ("sbatch_options: [--reservation]", "sbatch_options.0: expected --name=value"),
+        ("sbatch_options: [-N2]", "sbatch_options.0: expected --name=value"),
+        ("sbatch_options: [job.sh]", "sbatch_options.0: expected --name=value"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_line_and_field(tmp_path: Path, line: str, said: str) -> None:
+    complaint = complaint_about(tmp_path, f"# a site\n\n{line}\n")
+    assert complaint.startswith(f"{tmp_path}/site.yaml:3: ")
+    assert said in complaint
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    complaint = complaint_about(tmp_path, "cpus: 0\nfoo: 1\n")
+    assert "site.yaml:1: cpus" in complaint
+    assert "site.yaml:2: foo" in complaint
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--reservation=maintenance", "--gpus=3", "--gres=gpu:a100:4", "--contiguous", "--mail-type=END", "--nodelist=n1"],
+)
+def test_options_that_kd_assets_leaves_alone_are_taken(option: str) -> None:
+    assert ResourcesModel(sbatch_options=[option]).to_resources().sbatch_options == (option,)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a", "just words", "a: 1\n---\nb: 2", "\tx"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    assert str(tmp_path / "site.yaml") in complaint_about(tmp_path, text)
+
+
+def test_an_empty_file_asks_for_nothing(tmp_path: Path) -> None:
+    assert profile_of(tmp_path, "# nothing\n") == Profile(name="site", kinds=NO_WORD)
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [("48:00:00", 2880), ("2-00:00:00", 2880), ("00:00:30", 1), ("01:30:01", 91), ("1-02:03:00", 1563), (30, 30)],
+)
+def test_a_time_is_whole_minutes_rounded_up(time: int | str, minutes: int) -> None:
+    assert minutes_of(time) == minutes
+
+
+def test_the_memory_limit_is_not_below_the_memory() -> None:
+    with pytest.raises(ValueError, match=r"max_memory_gib \(8\) is below memory_gib \(16\)"):
+        ResourcesModel(memory_gib=16, max_memory_gib=8)
+
+
+def test_a_profile_is_found_by_name_or_by_path(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").touch()
+    assert find_profile("site", tmp_path) == tmp_path / "site.yaml"
+    assert find_profile(str(tmp_path / "site.yaml")) == tmp_path / "site.yaml"
+    assert find_profile("default") == PROFILES_FOLDER / "default.yaml"
+
+
+def test_a_profile_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"no cluster profile 'h1000'.*default, h100"):
+        find_profile("h1000")
+    with pytest.raises(MissingInputError, match="is not a file"):
+        find_profile(f"{tmp_path}/x.yaml")

@@ -1,0 +1,46 @@
+"""Identities: what was made before a parameter existed keeps its name, and a parameter that is used changes it."""
+
+from __future__ import annotations
+
+import pytest
+
+from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TopkParams
+from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings
+from kd_assets.sources.plan import SourceSpec
+
+
+def a_recipe(*, draws: int = 0, seed: int = 0) -> Recipe:
+    source = SourceSpec(name="s", path="/s", file_format="jsonl", licence="CC0-1.0")
+    return Recipe(
+        name="r",
+        sources=(Source(spec=source),),
+        teacher=TeacherSettings(model="m", seed=seed),
+        documents_per_shard=10,
+        topk=TopkParams(k=4, max_length=100, draws=draws),
+        hidden_states=HiddenStateParams(blocks=(1,), max_length=50),
+        embeddings=EmbeddingParams(max_length=300),
+    )
+
+
+@pytest.mark.parametrize(
+    ("asset", "code_version"),
+    [("topk_cache", "1-07396093"), ("hidden_state_cache", "1-76d669f3"), ("embedding_cache", "1-7c48bb4c")],
+)
+def test_caches_without_draws_are_called_what_they_were_before_there_were_draws(
+    asset: Asset, code_version: str
+) -> None:
+    """The literals are what the version before draws gave."""
+    assert a_recipe().code_version(asset) == code_version
+
+
+def test_draws_change_the_topk_cache_and_no_other() -> None:
+    one, other = a_recipe(), a_recipe(draws=50)
+    assert one.code_version("topk_cache") != other.code_version("topk_cache")
+    assert other.code_version("topk_cache") != a_recipe(draws=51).code_version("topk_cache")
+    for asset in ("hidden_state_cache", "embedding_cache"):
+        assert one.code_version(asset) == other.code_version(asset)
+
+
+def test_seed_is_of_a_caches_identity_where_something_is_drawn_with_it() -> None:
+    assert a_recipe(seed=1).code_version("topk_cache") == a_recipe().code_version("topk_cache")
+    assert a_recipe(draws=50, seed=1).code_version("topk_cache") != a_recipe(draws=50).code_version("topk_cache")

@@ -1,0 +1,300 @@
+"""Starts of a task: which copy may work, and when it has been tried often enough.
+
+Other copies are real processes that hold real locks.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_assets.contract import Reporter, event_file, lease_file, read_events
+from kd_assets.durable import Lease, local_locks
+from kd_assets.errors import ContractError, InterruptedTaskError, StorageUnavailableError
+from kd_assets.store import count_durable_files
+from kd_assets.worker import attempt as attempts
+from kd_assets.worker.attempt import Attempt, DuplicateTaskError, gpus_of_process, hold_task, no_progress, starts_of
+from kd_assets.worker.stop_flag import StopFlag
+
+HOLD = """
+    import sys, time
+    from pathlib import Path
+    from kd_assets.durable import Lease, prepare_folder
+    path = Path(sys.argv[1])
+    prepare_folder(path.parent)
+    Lease(path).acquire({"slurm_job_id": sys.argv[2], "host": "n0", "pid": 77, "slurm_restart_count": 0})
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def an_attempt(**environment: str) -> Attempt:
+    return Attempt.of({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "14", **environment})
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[[Path, str], subprocess.Popen[str]]]:
+    """Start a process of another SLURM job that holds a lease; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(path: Path, slurm_job_id: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(HOLD), str(path), slurm_job_id], stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+class Desk:
+    def __init__(self, folder: Path) -> None:
+        self.events, self.lease = event_file(folder / "events", 3), lease_file(folder / "events", 3)
+        self.stop = StopFlag()
+
+    def hold_task(self, attempt: Attempt) -> Lease | None:
+        with Reporter(self.events, stream=io.StringIO()) as report:
+            return hold_task(self.lease, attempt, report=report, stop=self.stop)
+
+    def warnings(self) -> list[str]:
+        return [e.data["message"] for _, e in read_events(self.events) if not isinstance(e, str)]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setattr(attempts, "LEASE_POLL_S", 0.05)
+    return Desk(tmp_path)
+
+
+# ---------------------------------------------------------------------- the lease of a task
+
+
+def test_a_task_that_nobody_is_at_is_taken_and_says_who_has_it(desk: Desk) -> None:
+    lease = desk.hold_task(an_attempt(SLURM_RESTART_COUNT="2", SLURM_JOB_NODELIST="n7"))
+    assert lease is not None
+    said = json.loads(desk.lease.read_text())
+    assert (said["slurm_job_id"], said["slurm_restart_count"], said["slurm_nodelist"]) == ("15", 2, "n7")
+    assert said["pid"] == os.getpid()
+    assert desk.lease.parent.name == "leases"
+    assert desk.warnings() == []
+    lease.release()
+
+
+def test_a_second_submission_learns_who_is_at_the_task(
+    desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]]
+) -> None:
+    hold(desk.lease, "99")
+    with pytest.raises(DuplicateTaskError, match=r"SLURM job 99 is at this task on n0 \(process 77") as e:
+        desk.hold_task(an_attempt())
+    assert e.value.holder["slurm_job_id"] == "99"
+
+
+def test_outside_slurm_a_second_copy_is_a_duplicate_too(
+    desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]]
+) -> None:
+    hold(desk.lease, "99")
+    with pytest.raises(DuplicateTaskError):
+        desk.hold_task(Attempt.of({}))
+
+
+def test_an_earlier_attempt_of_the_same_job_is_waited_for_and_taken_over_from(
+    desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]]
+) -> None:
+    old = hold(desk.lease, "15")
+    ended: list[float] = []
+
+    def end() -> None:
+        ended.append(time.monotonic())
+        old.kill()
+
+    threading.Timer(0.6, end).start()
+    lease = desk.hold_task(an_attempt(SLURM_RESTART_COUNT="1"))
+    assert lease is not None
+    assert 0 < time.monotonic() - ended[0] < 2, "it waited, and took over as soon as it could"
+    assert len(desk.warnings()) == 1, "one line, however often it looked"
+    assert desk.warnings()[0].startswith("waits for an earlier attempt that still runs on n0 (process 77")
+    assert json.loads(desk.lease.read_text())["slurm_restart_count"] == 1
+    lease.release()
+
+
+def test_waiting_for_an_earlier_attempt_ends_with_a_request_to_stop(
+    desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]]
+) -> None:
+    hold(desk.lease, "15")
+    threading.Timer(0.3, lambda: setattr(desk.stop, "_signal_name", "SIGUSR1")).start()
+    with pytest.raises(InterruptedTaskError, match="SIGUSR1 while it waited for an earlier attempt"):
+        desk.hold_task(an_attempt(SLURM_RESTART_COUNT="1"))
+
+
+def test_a_holder_that_has_not_said_who_it_is_is_waited_for(
+    desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]]
+) -> None:
+    """The moment between its lock and its words; or words that have not come over the network yet."""
+    hold(desk.lease, "99")
+    said = desk.lease.read_text()
+    desk.lease.write_text("")
+    threading.Timer(0.4, desk.lease.write_text, [said]).start()
+    started = time.monotonic()
+    with pytest.raises(DuplicateTaskError):
+        desk.hold_task(an_attempt())
+    assert time.monotonic() - started > 0.3
+
+
+def test_a_disk_without_locks_is_told_of_with_its_remedy_and_the_work_goes_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results' own leases are still asked for, and refuse to work there."""
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    assert desk.hold_task(an_attempt()) is None
+    (warning,) = desk.warnings()
+    assert warning.startswith("whether another copy of this task runs cannot be told")
+    assert "mount it with them (Lustre: -o flock" in warning
+    with pytest.raises(StorageUnavailableError, match="the file system has no locks"):
+        Lease(desk.lease).acquire({})
+
+
+# ---------------------------------------------------------------------- mounts whose locks stay on one node
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw,relatime 0 0
+server:/a /shared/a nfs4 rw,vers=4.2,local_lock=none 0 0
+server:/b /shared/b nfs rw,vers=3,nolock,local_lock=all 0 0
+mgs@tcp:/l /lustre\\040one lustre rw,localflock,lazystatfs 0 0
+mgs@tcp:/m /lustre lustre rw,flock 0 0
+server:/c /shared/b/inner nfs4 rw,local_lock=none 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/home/x", None),
+        ("/shared/a/store", None),
+        ("/shared/b/store", "/shared/b is mounted with local_lock=all (nfs)"),
+        ("/shared/b/inner/store", None),
+        ("/shared/bb/store", None),
+        ("/lustre one/store", "/lustre one is mounted with localflock (lustre)"),
+        ("/lustre/store", None),
+    ],
+)
+def test_a_mount_whose_locks_other_nodes_do_not_see_is_recognised(path: str, expected: str | None) -> None:
+    assert local_locks(Path(path), MOUNTS) == expected
+
+
+def test_the_mounts_of_this_machine_can_be_read(tmp_path: Path) -> None:
+    assert local_locks(tmp_path) is None
+
+
+# ---------------------------------------------------------------------- progress
+
+
+def started(path: Path, n_parts: list[int]) -> None:
+    with Reporter(path, stream=io.StringIO()) as report:
+        for n in n_parts:
+            report.emit("task_started", n_parts_on_disk=n, host="n0")
+            report.emit("progress", message='not a "task_started"')
+
+
+@pytest.mark.parametrize(
+    ("n_parts", "now", "is_stuck"),
+    [
+        ([], 0, False),
+        ([0] * 4, 0, False),
+        ([0] * 5, 0, True),
+        ([0] * 5, 1, False),
+        ([7, 7, 7, 7, 8], 8, False),
+        ([7, 8, 8, 8, 8, 8], 8, True),
+        ([8, 8, 8, 8, 7], 8, False),
+    ],
+)
+def test_five_starts_in_a_row_that_added_nothing_are_the_last(
+    tmp_path: Path, n_parts: list[int], now: int, is_stuck: bool
+) -> None:
+    started(tmp_path / "task.jsonl", n_parts)
+    assert (no_progress(starts_of(tmp_path / "task.jsonl"), now) is not None) == is_stuck
+
+
+def test_the_error_says_how_often_it_was_started_and_where(tmp_path: Path) -> None:
+    started(tmp_path / "task.jsonl", [1, *[3] * 7])
+    error = no_progress(starts_of(tmp_path / "task.jsonl"), 3)
+    assert "started 7 times (last on n0) and no start added a file to its results, which have 3" in str(error)
+
+
+def test_starts_are_read_past_half_lines_and_what_is_no_event(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    started(path, [1])
+    with path.open("ab") as file:
+        file.write(b'{"v": 1, "type": "task_started", "da\n\xff\xfe "task_started"\n')
+    started(path, [2])
+    assert [e.data["n_parts_on_disk"] for e in starts_of(path)] == [1, 2]
+    assert starts_of(tmp_path / "none.jsonl") == []
+
+
+def test_counting_what_is_on_disk_sees_parts_and_manifests_and_nothing_in_flight(tmp_path: Path) -> None:
+    for name in ("part-00000.parquet", "manifest.json", "journal.jsonl", ".lease", ".part-00001.parquet.x.tmp"):
+        (tmp_path / name).touch()
+    assert count_durable_files([tmp_path, tmp_path / "not there", tmp_path / "manifest.json" / "x"]) == 2
+
+
+def test_counting_3000_results_takes_less_than_a_fifth_of_a_second(tmp_path: Path) -> None:
+    folders = [tmp_path / str(i) for i in range(3000)]
+    for folder in folders:
+        folder.mkdir()
+        for name in ("part-00000.parquet", "part-00001.parquet", "journal.jsonl"):
+            (folder / name).touch()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert count_durable_files(folders) == 6000
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.2, times
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize(
+    ("visible", "n_gpus", "expected"),
+    [
+        ("4,5,6,7", 8, ["4", "5", "6", "7"]),
+        ("GPU-aa,GPU-bb", 8, ["GPU-aa", "GPU-bb", "GPU-aa", "GPU-bb"]),
+        ("0,1,2,3,4,5,6,7", 8, ["0,1", "2,3", "4,5", "6,7"]),
+        (None, 4, ["0", "1", "2", "3"]),
+        (None, 9, ["0,1", "2,3", "4,5", "6,7"]),
+        (None, 2, ["0", "1", "0", "1"]),
+        (None, 0, [None] * 4),
+        ("", 4, [""] * 4),
+    ],
+)
+def test_each_process_gets_an_equal_share_of_the_gpus(visible: str | None, n_gpus: int, expected: list[Any]) -> None:
+    assert [gpus_of_process(visible, process_index, 4, n_gpus=n_gpus) for process_index in range(4)] == expected
+
+
+@pytest.mark.parametrize(
+    "environment", [{"KD_PROCESS_INDEX": "4", "KD_N_PROCESSES": "4"}, {"KD_N_PROCESSES": "x"}, {"KD_N_PROCESSES": "0"}]
+)
+def test_an_environment_that_makes_no_sense_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(ContractError, match="KD_PROCESS_INDEX"):
+        Attempt.of(environment)
