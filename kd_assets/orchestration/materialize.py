@@ -1,6 +1,6 @@
-"""What a materialization does: plan the work, have what is missing made (`jobs`), record each result.
+"""What a materialization does: plan the work, have what is missing made (`driving`), record each result.
 
-The bodies of the assets that `components` declares. The rule they keep: every partition that was asked for ends the run
+The bodies of the assets that `assets` declares. The rule they keep: every partition that was asked for ends the run
 either recorded or named in its failure.
 """
 

@@ -76,7 +76,7 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
         return None if self.scheduler == "local" else read_profile(find_profile(self.slurm_profile))
 
     def make_scheduler(self, *, submits: bool = True) -> Scheduler:
-        """The scheduler of this deployment. Nothing is written when it is only asked things (`submits=False`).
+        """The scheduler of this deployment. With `submits=False` no secrets file is written.
 
         Raises what `profile` and `secrets_file` raise.
         """

@@ -1,7 +1,8 @@
 """Where submissions live on disk, for every scheduler: `<jobs folder>/<recipe>/<kind>-<key>/<number>/`.
 
-Used by the schedulers only. The invariant: a submission whose `spec.json` is there was decided upon by exactly one
-caller; the newest number of a key is the only one that may be live.
+Used by the schedulers, and by orchestration for who follows a job and what it asked for. The invariant: a submission
+whose `spec.json` is there was decided upon by exactly one caller; the newest number of a key is the only one that may
+be live.
 """
 
 from __future__ import annotations

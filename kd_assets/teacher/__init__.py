@@ -1,11 +1,8 @@
 """The teacher pass: load once, run each batch once, feed every cache from it. The only package besides `student` that
-imports torch. Imports no dagster.
+imports torch.
 
-The model: `load` reads it, `quantised` says what its weights are, `proofs` show that its parts are what the pass takes
-them for, `head` is its end in chunks. The devices: `running` holds it on one or several (`ranks`, `follower`),
-`compiled` makes its blocks faster, `budget` measures how large a batch may be, `memory` says how it ran out. One batch:
-`step` computes it with `forward`, `topk` and `sampling`, `transfer` brings it to the host, `capture` puts it into
-document order. One partition: `batching` and `windows` plan it, `partition` runs it, `writer` writes its parts in a
-thread, `reference` computes a sample again the plain way. `telemetry`, `host` and `series` watch; `runner` is what
-`kd_assets.worker` calls.
+Four rooms: `model` (loading, and what is proved of the loaded weights), `devices` (where the teacher lies: one process
+or several, measured, compiled), `batch` (where a batch is computed and reduced), `partition` (which documents run
+together, and the parts they become). `runner` is what the worker calls; `recompute` computes a sample again the plain
+way.
 """

@@ -2,7 +2,7 @@
 
 Used by `kd_assets.teacher` and by tests. One document at a time, no batch, no padding, no chunks: the model's own
 forward with its own head, `log_softmax` + `topk`. It shares with the pass the loaded model, with the parts that were
-found in it (see `proofs`), and nothing else; and it is compared with what is read back from the written parts: the
+found in it (see `anatomy`), and nothing else; and it is compared with what is read back from the written parts: the
 cache is checked, not the pass.
 
 Its memory is bounded: the states of the wanted blocks and of the decoder's end, and the logits of a sample of positions

@@ -1,4 +1,4 @@
-"""Getting missing results made: join the jobs that are at it, submit the rest, follow all, try again what may heal.
+"""Getting missing results made: join the jobs that are at it, submit the rest, follow all, retry.
 
 The rules: a result that is committed is recorded and never computed; no work is submitted that a live job is at; every
 partition that was asked for ends either recorded or named with its cause; a termination cancels the jobs that nobody

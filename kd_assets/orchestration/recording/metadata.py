@@ -37,7 +37,7 @@ WORDS = (
     "attempt",
     "code_commit",
 )
-"""Of the provenance, what stands by itself."""
+"""Provenance keys shown as metadata of their own."""
 
 
 def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ SPEED = Panel(title="tokens/s", lines=(Line(name="tokens_per_s", label="", colou
 
 
 def timeline_markdown(telemetry: Mapping[str, Any] | None) -> str | None:
-    """The series of a manifest's fact `telemetry` (see `kd_assets.worker.telemetry.series`) as one picture.
+    """The series of a manifest's fact `telemetry` (see `worker.telemetry.series`) as one picture.
 
     Power of the GPUs, utilisation of GPUs and processors, tokens/s; without GPUs the memory of the process. Of these
     what is known; None where nothing is.

@@ -1,6 +1,6 @@
 """One squeue for all jobs and all processes of a deployment, and what its rows say of tasks.
 
-Used by `slurm_scheduler`.
+Used by `scheduler`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Four rules, each learnt from how others fail:
   after a grace period, and not before.
 - A state says why a task ended, never that its work is done.
 
-What is on disk of a submission is in `slurm_records`, submitting in `slurm_submitter`, the shared squeue in
-`slurm_queue`; SLURM's commands and words are in `slurm` and `slurm_states`.
+What is on disk of a submission is in `records`, submitting in `submitter`, the shared squeue in `queue`; SLURM's
+commands are in `client`, their text in `parsing`, their state words in `states`.
 """
 
 from __future__ import annotations

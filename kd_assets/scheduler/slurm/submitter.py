@@ -1,6 +1,6 @@
 """Submitting a job's arrays: what the site takes now, the rest later, nothing that stands already.
 
-Used by `slurm_scheduler`. One sbatch is one array of consecutive tasks; there are several where MaxArraySize or a limit
+Used by `scheduler`. One sbatch is one array of consecutive tasks; there are several where MaxArraySize or a limit
 on submitted jobs wants them smaller. The invariant: of a task at most one array stands, and none is submitted while an
 earlier sbatch has no answer.
 """

@@ -198,8 +198,8 @@ def safe_room(measurements: Sequence[Measurement]) -> float:
 
 
 def need_of(n_tokens: int, measurements: Sequence[Measurement]) -> float:
-    """Bytes that a batch of `n_tokens` takes: on the line through the two largest measured, which is the steepest there
-    is, since the most that is held at any time is the largest of several lines; through one alone, from zero."""
+    """Bytes that a batch of `n_tokens` takes, extrapolated on the line through the two largest measurements (with one
+    alone: through zero). Peak memory is a maximum of linear functions, so this line is never too flat."""
     last = measurements[-1]
     before = measurements[-2] if len(measurements) > 1 else Measurement(n_tokens=0, needed_bytes=0, room_bytes=0)
     slope = max(0.0, (last.needed_bytes - before.needed_bytes) / (last.n_tokens - before.n_tokens))

@@ -1,6 +1,6 @@
 """The other processes of a tensor-parallel teacher: started, told what to run, watched, and ended with this one.
 
-Used by `running` only. The worker is rank 0: it alone has the task's lease, reports, reads shards and
+Used by `teacher_on_devices`. The worker is rank 0: it alone has the task's lease, reports, reads shards and
 writes; ranks 1 to n - 1 are its children (`follower`), load the same teacher, run what rank 0 tells
 them by a pipe, and drop the results. torchrun's program is not used, for it keeps USR1 to itself and ends ranks
 half a minute after a signal; its environment (RANK, WORLD_SIZE, ...) and torch's process groups are.

@@ -1,6 +1,6 @@
 """A teacher that is ready to run: placed on the devices of its process, loaded, and told what to run as one.
 
-Used by the runner, which does not see whether one process holds the teacher or several (see `ranks`), on one device or
+Used by the runner, which does not see whether one process holds it or several (see `rank_group`), on one device or
 layer by layer on several. The invariant: whatever runs the model runs here, on all ranks alike, so that none waits for
 an operation that another never begins.
 """

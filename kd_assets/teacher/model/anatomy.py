@@ -27,7 +27,8 @@ from kd_assets.teacher.model.quantised import Quantisation, tolerance
 
 PROBE_TOKENS = 16
 CAUSAL_RTOL = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
-"""How far a prefix may feel its suffix, relative to the largest state: the noise of batched kernels, many roundings."""
+"""Tolerance of the causality check: the largest change of a prefix's states when its suffix changes, relative to the
+largest state. It covers the noise of batched kernels, which round differently."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

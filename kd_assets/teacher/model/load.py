@@ -2,7 +2,7 @@
 
 Used by `kd_assets.teacher` only; the one module that calls `from_pretrained`. The invariant: a `Teacher` is the one the
 job was planned with (its fingerprint is checked), complete (no weight was left to chance), and what the pass takes it
-for: its parts are proved on the loaded weights (see `proofs` and `head`). Code that comes with a model, where it may
+for: its parts are proved on the loaded weights (see `anatomy` and `head`). Code that comes with a model, where it may
 run at all (see `configuration`), is part of the fingerprint and is checked before it runs.
 
 Names: B, T = documents and tokens of a batch, H = hidden size, V = vocabulary.

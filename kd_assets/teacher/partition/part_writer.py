@@ -33,7 +33,7 @@ class PartToWrite:
     index: int
     n_tokens: int
     token_budget: int
-    """What its batches were planned with; kept with the part (see `windows`)."""
+    """What its batches were planned with; kept with the part (see `budgets`)."""
     encode: Callable[[], pa.Table]
 
 

@@ -1,7 +1,7 @@
 """One partition through the devices: window after window, each a part of every cache that misses it.
 
 Used by `kd_assets.teacher` only. Three threads share the work: the caller's launches steps, the collector puts their
-results in place and hands full windows on, the writer encodes and writes them (see `transfer`, `writer`).
+results in place and hands full windows on, the writer encodes and writes them (see `batch.transfer`, `part_writer`).
 
 The invariant: a window is written whole or not at all, and from batches of one token budget. Where the device runs out
 of memory, the window in hand is begun again with half the budget, and what was already computed of it is dropped.
