@@ -1,15 +1,20 @@
 # The two commands of a newcomer are `make demo` and `make test`; `make ui` opens the web UI on the demo's instance.
-# Recipes use paths relative to this folder, so that a checkout under a path with spaces works.
+# Recipes use paths relative to this folder, and a path from outside reaches the shell in a variable of its environment
+# only, never in the text of a command: so a folder may be called `a "b" $(c)`.
 
 PYTHON ?= python3
-# Where the demo keeps its store, jobs and Dagster instance.
-KD_HOME ?= $(CURDIR)/var
-override KD_HOME := $(shell realpath --canonicalize-missing -- "$(KD_HOME)")
+# Where the demo keeps its store, jobs and Dagster instance. As it was given: make would expand a `$` in it.
+ifeq ($(origin KD_HOME),undefined)
+KD_HOME := $(CURDIR)/var
+else
+override KD_HOME := $(value KD_HOME)
+endif
 PORT ?= 3000
 export KD_HOME
 # Idle OpenMP threads sleep: see slurm/task.sbatch.
 export OMP_WAIT_POLICY ?= PASSIVE
-export DAGSTER_HOME = $(KD_HOME)/dagster
+# Nor may others read what Dagster keeps: its events and logs quote documents.
+AT_HOME = umask 027 && KD_HOME=$$(realpath --canonicalize-missing -- "$$KD_HOME") && export KD_HOME DAGSTER_HOME="$$KD_HOME/dagster"
 
 BIN = .venv/bin
 READY = .venv/.ready
@@ -18,10 +23,12 @@ READY = .venv/.ready
 
 setup: $(READY)
 
-# torch first and alone: its pinned build must be chosen before anything else asks for "any torch".
+# torch first and alone: its pinned build must be chosen before anything else asks for "any torch". (pip's launchers put
+# the path into a line of sh where it has a space: with one of these characters beside it that line would run it.)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kd_assets needs Python 3.11 or newer; found $$($(PYTHON) --version). Say which: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "this Python has no venv: apt-get install python3-venv" >&2; exit 2; }
+	@case "$$PWD" in *[[:space:]]*) case "$$PWD" in *[\$$\`\"\\]*) echo "pip cannot make commands that run in $$PWD (a space beside a \$$, \`, \" or backslash): move the checkout" >&2; exit 2;; esac;; esac
 	@echo "Installing into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
@@ -29,12 +36,12 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/python -W ignore -m kd_assets.demo.run
+	@$(AT_HOME) && exec $(BIN)/python -W ignore -m kd_assets.demo.run
 
 ui: $(READY)
-	@mkdir -p "$(DAGSTER_HOME)" && cp dagster.yaml "$(DAGSTER_HOME)/dagster.yaml"
 	@echo "Dagster on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
-	@exec $(BIN)/python -W ignore -m dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
+	@$(AT_HOME) && mkdir -p "$$DAGSTER_HOME" && chmod o-rwx "$$DAGSTER_HOME" && cp dagster.yaml "$$DAGSTER_HOME/dagster.yaml" && \
+	    exec $(BIN)/python -W ignore -m dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
 
 check: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kd_assets.errors import EXIT_FAILED, KdAssetsError, MissingInputError
 from kd_assets.store.checking.verify import VerifyReport, verify
@@ -52,21 +52,21 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     found = inspect(arguments.path)
     if arguments.json:
-        print(json.dumps(_inspection_json(found, arguments), indent=1, default=str, ensure_ascii=False))
+        _show_json(_inspection_json(found, arguments))
         return 0
     for cache in found.caches:
-        print("\n".join(_cache_lines(cache)))
+        _show(*_cache_lines(cache))
         if arguments.documents and cache.has_documents:
             decode, why_not = _decoder(arguments.tokenizer, cache)
             if why_not is not None:
-                print(f"  (token ids, no text: {why_not})")
+                _show(f"  (token ids, no text: {why_not})")
             for view in view_documents(cache, arguments.documents):
-                print("\n".join(_document_lines(view, decode)))
-        print()
+                _show(*_document_lines(view, decode))
+        _show("")
     if found.n_superseded:
-        print(f"{found.n_superseded} older results are on disk beside the current ones")
+        _show(f"{found.n_superseded} older results are on disk beside the current ones")
     if found.unfinished:
-        print(f"{len(found.unfinished)} unfinished, such as {found.unfinished[0]}")
+        _show(f"{len(found.unfinished)} unfinished, such as {found.unfinished[0]}")
     return 0
 
 
@@ -196,10 +196,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     reports = [verify(path) for path in arguments.paths]
     ok = all(report.ok for report in reports)
     if arguments.json:
-        print(json.dumps({"ok": ok, "reports": [_report_json(report) for report in reports]}, indent=1, default=str))
+        _show_json({"ok": ok, "reports": [_report_json(report) for report in reports]})
     else:
         for report in reports:
-            print("\n".join(_report_lines(report)))
+            _show(*_report_lines(report))
     return 0 if ok else EXIT_FAILED
 
 
@@ -249,9 +249,9 @@ def _preview(arguments: argparse.Namespace) -> int:
     platform = _control_plane("kd_assets.orchestration.platform").Platform.from_environment()
     shown = previews.preview(recipe, platform, partitions=arguments.partitions, assets=arguments.assets)
     if arguments.json:
-        print(json.dumps(shown.to_json(), indent=1, ensure_ascii=False))
+        _show_json(shown.to_json())
     else:
-        print("\n".join(previews.text_lines(shown)))
+        _show(*previews.text_lines(shown))
     return 0
 
 
@@ -269,7 +269,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     platform = _control_plane("kd_assets.orchestration.platform").Platform.from_environment()
     ok = True
     for finding in doctor.examine(recipe, platform, test_job=not arguments.no_job, wait_s=arguments.wait):
-        print(finding, flush=True)
+        _show(str(finding))
         ok = ok and finding.status is not doctor.Status.FAIL
     return 0 if ok else EXIT_FAILED
 
@@ -317,13 +317,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = int(arguments.run(arguments))
         sys.stdout.flush()
     except KdAssetsError as e:
-        print(f"kd-assets: {' '.join(str(e).split())}", file=sys.stderr)
+        _show(f"kd-assets: {' '.join(str(e).split())}", stream=sys.stderr)
         return e.exit_code
     except BrokenPipeError:
         # The interpreter flushes stdout once more on its way out; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return status
+
+
+def _show(*lines: str, stream: TextIO | None = None) -> None:
+    """Print lines, with escapes in the place of all that is no printable character.
+
+    Ids, texts, paths and messages come from files that anybody may have written: none of them is to move the cursor,
+    to begin a line of its own, or to turn the direction of what is read.
+    """
+    print("\n".join(printable(line) for line in lines), file=stream or sys.stdout, flush=True)
+
+
+def _show_json(record: Any) -> None:
+    """Print one JSON object, in ASCII for the same reason."""
+    print(json.dumps(record, indent=1, default=str))
+
+
+def printable(text: str) -> str:
+    """`text` with a Python escape for every control character, bidirectional mark and lone surrogate in it."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _count(text: str) -> int:

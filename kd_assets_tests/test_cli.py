@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -340,3 +341,34 @@ def test_doctor_ends_with_1_when_something_fails(home: Path, capsys: pytest.Capt
     (failed,) = (line for line in lines if line.startswith("FAIL"))
     assert failed.startswith(f"FAIL weights: no model folder at {home}/inputs/demo/teacher")
     assert failed.endswith("→ materialize demo/teacher")
+
+
+HOSTILE = "id\x1b[2J\x9b31m\u202ereversed\u2066\nverify: all is well\udcff"
+
+
+def test_what_is_printed_has_escapes_in_the_place_of_control_characters() -> None:
+    assert cli.printable(HOSTILE) == r"id\x1b[2J\x9b31m\u202ereversed\u2066\nverify: all is well\udcff"
+    assert cli.printable("naïve 日本語 “quotes” … ×") == "naïve 日本語 “quotes” … ×"
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_an_id_of_a_document_cannot_command_the_terminal(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = HOSTILE.removesuffix("\udcff")  # no file can hold a lone surrogate
+    ids = [hostile, *(f"document-{i}" for i in range(1, 4))]
+    documents = dataclasses.replace(examples.documents(), document_ids=ids)
+    examples.commit(tmp_path, "topk_cache", docs=documents)
+    status, out, err = run(capsys, "inspect", tmp_path, *arguments)
+    assert (status, err) == (0, "")
+    assert "reversed" in out
+    assert all(character.isprintable() for character in out.replace("\n", ""))
+    assert not any(line.startswith("verify:") for line in out.splitlines())
+
+
+def test_an_error_about_a_hostile_path_cannot_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "verify", tmp_path / HOSTILE.replace("\n", ""))
+    assert status != 0
+    assert err.rstrip("\n").isprintable()

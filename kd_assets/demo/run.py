@@ -117,10 +117,12 @@ def prepare_instance(home: Path) -> None:
     instance = Path(os.environ.get("DAGSTER_HOME") or home / "dagster").absolute()
     os.environ["DAGSTER_HOME"] = str(instance)
     instance.mkdir(parents=True, exist_ok=True)
+    instance.chmod(instance.stat().st_mode & 0o7770)  # events and logs quote documents
     shutil.copyfile(PROJECT_FOLDER / "dagster.yaml", instance / "dagster.yaml")
 
 
 def main() -> int:
+    os.umask(0o027)
     started = time.time()
     platform = Platform.from_environment()
     os.environ["KD_HOME"] = platform.home
