@@ -17,7 +17,7 @@ ODD = ["x$(touch y)", "it's", 'say "hello"', "a `touch y` b", "$HOME $$ $(shell 
 @pytest.fixture
 def checkout(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A folder with this Makefile and, in the place of an environment, a Python that shows what it is given."""
-    folder = tmp_path / request.param
+    folder = tmp_path / str(request.param)
     (folder / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(MAKEFILE, folder / "Makefile")
     shutil.copy(MAKEFILE.parent / "dagster.yaml", folder)

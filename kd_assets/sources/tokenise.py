@@ -31,6 +31,7 @@ from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherCha
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.sources.records import Record
+from kd_assets.sources.tokenizer_proof import prove
 
 TEMPLATE_DATE = {
     **{"%d": "26", "%-d": "26", "%e": "26", "%j": "208", "%A": "Friday", "%a": "Fri"},
@@ -242,6 +243,7 @@ def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
                 "transformers loads by itself"
             ) from e
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {e}") from e
+    prove(tokenizer, folder)
     return DocumentTokeniser(tokenizer, max_length=params.max_length)
 
 
