@@ -122,6 +122,7 @@ class ShardsRunner:
             ("n_bad_records", "records could not become documents and were skipped"),
             ("n_empty_documents", "documents have no tokens and were kept out"),
             ("n_control_token_documents", "documents spell out control tokens, which count as such"),
+            ("n_own_ends_documents", "texts have BOS or EOS themselves, and were given no second"),
             ("n_documents_without_loss", "documents have no token that a student learns"),
         ):
             if count := facts[name]:
@@ -138,6 +139,7 @@ class RecordCounts:
     n_empty_documents: int = 0
     n_truncated_documents: int = 0
     n_control_token_documents: int = 0
+    n_own_ends_documents: int = 0
     n_documents_without_loss: int = 0
     n_loss_tokens: int = 0
 
@@ -150,7 +152,8 @@ class RecordCounts:
 
     @classmethod
     def of_part(cls, part: PartRecord) -> RecordCounts:
-        return cls(**{name: int(part.stats[name]) for name in cls.__slots__})
+        # An attempt of an earlier version left parts that lack what was not counted then.
+        return cls(**{name: int(part.stats.get(name, 0)) for name in cls.__slots__})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -282,6 +285,7 @@ class ShardInProgress:
         n_loss_tokens = int(np.count_nonzero(outcome.loss_mask))
         counts.n_truncated_documents += outcome.truncated
         counts.n_control_token_documents += outcome.spells_control_tokens
+        counts.n_own_ends_documents += outcome.has_own_ends
         counts.n_documents_without_loss += n_loss_tokens == 0
         counts.n_loss_tokens += n_loss_tokens
         part.documents.append(outcome)

@@ -8,20 +8,17 @@ Choices, all of them what a user of Hugging Face's own calls expects:
   learned. A chat is rendered by the tokenizer's chat template, which writes its own special tokens; only what the
   assistant says is learned.
 - Control tokens spelled out in a text or message (`<|eot_id|>`) become those tokens, as in training on the same data:
-  texts that were rendered from a chat beforehand depend on it. Since it also lets a document pose as another speaker,
-  such documents are counted, never passed over in silence.
-- What the assistant says is what the template marks with `{% generation %}`. Without that mark it is what an assistant
-  message adds to the rendering of the messages before it with the generation prompt; where a template rewrites earlier
-  turns (drops their reasoning, say) there is no such prefix, and the chat is refused instead of being masked wrongly.
-- A template that asks for today's date gets `TEMPLATE_DATE`, so that a shard made tomorrow is the same shard.
+  texts that were rendered from a chat beforehand depend on it, and get no second BOS or EOS. Since it also lets a
+  document pose as another speaker, such documents are counted, never passed over in silence.
+- How a chat becomes text, and what of it the assistant says, is in `chats`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,27 +27,9 @@ from kd_assets.contract import ShardsParams
 from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherChangedError
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
+from kd_assets.sources.chats import ChatRenderer, RenderedChat, TextSpan
 from kd_assets.sources.records import Record
 from kd_assets.sources.tokenizer_proof import prove
-
-TEMPLATE_DATE = {
-    **{"%d": "26", "%-d": "26", "%e": "26", "%j": "208", "%A": "Friday", "%a": "Fri"},
-    **{"%m": "07", "%-m": "7", "%B": "July", "%b": "Jul", "%Y": "2024", "%y": "24", "%F": "2024-07-26"},
-    **{"%H": "00", "%M": "00", "%S": "00", "%T": "00:00:00"},
-}
-"""What strftime gives for 26 July 2024, the date that Llama 3.1's template falls back on."""
-
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-TextSpan = tuple[int, int]
-"""Characters `start` to `end` - 1 of a rendered chat."""
-
-
-class RenderedChat(NamedTuple):
-    """A chat as the tokenizer will see it."""
-
-    text: str
-    assistant_spans: Sequence[TextSpan]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,6 +45,8 @@ class TokenisedDocument:
     """Tokens after `max_length` were cut off."""
     spells_control_tokens: bool
     """Its text or messages spell out control tokens, which were taken as such."""
+    has_own_ends: bool = False
+    """Its text has the BOS or EOS that the tokenizer would have added: it was rendered before, and has each once."""
 
 
 class DocumentTokeniser:
@@ -77,6 +58,9 @@ class DocumentTokeniser:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._n_added = int(tokenizer.num_special_tokens_to_add(pair=False))
+        added = tokenizer("", verbose=False)["input_ids"]
+        self._adds_bos = tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]
+        self._adds_eos = tokenizer.eos_token_id is not None and added[-1:] == [tokenizer.eos_token_id]
         special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
         self._control_token = re.compile("|".join(map(re.escape, reversed(special))) or "(?!)")
         self._chat: ChatRenderer | None = None
@@ -97,9 +81,17 @@ class DocumentTokeniser:
             verbose=False,
         )
         for record, ids in zip(records, encoded["input_ids"], strict=True):
-            if len(ids) <= self._n_added:
-                ids = []  # noqa: PLW2901 - a document of a lone BOS teaches nothing
-            yield self._document(record, ids, np.ones(len(ids), dtype=np.bool_))
+            once = self._with_ends_once(ids)
+            kept = once if len(ids) > self._n_added else []  # a document of a lone BOS teaches nothing
+            yield self._document(record, kept, np.ones(len(kept), dtype=np.bool_), has_own_ends=len(once) < len(ids))
+
+    def _with_ends_once(self, ids: list[int]) -> list[int]:
+        """The tokens of a text without the BOS and EOS that the tokenizer added to those that the text has itself."""
+        if self._adds_bos and ids[:2] == [self._tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        if self._adds_eos and ids[-2:] == [self._tokenizer.eos_token_id] * 2:
+            ids = ids[:-1]
+        return ids
 
     def _tokenise_chats(self, records: Sequence[Record]) -> Iterator[TokenisedDocument | BadRecordError]:
         if not records:
@@ -134,7 +126,9 @@ class DocumentTokeniser:
         )
         return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
-    def _document(self, record: Record, ids: Sequence[int], loss_mask: npt.NDArray[np.bool_]) -> TokenisedDocument:
+    def _document(
+        self, record: Record, ids: Sequence[int], loss_mask: npt.NDArray[np.bool_], *, has_own_ends: bool = False
+    ) -> TokenisedDocument:
         spoken = [record.text or ""] if record.messages is None else [m.content for m in record.messages]
         return TokenisedDocument(
             record=record,
@@ -142,81 +136,8 @@ class DocumentTokeniser:
             loss_mask=loss_mask[: self._max_length],
             truncated=len(ids) > self._max_length,
             spells_control_tokens=any(self._control_token.search(text) for text in spoken),
+            has_own_ends=has_own_ends,
         )
-
-
-class ChatRenderer:
-    """Chats as text by a tokenizer's chat template, with the spans that the assistant says."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-        if not tokenizer.is_fast:
-            raise RecipeError(
-                f"{name} is a slow tokenizer, which cannot say where its tokens lie in a chat: save it with a "
-                "tokenizer.json, or give texts instead of messages"
-            )
-        try:
-            template = tokenizer.get_chat_template()
-        except ValueError as e:
-            raise RecipeError(
-                f"{name} has no chat template, and the source holds messages: add a chat_template.jinja to the "
-                "tokenizer's folder, or give texts instead"
-            ) from e
-        self._marks_generation = _GENERATION.search(template) is not None
-        self._template = with_fixed_date(template)
-        self._special_tokens = dict(tokenizer.special_tokens_map)
-        self._render_jinja: Callable[..., tuple[list[str], list[list[TextSpan]]]] = render_jinja_template
-
-    def render(self, record: Record) -> RenderedChat:
-        """The chat as text, with what the assistant says. Raises BadRecordError, with the reason."""
-        assert record.messages is not None
-        messages = [message._asdict() for message in record.messages]
-        chat = self._render(record, messages, spans=self._marks_generation)
-        return (
-            chat if self._marks_generation else RenderedChat(chat.text, self._prefix_spans(record, messages, chat.text))
-        )
-
-    def _prefix_spans(self, record: Record, messages: list[dict[str, str]], text: str) -> list[TextSpan]:
-        """What each assistant message adds to the rendering of those before it."""
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(record, messages[:i], add_generation_prompt=True).text
-            after = self._render(record, messages[: i + 1]).text
-            if not (text.startswith(after) and after.startswith(before)):
-                raise BadRecordError(
-                    f"{record.where}: the chat template has no {{% generation %}} mark and renders message {i} "
-                    "differently once others follow, so what the assistant says cannot be told from the rest: put "
-                    "{% generation %}...{% endgeneration %} around it in the template"
-                )
-            spans.append((len(before), len(after)))
-        return spans
-
-    def _render(
-        self,
-        record: Record,
-        messages: list[dict[str, str]],
-        *,
-        spans: bool = False,
-        add_generation_prompt: bool = False,
-    ) -> RenderedChat:
-        from jinja2 import TemplateError
-
-        try:
-            texts, all_spans = self._render_jinja(
-                conversations=[messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-            # A template is a program: it raises on purpose ("roles must alternate") and by mistake.
-            raise BadRecordError(f"{record.where}: the chat template refuses the messages: {e}") from e
-        return RenderedChat(texts[0], all_spans[0] if spans else ())
 
 
 def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
@@ -259,12 +180,3 @@ def tokens_in_spans(offsets: Sequence[TextSpan], spans: Sequence[TextSpan]) -> n
     for start, end in spans:
         mask_L |= (start_L < end) & (end_L > start)
     return mask_L
-
-
-def with_fixed_date(template: str) -> str:
-    """The template with `strftime_now` bound to `TEMPLATE_DATE`; as it is where it asks for no date."""
-    if "strftime_now" not in template:
-        return template
-    replaced = "".join(f"|replace({directive!r}, {value!r})" for directive, value in TEMPLATE_DATE.items())
-    # The newline ends the macro's line (Jinja trims it), so that the template still begins at the start of a line.
-    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"

@@ -131,6 +131,7 @@ def test_records_become_a_committed_shard_that_reads_back(tmp_path: Path, save_t
         "n_empty_documents": 1,
         "n_truncated_documents": 1,
         "n_control_token_documents": 1,
+        "n_own_ends_documents": 0,
         "n_documents_without_loss": 1,
         "n_loss_tokens": int(np.count_nonzero(shard.loss_mask_N)),
         "min_document_tokens": int(lengths.min()),

@@ -14,15 +14,9 @@ import pytest
 from kd_assets.contract import ShardsParams
 from kd_assets.errors import BadRecordError, InputError, MissingInputError, RecipeError, TeacherChangedError
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
+from kd_assets.sources.chats import TEMPLATE_DATE, with_fixed_date
 from kd_assets.sources.records import Record
-from kd_assets.sources.tokenise import (
-    TEMPLATE_DATE,
-    DocumentTokeniser,
-    TokenisedDocument,
-    load_tokeniser,
-    tokens_in_spans,
-    with_fixed_date,
-)
+from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser, tokens_in_spans
 from kd_assets_tests.sources.conftest import (
     MARKED_TEMPLATE,
     UNMARKED_TEMPLATE,
@@ -104,6 +98,16 @@ def test_control_tokens_spelled_out_are_taken_as_such_and_counted(save_tokenizer
     assert spelled.input_ids[-1] == eot
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_text_that_was_rendered_before_gets_no_second_bos(save_tokenizer: SaveTokenizer, adds_bos: bool) -> None:
+    folder = save_tokenizer(adds_bos=adds_bos)
+    texts = ["<|bos|><|start|>user\nhi<|eot|>", "<|bos|>", "plain", "<|bos|><|bos|>twice by itself"]
+    documents = tokenised(folder, *(text_record(text, i) for i, text in enumerate(texts)))
+    n_bos = [document.input_ids.tolist().count(0) for document in documents]
+    assert n_bos == [1, 1, int(adds_bos), 2]
+    assert [document.has_own_ends for document in documents] == [adds_bos, adds_bos, False, adds_bos]
+
+
 # ---------------------------------------------------------------- chats
 
 
@@ -176,10 +180,75 @@ def test_a_template_that_rewrites_earlier_turns_needs_marks(save_tokenizer: Save
     tokenise = load_tokeniser(params(save_tokenizer(forgetful)))
     refused, fine = tokenise([chat_record(*chat), chat_record(*chat[:2])])
     assert isinstance(refused, BadRecordError)
-    assert "web.jsonl:1: the chat template has no {% generation %} mark and renders message 1 differently" in str(
-        refused
+    assert str(refused).startswith(
+        "web.jsonl:1: the chat template has no {% generation %} mark that can be followed, and renders message 1 "
+        "differently once others follow"
     )
     assert isinstance(fine, TokenisedDocument)
+
+
+IN_A_MACRO = (
+    "{% macro say(m) %}{{ '<|start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|eot|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|eot|>' }}{% endif %}{% endmacro %}"
+    "{{ bos_token }}{% for m in messages %}{{ say(m) }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
+)
+CHANGED_AFTERWARDS = IN_A_MACRO.replace("{{ say(m) }}", "{{ say(m) | replace('mutable', 'MUTABLE') | trim }}")
+WITHIN_EACH_OTHER = MARKED_TEMPLATE.replace(
+    "{{ m['content'] + '<|eot|>' }}{% endgeneration %}",
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|eot|>' }}{% endgeneration %}",
+)
+WITHOUT_PROMPT = UNMARKED_TEMPLATE[: UNMARKED_TEMPLATE.index("{% if add_generation_prompt %}")]
+PROMPT_OPENS_A_THOUGHT = UNMARKED_TEMPLATE.replace(
+    "assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [IN_A_MACRO, WITHIN_EACH_OTHER, WITHOUT_PROMPT, PROMPT_OPENS_A_THOUGHT],
+    ids=["marks in a macro", "marks within marks", "no generation prompt", "prompt opens a thought"],
+)
+def test_what_is_learned_is_what_the_assistant_says_however_the_template_is_written(
+    save_tokenizer: SaveTokenizer, template: str
+) -> None:
+    folder = save_tokenizer(template)
+    (document,) = tokenised(folder, chat_record(*LONG_CHAT))
+    (expected,) = tokenised(save_tokenizer(MARKED_TEMPLATE), chat_record(*LONG_CHAT))
+    assert document.input_ids.tolist() == expected.input_ids.tolist()
+    assert document.loss_mask.tolist() == expected.loss_mask.tolist()
+
+
+def test_marks_whose_text_a_filter_changes_are_not_followed(save_tokenizer: SaveTokenizer) -> None:
+    folder = save_tokenizer(CHANGED_AFTERWARDS)
+    (document,) = tokenised(folder, chat_record(*CHAT))
+    assert learned(folder, document) == "A MUTABLE sequence.<|eot|>"
+
+
+def test_an_answer_that_holds_our_own_marks_is_learned_by_prefix(save_tokenizer: SaveTokenizer) -> None:
+    answer = "private \uf8f0\uf8f1 use \uf8f1\uf8f0\uf8f1\uf8f0"
+    folder = save_tokenizer(MARKED_TEMPLATE)
+    (document,) = tokenised(folder, chat_record(("user", "hi"), ("assistant", answer)))
+    assert learned(folder, document) == answer + "<|eot|>"
+
+
+def test_a_turn_that_begins_with_the_content_of_another_is_learned_whole(save_tokenizer: SaveTokenizer) -> None:
+    folder = save_tokenizer(WITHOUT_PROMPT)
+    for answer in ("assistant", "Alpha is the first.", "Zulu ends it", "", "<|start|>assistant\nagain"):
+        (document,) = tokenised(folder, chat_record(("user", "hi"), ("assistant", answer)))
+        assert learned(folder, document) == answer + "<|eot|>"
+
+
+def test_a_turn_that_cannot_be_told_from_what_is_before_it_is_refused_for_that(save_tokenizer: SaveTokenizer) -> None:
+    last_first = (
+        "{% for m in messages | reverse %}{{ m['role'] + ': ' + m['content'] }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenise = load_tokeniser(params(save_tokenizer(last_first)))
+    (refused,) = tokenise([chat_record(("user", "q"), ("assistant", "a"))])
+    assert isinstance(refused, BadRecordError)
+    assert "neither after its generation prompt nor after the messages before it" in str(refused)
 
 
 def test_a_template_that_refuses_a_chat_spoils_no_other(save_tokenizer: SaveTokenizer) -> None:
