@@ -8,6 +8,9 @@ As a fixture, or from a shell to try something out:
     python -m kd_assets_tests.slurm.cluster start --root /tmp/c --nodes 4 --accounting
     python -m kd_assets_tests.slurm.cluster stop --root /tmp/c
 
+It is made of the machine's SLURM, or, with KD_TEST_SLURM=FOLDER in the environment, of the one that `.ci/slurm-24.11`
+put into that folder. Clients find the right one by `SlurmCluster.env`.
+
 Owns the daemons (munged, slurmctld, a slurmd for each node; with accounting MariaDB and slurmdbd), finds every process
 they leave behind, and breaks them on demand. Needs only the standard library and Debian's packages (`PACKAGES`); tried
 with SLURM 22.05 and 24.11. Invariant: after `stop` no process and no cgroup of this cluster is left, and no other
@@ -39,7 +42,8 @@ from typing import Self
 
 # What .ci/install-slurm installs.
 PACKAGES = "slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core"
-COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd", "mariadb-install-db")
+SLURM_COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd")
+DATABASE_COMMANDS = ("mariadbd", "mariadb-install-db")
 
 # Only in the daemons' environment: which cluster a process belongs to.
 MARK = "KD_SLURM_CLUSTER"
@@ -95,14 +99,33 @@ class Ports:
     slurmd: tuple[int, ...]
 
 
+def slurm_folder() -> Path | None:
+    """Where the SLURM is that KD_TEST_SLURM asks for; None: it is the machine's."""
+    folder = os.environ.get("KD_TEST_SLURM")
+    return Path(folder).resolve() if folder else None
+
+
 def missing_commands() -> list[str]:
-    """Which of the commands a cluster needs are not installed."""
-    return [name for name in COMMANDS if shutil.which(name, path=search_path()) is None]
+    """Which of the commands a cluster needs are not there."""
+    folder = slurm_folder()
+    slurm = search_path() if folder is None else str(folder / "bin")  # the machine's must not stand in for it
+    wanted = [*((name, slurm) for name in SLURM_COMMANDS), *((name, search_path()) for name in DATABASE_COMMANDS)]
+    return [name for name, path in wanted if shutil.which(name, path=path) is None]
 
 
 def search_path() -> str:
-    """PATH with the folder that has the daemons, which an ordinary user's lacks."""
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    """PATH with the folders that have the daemons, which an ordinary user's lacks."""
+    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    folder = slurm_folder()
+    if folder is not None and str(folder / "bin") not in path:  # where it is, fakes of commands may stand before it
+        path.insert(0, str(folder / "bin"))
+    return os.pathsep.join([*path, "/usr/sbin", "/sbin"])
+
+
+def slurm_version() -> str:
+    """`22.05.8`."""
+    text = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, env={"PATH": search_path()}).stdout
+    return text.split()[-1]
 
 
 def wait_until(what: str, condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -150,6 +173,8 @@ class SlurmCluster:
         # slurm.conf knows no quotes, and the path of a Unix socket is limited to 107 bytes.
         if len(str(self.root)) > 80 or any(c.isspace() for c in str(self.root)):
             raise ClusterError(f"a cluster's folder must have at most 80 characters and no spaces: {self.root}")
+        if missing := missing_commands():
+            raise ClusterError(f"not there: {', '.join(missing)}. See .ci/install-slurm, and .ci/slurm-24.11")
         self._clear_away_the_last_one()
         self._write_files()
         try:
@@ -195,7 +220,9 @@ class SlurmCluster:
             self._spawn(daemon, ["slurmctld", "-D"], lambda: _answers(ports.slurmctld))
         else:
             i = int(daemon.removeprefix("slurmd"))
-            self._spawn(daemon, ["slurmd", "-D", "-N", self.nodes[i]], lambda: _answers(ports.slurmd[i]))
+            folder = slurm_folder()
+            stepd = [] if folder is None else ["-d", str(folder / "bin/slurmstepd")]
+            self._spawn(daemon, ["slurmd", "-D", "-N", self.nodes[i], *stepd], lambda: _answers(ports.slurmd[i]))
 
     # Breaking
 
@@ -247,7 +274,7 @@ class SlurmCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What has to be set to use this cluster, and PATH with the daemons' folder."""
+        """What has to be set to use this cluster: SLURM_CONF, and PATH with its commands first."""
         return {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": search_path()}
 
     def run(self, *argv: str | Path, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
@@ -440,13 +467,15 @@ class SlurmCluster:
         return "AutoDetect=off\n" + "".join(f"NodeName={nodes} Name=gpu File={device}\n" for device in devices)
 
     def _cgroup_conf(self) -> str:
+        is_old = _version_number() < (23, 11)
         if self.cgroup:
+            automount = "CgroupAutomount=no\n" if is_old else ""  # a newer one never mounts
             return (
-                f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={CGROUPS}\nCgroupAutomount=no\n"
+                f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={CGROUPS}\n{automount}"
                 "ConstrainRAMSpace=yes\nConstrainSwapSpace=no\nConstrainCores=no\nConstrainDevices=no\n"
             )
         # A newer slurmd starts the cgroup plugin even if nothing uses it; an older one knows no "disabled".
-        return "CgroupPlugin=disabled\n" if _slurm_version() >= (23, 11) else ""
+        return "" if is_old else "CgroupPlugin=disabled\n"
 
     def _plugins(self) -> str:
         if self.cgroup:
@@ -504,6 +533,7 @@ SlurmctldLogFile={root}/log/slurmctld.log
 SlurmdLogFile={root}/log/slurmd.%n.log
 SlurmctldDebug=verbose
 SlurmdDebug=verbose
+{_plugin_dir()}
 {self._plugins()}
 SwitchType=switch/none
 MpiDefault=none
@@ -554,6 +584,7 @@ StorageUser=slurm
 StoragePass=slurm
 StorageLoc=slurm_acct_db
 CommitDelay=1
+{_plugin_dir()}
 """
 
     def _db_sql(self) -> str:
@@ -569,14 +600,18 @@ def _host() -> str:
     return socket.gethostname().split(".")[0]
 
 
+def _version_number() -> tuple[int, ...]:
+    """(22, 5) of `22.05.8`."""
+    return tuple(int(n) for n in slurm_version().split(".")[:2])
+
+
+def _plugin_dir() -> str:
+    folder = slurm_folder()
+    return "" if folder is None else f"PluginDir={folder}/lib/slurm-wlm"
+
+
 def _own_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
-
-
-def _slurm_version() -> tuple[int, ...]:
-    """(22, 5) of "slurm-wlm 22.05.8"."""
-    text = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, env={"PATH": search_path()}).stdout
-    return tuple(int(n) for n in text.split()[-1].split(".")[:2])
 
 
 def _cgroups_are_writable() -> bool:
@@ -714,6 +749,8 @@ def main() -> None:
         if arguments.what == "start":
             SlurmCluster(root, ClusterOptions(nodes=arguments.nodes, accounting=arguments.accounting)).start()
             print(f"export SLURM_CONF={root}/slurm.conf")
+            if (folder := slurm_folder()) is not None:
+                print(f'export PATH="{folder}/bin:$PATH"')
         else:
             _stop_found(root)
     except ClusterError as error:

@@ -1,4 +1,5 @@
-"""Real SLURM clusters, and a real ssh login to one. Nothing global is set: tests pass on `cluster.env`.
+"""Real SLURM clusters, and a real ssh login to one. Nothing global is set (but PATH, where
+KD_TEST_SLURM asks for another SLURM than the machine's): tests pass on `cluster.env`.
 
 `slurm` and `slurm_accounting` are shared by all tests of a session, each started by the first that asks for it. After
 each test its jobs are cancelled and its nodes resumed; what breaks more than that (a killed slurmctld) makes a cluster
@@ -28,6 +29,8 @@ from kd_assets_tests.slurm.cluster import (
     SlurmCluster,
     missing_commands,
     search_path,
+    slurm_folder,
+    slurm_version,
     wait_until,
 )
 from kd_assets_tests.slurm.deployment import SlurmDeployment
@@ -43,6 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slurm)
 
 
+def pytest_report_header() -> str:
+    """Printed where this folder or one of its files is named on the command line."""
+    return f"SLURM of {slurm_folder() or 'this machine'}: {'incomplete' if missing_commands() else slurm_version()}"
+
+
 def pytest_runtest_setup() -> None:
     """A hook, not a fixture: what is skipped here counts as skipped by this line, so the summary has one for all."""
     missing = [*missing_commands(), *(c for c in ("ssh", "sshd") if not shutil.which(c, path=search_path()))]
@@ -50,9 +58,20 @@ def pytest_runtest_setup() -> None:
         return
     install = f"apt-get install -y --no-install-recommends {PACKAGES} {SSH_PACKAGES}"
     message = f"the SLURM tests did not run: no {', '.join(missing)}. As root: {install}"
-    if os.environ.get("CI"):
+    if (folder := slurm_folder()) is not None:
+        message += f"; and as anybody: .ci/slurm-24.11 '{folder}'"
+    if os.environ.get("CI") or folder:
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_slurm_asked_for_is_on_path() -> Iterator[None]:
+    """For what is looked up in PATH before it gets a cluster's: fakes of commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        if slurm_folder() is not None:
+            patch.setenv("PATH", search_path())
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +192,7 @@ StrictModes no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin yes
-SetEnv SLURM_CONF={cluster.env["SLURM_CONF"]}
+SetEnv {" ".join(f'"{name}={value}"' for name, value in cluster.env.items())}
 """
 
 

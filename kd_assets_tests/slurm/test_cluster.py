@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from kd_assets_tests.slurm.cluster import (
     ClusterOptions,
     SlurmCluster,
     cluster_processes,
+    slurm_folder,
+    slurm_version,
     wait_until,
 )
 from kd_assets_tests.slurm.conftest import SshLogin
@@ -40,6 +43,35 @@ def test_a_job_runs_on_four_nodes(slurm: SlurmCluster) -> None:
     job = slurm.sbatch("-N4", "--gpus-per-node=2", "-o", "out", "--wrap", "srun sh -c 'echo $CUDA_VISIBLE_DEVICES'")
     assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED"
     assert (slurm.root / "work/out").read_text() == "0,1\n" * 4
+
+
+def test_daemons_and_commands_are_of_one_slurm_the_one_that_was_asked_for(slurm: SlurmCluster) -> None:
+    folder = slurm_folder()
+    for command in ("sbatch", "squeue", "sinfo", "scontrol"):
+        assert slurm.run(command, "--version").stdout.split()[-1] == slurm_version()
+    assert f"= {slurm_version()}\n" in slurm.scontrol("show", "config")
+    batch(slurm, "sleep 100")
+    wait_until("slurmstepd runs", lambda: "slurmstepd" in programs(slurm))
+    for daemon in ("munged", "slurmctld", "slurmd", "slurmstepd"):
+        program, libraries = programs(slurm)[daemon]
+        if folder is not None:
+            assert {program.parent, *(library.parent for library in libraries)} <= {
+                folder / "bin",
+                folder / "lib",
+                folder / "lib/slurm-wlm",
+            }
+
+
+def programs(cluster: SlurmCluster) -> dict[str, tuple[Path, set[Path]]]:
+    """The name of each of its daemons → its program and the libraries that are loaded."""
+    found: dict[str, tuple[Path, set[Path]]] = {}
+    for pid in cluster_processes(cluster.root, cluster.name):
+        process = Path("/proc", str(pid))
+        with contextlib.suppress(OSError):  # gone meanwhile
+            mapped = {line.split()[-1] for line in (process / "maps").read_text().splitlines() if ".so" in line}
+            name = (process / "comm").read_text().strip()
+            found[name] = (process / "exe").readlink(), {Path(path) for path in mapped}
+    return found
 
 
 def test_nothing_of_a_stopped_cluster_is_left(make_cluster: MakeCluster) -> None:
