@@ -551,6 +551,7 @@ def measure(
     *,
     seconds: float,
     time_limit_s: float = TIME_LIMIT_S,
+    with_three_pass: bool = True,
     profile_folder: Path | None = None,
     figures: Figures,
 ) -> None:
@@ -579,14 +580,17 @@ def measure(
     try:
         budget, eager_rate = bench.best_bare_budget()
         figures.add(bare_eager_tokens_per_s=round(eager_rate, 1), bare_token_budget=budget)
-        three_pass_rate, n_three_pass = bench.three_pass_rate()
-        figures.add(three_pass_tokens_per_s=round(three_pass_rate, 1), three_pass_n_documents=n_three_pass)
-        release(device)
+        three_pass_rate = None
+        if with_three_pass:
+            three_pass_rate, n_three_pass = bench.three_pass_rate()
+            figures.add(three_pass_tokens_per_s=round(three_pass_rate, 1), three_pass_n_documents=n_three_pass)
+            release(device)
         bench.start()
         figures.add(setup_s=round(bench.setup_s, 3), **bench.loaded_facts())
         main_figures = turns(bench, budget=budget, rate=eager_rate)
         figures.add(**utilisation(main_figures, peak), **main_figures)
-        figures.add(speedup_over_three_pass=round(main_figures["pass_tokens_per_s"] / three_pass_rate, 2))
+        if three_pass_rate is not None:
+            figures.add(speedup_over_three_pass=round(main_figures["pass_tokens_per_s"] / three_pass_rate, 2))
         figures.add(**mixed(bench, rate=eager_rate))
         if profile_folder is not None:
             figures.add(profile=profile(bench, main_figures["token_budget"], profile_folder))
@@ -626,6 +630,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="on a local disk with room for the weights; default: a new one in TMPDIR"
     )
+    parser.add_argument("--without-three-pass", action="store_true", help="leave out the original's way")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a table and a trace of ten batches there")
     parser.add_argument("--figures", type=Path, metavar="FILE", help="keep there what is measured so far, as JSON")
     options = parser.parse_args()
@@ -637,6 +642,7 @@ def main() -> None:
                 Path(folder),
                 seconds=options.seconds,
                 time_limit_s=options.time_limit,
+                with_three_pass=not options.without_three_pass,
                 profile_folder=options.profile,
                 figures=figures,
             )
