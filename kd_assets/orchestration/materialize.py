@@ -23,7 +23,7 @@ from kd_assets.orchestration.orphans import alive
 from kd_assets.orchestration.planner import PlannedWork, Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.job_table import failures_in_words
-from kd_assets.orchestration.recording.loss_picture import loss_curve_markdown
+from kd_assets.orchestration.recording.loss_picture import loss_picture_markdown
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.orchestration.recording.recorder import Recorder, latest_data_version
 from kd_assets.orchestration.retries import FailureClass
@@ -165,7 +165,7 @@ def materialize_student(
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.data_version),
         metadata={
-            "loss_curve": dg.MetadataValue.md(loss_curve_markdown(curve)),
+            "loss_curve": dg.MetadataValue.md(loss_picture_markdown(curve)),
             "first_loss": manifest.facts["first_loss"],
             "last_loss": manifest.facts["last_loss"],
             "shards": len(shards),

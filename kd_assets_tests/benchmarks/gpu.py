@@ -61,6 +61,8 @@ from kd_assets.teacher.devices.memory import within_memory
 from kd_assets.teacher.model.load import DTYPES, Teacher, as_teacher, load_teacher
 from kd_assets.teacher.runner import TeacherRunner
 from kd_assets.worker.stop_flag import StopFlag
+from kd_assets_tests.benchmarks.batch_profile import profile_facts, profiled_forwards
+from kd_assets_tests.benchmarks.figures import Figures
 from kd_assets_tests.benchmarks.teacher import (
     bare_forward,
     fresh_unit,
@@ -76,7 +78,9 @@ MAX_LENGTH = 8192
 CHARACTERS_PER_TOKEN = 4
 TURNS = 3
 TIME_LIMIT_S = 420.0
-"""No turn begins that would end later: the whole is to take less than eight minutes."""
+"""Unless said otherwise: no turn begins that would end later, and the whole takes less than eight minutes."""
+N_PROFILED = 10
+"""Batches."""
 BARE_DOCUMENTS = (2, 4, 8, 16)
 """In a batch of the bare forward: 4,096 to 32,768 tokens of full length."""
 GIB = 2**30
@@ -472,21 +476,13 @@ def mixed(bench: Bench, *, rate: float) -> dict[str, Any]:
     }
 
 
-def profile(bench: Bench, budget: int, folder: Path) -> None:
-    """A table of what the time of a few batches goes to, and a trace for chrome://tracing or Perfetto."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
-    folder.mkdir(parents=True, exist_ok=True)
-    shard = bench.desk.commit_shard(bench.full_documents(4 * budget), "profile")
-    on_gpu = bench.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profiled(activities=activities) as found:
+def profile(bench: Bench, budget: int, folder: Path) -> dict[str, Any]:
+    """What the time of ten batches goes to: see `batch_profile`."""
+    n_documents = (N_PROFILED + 2) * max(1, budget // bench.shape.document_tokens)
+    shard = bench.desk.commit_shard(bench.full_documents(n_documents * bench.shape.document_tokens), "profile")
+    with profiled_forwards(bench.teacher.decoder, n=N_PROFILED) as found:
         bench.run(shard, "profile")
-        synchronized(bench.device)
-    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    (folder / "table.txt").write_text(found.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=100))
-    found.export_chrome_trace(str(folder / "trace.json.gz"))
+    return profile_facts(found, folder)
 
 
 def made_teacher(shape: Shape, device: torch.device, folder: Path) -> tuple[Teacher, TeacherParams, dict[str, Any]]:
@@ -549,55 +545,56 @@ def pass_params(shape: Shape, model: str, fingerprint: str) -> TeacherParams:
     )
 
 
-def measure(name: str, folder: Path, *, seconds: float, profile_folder: Path | None = None) -> dict[str, Any]:
-    """All figures of a shape. Raises RuntimeError where they would say nothing: no CUDA device."""
+def measure(
+    name: str,
+    folder: Path,
+    *,
+    seconds: float,
+    time_limit_s: float = TIME_LIMIT_S,
+    with_three_pass: bool = True,
+    profile_folder: Path | None = None,
+    figures: Figures,
+) -> None:
+    """Add all figures of a shape to `figures`, each as soon as it is known. Raises RuntimeError where they would say
+    nothing: no CUDA device."""
     began = time.perf_counter()
     shape = SHAPES[name]
     if name != "tiny" and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} sees no CUDA device here: only --shape tiny runs on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures.add(shape=name, gpu=device_name(device), versions=versions(), document_tokens=shape.document_tokens)
     peak = measured_matmul_tflops(device, size=shape.matmul_size, dtype=DTYPES[shape.dtype], seconds=seconds)
+    figures.add(matmul_tflops_peak=round(peak, 3))
     disk = measured_disk_gib_per_s(folder, 4 * GIB if device.type == "cuda" else 2**24)
+    figures.add(disk_gib_per_s=round(disk, 3))
     teacher, params, loading = made_teacher(shape, device, folder)
+    figures.add(**loading, n_parameters=teacher.n_parameters, attention=teacher.model.config._attn_implementation)
     bench = Bench(
         folder=folder,
         shape=shape,
         teacher=teacher,
         params=params,
         seconds=seconds,
-        deadline=began + TIME_LIMIT_S - seconds,
+        deadline=began + time_limit_s - seconds,
     )
     try:
         budget, eager_rate = bench.best_bare_budget()
-        three_pass_rate, n_three_pass = bench.three_pass_rate()
-        release(device)
+        figures.add(bare_eager_tokens_per_s=round(eager_rate, 1), bare_token_budget=budget)
+        three_pass_rate = None
+        if with_three_pass:
+            three_pass_rate, n_three_pass = bench.three_pass_rate()
+            figures.add(three_pass_tokens_per_s=round(three_pass_rate, 1), three_pass_n_documents=n_three_pass)
+            release(device)
         bench.start()
+        figures.add(setup_s=round(bench.setup_s, 3), **bench.loaded_facts())
         main_figures = turns(bench, budget=budget, rate=eager_rate)
-        mixed_figures = mixed(bench, rate=eager_rate)
+        figures.add(**utilisation(main_figures, peak), **main_figures)
+        if three_pass_rate is not None:
+            figures.add(speedup_over_three_pass=round(main_figures["pass_tokens_per_s"] / three_pass_rate, 2))
+        figures.add(**mixed(bench, rate=eager_rate))
         if profile_folder is not None:
-            profile(bench, main_figures["token_budget"], profile_folder)
-        return {
-            "shape": name,
-            "gpu": device_name(device),
-            "matmul_tflops_peak": round(peak, 3),
-            **utilisation(main_figures, peak),
-            **main_figures,
-            **mixed_figures,
-            "bare_eager_tokens_per_s": round(eager_rate, 1),
-            "bare_token_budget": budget,
-            "three_pass_tokens_per_s": round(three_pass_rate, 1),
-            "three_pass_n_documents": n_three_pass,
-            "speedup_over_three_pass": round(main_figures["pass_tokens_per_s"] / three_pass_rate, 2),
-            **loading,
-            "setup_s": round(bench.setup_s, 3),
-            **bench.loaded_facts(),
-            "disk_gib_per_s": round(disk, 3),
-            "n_parameters": teacher.n_parameters,
-            "attention": teacher.model.config._attn_implementation,
-            "document_tokens": shape.document_tokens,
-            "versions": versions(),
-            "total_s": round(time.perf_counter() - began, 1),
-        }
+            figures.add(profile=profile(bench, main_figures["token_budget"], profile_folder))
+        figures.add(total_s=round(time.perf_counter() - began, 1))
     finally:
         bench.close()
 
@@ -628,23 +625,35 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama31_8b")
     parser.add_argument("--seconds", type=float, default=30.0, help="about how long one run of a figure may take")
     parser.add_argument(
-        "--folder", type=Path, help="on a local disk with room for the weights; default: a new one in TMPDIR"
+        "--time-limit", type=float, default=TIME_LIMIT_S, help="seconds; no turn begins that would end later"
     )
     parser.add_argument(
-        "--profile", type=Path, metavar="FOLDER", help="write a table and a trace of a few batches there"
+        "--folder", type=Path, help="on a local disk with room for the weights; default: a new one in TMPDIR"
     )
+    parser.add_argument("--without-three-pass", action="store_true", help="leave out the original's way")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write a table and a trace of ten batches there")
+    parser.add_argument("--figures", type=Path, metavar="FILE", help="keep there what is measured so far, as JSON")
     options = parser.parse_args()
+    figures = Figures(options.figures)
     with tempfile.TemporaryDirectory(prefix="kd-assets-benchmark-", dir=options.folder) as folder:
         try:
-            result = measure(options.shape, Path(folder), seconds=options.seconds, profile_folder=options.profile)
+            measure(
+                options.shape,
+                Path(folder),
+                seconds=options.seconds,
+                time_limit_s=options.time_limit,
+                with_three_pass=not options.without_three_pass,
+                profile_folder=options.profile,
+                figures=figures,
+            )
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError):
                 raise
             sys.exit(str(e))
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(figures.known))
         return
-    for name, value in result.items():
+    for name, value in figures.known.items():
         print(f"{name:36} {value}")
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from kd_assets_tests.benchmarks import gpu
+from kd_assets_tests.benchmarks.figures import Figures, read_figures
 from kd_assets_tests.benchmarks.gpu import SHAPES, matmul_parameters, mixed_lengths, model_flops
 
 ASKED = {
@@ -52,13 +53,25 @@ def test_tiny_shape_gives_every_figure_and_a_profile(tmp_path: Path) -> None:
 def test_a_teacher_too_large_for_the_disk_is_made_on_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the 70B on a small disk: the whole of the benchmark, but for the loading."""
+    """As the 70B on a small disk, in a hurry: all of the benchmark but for the loading and the original's way."""
     full = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    figures = gpu.measure("tiny", tmp_path, seconds=0.05)
-    assert figures["load_s"] is None
-    assert "made on the device" in figures["note"]
-    assert figures["pass_tokens_per_s"] > 0
+    figures = Figures(None)
+    gpu.measure("tiny", tmp_path, seconds=0.05, with_three_pass=False, figures=figures)
+    assert figures.known["load_s"] is None
+    assert "made on the device" in figures.known["note"]
+    assert figures.known["pass_tokens_per_s"] > 0
+    assert not any("three_pass" in name for name in figures.known)
+
+
+def test_figures_are_kept_as_soon_as_they_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(bench: gpu.Bench) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(gpu.Bench, "start", cut_off)
+    with pytest.raises(InterruptedError):
+        gpu.measure("tiny", tmp_path, seconds=0.05, figures=Figures(tmp_path / "figures.json"))
+    assert {"matmul_tflops_peak", "load_s", "three_pass_tokens_per_s"} <= read_figures(tmp_path / "figures.json").keys()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

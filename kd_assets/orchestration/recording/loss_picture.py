@@ -1,4 +1,4 @@
-"""Pictures for the web UI, as Markdown that holds a PNG."""
+"""The picture of a student's losses over its steps, as Markdown that holds a PNG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 NAMES = {"total": "all", "response": "response (top-k)", "feature": "feature (hidden states)", "relation": "relation"}
 
 
-def loss_curve_markdown(curve: Mapping[str, Sequence[float]]) -> str:
+def loss_picture_markdown(curve: Mapping[str, Sequence[float]]) -> str:
     """The student's losses over its steps, one line each, on a logarithmic axis.
 
     `curve` has `steps` and some of `total`, `response`, `feature`, `relation`, all of equal length.

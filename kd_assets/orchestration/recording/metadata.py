@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from kd_assets.orchestration.recording.telemetry_picture import timeline_markdown
+from kd_assets.orchestration.recording.telemetry_picture import telemetry_picture_markdown
 from kd_assets.store import Manifest
 
 NUMBERS = (
@@ -56,7 +56,7 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
         value = facts.get(name, provenance.get(name))
         if value is not None:
             metadata[name] = value
-    if (picture := timeline_markdown(facts.get("telemetry"))) is not None:
+    if (picture := telemetry_picture_markdown(facts.get("telemetry"))) is not None:
         metadata["telemetry"] = dg.MetadataValue.md(picture)
     metadata |= {
         "dagster/uri": str(folder),

@@ -1,10 +1,9 @@
-"""The picture of a partition's telemetry: what is in it, what it costs, and that it is well-formed."""
+"""The picture of a partition's telemetry: what is in it, how large it is, and that it is well-formed."""
 
 from __future__ import annotations
 
 import base64
 import re
-import time
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,9 +14,9 @@ from kd_assets.orchestration.recording.telemetry_picture import (
     UNITS_OF_HEIGHT,
     nice_top,
     path_of,
+    telemetry_picture_markdown,
     thinned,
     time_ticks,
-    timeline_markdown,
 )
 from kd_assets_tests.orchestration.recording.made_up import CPU_SERIES, GPU_SERIES
 
@@ -25,7 +24,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def picture(telemetry: dict[str, Any]) -> ElementTree.Element:
-    markdown = timeline_markdown(telemetry)
+    markdown = telemetry_picture_markdown(telemetry)
     assert markdown is not None
     found = re.fullmatch(r"!\[[^\[\]]+ over time\]\(data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)", markdown)
     assert found is not None
@@ -67,7 +66,7 @@ def test_what_is_not_known_has_no_panel() -> None:
 
 @pytest.mark.parametrize("telemetry", [None, {"interval_s": 1.0}, {"interval_s": 1.0, "tokens_per_s": [None] * 5}])
 def test_without_figures_there_is_no_picture(telemetry: dict[str, Any] | None) -> None:
-    assert timeline_markdown(telemetry) is None
+    assert telemetry_picture_markdown(telemetry) is None
 
 
 def test_every_axis_begins_at_zero_and_holds_its_figures() -> None:
@@ -123,12 +122,9 @@ def test_time_is_in_the_unit_that_people_would_use(duration_s: float, unit: str,
     assert all(0 <= share <= 1 for share, _ in ticks)
 
 
-def test_a_picture_costs_less_than_5_ms_and_6_kb() -> None:
-    """Of the CPU's time, about 0.4 ms. Dagster's databases keep one for each materialization."""
-    for series in (GPU_SERIES, CPU_SERIES):
-        started = time.process_time()
-        for _ in range(20):
-            markdown = timeline_markdown(series)
-        assert (time.process_time() - started) / 20 < 0.005
-        assert markdown is not None
-        assert len(markdown) < 6000
+@pytest.mark.parametrize("series", [GPU_SERIES, CPU_SERIES])
+def test_a_picture_takes_less_than_6_kb(series: dict[str, Any]) -> None:
+    """Dagster's databases keep one for each materialization."""
+    markdown = telemetry_picture_markdown(series)
+    assert markdown is not None
+    assert len(markdown) < 6000

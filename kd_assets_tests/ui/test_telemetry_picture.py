@@ -9,7 +9,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from kd_assets.orchestration.recording.telemetry_picture import WIDTH, timeline_markdown
+from kd_assets.orchestration.recording.telemetry_picture import WIDTH, telemetry_picture_markdown
 from kd_assets_tests.orchestration.deployment import SHARDS, Deployment, make_tiny_teacher
 from kd_assets_tests.orchestration.recording.made_up import GPU_SERIES
 from kd_assets_tests.ui.web_ui import dagster_dev
@@ -20,7 +20,7 @@ def test_the_picture_of_a_partition_is_drawn(
 ) -> None:
     deployment = Deployment(tmp_path, make_tiny_teacher(tmp_path / "teacher"), instance)
     deployment.plan()
-    picture = timeline_markdown(GPU_SERIES)
+    picture = telemetry_picture_markdown(GPU_SERIES)
     assert picture is not None
     instance.report_runless_asset_event(
         dg.AssetMaterialization(
