@@ -1,8 +1,9 @@
 """Files that survive: whole or absent after any kill, with fixed modes, and errors that say what to do.
 
 A file appears under its name by rename after its bytes are on disk, and the folder is synced after that. Modes are set
-explicitly, so they do not depend on the umask. Every OSError becomes a StorageUnavailableError that names the path.
-The lease is a POSIX record lock: the kernel drops it when the process dies, however it dies.
+explicitly, so they do not depend on the umask. Every OSError becomes a StorageUnavailableError that names the path; one
+that usually passes is a StorageUnreachableError, and reading is tried again before it is raised. The lease is a POSIX
+record lock: the kernel drops it when the process dies, however it dies.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import io
 import json
 import os
 import re
+import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
-from kd_assets.errors import ResultBusyError, StorageUnavailableError
+from kd_assets.errors import ResultBusyError, StorageUnavailableError, StorageUnreachableError
+
+T = TypeVar("T")
 
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the names of files that are being written: what a kill left of them is swept (FORMAT.md, F20)."""
@@ -31,39 +36,172 @@ FOLDER_MODE = 0o750
 _SPECIAL_BITS = 0o7000
 """A setgid folder hands its group on to what is made in it: shared stores rely on that, so the bits are kept."""
 
+# ---------------------------------------------------------------------- errors of the file system
+
 _FULL = "free some space or raise the quota"
+_NO_LOCKS = "the file system has no locks: mount it with them (Lustre: -o flock; NFS: with its lock service)"
 _REMEDIES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
     errno.EFBIG: "raise the largest file size (ulimit -f), or make parts smaller",
-    errno.EACCES: "make it writable for the user that runs the job",
-    errno.EPERM: "make it writable for the user that runs the job",
     errno.EROFS: "mount it writable, or choose another store",
-    errno.ENOENT: "check that the store is mounted on this machine",
     errno.EEXIST: "a file is in the way: move it, or choose another store",
     errno.ENOTDIR: "a file is in the way: move it, or choose another store",
-    errno.ENOLCK: "the file system has no locks: mount it with them (Lustre: -o flock; NFS: with its lock service)",
-    errno.EOPNOTSUPP: "the file system has no locks: mount it with them (Lustre: -o flock; NFS: with its lock service)",
-    errno.ENOSYS: "the file system has no locks: mount it with them (Lustre: -o flock; NFS: with its lock service)",
+    errno.ENOLCK: _NO_LOCKS,
+    errno.EOPNOTSUPP: _NO_LOCKS,
+    errno.ENOSYS: _NO_LOCKS,
     errno.ENAMETOOLONG: "choose a shorter recipe name, partition key or store path",
+    errno.ENOENT: "check that the store is mounted on this machine",
 }
+_NO_PERMISSION = (errno.EACCES, errno.EPERM)
+
+_PASSING = frozenset(
+    {
+        errno.ENOENT,  # of what must be there: a mount that comes back, or another node's news that is not here yet
+        errno.ESTALE,  # NFS: the server has restarted, or the file was replaced
+        errno.EIO,  # a server that is failing over; Lustre: this client was evicted
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,  # FUSE and Lustre: the connection is being made again
+        errno.ESHUTDOWN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EREMOTEIO,
+        errno.ECOMM,  # BeeGFS
+    }
+)
+"""What a shared file system says while a server, a network or a mount comes back. Who may find no file takes ENOENT for
+an answer before it comes to this."""
+
+READ_WAITS_S = (0.1, 0.4, 1.5)
+"""Between the tries of a read: four in two seconds. A stale handle is gone with the next lookup; what takes longer is
+for the caller to wait for, who knows what else there is to do."""
+
+
+def is_passing(e: OSError) -> bool:
+    """Whether the failure is one that usually passes; also of a file that is not there, which may be an answer."""
+    return e.errno in _PASSING
+
+
+def storage_error(e: OSError, path: Path, doing: str, *, n_tries: int = 1) -> StorageUnavailableError:
+    """The error that names `path` and what to do; `doing` completes "cannot …", such as "write"."""
+    number = e.errno or 0
+    tries = f" ({n_tries} tries)" if n_tries > 1 else ""
+    what = f"cannot {doing} {path}: {e.strerror or e}{tries}"
+    if is_passing(e):
+        remedy = _REMEDIES.get(number, "the file system or its server is away, which says nothing about the results")
+        return StorageUnreachableError(f"{what}; {remedy}, then run again: what is finished is kept")
+    if number in _NO_PERMISSION:
+        remedy = f"make it {'readable' if doing == 'read' else 'writable'} for the user that runs the job"
+    else:
+        remedy = _REMEDIES.get(number, "check the file system")
+    return StorageUnavailableError(f"{what}; {remedy}, then run again: what is finished is kept")
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path, doing: str) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageUnavailableError that names `path` and what to do.
-
-    `doing` completes "cannot …", such as "write".
-    """
+    """Turn an OSError of the block into the StorageUnavailableError of `storage_error`."""
     try:
         yield
     except OSError as e:
-        number = e.errno or 0
-        reason = e.strerror or str(e)
-        remedy = _REMEDIES.get(number, "check the file system")
-        raise StorageUnavailableError(
-            f"cannot {doing} {path}: {reason}; {remedy}, then run again: what is finished is kept"
-        ) from e
+        raise storage_error(e, path, doing) from e
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_patiently(read: Callable[[], T], path: Path, *, sleep: Callable[[float], None] = time.sleep) -> T:
+    """What `read` returns, called again while the file system fails in a way that passes: see READ_WAITS_S.
+
+    Raises StorageUnreachableError when it still fails so at last, StorageUnavailableError at once for what no waiting
+    mends. `read` begins anew each time, and returns what it takes a file that is not there for.
+    """
+    for wait_s in READ_WAITS_S:
+        try:
+            return read()
+        except OSError as e:
+            if not is_passing(e):
+                raise storage_error(e, path, "read") from e
+        sleep(wait_s)
+    try:
+        return read()
+    except OSError as e:
+        raise storage_error(e, path, "read", n_tries=len(READ_WAITS_S) + 1) from e
+
+
+def read_if_there(path: Path, *, known: Path | None = None) -> bytes | None:
+    """The file's bytes; None where there is no such file. Raises StorageUnavailableError.
+
+    `known`: what is there as long as the store is. Where that is gone, too, nothing is known of the file: a mount that
+    is away must not pass for missing files.
+    """
+
+    def read() -> bytes | None:
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            if known is not None:
+                known.stat()
+            return None
+
+    return read_patiently(read, path)
+
+
+def size_if_there(path: Path) -> int | None:
+    """Bytes of a file in a folder that is known to be there; None where the file is not. Raises
+    StorageUnavailableError, also where the folder is gone, for the reason that `read_if_there` gives."""
+
+    def read() -> int | None:
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            path.parent.stat()
+            return None
+
+    return read_patiently(read, path)
+
+
+def mode_if_there(path: Path) -> int | None:
+    """`st_mode` of what is under this name, symbolic links followed; None where nothing is. Raises
+    StorageUnavailableError."""
+
+    def read() -> int | None:
+        try:
+            return path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    return read_patiently(read, path)
+
+
+def listing(folder: Path) -> dict[str, bool]:
+    """Name → whether it is a folder, sorted; empty where there is no such folder. Raises StorageUnavailableError."""
+
+    def read() -> dict[str, bool]:
+        try:
+            with os.scandir(folder) as entries:
+                return dict(sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+    return read_patiently(read, folder)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the file's bytes, 64 hexadecimal digits. Raises StorageUnavailableError."""
+
+    def read() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return read_patiently(read, path)
+
+
+# ---------------------------------------------------------------------- writing
 
 
 def prepare_folder(path: Path) -> None:
@@ -170,10 +308,11 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             _sync_folder(path.parent)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of the file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ---------------------------------------------------------------------- leases
+
+
+_FLOCK = struct.Struct("hhqqi4x")
+"""`struct flock` of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (fcntl(2))."""
 
 
 class Lease:
@@ -199,17 +338,12 @@ class Lease:
         with storage_errors(self._path, "lock"):
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
             try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                other = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip()
-                os.close(descriptor)
-                if e.errno in (errno.EACCES, errno.EAGAIN):
-                    raise ResultBusyError(
-                        f"{self._path.parent} is being computed by another live task ({other or 'unknown'}): wait for "
-                        "it, or cancel its job"
-                    ) from e
-                raise
-            try:
+                try:
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as e:
+                    if e.errno in (errno.EACCES, errno.EAGAIN):
+                        raise self._busy(descriptor) from e
+                    raise
                 os.fchmod(descriptor, FILE_MODE)
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(holder, sort_keys=True).encode() + b"\n", 0)
@@ -218,6 +352,33 @@ class Lease:
                 raise
         self._descriptor = descriptor
         Lease._held.add(key)
+
+    def raise_if_busy(self) -> None:
+        """Raise ResultBusyError where another process has the lease now; takes nothing and makes no file.
+
+        Asks only (F_GETLK): a lock that is taken to see whether it can be taken would turn away who needs it.
+        """
+        if (os.getpid(), self._path) in Lease._held:
+            return  # closing a descriptor of the file would drop the lock
+        with storage_errors(self._path, "lock"):
+            try:
+                descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return  # nobody has begun
+            try:
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+                if kind != fcntl.F_UNLCK:
+                    raise self._busy(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _busy(self, descriptor: int) -> ResultBusyError:
+        other = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip()
+        return ResultBusyError(
+            f"{self._path.parent} is being computed by another live task ({other or 'unknown'}): wait for it, or "
+            "cancel its job"
+        )
 
     @property
     def held(self) -> bool:
@@ -229,11 +390,10 @@ class Lease:
         Only for who does not hold it: closing a second descriptor of the file would drop the lock.
         """
         assert not self.held
-        with storage_errors(self._path, "read"):
-            try:
-                raw = json.loads(self._path.read_bytes())
-            except (FileNotFoundError, ValueError):  # it is about to write it
-                return None
+        try:
+            raw = json.loads(read_if_there(self._path) or b"")
+        except ValueError:  # it is about to write it
+            return None
         return raw if isinstance(raw, dict) else None
 
     def release(self) -> None:

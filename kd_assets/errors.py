@@ -69,7 +69,17 @@ class ResultBusyError(StoreError):
 
 
 class StorageUnavailableError(StoreError):
-    """The store cannot be written: disk full, or the folder is missing or read-only. A rerun continues."""
+    """The file system does not do what it was asked: disk full, no permission, no locks. A rerun continues.
+
+    Nothing follows from it about a result: neither that it is there nor that it is damaged or missing.
+    """
+
+
+class StorageUnreachableError(StorageUnavailableError):
+    """The file system gave no true answer, which usually passes: a stale handle, a server that restarts, a mount that
+    comes back. What was asked is asked again later."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class TeacherError(KdAssetsError):

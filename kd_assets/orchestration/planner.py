@@ -22,6 +22,7 @@ from kd_assets.model_files.folder import model_folder
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
 from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
 from kd_assets.store import FORMAT_VERSION, Manifest, committed, fingerprint, plan_output, read_manifest
+from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.fingerprint import INPUT_KEY
 
 PLAN_FILE = "plan.json"
@@ -180,7 +181,8 @@ class Planner:
         return self._output(asset, partition_key, variant, shard.data_version)
 
     def _output(self, asset: Asset, partition_key: str, variant: Mapping[str, Any], input_hash: str) -> Output:
-        identity = {"asset": asset, "format_version": FORMAT_VERSION, **variant, INPUT_KEY: input_hash}
+        versions = {"format_version": FORMAT_VERSION, **computing_versions(asset, variant.get("params", {}))}
+        identity = {"asset": asset, **versions, **variant, INPUT_KEY: input_hash}
         # Through JSON, so that what the worker reads back is what was hashed.
         return plan_output(
             asset, json.loads(json.dumps(identity)), recipe_folder=self._folder, partition_key=partition_key

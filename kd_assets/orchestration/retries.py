@@ -35,6 +35,7 @@ class FailureClass(enum.Enum):
     HOST_MEMORY = "out of host memory"
     DEVICE_MEMORY = "out of device memory"
     KILLED = "killed"
+    STORAGE = "storage unreachable"
     LAUNCH_FAILURE = "launch failure"
     LOST = "lost by the scheduler"
     NO_RESULT = "ended without its results"
@@ -44,7 +45,7 @@ class FailureClass(enum.Enum):
     WORK = "error in the work"
 
 
-FREE = frozenset({FailureClass.INTERRUPTED, FailureClass.TIME_LIMIT, FailureClass.PREEMPTED})
+FREE = frozenset({FailureClass.INTERRUPTED, FailureClass.TIME_LIMIT, FailureClass.PREEMPTED, FailureClass.STORAGE})
 """Nobody's fault: they cost an attempt only without progress."""
 BOUNDED_BY_ITSELF = frozenset({FailureClass.HOST_MEMORY, FailureClass.DEVICE_MEMORY})
 """Each retry asks for something else, up to a limit."""
@@ -68,6 +69,7 @@ _BY_ERROR = {
     "OutOfHostMemoryError": FailureClass.HOST_MEMORY,
     "InterruptedTaskError": FailureClass.INTERRUPTED,
     "RankLostError": FailureClass.KILLED,
+    "StorageUnreachableError": FailureClass.STORAGE,
 }
 
 _BY_STATUS = {
@@ -175,7 +177,8 @@ def decide(
 
 def _adjusted(failure: FailureClass, asked: Asked, node: str, token_budget: int | None) -> Asked | GiveUp:
     match failure:
-        case FailureClass.NODE_FAILURE | FailureClass.LAUNCH_FAILURE if node:
+        # A mount is often stale on one node alone, and the task has waited for it already.
+        case FailureClass.NODE_FAILURE | FailureClass.LAUNCH_FAILURE | FailureClass.STORAGE if node:
             return dataclasses.replace(asked, excluded_nodes=asked.excluded_nodes | {node})
         case FailureClass.HOST_MEMORY:
             return _with_more_memory(asked)

@@ -18,6 +18,7 @@ from kd_assets.errors import RecipeError
 from kd_assets.scheduler.job import Resources
 from kd_assets.sources.plan import SourceSpec
 from kd_assets.store import FORMAT_VERSION, fingerprint
+from kd_assets.store.computing_versions import computing_versions
 
 SHARD_PLAN = "shard_plan"
 SHARDS_MANIFEST: Asset = "shards_manifest"
@@ -133,7 +134,8 @@ class Recipe:
         return self.tasks.get(kind, Tasks())
 
     def code_version(self, asset: str) -> str:
-        """Changes exactly when the recipe or the format asks for other content, never with a file's."""
+        """Changes exactly when the recipe, the format or the code that computes asks for other content, never with a
+        file's."""
         return f"{FORMAT_VERSION}-{fingerprint(self._content_settings(asset))[:8]}"
 
     def _content_settings(self, asset: str) -> dict[str, object]:
@@ -147,16 +149,17 @@ class Recipe:
         if asset == SHARD_PLAN:
             return {"sources": sources, "documents_per_shard": self.documents_per_shard}
         if asset == SHARDS_MANIFEST:
-            return tokenising
+            return tokenising | computing_versions(asset, {})
         if asset == STUDENT_SMOKE:
             return {"student": None if self.student is None else dataclasses.asdict(self.student)}
-        params = {str(a): p for a, p in self.cache_params.items()}[asset]
+        params = content_of({str(a): p for a, p in self.cache_params.items()}[asset], seed=self.teacher.seed)
         return {
+            **computing_versions(asset, params),
             "model": self.teacher.model,
             "revision": self.teacher.revision,
             "dtype": self.teacher.dtype,
             **self.teacher.changes_to_the_model,
-            "params": content_of(params, seed=self.teacher.seed),
+            "params": params,
             "parts": [self.part_documents, self.part_tokens],
         }
 

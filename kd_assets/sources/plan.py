@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from kd_assets.contract import RecordRange, decode
 from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
-from kd_assets.sources.records import ID_FIELD, RawRecord, ShardHash, iter_jsonl, iter_parquet, open_source
+from kd_assets.sources.record_files import ID_FIELD, RawRecord, iter_jsonl, iter_parquet, open_source
+from kd_assets.sources.records import ShardHash
 
 MAX_SHARDS = 100_000
 """Five digits of a partition key: beyond them, sorted keys would no longer be in order."""
@@ -129,7 +130,8 @@ def plan_shards(
 
     Relative paths start from `base_folder` (default: the working folder); `environment` says what `$NAME` stands for.
     Raises MissingInputError for a source that is missing, unreadable or without records, InputError for one of another
-    format or that changes meanwhile, RecipeError for names and sizes that cannot be.
+    format or that changes meanwhile, RecipeError for names and sizes that cannot be, StorageUnreachableError where its
+    file system does not answer.
     """
     _check_recipe(sources, documents_per_shard=documents_per_shard, shard_prefix=shard_prefix)
     shards: list[PlannedShard] = []

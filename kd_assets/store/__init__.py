@@ -4,7 +4,7 @@ Needs pyarrow and numpy; imports neither torch nor dagster. Anyone may import th
 exists exactly when its manifest does, and what a manifest says about the bytes beside it is true.
 """
 
-from kd_assets.store.checking.checks import CheckResult, check_complete, check_finite, check_recomputed, check_schema
+from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all
 from kd_assets.store.checking.verify import Note, Problem, VerifyReport, verify
 from kd_assets.store.fingerprint import (
     FORMAT_VERSION,
@@ -27,7 +27,7 @@ from kd_assets.store.writing.encode import (
     encode_topk,
     part_stats,
 )
-from kd_assets.store.writing.writer import ResultWriter, commit_file_result, set_head
+from kd_assets.store.writing.writer import ResultWriter, commit_file_result, raise_if_busy, set_head
 
 __all__ = [
     "FORMAT_VERSION",
@@ -41,15 +41,13 @@ __all__ = [
     "PartRecord",
     "Problem",
     "Ragged",
+    "ResultFiles",
     "ResultWriter",
     "Shard",
     "VerifyReport",
     "append_audit",
     "canonical_json",
-    "check_complete",
-    "check_finite",
-    "check_recomputed",
-    "check_schema",
+    "check_all",
     "commit_file_result",
     "committed",
     "count_durable_files",
@@ -62,6 +60,7 @@ __all__ = [
     "part_stats",
     "plan_output",
     "plan_parts",
+    "raise_if_busy",
     "read_head",
     "read_manifest",
     "read_shard",

@@ -6,12 +6,11 @@ of the project asks this module and never joins such a path itself.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from kd_assets.durable import listing
 from kd_assets.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
@@ -70,13 +69,10 @@ def part_name(index: int, suffix: str) -> str:
 def count_durable_files(folders: Iterable[Path]) -> int:
     """How many part files and manifests these result folders hold; a folder that is not there holds none.
 
-    Grows with every step of work that a kill does not undo. Nothing is opened: 3,000 folders take about 30 ms.
+    Grows with every step of work that a kill does not undo. Nothing is opened: 3,000 folders take about 30 ms. Raises
+    StorageUnavailableError.
     """
-    n = 0
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            n += sum(not entry.name.startswith(".") and entry.name != JOURNAL_NAME for entry in entries)
-    return n
+    return sum(not name.startswith(".") and name != JOURNAL_NAME for folder in folders for name in listing(folder))
 
 
 def is_result_folder_name(name: str) -> bool:

@@ -6,6 +6,7 @@ hash of itself, so that a changed byte anywhere in a result is found.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import decode
-from kd_assets.durable import append_line, atomic_write, storage_errors
+from kd_assets.durable import append_line, atomic_write, read_if_there, read_patiently, size_if_there
 from kd_assets.errors import ContractError, CorruptManifestError, NotCommittedError
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint
 from kd_assets.store.layout import AUDIT_NAME, FOLDER_FINGERPRINT_LENGTH, HEAD_NAME, MANIFEST_NAME, recipe_folder_of
@@ -96,8 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
     contradicts itself.
     """
     path = folder / MANIFEST_NAME
-    with storage_errors(path, "read"):
-        data = _read_if_there(path)
+    data = read_if_there(path)
     if data is None:
         raise NotCommittedError(
             f"{folder} has no {MANIFEST_NAME}: its job is still running or was killed; materialize it (again)"
@@ -150,18 +150,22 @@ def committed(folder: Path, fingerprint: str) -> Manifest | None:
     """The manifest when the folder holds the committed result of this fingerprint, else None.
 
     A result whose part files are missing or of another size counts as not committed, so that a rerun mends it. Raises
-    CorruptManifestError when the folder holds another result: it is never overwritten.
+    CorruptManifestError when the folder holds another result: it is never overwritten; and StorageUnreachableError when
+    the store is not there to be looked at.
     """
-    try:
-        manifest = read_manifest(folder)
-    except NotCommittedError:
+    path = folder / MANIFEST_NAME
+    # The recipe's folder is as old as its shard plan.
+    data = read_if_there(path, known=recipe_folder_of(folder))
+    if data is None:
         return None
+    manifest = parse_manifest(data, path)
     if manifest.fingerprint != fingerprint:
         raise CorruptManifestError(
-            f"{folder / MANIFEST_NAME} is of fingerprint {manifest.fingerprint}, expected {fingerprint}: something "
-            "else is in this folder; move it away"
+            f"{path} is of fingerprint {manifest.fingerprint}, expected {fingerprint}: something else is in this "
+            "folder; move it away"
         )
-    return manifest if all(_has_size(folder / part.name, part.n_bytes) for part in manifest.parts) else None
+    is_whole = all(size_if_there(folder / part.name) == part.n_bytes for part in manifest.parts)
+    return manifest if is_whole else None
 
 
 def read_head(partition_folder: Path) -> Path | None:
@@ -173,8 +177,7 @@ def read_head(partition_folder: Path) -> Path | None:
 def head_fingerprint(partition_folder: Path) -> str | None:
     """The fingerprint in the partition's head; None when there is no head. Raises CorruptManifestError."""
     path = partition_folder / HEAD_NAME
-    with storage_errors(path, "read"):
-        data = _read_if_there(path)
+    data = read_if_there(path)
     if data is None:
         return None
     try:
@@ -203,45 +206,56 @@ def append_audit(recipe_folder: Path, record: Mapping[str, Any]) -> None:
 
 def audit_commit(folder: Path, manifest: Manifest) -> None:
     """Append the line of this commit to the audit log of its recipe."""
-    recipe_folder = recipe_folder_of(folder)
-    record = {
-        "event": "commit",
-        "time": manifest.created_at,
-        "path": str(folder.relative_to(recipe_folder)),
-        **{
-            name: getattr(manifest, name)
-            for name in (
-                "recipe",
-                "asset",
-                "partition_key",
-                "variant",
-                "fingerprint",
-                "data_version",
-                "n_documents",
-                "n_tokens",
-                "n_bytes",
-                "provenance",
-            )
-        },
-    }
-    append_audit(recipe_folder, record)
+    path, time = _commit_of(folder, manifest)
+    record: dict[str, Any] = {"event": "commit", "time": time, "path": path}
+    append_audit(recipe_folder_of(folder), record | {name: getattr(manifest, name) for name in _AUDITED})
 
 
-def audited(recipe_folder: Path, *, mentioning: str = "") -> set[tuple[str, str]]:
+def is_audited(folder: Path, manifest: Manifest) -> bool:
+    """Whether the audit log has the line of this commit. Reads all of the log: for what a kill left open, and never for
+    a commit that this process has just made, whose line cannot be there."""
+    return _commit_of(folder, manifest) in audited_commits(recipe_folder_of(folder), mentioning=folder.name)
+
+
+def audited_commits(recipe_folder: Path, *, mentioning: str = "") -> set[tuple[str, str]]:
     """(path of the result, time of its commit) of the lines of the audit log that mention this text (ASCII); torn lines
-    are passed over. A commit asks for its own fingerprint: parsing every line at every commit would be quadratic."""
+    are passed over."""
     path = recipe_folder / AUDIT_NAME
-    found = set()
-    with storage_errors(path, "read"):
-        for line in (_read_if_there(path) or b"").splitlines():
-            if mentioning.encode() not in line:
-                continue
-            try:
-                record = json.loads(line)
-                found.add((record["path"], record["time"]))
-            except (ValueError, KeyError, TypeError):
-                continue
-    return found
+
+    def read() -> set[tuple[str, str]]:
+        found = set()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as lines:
+            for line in lines:
+                if mentioning.encode() not in line:
+                    continue
+                try:
+                    record = json.loads(line)
+                    found.add((record["path"], record["time"]))
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return found
+
+    return read_patiently(read, path)
+
+
+_AUDITED = (
+    "recipe",
+    "asset",
+    "partition_key",
+    "variant",
+    "fingerprint",
+    "data_version",
+    "n_documents",
+    "n_tokens",
+    "n_bytes",
+    "provenance",
+)
+"""What a line of the audit log has of the manifest, besides where and when."""
+
+
+def _commit_of(folder: Path, manifest: Manifest) -> tuple[str, str]:
+    """What tells a commit from all others: a result that was damaged and made again is committed a second time."""
+    return str(folder.relative_to(recipe_folder_of(folder))), manifest.created_at
 
 
 def without_non_finite(value: Any) -> Any:
@@ -253,17 +267,3 @@ def without_non_finite(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [without_non_finite(item) for item in value]
     return value
-
-
-def _has_size(path: Path, n_bytes: int) -> bool:
-    try:
-        return path.stat().st_size == n_bytes
-    except FileNotFoundError:
-        return False
-
-
-def _read_if_there(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None

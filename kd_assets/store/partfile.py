@@ -7,19 +7,22 @@ document, and never more. Nothing here knows about manifests.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import errno
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from kd_assets.durable import read_patiently, size_if_there
 from kd_assets.errors import CorruptPartError
 from kd_assets.store.schema import split_columns
 from kd_assets.store.writing.documents import plan_parts
+
+T = TypeVar("T")
 
 GROUP_TOKENS = 4_096
 """Larger groups compress 1 % better, and cost a loader that jumps about in proportion (1 ms a group at this size)."""
@@ -55,20 +58,33 @@ def write_table(table: pa.Table, suffix: str, sink: Any) -> None:
 
 
 class PartFile:
-    """A part file opened for reading, memory-mapped. Every way in which it can be damaged is a CorruptPartError."""
+    """A part file opened for reading: an Arrow file is mapped, a Parquet file is read where it is asked for.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._readable():
-            self._map = pa.memory_map(str(path))
-            if path.suffix == ARROW_SUFFIX:
-                self._arrow = pa.ipc.open_file(self._map)
-                self.schema: pa.Schema = self._arrow.schema
-                counts = [self._arrow.get_batch(i).num_rows for i in range(self._arrow.num_record_batches)]
-            else:
-                self._parquet = pq.ParquetFile(self._map)
-                self.schema = self._parquet.schema_arrow
-                counts = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
+    What is wrong with its content is a CorruptPartError, and so is that it is not there. A file system that does not
+    let us look is a StorageUnavailableError, after a few tries; but of a mapped page that it cannot bring the kernel
+    tells by SIGBUS alone, which ends the process.
+    """
+
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
+        """`data`: the file's bytes, where the caller has read them."""
+        self.path, self._data = path, data
+        self._is_open = False
+        self._patiently(lambda: None)
+
+    def _open(self) -> None:
+        if self._data is not None:
+            self._source = pa.BufferReader(self._data)
+        else:
+            open_file = pa.memory_map if self.path.suffix == ARROW_SUFFIX else pa.OSFile
+            self._source = open_file(str(self.path))
+        if self.path.suffix == ARROW_SUFFIX:
+            self._arrow = pa.ipc.open_file(self._source)
+            self.schema: pa.Schema = self._arrow.schema
+            counts = [self._arrow.get_batch(i).num_rows for i in range(self._arrow.num_record_batches)]
+        else:
+            self._parquet = pq.ParquetFile(self._source)
+            self.schema = self._parquet.schema_arrow
+            counts = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
         self.first_rows = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
         """int64 [groups + 1]: the first row of each group, and the number of rows."""
 
@@ -85,11 +101,14 @@ class PartFile:
 
     def read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group of rows. Of an Arrow file these are views of the mapped file."""
-        with self._readable():
+
+        def read() -> pa.Table:
             if self.path.suffix == ARROW_SUFFIX:
                 return pa.Table.from_batches([self._arrow.get_batch(group)]).select(columns)
             # one thread: a process that was forked off must not wait for threads that it does not have
             return self._parquet.read_row_group(group, columns=list(columns), use_threads=False).select(columns)
+
+        return self._patiently(read)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """These columns of all rows."""
@@ -101,7 +120,7 @@ class PartFile:
         """Let go of the file. Arrays that were read from it stay valid."""
         if self.path.suffix != ARROW_SUFFIX:
             self._parquet.close()
-        self._map.close()
+        self._source.close()
 
     def __enter__(self) -> PartFile:
         return self
@@ -109,13 +128,25 @@ class PartFile:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as e:
-            raise CorruptPartError(f"{self.path} is missing") from e
-        except PermissionError:
-            raise
-        except (pa.ArrowException, OSError, ValueError, KeyError) as e:
-            raise CorruptPartError(f"{self.path} is damaged: {e}") from e
+    def _patiently(self, read: Callable[[], T]) -> T:
+        """What `read` gives, of a file that is opened anew after a failure: a stale handle stays stale."""
+
+        def attempt() -> T:
+            try:
+                if not self._is_open:
+                    self._open()
+                    self._is_open = True
+                return read()
+            except FileNotFoundError as e:
+                if size_if_there(self.path) is None:
+                    raise CorruptPartError(f"{self.path} is missing") from e
+                raise
+            except OSError as e:
+                self._is_open = False
+                if e.errno is None or e.errno == errno.EINVAL:  # Arrow's own words: the file is not what it says
+                    raise CorruptPartError(f"{self.path} is damaged: {e}") from e
+                raise
+            except (pa.ArrowException, ValueError, KeyError) as e:
+                raise CorruptPartError(f"{self.path} is damaged: {e}") from e
+
+        return read_patiently(attempt, self.path)

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from kd_assets.contract import CACHES, JobFile, Output, Reporter, StudentParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, RecipeError, StudentDidNotLearnError
-from kd_assets.store import CacheReader, commit_file_result
+from kd_assets.store import CacheReader, ResultWriter
 from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
 from kd_assets.student.losses import (
     feature_cosine_loss,
@@ -153,6 +154,16 @@ class StudentRunner:
         Raises RecipeError without a cache or documents, StudentDidNotLearnError when the loss does not fall, and
         InterruptedTaskError on a stop: a restart trains from the beginning.
         """
+        with ExitStack() as leases:
+            # Before the training: a process that is at it already is to be found now, not at the end.
+            results = [leases.enter_context(self._result_of(output, unit)) for output in unit.outputs]
+            curve, facts = self._trained(unit)
+            for result in results:
+                self._commit(result, curve, facts)
+        return facts
+
+    def _trained(self, unit: WorkUnit) -> tuple[Curve, dict[str, Any]]:
+        """The losses of a training, and what there is to say of it."""
         folders = {asset: [Path(f) for f in unit.inputs[asset]] for asset in CACHES if unit.inputs.get(asset)}
         dataset = TeacherCacheDataset.from_folders(folders, max_length=self._params.max_length)
         if not len(dataset):
@@ -165,7 +176,7 @@ class StudentRunner:
             curve, n_tokens = self._train(student, dataset, unit)
         wall_s = time.monotonic() - started
         first, last = fallen(curve.total)
-        facts = {
+        return curve, {
             "first_loss": first,
             "last_loss": last,
             "n_steps": len(curve.total),
@@ -175,9 +186,6 @@ class StudentRunner:
             "wall_s": wall_s,
             "caches": sorted(folders),
         }
-        for output in unit.outputs:
-            self._commit(unit, output, curve, facts)
-        return facts
 
     def close(self) -> None:
         """Nothing is held between units."""
@@ -241,17 +249,19 @@ class StudentRunner:
         for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
             yield {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    def _commit(self, unit: WorkUnit, output: Output, curve: Curve, facts: dict[str, Any]) -> None:
+    def _result_of(self, output: Output, unit: WorkUnit) -> ResultWriter:
+        recipe_folder = Path(self._job.recipe_folder)
+        return ResultWriter(
+            output, recipe=self._job.recipe, recipe_folder=recipe_folder, partition_key=unit.partition_key
+        )
+
+    def _commit(self, result: ResultWriter, curve: Curve, facts: dict[str, Any]) -> None:
         provenance = self._job.provenance | task_provenance()
         provenance |= {"device": str(self._device), "seed": self._params.seed}
         if self._device.type == "cuda":
             provenance["gpu"] = torch.cuda.get_device_name(self._device)
-        commit_file_result(
-            output,
-            recipe=self._job.recipe,
-            recipe_folder=Path(self._job.recipe_folder),
-            partition_key=unit.partition_key,
-            files={CURVE_FILE: curve.to_json()},
+        result.commit_files(
+            {CURVE_FILE: curve.to_json()},
             checks={"learned": {"first_loss": facts["first_loss"], "last_loss": facts["last_loss"]}},
             provenance=provenance,
             facts=facts,

@@ -8,9 +8,9 @@ beside its events: a copy from another submission leaves, a later attempt of the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,30 +113,32 @@ def hold_task(path: Path, attempt: Attempt, *, report: Reporter, stop: StopFlag)
                     message=f"waits for an earlier attempt that still runs {_whereabouts(holder)}",
                     holder=holder,
                 )
-        _sleep(LEASE_POLL_S, stop)
+        stop.sleep(LEASE_POLL_S)
+        if stop:
+            raise InterruptedTaskError(f"stopped by {stop.signal_name} while it waited for an earlier attempt")
 
 
 def starts_of(path: Path) -> list[Event]:
-    """The `task_started` events of a task's event file, oldest first."""
+    """The `task_started` events of a task's event file, oldest first. As far as it can be read: events inform."""
     found = []
-    try:
-        with path.open("rb") as file:
-            for line in file:  # a file of days has 100,000 lines of progress: only those in question are parsed
-                if b'"task_started"' not in line:
-                    continue
-                try:
-                    event = parse_event(line.decode("utf-8", "replace"))
-                except ContractError:  # half a line of a killed attempt
-                    continue
-                if event.type == "task_started":
-                    found.append(event)
-    except FileNotFoundError:
-        pass
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        for line in file:  # a file of days has 100,000 lines of progress: only those in question are parsed
+            if b'"task_started"' not in line:
+                continue
+            try:
+                event = parse_event(line.decode("utf-8", "replace"))
+            except ContractError:  # half a line of a killed attempt
+                continue
+            if event.type == "task_started":
+                found.append(event)
     return found
 
 
-def no_progress(starts: Sequence[Event], n_parts_on_disk: int) -> NoProgressError | None:
-    """Why this start is one too many, given the earlier ones; None when it is not."""
+def no_progress(starts: Sequence[Event], n_parts_on_disk: int | None) -> NoProgressError | None:
+    """Why this start is one too many, given the earlier ones; None when it is not.
+
+    `n_parts_on_disk` is None where the file system did not let us count: starts that all could not are a loop, too.
+    """
     last = starts[-MAX_STARTS_WITHOUT_PROGRESS:]
     if len(last) < MAX_STARTS_WITHOUT_PROGRESS or any(e.data.get("n_parts_on_disk") != n_parts_on_disk for e in last):
         return None
@@ -168,15 +170,6 @@ def gpus_of_process(visible: str | None, process_index: int, n_processes: int, *
         if share
         else gpus[process_index % len(gpus)]
     )
-
-
-def _sleep(seconds: float, stop: StopFlag) -> None:
-    """Sleep, but not into a request to stop. A signal's handler does not end `time.sleep` (PEP 475)."""
-    deadline = time.monotonic() + seconds
-    while not stop and (left := deadline - time.monotonic()) > 0:
-        time.sleep(min(left, 0.2))
-    if stop:
-        raise InterruptedTaskError(f"stopped by {stop.signal_name} while it waited for an earlier attempt")
 
 
 def _whereabouts(holder: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_assets.contract import JobKind, Reporter, event_file, lease_file, read_job
+from kd_assets.durable import storage_errors
 from kd_assets.errors import InterruptedTaskError, KdAssetsError
 from kd_assets.worker.attempt import Attempt, DuplicateTaskError, gpus_of_process, hold_task, starts_of
 from kd_assets.worker.stop_flag import StopFlag
@@ -58,13 +59,15 @@ def main(
         job = read_job(arguments.job_file)
         task_index = int(environment.get("SLURM_ARRAY_TASK_ID", "0")) + arguments.task_offset
         units = job.units_of_task(task_index)[attempt.process_index :: attempt.n_processes]
+        events_folder = Path(job.events_folder)
+        events = event_file(events_folder, task_index, attempt.process_index)
+        with storage_errors(events, "write"):
+            reporter = Reporter(events, task=task_index, attempt=attempt.slurm_restart_count)
     except KdAssetsError as e:
         print(f"kd_assets.worker: {e}", file=sys.stderr)
         return e.exit_code
     share_node(attempt)
-    events_folder = Path(job.events_folder)
-    events = event_file(events_folder, task_index, attempt.process_index)
-    with Reporter(events, task=task_index, attempt=attempt.slurm_restart_count) as report:
+    with reporter as report:
         try:
             lease = hold_task(
                 lease_file(events_folder, task_index, attempt.process_index), attempt, report=report, stop=stop

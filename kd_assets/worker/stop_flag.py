@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
+
+_LONGEST_SLEEP_S = 0.2
 
 
 class StopFlag:
@@ -25,6 +28,12 @@ class StopFlag:
     def signal_name(self) -> str | None:
         """The signal that asked for the stop; None while nothing did."""
         return self._signal_name
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but not into a request to stop: a signal's handler does not end `time.sleep` (PEP 475)."""
+        deadline = time.monotonic() + seconds
+        while not self and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, _LONGEST_SLEEP_S))
 
     def __bool__(self) -> bool:
         return self._signal_name is not None

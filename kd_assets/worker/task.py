@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -27,8 +26,11 @@ from kd_assets.errors import (
     KdAssetsError,
     OutOfHostMemoryError,
     ResultBusyError,
+    StorageUnavailableError,
+    StorageUnreachableError,
 )
-from kd_assets.store import committed, count_durable_files, set_head
+from kd_assets.store import committed, count_durable_files, raise_if_busy, set_head
+from kd_assets.store.computing_versions import require_same_versions
 from kd_assets.worker.attempt import Attempt, no_progress
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.usage import UsageMeter, n_cpus
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
     from kd_assets.worker.telemetry.sampler import UsageSpan
 
 
-BUSY_POLL_S = 1.0
-"""How often a partition that another live task is computing is looked at again."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
+"""Before partitions are looked at again that have to be waited for: twice as long each time, until one gets on."""
+STORAGE_TRIES = 12
+"""Of a partition while the file system does not answer: with the waits between them a minute and a half. What takes
+longer is left to who started the task; a loaded teacher is worth this much."""
 
 
 class Runner(Protocol):
@@ -85,9 +90,11 @@ class Task:
         attempt: Attempt | None = None,
         earlier_starts: Sequence[Event] = (),
         telemetry: UsageSpan | None = None,
+        sleep: Callable[[float], None] | None = None,
     ) -> None:
+        """`sleep`: in place of one that a request to stop ends."""
         self._job, self._units, self._report, self._stop = job, units, report, stop
-        self._make_runner = make_runner
+        self._make_runner, self._sleep = make_runner, sleep or stop.sleep
         self._attempt = attempt or Attempt.of(os.environ)
         self._earlier_starts = earlier_starts
         self._meter, self._telemetry = UsageMeter(n_cpus=n_cpus(n_processes=self._attempt.n_processes)), telemetry
@@ -99,13 +106,15 @@ class Task:
         """Partitions that are reported as failed."""
         self._reported: set[str] = set()
         """Folders of the results that are reported as committed."""
-        self._waited_for: set[str] = set()
+        self._warned_of: set[str] = set()
+        """Partitions that are waited for, and whose reason has been said."""
+        self._storage_tries: Counter[str] = Counter()
         self._n_committed = self._n_reused = self._n_runners = 0
         report.report_fatal = self._report_fatal
 
     def run(self) -> int:
         """Work through all units; returns the exit status of `slurm/task.sbatch`."""
-        n_parts_on_disk = count_durable_files(Path(o.path) for u in self._units for o in u.outputs)
+        n_parts_on_disk = self._count_parts()
         self._load_failure = no_progress(self._earlier_starts, n_parts_on_disk)
         self._report.emit(
             "task_started",
@@ -128,6 +137,13 @@ class Task:
             status, exit_code = "failed", EXIT_BAD_INPUT if bad_input else EXIT_FAILED
         self._report_finished(status)
         return exit_code
+
+    def _count_parts(self) -> int | None:
+        """Files of the results that a kill does not undo; None where the file system does not let us look now."""
+        try:
+            return count_durable_files(Path(o.path) for u in self._units for o in u.outputs)
+        except StorageUnavailableError:
+            return None
 
     def _report_fatal(self, e: Exception) -> None:
         """The end of the task in the words of another thread than the one that works, which is stuck."""
@@ -168,36 +184,58 @@ class Task:
             )
 
     def _drain(self) -> None:
+        """Run every unit. One that has to be waited for goes to the end of the queue; once all of the queue do, waiting
+        is all there is to do."""
         queue = deque(self._units)
-        n_busy = 0  # units put back in a row: once all are busy elsewhere, waiting is all there is to do
+        n_waiting, wait_s = 0, FIRST_WAIT_S
         while queue:
             self._raise_if_stopped()
             unit = queue.popleft()
-            try:
-                self._run_unit(unit)
-                n_busy = 0
-            except ResultBusyError as e:
-                queue.append(unit)
-                if unit.partition_key not in self._waited_for:
-                    self._waited_for.add(unit.partition_key)
-                    self._report.emit("warning", message=f"{unit.partition_key} is waited for: {e}")
-                n_busy += 1
-                if n_busy >= len(queue):
-                    time.sleep(BUSY_POLL_S)
-            except InterruptedTaskError:
-                raise
-            except KdAssetsError as e:
-                self._fail(unit, e)
-            except MemoryError as e:
-                self._fail(unit, out_of_host_memory(e))
-            except Exception as e:  # noqa: BLE001 - the task reports what it did not foresee, too, and goes on
-                traceback.print_exc()
-                self._fail(unit, e)
+            if not self._has_to_wait(unit):
+                n_waiting, wait_s = 0, FIRST_WAIT_S
+                continue
+            queue.append(unit)
+            n_waiting += 1
+            if n_waiting >= len(queue):
+                self._sleep(wait_s)
+                n_waiting, wait_s = 0, min(2 * wait_s, LONGEST_WAIT_S)
+
+    def _has_to_wait(self, unit: WorkUnit) -> bool:
+        """Run the unit and report what comes of it; returns whether it is to be tried again."""
+        try:
+            self._run_unit(unit)
+        except InterruptedTaskError:
+            raise
+        except ResultBusyError as e:
+            self._warn_once(unit, f"{unit.partition_key} is waited for: {e}")
+            return True
+        except StorageUnreachableError as e:
+            self._storage_tries[unit.partition_key] += 1
+            if self._storage_tries[unit.partition_key] < STORAGE_TRIES:
+                self._warn_once(unit, f"{unit.partition_key} is tried again later: {e}")
+                return True
+            self._fail(unit, e)
+        except KdAssetsError as e:
+            self._fail(unit, e)
+        except MemoryError as e:
+            self._fail(unit, out_of_host_memory(e))
+        except Exception as e:  # noqa: BLE001 - the task reports what it did not foresee, too, and goes on
+            traceback.print_exc()
+            self._fail(unit, e)
+        return False
+
+    def _warn_once(self, unit: WorkUnit, message: str) -> None:
+        if unit.partition_key not in self._warned_of:
+            self._warned_of.add(unit.partition_key)
+            self._report.emit("warning", message=message)
 
     def _run_unit(self, unit: WorkUnit) -> None:
         missing = [o for o in unit.outputs if not self._reuse(unit, o)]
         if not missing:
             return
+        for output in missing:
+            require_same_versions(output)
+            raise_if_busy(output)  # before anything is loaded or read for it
         self._loaded_runner().run(dataclasses.replace(unit, outputs=tuple(missing)))
         for output in missing:
             manifest = committed(Path(output.path), output.fingerprint)
@@ -212,7 +250,7 @@ class Task:
         if self._runner is None:
             try:
                 self._runner = self._make_runner(self._job, self._report, self._stop)
-            except InterruptedTaskError:
+            except (InterruptedTaskError, StorageUnreachableError):
                 raise
             except Exception as e:
                 self._load_failure = e
@@ -224,7 +262,7 @@ class Task:
         manifest = committed(Path(output.path), output.fingerprint)
         if manifest is None:
             return False
-        set_head(Path(output.path))
+        set_head(Path(output.path), manifest)
         self._emit_committed(unit, output, manifest.data_version, reused=True)
         return True
 

@@ -60,6 +60,8 @@ def test_a_script_that_ended_by_itself_is_classed_by_its_status(exit_code: int |
         ("OutOfDeviceMemoryError", FailureClass.DEVICE_MEMORY),
         ("OutOfHostMemoryError", FailureClass.HOST_MEMORY),
         ("RankLostError", FailureClass.KILLED),
+        ("StorageUnreachableError", FailureClass.STORAGE),
+        ("StorageUnavailableError", FailureClass.WORK),  # a full disk: somebody has to make room
         ("BadRecordError", FailureClass.WORK),
         ("NoProgressError", FailureClass.WORK),
         ("ZeroDivisionError", FailureClass.WORK),
@@ -168,7 +170,13 @@ def test_other_failures_leave_it_to_the_task_to_find_its_budget() -> None:
         assert decision.asked.token_budget is None
 
 
-@pytest.mark.parametrize("failure", [FailureClass.KILLED, FailureClass.LOST, FailureClass.TIME_LIMIT])
+def test_a_node_whose_storage_does_not_answer_is_left_out_next_time() -> None:
+    assert retried(FailureClass.STORAGE).excluded_nodes == {"n1"}
+
+
+@pytest.mark.parametrize(
+    "failure", [FailureClass.KILLED, FailureClass.LOST, FailureClass.TIME_LIMIT, FailureClass.STORAGE]
+)
 def test_attempts_without_progress_are_bounded(failure: FailureClass) -> None:
     attempts = Attempts()
     for _ in range(MAX_ATTEMPTS - 1):

@@ -14,18 +14,10 @@ import pytest
 
 from kd_assets.contract import RecordRange
 from kd_assets.errors import BadRecordError, InputError, MissingInputError
-from kd_assets.sources import records as records_module
+from kd_assets.sources import record_files as files_module
 from kd_assets.sources.plan import ShardPlan, SourceSpec, plan_shards
-from kd_assets.sources.records import (
-    Message,
-    RawRecord,
-    Record,
-    ShardHash,
-    iter_jsonl,
-    iter_parquet,
-    parse_record,
-    read_records,
-)
+from kd_assets.sources.record_files import RawRecord, iter_jsonl, iter_parquet
+from kd_assets.sources.records import Message, Record, ShardHash, parse_record, read_records
 
 RANGE = RecordRange(
     source="web", path="/data/web.jsonl", file_format="jsonl", first_record=0, n_records=1, byte_offset=0, first_line=1
@@ -173,7 +165,7 @@ def test_a_repeated_id_is_a_bad_record_that_names_the_first(tmp_path: Path) -> N
 def test_a_line_without_end_is_refused_instead_of_filling_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records_module, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(files_module, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "web.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + b"x" * (3 << 20))
     with pytest.raises(InputError, match=r"web\.jsonl:2: the line is longer than 1 MiB"):

@@ -30,7 +30,7 @@ from kd_assets.errors import (
     TeacherChangedError,
 )
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
-from kd_assets.sources import shards as shards_module
+from kd_assets.sources import shard_parts
 from kd_assets.sources.plan import SourceSpec, plan_shards
 from kd_assets.sources.shards import ShardsRunner
 from kd_assets.store import Manifest, committed, plan_output, read_shard
@@ -58,6 +58,7 @@ def make_job(folder: Path, source: Path, tokenizer: Path, *, documents_per_shard
         }
     )
     recipe_folder = folder / "store" / "demo"
+    recipe_folder.mkdir(parents=True, exist_ok=True)
     units = []
     for shard in plan_shards([spec], documents_per_shard=documents_per_shard, shard_prefix="shard").shards:
         identity = {"max_length": shards.max_length, "part_documents": shards.part_documents, "input": shard.input_hash}
@@ -165,8 +166,8 @@ def test_parts_and_batches_change_nothing_of_the_documents(
     options: dict[str, Any] = {"on_bad_record": "skip"}
     whole = make_job(tmp_path / "whole", source, save_tokenizer(UNMARKED_TEMPLATE), **options)
     (one,) = run(whole)
-    monkeypatch.setattr(shards_module, "BATCH_RECORDS", 3)
-    monkeypatch.setattr(shards_module, "BATCH_CHARACTERS", 40)
+    monkeypatch.setattr(shard_parts, "BATCH_RECORDS", 3)
+    monkeypatch.setattr(shard_parts, "BATCH_CHARACTERS", 40)
     cut = make_job(tmp_path / "cut", source, save_tokenizer(UNMARKED_TEMPLATE), part_documents=7, **options)
     (two,) = run(cut)
     assert contents(whole) == contents(cut)
@@ -209,7 +210,7 @@ def test_one_bad_record_fails_the_shard_with_file_line_and_reason_and_nothing_is
     ) as e:
         runner_of(job).run(job.units[0])
     assert e.value.exit_code == 2
-    assert not (tmp_path / "store").exists()
+    assert list((tmp_path / "store" / "demo").iterdir()) == []
 
 
 def test_bad_records_are_skipped_counted_and_named_when_the_recipe_says_so(
@@ -284,7 +285,7 @@ def test_a_source_that_changed_since_planning_is_refused_before_anything_is_writ
         InputError, match=r"web\.jsonl changed since shard shard-0000\d was planned: materialize shard_plan"
     ):
         run(job)
-    assert not (tmp_path / "store").exists()
+    assert list((tmp_path / "store" / "demo").iterdir()) == []
 
 
 def test_growth_of_a_source_does_not_disturb_the_shards_that_were_planned(
@@ -425,8 +426,8 @@ def test_a_killed_worker_resumes_and_the_result_is_the_same(tmp_path: Path, save
 
 
 def test_progress_is_reported(tmp_path: Path, save_tokenizer: SaveTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "PROGRESS_EVERY_S", 0.0)
-    monkeypatch.setattr(shards_module, "BATCH_RECORDS", 4)
+    monkeypatch.setattr(shard_parts, "PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr(shard_parts, "BATCH_RECORDS", 4)
     source = write_jsonl(tmp_path / "web.jsonl", [{"text": f"document {i}"} for i in range(10)])
     stream = io.StringIO()
     (manifest,) = run(make_job(tmp_path, source, save_tokenizer()), stream=stream)

@@ -51,7 +51,6 @@ WITH_DRAWS: dict[str, Any] = {"k": K, "max_length": MAX_LENGTH, "draws": DRAWS, 
 RECOMPUTED: dict[str, Any] = {
     "n_documents": 2,
     "max_abs_logprob_difference": 1e-4,
-    "tolerance": {"max_abs_logprob_difference": 1e-2},
     "passed": True,
 }
 

@@ -137,6 +137,30 @@ def test_half_a_line_in_the_audit_log_does_not_tear_the_next(tmp_path: Path) -> 
     assert (tmp_path / "audit.jsonl").read_text() == '{"n": 1}\n{"n": 2, "half\n{"n": 3}\n'
 
 
+def bytes_read() -> int:
+    """What this process has read so far, as the kernel counts it."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def test_commit_reads_as_little_of_a_long_audit_log_as_of_a_short_one(tmp_path: Path) -> None:
+    examples.commit(tmp_path, "topk_cache")
+    log = tmp_path / "tiny" / "audit.jsonl"
+    (line,) = log.read_bytes().splitlines(keepends=True)
+    before = bytes_read()
+    examples.commit(tmp_path, "embedding_cache")
+    short = bytes_read() - before
+
+    n_lines = 40_000
+    log.write_bytes(line * n_lines)
+    before = bytes_read()
+    examples.commit(tmp_path, "hidden_state_cache")
+    assert bytes_read() - before <= short + 10_000
+    with log.open("rb") as file:
+        lines = file.readlines()
+    assert len(lines) == n_lines + 1
+    assert b'"asset": "hidden_state_cache"' in lines[-1]
+
+
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
     atomic_write(path, b"old")

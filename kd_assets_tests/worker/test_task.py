@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,7 +21,13 @@ from typing import Any
 import pytest
 
 from kd_assets.contract import JobFile, Reporter, WorkUnit, event_file, read_events
-from kd_assets.errors import BadRecordError, InterruptedTaskError, ResultBusyError, StoreError
+from kd_assets.errors import (
+    BadRecordError,
+    InterruptedTaskError,
+    StorageUnavailableError,
+    StorageUnreachableError,
+    StoreError,
+)
 from kd_assets.store import commit_file_result, plan_output
 from kd_assets.worker import task as task_module
 from kd_assets.worker.attempt import Attempt, starts_of
@@ -36,6 +41,7 @@ from kd_assets_tests.contract.test_contract import a_job
 class Harness:
     def __init__(self, folder: Path, keys: list[str]) -> None:
         self.recipe_folder = folder / "store" / "demo"
+        self.recipe_folder.mkdir(parents=True)
         self.events_folder = folder / "events"
         self.units = tuple(
             WorkUnit(
@@ -56,6 +62,14 @@ class Harness:
         self.attempt = Attempt.of({})
         self.n_loads = 0
         self.stop_at = ""
+        self.waits: list[float] = []
+        self.on_wait: Callable[[int], None] = lambda n_waits: None
+        """Called in place of each wait, with how many there have been."""
+        self.load_failures: list[Exception] = []
+
+    def wait(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.on_wait(len(self.waits))
 
     def commit(self, unit: WorkUnit) -> None:
         for output in unit.outputs:
@@ -85,6 +99,8 @@ class Harness:
 
         def make(job: JobFile, report: Reporter, stop: StopFlag) -> Runner:
             harness.n_loads += 1
+            if harness.load_failures:
+                raise harness.load_failures.pop()
             return FakeRunner()
 
         events = event_file(self.events_folder, 0)
@@ -97,6 +113,7 @@ class Harness:
                 make_runner=make,
                 attempt=self.attempt,
                 earlier_starts=starts_of(events),
+                sleep=self.wait,
             ).run()
 
     def events(self, event_type: str) -> list[dict[str, Any]]:
@@ -106,6 +123,39 @@ class Harness:
 
 def nothing(unit: WorkUnit) -> None:
     return
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from kd_assets.contract import read_job
+from kd_assets.store import ResultWriter
+job = read_job(Path(sys.argv[1]))
+(unit,) = (u for u in job.units if u.partition_key == sys.argv[2])
+names = {"recipe": "demo", "recipe_folder": Path(job.recipe_folder), "partition_key": unit.partition_key}
+with ResultWriter(unit.outputs[0], **names) as result:
+    print("holds", flush=True)
+    sys.stdin.readline()
+    result.write_file(0, "curve.json", b"{}")
+    result.commit(parts=1, checks={}, provenance={})
+"""
+
+
+def start_holding(harness: Harness, key: str) -> subprocess.Popen[str]:
+    """A process that has begun to make the partition, and goes on when it is told to `finish`."""
+    job_file = harness.recipe_folder.parent / "job.json"
+    job_file.write_text(harness.job.to_json())
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(job_file), key], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    process.communicate("\n", timeout=30)
+    assert process.returncode == 0
 
 
 def test_a_task_loads_once_and_reports_every_result_it_commits(tmp_path: Path) -> None:
@@ -199,23 +249,109 @@ def test_a_stop_request_ends_the_task_resumable_and_the_next_attempt_goes_on(tmp
     ]
 
 
-def test_a_partition_that_another_task_computes_is_left_to_it_and_taken_when_it_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(task_module, "BUSY_POLL_S", 0.02)
+def test_a_partition_that_another_task_computes_is_left_to_it_and_taken_when_it_is_there(tmp_path: Path) -> None:
+    """The other process is real, and so is its lease."""
     harness = Harness(tmp_path, ["p0", "p1"])
+    other = start_holding(harness, "p0")
     ran: list[str] = []
 
-    def behave(unit: WorkUnit) -> None:
-        ran.append(unit.partition_key)
-        if unit.partition_key == "p0":
-            if len(ran) == 1:
-                threading.Timer(0.3, harness.commit, [unit]).start()
-            raise ResultBusyError("p0 is computed elsewhere")
+    def at_last(n_waits: int) -> None:
+        if n_waits == 6:
+            finish(other)
 
-    assert harness.run(behave) == 0
-    assert ran[:2] == ["p0", "p1"], "the others come first"
+    harness.on_wait = at_last
+    assert harness.run(lambda unit: ran.append(unit.partition_key)) == 0
+    assert ran == ["p1"]
     assert {e["partition_key"]: e["reused"] for e in harness.events("committed")} == {"p0": True, "p1": False}
+    assert harness.waits == [1.0, 2.0, 4.0, 8.0, 10.0, 10.0], "longer each time, to a limit"
+    (warning,) = harness.events("warning")
+    assert warning["message"].startswith("p0 is waited for: ")
+    assert 'is being computed by another live task ({"host": ' in warning["message"]
+    assert f'"pid": {other.pid}' in warning["message"]
+
+
+def test_nothing_is_loaded_or_read_for_partitions_that_are_all_computed_elsewhere(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, ["p0", "p1"])
+    others = [start_holding(harness, key) for key in ("p0", "p1")]
+
+    def at_last(n_waits: int) -> None:
+        if n_waits == 3:
+            for other in others:
+                finish(other)
+
+    harness.on_wait = at_last
+    assert harness.run(lambda unit: pytest.fail("ran what another task computes")) == 0
+    assert harness.n_loads == 0
+    assert [e["reused"] for e in harness.events("committed")] == [True, True]
+
+
+# ---------------------------------------------------------------------- storage that does not answer
+
+
+def test_storage_that_does_not_answer_for_a_while_costs_no_partition(tmp_path: Path) -> None:
+    failures = [StorageUnreachableError("cannot read the shard: Stale file handle")] * 5
+
+    def behave(unit: WorkUnit) -> None:
+        if unit.partition_key == "p0" and failures:
+            raise failures.pop()
+
+    harness = Harness(tmp_path, ["p0", "p1"])
+    assert harness.run(behave) == 0
+    assert [e["partition_key"] for e in harness.events("committed")] == ["p1", "p0"], "the others have their turn"
+    assert harness.waits == [1.0, 2.0, 4.0, 8.0]
+    assert harness.n_loads == 1
+    assert [e["message"] for e in harness.events("warning")] == [
+        "p0 is tried again later: cannot read the shard: Stale file handle"
+    ], "said once"
+
+
+def test_storage_that_never_answers_fails_the_partition_by_its_own_class(tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def behave(unit: WorkUnit) -> None:
+        tried.append(unit.partition_key)
+        raise StorageUnreachableError("cannot read the shard: Stale file handle")
+
+    harness = Harness(tmp_path, ["p0"])
+    assert harness.run(behave) == 1
+    assert len(tried) == task_module.STORAGE_TRIES
+    (failed,) = harness.events("partition_failed")
+    assert (failed["error"], failed["during"]) == ("StorageUnreachableError", "run")
+    assert sum(harness.waits) == 85
+
+
+def test_storage_that_is_full_is_not_waited_for(tmp_path: Path) -> None:
+    def behave(unit: WorkUnit) -> None:
+        raise StorageUnavailableError("cannot write: No space left on device")
+
+    harness = Harness(tmp_path, ["p0"])
+    assert harness.run(behave) == 1
+    assert harness.waits == []
+
+
+def test_a_store_that_is_not_mounted_is_waited_for_and_nothing_is_loaded(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, ["p0"])
+    away = harness.recipe_folder.with_name("away")
+    harness.recipe_folder.rename(away)
+
+    def mounted_again(n_waits: int) -> None:
+        assert harness.n_loads == 0
+        if n_waits == 2:
+            away.rename(harness.recipe_folder)
+
+    harness.on_wait = mounted_again
+    assert harness.run(nothing) == 0
+    assert harness.n_loads == 1
+    (warning,) = harness.events("warning")
+    assert "check that the store is mounted" in warning["message"]
+
+
+def test_loading_that_fails_on_storage_that_comes_back_is_done_again(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, ["p0", "p1"])
+    harness.load_failures = [StorageUnreachableError("cannot read the digests: Stale file handle")] * 3
+    assert harness.run(nothing) == 0
+    assert harness.n_loads == 4
+    assert len(harness.events("committed")) == 2
 
 
 def test_a_worker_process_refuses_a_job_file_that_is_none_with_status_and_reason(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ from kd_assets.dagster_internals import (
 )
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
-from kd_assets.store import CheckResult, Manifest, read_manifest
-from kd_assets.store.checking.checks import check_all
+from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all, read_manifest
 from kd_assets.store.fingerprint import INPUT_KEY
 
 CHECKS: dict[str, str] = {
@@ -130,7 +129,8 @@ class Recorder:
                 self._to_check += [c for c in self._to_record if c.asset in CACHES]
                 self._to_record.clear()
         if self._to_check:
-            results = [(collected, self._check_results(collected)) for collected in self._to_check]
+            shards: dict[str, ResultFiles] = {}
+            results = [(collected, self._check_results(collected, shards)) for collected in self._to_check]
             with interrupts_held_back():
                 with one_transaction(self._context.instance, self._context.run.run_id):
                     self._log_checks(results)
@@ -197,14 +197,15 @@ class Recorder:
 
     # ------------------------------------------------------------------ checks
 
-    def _check_results(self, collected: _Collected) -> list[CheckResult]:
-        """The selected checks, computed now from the files."""
+    def _check_results(self, collected: _Collected, shards: dict[str, ResultFiles]) -> list[CheckResult]:
+        """The selected checks, computed now from the files; `shards` keeps what was read of each partition's shard."""
         key = self._recipe.key(collected.asset)
         wanted = {c.name for c in self._context.selected_asset_check_keys if c.asset_key == key}
         if not wanted:
             return []
         (shard_folder,) = collected.unit.inputs[SHARDS_MANIFEST]
-        results = check_all(Path(collected.output.path), Path(shard_folder), manifest=collected.manifest)
+        shard = shards.setdefault(shard_folder, ResultFiles(Path(shard_folder)))
+        results = check_all(ResultFiles(Path(collected.output.path), collected.manifest), shard)
         return [result for result in results if result.name in wanted]
 
     def _log_checks(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:

@@ -6,15 +6,23 @@ wrong with: results that are still being made, files of nobody's.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kd_assets.durable import file_sha256, storage_errors
-from kd_assets.errors import CorruptManifestError, CorruptPartError, MissingInputError, NotCommittedError, StoreError
-from kd_assets.store.checking.checks import (
+from kd_assets.durable import file_sha256, listing, mode_if_there, size_if_there
+from kd_assets.errors import (
+    CorruptManifestError,
+    CorruptPartError,
+    MissingInputError,
+    NotCommittedError,
+    StorageUnavailableError,
+    StoreError,
+)
+from kd_assets.store.checking.rows import (
+    MissingParameterError,
     draws_difference,
     draws_of,
     expected_schema,
@@ -27,11 +35,12 @@ from kd_assets.store.layout import (
     JOURNAL_NAME,
     LEASE_NAME,
     MANIFEST_NAME,
+    count_durable_files,
     is_result_folder_name,
     is_variant_name,
     recipe_folder_of,
 )
-from kd_assets.store.manifest import Manifest, PartRecord, audited, head_fingerprint, read_manifest
+from kd_assets.store.manifest import Manifest, PartRecord, audited_commits, head_fingerprint, read_manifest
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import hidden_size_of
 
@@ -101,42 +110,50 @@ def verify(path: Path) -> VerifyReport:
 
     Raises MissingInputError when there is no such folder, NotCommittedError when it holds nothing of a store.
     """
-    if not path.is_dir():
-        raise MissingInputError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+    require_folder(path)
     verifier = _Verifier()
-    for folder in sorted(result_folders(path)):
+    for folder in result_folders(path):
         verifier.result(folder)
-    for head in sorted(_heads(path)):
+    for head in _heads(path):
         verifier.head(head)
     if not verifier.n_seen and not verifier.problems:
         raise NotCommittedError(f"{path} holds no results: give a result folder, a recipe's folder or a store's root")
     return verifier.report(path)
 
 
+def require_folder(path: Path) -> None:
+    """Raise MissingInputError where there is no such folder, StorageUnavailableError where that cannot be told."""
+    mode = mode_if_there(path)
+    if mode is None:
+        raise MissingInputError(f"{path} does not exist")
+    if not stat.S_ISDIR(mode):
+        raise MissingInputError(f"{path} is not a folder")
+
+
 def result_folders(path: Path) -> Iterator[Path]:
-    """Every folder at or below `path` that is a result's by its name or by its manifest."""
-    for folder, names, files in _walk(path):
-        is_result = is_result_folder_name(folder.name) and is_variant_name(folder.absolute().parent.parent.name)
-        if is_result or MANIFEST_NAME in files:
-            names.clear()
-            yield folder
+    """Every folder at or below `path` that is a result's by its name or by its manifest, in their order."""
+    names = listing(path)
+    if MANIFEST_NAME in names or (
+        is_result_folder_name(path.name) and is_variant_name(path.absolute().parent.parent.name)
+    ):
+        yield path
+        return
+    for folder in _folders_of(path, names):
+        yield from result_folders(folder)
 
 
 def _heads(path: Path) -> Iterator[Path]:
-    for folder, names, files in _walk(path):
-        if is_result_folder_name(folder.name):
-            names.clear()
-        elif HEAD_NAME in files and is_variant_name(folder.absolute().parent.name):
-            yield folder / HEAD_NAME
+    if is_result_folder_name(path.name):
+        return
+    names = listing(path)
+    if HEAD_NAME in names and is_variant_name(path.absolute().parent.name):
+        yield path / HEAD_NAME
+    for folder in _folders_of(path, names):
+        yield from _heads(folder)
 
 
-def _walk(path: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    def fail(e: OSError) -> None:
-        raise e
-
-    with storage_errors(path, "read"):
-        for folder, names, files in os.walk(path, onerror=fail):
-            yield Path(folder), names, files
+def _folders_of(path: Path, names: Mapping[str, bool]) -> list[Path]:
+    return [path / name for name, is_folder in names.items() if is_folder]
 
 
 class _Verifier:
@@ -167,27 +184,30 @@ class _Verifier:
         try:
             manifest = read_manifest(folder)
         except NotCommittedError:
-            parts = sum(1 for path in folder.iterdir() if not path.name.startswith(".") and path.name != JOURNAL_NAME)
+            n_parts = count_durable_files([folder])
             self._note(
-                "unfinished", folder, f"unfinished: {parts} part files and no manifest; a rerun goes on from here"
+                "unfinished", folder, f"unfinished: {n_parts} part files and no manifest; a rerun goes on from here"
             )
             return
         except CorruptManifestError as e:
             self._problem("corrupt_manifest", folder / MANIFEST_NAME, f"{e}; remove it and materialize again")
             return
-        except StoreError as e:
+        except StorageUnavailableError as e:
             self._problem("unreadable", folder / MANIFEST_NAME, str(e))
             return
         self._manifests.append(manifest)
         self._place(folder, manifest)
         try:
             expected_schema(manifest, 0)
-        except StoreError as e:
+        except MissingParameterError as e:
             path = folder / MANIFEST_NAME
             self._problem("wrong_identity", path, f"{path}: {e}; it was written so: materialize it again elsewhere")
         for record in manifest.parts:
             self._part(folder, manifest, record)
-        self._surroundings(folder, manifest)
+        try:
+            self._surroundings(folder, manifest)
+        except StorageUnavailableError as e:
+            self._problem("unreadable", folder, str(e))
 
     def head(self, path: Path) -> None:
         self.n_seen += 1
@@ -196,7 +216,7 @@ class _Verifier:
         except CorruptManifestError as e:
             self._problem("corrupt_head", path, f"{e}; materialize the partition again")
             return
-        except StoreError as e:
+        except StorageUnavailableError as e:
             self._problem("unreadable", path, str(e))
             return
         assert current is not None
@@ -232,21 +252,20 @@ class _Verifier:
         path = folder / record.name
         remedy = "remove this file and materialize the partition again: only what is missing is made"
         try:
-            with storage_errors(path, "read"):
-                if not path.exists():
-                    self._problem("missing_part", path, f"{path} is missing; materialize the partition again")
-                    return
-                n_bytes = path.stat().st_size
-                if n_bytes != record.n_bytes:
-                    kind: ProblemKind = "truncated_part" if n_bytes < record.n_bytes else "grown_part"
-                    self._problem(kind, path, f"{path} has {n_bytes} bytes, expected {record.n_bytes}; {remedy}")
-                    return
-                digest = file_sha256(path)
+            n_bytes = size_if_there(path)
+            if n_bytes is None:
+                self._problem("missing_part", path, f"{path} is missing; materialize the partition again")
+                return
+            if n_bytes != record.n_bytes:
+                kind: ProblemKind = "truncated_part" if n_bytes < record.n_bytes else "grown_part"
+                self._problem(kind, path, f"{path} has {n_bytes} bytes, expected {record.n_bytes}; {remedy}")
+                return
+            digest = file_sha256(path)
             if digest != record.sha256:
                 self._problem("changed_part", path, f"{path} has sha256 {digest}, expected {record.sha256}; {remedy}")
                 return
             self._rows(path, manifest, record)
-        except StoreError as e:
+        except StorageUnavailableError as e:
             self._problem("unreadable", path, str(e))
 
     def _rows(self, path: Path, manifest: Manifest, record: PartRecord) -> None:
@@ -256,7 +275,7 @@ class _Verifier:
         try:
             if expected_schema(manifest, 0) is None:
                 return
-        except StoreError:  # reported once, of the manifest
+        except MissingParameterError:  # reported once, of the manifest
             return
         try:
             with PartFile(path) as part:
@@ -284,10 +303,11 @@ class _Verifier:
 
     def _surroundings(self, folder: Path, manifest: Manifest) -> None:
         ours = {MANIFEST_NAME, LEASE_NAME, JOURNAL_NAME, *(record.name for record in manifest.parts)}
-        for path in sorted(folder.iterdir()):
-            if path.name not in ours:
-                self._note("foreign_file", path, f"{path} is not of this result")
-        if (folder / JOURNAL_NAME).exists():
+        names = listing(folder)
+        for name in names:
+            if name not in ours:
+                self._note("foreign_file", folder / name, f"{folder / name} is not of this result")
+        if JOURNAL_NAME in names:
             self._note(
                 "interrupted_commit", folder, f"{folder} was committed and its task killed; reusing it tidies up"
             )
@@ -296,7 +316,7 @@ class _Verifier:
             return
         recipe_folder = recipe_folder_of(folder.absolute())
         if recipe_folder not in self._audited:
-            self._audited[recipe_folder] = audited(recipe_folder)
+            self._audited[recipe_folder] = audited_commits(recipe_folder)
         line = (str(folder.absolute().relative_to(recipe_folder)), manifest.created_at)
         if line not in self._audited[recipe_folder]:
             self._note("not_audited", folder, f"{folder} has no line in the audit log of {recipe_folder}")

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kd_assets.durable import storage_errors
+from kd_assets.durable import listing, size_if_there
 from kd_assets.errors import CorruptPartError, NotCommittedError, UnknownFieldError, VariantConflictError
-from kd_assets.store.layout import HEAD_NAME, is_variant_name
+from kd_assets.store.layout import is_variant_name
 from kd_assets.store.manifest import Manifest, PartRecord, read_head, read_manifest
 from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
 from kd_assets.store.reading.columns import Column, column_of
@@ -167,8 +167,7 @@ class CacheReader:
         file = self._files.pop(part, None)
         if file is None:
             _, path, record = self._parts[part]
-            with storage_errors(path, "read"):
-                n_bytes = path.stat().st_size if path.exists() else None
+            n_bytes = size_if_there(path)
             if n_bytes != record.n_bytes:
                 found = "it is missing" if n_bytes is None else f"it has {n_bytes}"
                 raise CorruptPartError(f"{path}: expected {record.n_bytes} bytes, {found}; run kd-assets verify")
@@ -248,13 +247,10 @@ def current_results(
 def variants_of(asset_folder: Path) -> dict[str, dict[str, Path]]:
     """variant → partition key → folder of the current result; variants without one are left out."""
     found: dict[str, dict[str, Path]] = {}
-    with storage_errors(asset_folder, "read"):
-        names = sorted(os.listdir(asset_folder)) if asset_folder.is_dir() else []
-        for variant in filter(is_variant_name, names):
-            keys = sorted(e.name for e in os.scandir(asset_folder / variant) if (Path(e) / HEAD_NAME).exists())
-            heads = {key: read_head(asset_folder / variant / key) for key in keys}
-            if current := {key: head for key, head in heads.items() if head is not None}:
-                found[variant] = current
+    for variant in filter(is_variant_name, listing(asset_folder)):
+        heads = {key: read_head(asset_folder / variant / key) for key in listing(asset_folder / variant)}
+        if current := {key: head for key, head in heads.items() if head is not None}:
+            found[variant] = current
     return found
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kd_assets.durable import file_sha256, storage_errors
+from kd_assets.durable import read_patiently, size_if_there
 from kd_assets.errors import CorruptPartError
 from kd_assets.store.manifest import Manifest, read_manifest
 from kd_assets.store.partfile import PartFile
@@ -44,20 +45,20 @@ class Shard:
 def read_shard(folder: Path) -> Shard:
     """The shard in a result folder, every byte verified: what is damaged must not become teacher data.
 
-    Raises NotCommittedError, CorruptManifestError or CorruptPartError; the message names the file.
+    Raises NotCommittedError, CorruptManifestError, CorruptPartError or StorageUnavailableError, which name the file.
     """
     manifest = read_manifest(folder)
     document_ids: list[str] = []
     lengths, input_ids, loss_masks = [], [], []
     for record in manifest.parts:
         path = folder / record.name
-        with PartFile(path) as part:
-            with storage_errors(path, "read"):
-                digest = file_sha256(path)
-            if digest != record.sha256:
-                raise CorruptPartError(
-                    f"{path} was changed after its commit: sha256 {digest}, expected {record.sha256}"
-                )
+        if size_if_there(path) is None:
+            raise CorruptPartError(f"{path} is missing")
+        data = read_patiently(path.read_bytes, path)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != record.sha256:
+            raise CorruptPartError(f"{path} was changed after its commit: sha256 {digest}, expected {record.sha256}")
+        with PartFile(path, data) as part:
             table = part.read(["document_id", "n_tokens", "input_ids", "loss_mask"])
         document_ids += table["document_id"].to_pylist()
         lengths.append(flat(table["n_tokens"]).astype(np.int64))

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_assets.errors import CorruptManifestError, MissingInputError, NotCommittedError
-from kd_assets.store.checking.verify import result_folders
+from kd_assets.errors import CorruptManifestError, NotCommittedError
+from kd_assets.store.checking.verify import require_folder, result_folders
 from kd_assets.store.fingerprint import INPUT_KEY
 from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_manifest
 from kd_assets.store.reading.reader import CacheReader
@@ -98,11 +98,10 @@ def inspect(path: Path) -> Inspection:
     A result folder counts whether or not it is current; above it only current results do. Raises MissingInputError
     when there is no such folder, NotCommittedError when it holds no committed result.
     """
-    if not path.is_dir():
-        raise MissingInputError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+    require_folder(path)
     groups: dict[tuple[str, str, str], list[tuple[Path, Manifest]]] = {}
     unfinished, n_superseded = [], 0
-    for folder in sorted(result_folders(path)):
+    for folder in result_folders(path):
         try:
             manifest = read_manifest(folder)
         except NotCommittedError:

@@ -29,9 +29,11 @@ from kd_assets.durable import (
     atomic_file,
     atomic_write,
     file_sha256,
+    listing,
     prepare_folder,
+    read_if_there,
     remove_file,
-    storage_errors,
+    size_if_there,
 )
 from kd_assets.errors import ContractError, CorruptManifestError, CorruptPartError, NotCommittedError, ResultBusyError
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint, variant_of
@@ -40,14 +42,13 @@ from kd_assets.store.layout import (
     LEASE_NAME,
     MANIFEST_NAME,
     part_name,
-    recipe_folder_of,
     result_folder,
 )
 from kd_assets.store.manifest import (
     Manifest,
     PartRecord,
     audit_commit,
-    audited,
+    is_audited,
     merge_stats,
     read_manifest,
     without_non_finite,
@@ -65,7 +66,7 @@ class ResultWriter:
 
     Entering creates the folders, takes the lease (ResultBusyError when another live process has it) and verifies what
     earlier attempts left; `finished` then lists the parts that need not be made again. Leaving releases the lease and
-    keeps everything. Raises StorageUnavailableError whenever the disk does not play along; nothing is lost by it.
+    keeps everything. Raises StorageUnavailableError where the file system cannot do it; nothing is lost by that.
     """
 
     def __init__(
@@ -157,21 +158,35 @@ class ResultWriter:
             raise CorruptPartError(
                 f"{self.folder}: expected parts 0 to {parts - 1}; missing {missing[:8]}, not expected {extra[:8]}"
             )
-        manifest = self._committed
-        if manifest is None:
-            manifest = self._manifest(checks=checks, provenance=provenance, facts=facts)
-            if not (self.folder / JOURNAL_NAME).exists():  # no parts at all; a commit needs its journal beside it
-                self._rewrite_journal()
-            atomic_write(self.folder / MANIFEST_NAME, manifest.to_json().encode())
-            self._committed = manifest
-        _finish_commit(self.folder, manifest)
+        if self._committed is not None:
+            _finish_commit(self.folder, self._committed, is_new=False)
+            return self._committed
+        manifest = self._manifest(checks=checks, provenance=provenance, facts=facts)
+        if not self._finished:  # a commit needs its journal beside it, and without parts there is none yet
+            self._rewrite_journal()
+        atomic_write(self.folder / MANIFEST_NAME, manifest.to_json().encode())
+        self._committed = manifest
+        _finish_commit(self.folder, manifest, is_new=True)
         return manifest
 
-    def forget_finished(self) -> None:
-        """Make all parts again, unless the result is committed: for results whose files belong to one attempt."""
-        if self._committed is None:
+    def commit_files(
+        self,
+        files: Mapping[str, bytes],
+        *,
+        checks: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        facts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Manifest:
+        """Commit a few files as the result, in the order of their names; what an unfinished attempt left is replaced.
+
+        Returns the manifest that is there when the result was committed before.
+        """
+        if self._committed is None:  # files of two attempts do not belong together
             self._finished.clear()
             self._rewrite_journal()
+        for index, name in enumerate(sorted(files)):
+            self.write_file(index, name, files[name])
+        return self.commit(parts=len(self._finished), checks=checks, provenance=provenance, facts=facts)
 
     @contextlib.contextmanager
     def _new_part(
@@ -224,9 +239,9 @@ class ResultWriter:
 
     def _resume(self) -> None:
         """Take stock of what earlier attempts left in the folder. Holding the lease, nothing here is in use."""
-        for path in self.folder.iterdir():
-            if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
-                remove_file(path)
+        for name in listing(self.folder):
+            if name.startswith(".") and name.endswith(TEMPORARY_SUFFIX):
+                remove_file(self.folder / name)
         try:
             manifest = read_manifest(self.folder)
         except NotCommittedError:
@@ -253,8 +268,7 @@ class ResultWriter:
     def _read_journal(self) -> tuple[list[PartRecord], bool]:
         """The journal's records, and whether all of it could be read: a kill leaves half a last line."""
         path = self.folder / JOURNAL_NAME
-        with storage_errors(path, "read"):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = (read_if_there(path) or b"").splitlines(keepends=True)
         records: dict[int, PartRecord] = {}
         is_whole = True
         for line in lines:
@@ -298,27 +312,23 @@ def commit_file_result(
     facts: Mapping[str, Any] = MappingProxyType({}),
     clock: Callable[[], datetime.datetime] = utc_now,
 ) -> Manifest:
-    """Commit a few files as one result, in the order of their names; what an unfinished attempt left is replaced.
-
-    Returns the manifest that is there when the result was committed before.
-    """
+    """`ResultWriter.commit_files` for files that are at hand."""
     with ResultWriter(
         output, recipe=recipe, recipe_folder=recipe_folder, partition_key=partition_key, clock=clock
     ) as writer:
-        writer.forget_finished()
-        for index, name in enumerate(sorted(files)):
-            writer.write_file(index, name, files[name])
-        return writer.commit(parts=len(writer.finished), checks=checks, provenance=provenance, facts=facts)
+        return writer.commit_files(files, checks=checks, provenance=provenance, facts=facts)
 
 
-def set_head(folder: Path) -> None:
+def set_head(folder: Path, manifest: Manifest | None = None) -> None:
     """Make a committed result its partition's current one: what reuse does instead of computing.
 
     Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it.
+    `manifest` is that of `folder`, where the caller has just read it.
     """
-    manifest = read_manifest(folder)
+    if manifest is None:
+        manifest = read_manifest(folder)
     write_head(folder, manifest.fingerprint)
-    if not (folder / JOURNAL_NAME).exists():
+    if size_if_there(folder / JOURNAL_NAME) is None:
         return
     lease = Lease(folder / LEASE_NAME)
     try:
@@ -326,31 +336,35 @@ def set_head(folder: Path) -> None:
     except ResultBusyError:
         return
     try:
-        _finish_commit(folder, manifest)
+        _finish_commit(folder, manifest, is_new=False)
     finally:
         lease.release()
 
 
-def _finish_commit(folder: Path, manifest: Manifest) -> None:
-    """What follows a commit. Runs again after a kill, so each step first looks whether it was done."""
+def raise_if_busy(output: Output) -> None:
+    """Raise ResultBusyError where another live process is computing this result. Takes nothing and reads nothing."""
+    Lease(Path(output.path) / LEASE_NAME).raise_if_busy()
+
+
+def _finish_commit(folder: Path, manifest: Manifest, *, is_new: bool) -> None:
+    """What follows a commit. Runs again after a kill, so each step first looks whether it was done; that the log has no
+    line of a new commit, which this process has just made, is known without looking."""
     write_head(folder, manifest.fingerprint)
-    if (folder / JOURNAL_NAME).exists():
-        recipe_folder = recipe_folder_of(folder)
-        committed_as = (str(folder.relative_to(recipe_folder)), manifest.created_at)
-        if committed_as not in audited(recipe_folder, mentioning=folder.name):
+    if size_if_there(folder / JOURNAL_NAME) is not None:
+        if is_new or not is_audited(folder, manifest):
             audit_commit(folder, manifest)
         remove_file(folder / JOURNAL_NAME)
 
 
 def _damage(path: Path, record: PartRecord) -> str | None:
-    """Why the file is not the one that was recorded; None when it is."""
-    with storage_errors(path, "read"):
-        if not path.exists():
-            return "missing"
-        n_bytes = path.stat().st_size
-        if n_bytes != record.n_bytes:
-            return f"{n_bytes} bytes, expected {record.n_bytes}"
-        digest = file_sha256(path)
+    """Why the file is not the one that was recorded; None when it is. Raises StorageUnavailableError where that cannot
+    be told."""
+    n_bytes = size_if_there(path)
+    if n_bytes is None:
+        return "missing"
+    if n_bytes != record.n_bytes:
+        return f"{n_bytes} bytes, expected {record.n_bytes}"
+    digest = file_sha256(path)
     return None if digest == record.sha256 else f"sha256 {digest}, expected {record.sha256}"
 
 

@@ -1,0 +1,257 @@
+"""The records of one shard become its part files, with what became of them.
+
+The invariant: a part holds the documents of the records that follow those of the part before, cut after
+`part_documents`, so every attempt cuts alike, and one that resumes goes on after the last whole part with the same
+result, facts included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_assets.contract import Reporter, WorkUnit
+from kd_assets.errors import BadRecordError, InputError, InterruptedTaskError
+from kd_assets.sources.records import Record
+from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument
+from kd_assets.store import Documents, PartRecord, ResultWriter, encode_shard
+from kd_assets.store.partfile import PartFile
+from kd_assets.worker.stop_flag import StopFlag
+
+BATCH_RECORDS = 512
+BATCH_CHARACTERS = 2_000_000
+"""Records tokenised at a time, and their characters: a tokenizer keeps about 100 bytes for each token meanwhile."""
+PROGRESS_EVERY_S = 1.0
+REASONS_KEPT = 10
+"""Bad records whose file, line and reason stand in the manifest."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RecordCounts:
+    """What became of records. A part keeps its own in its stats, a manifest's facts hold the sum."""
+
+    n_records: int = 0
+    n_bad_records: int = 0
+    n_empty_documents: int = 0
+    n_truncated_documents: int = 0
+    n_control_token_documents: int = 0
+    n_own_ends_documents: int = 0
+    n_documents_without_loss: int = 0
+    n_loss_tokens: int = 0
+
+    def add(self, other: RecordCounts) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def of_part(cls, part: PartRecord) -> RecordCounts:
+        # An attempt of an earlier version left parts that lack what was not counted then.
+        return cls(**{name: int(part.stats.get(name, 0)) for name in cls.__slots__})
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardProgress:
+    """What a task says while it works, about once a second."""
+
+    report: Reporter
+    partition_key: str
+    n_records: int
+    n_done: int = 0
+    n_tokens: int = 0
+    n_tokens_made: int = 0
+    """By this attempt, so without those of parts that an earlier one left."""
+    _started: float = field(default_factory=time.monotonic)
+    _last: float = field(default_factory=time.monotonic)
+
+    def advance(self, *, n_records: int, n_tokens: int, made: bool) -> None:
+        self.n_done += n_records
+        self.n_tokens += n_tokens
+        self.n_tokens_made += n_tokens if made else 0
+        now = time.monotonic()
+        if now - self._last < PROGRESS_EVERY_S:
+            return
+        self._last = now
+        self.report.emit(
+            "progress",
+            partition_key=self.partition_key,
+            n_documents=self.n_records,
+            done_documents=self.n_done,
+            n_tokens=None,  # known once all is tokenised
+            done_tokens=self.n_tokens,
+            tokens_per_s=round(self.n_tokens_made / (now - self._started), 1),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Part:
+    """The documents of one part, and what became of the records they come from."""
+
+    documents: list[TokenisedDocument]
+    counts: RecordCounts
+    bad: list[BadRecordError]
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardInProgress:
+    """One attempt at one shard: its records, part by part."""
+
+    unit: WorkUnit
+    records: Sequence[Record | BadRecordError]
+    """Of the whole shard."""
+    writer: ResultWriter
+    tokenise: DocumentTokeniser
+    report: Reporter
+    stop: StopFlag
+    part_documents: int
+    fail_on_bad_record: bool
+    n_parts: int = 0
+    counts: RecordCounts = field(default_factory=RecordCounts)
+    bad: list[BadRecordError] = field(default_factory=list)
+    lengths: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    """Tokens of each document, part by part."""
+    progress: ShardProgress = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.progress = ShardProgress(
+            report=self.report, partition_key=self.unit.partition_key, n_records=len(self.records)
+        )
+
+    def make(self) -> dict[str, Any]:
+        """Write every part that is missing; returns the facts for the manifest."""
+        items = iter(self.records)
+        while True:
+            finished = self.writer.finished.get(self.n_parts)
+            # A part with bad records is made again, though not written: their reasons are not in its file.
+            if finished is not None and not finished.stats["n_bad_records"]:
+                self._pass_over(items, finished)
+                continue
+            if self.stop and self.progress.n_done < self.progress.n_records:
+                raise InterruptedTaskError(
+                    f"stopped by {self.stop.signal_name}: {self.n_parts} parts of {self.unit.partition_key} are on disk"
+                )
+            part = self._take_part(items)
+            self.counts.add(part.counts)
+            self.bad += part.bad
+            if not part.documents:
+                break
+            self._write(part, finished)
+        if not self.n_parts:
+            raise no_documents(self.unit, self.counts, self.bad)
+        return self._facts()
+
+    def _pass_over(self, items: Iterator[Record | BadRecordError], part: PartRecord) -> None:
+        counts = RecordCounts.of_part(part)
+        for _ in itertools.islice(items, counts.n_records):
+            pass
+        with PartFile(self.writer.folder / part.name) as file:
+            lengths = file.read(["n_tokens"])["n_tokens"].to_numpy().astype(np.int64)
+        self.counts.add(counts)
+        self.lengths.append(lengths)
+        self.n_parts += 1
+        self.progress.advance(n_records=counts.n_records, n_tokens=part.n_tokens, made=False)
+
+    def _take_part(self, items: Iterator[Record | BadRecordError]) -> Part:
+        """Tokenise records until the part is full or none are left."""
+        part = Part(documents=[], counts=RecordCounts(), bad=[])
+        while batch := take_batch(items, self.part_documents - len(part.documents)):
+            part.counts.n_records += len(batch)
+            outcomes = iter(self.tokenise([item for item in batch if isinstance(item, Record)]))
+            n_tokens = 0
+            for item in batch:
+                outcome = next(outcomes) if isinstance(item, Record) else item
+                n_tokens += self._take(outcome, part)
+            self.progress.advance(n_records=len(batch), n_tokens=n_tokens, made=True)
+        return part
+
+    def _take(self, outcome: TokenisedDocument | BadRecordError, part: Part) -> int:
+        """Put one outcome into the part; returns the tokens it brings."""
+        counts = part.counts
+        if isinstance(outcome, BadRecordError):
+            if self.fail_on_bad_record:
+                raise BadRecordError(f"{outcome}; mend it, or set on_bad_record: skip") from outcome
+            counts.n_bad_records += 1
+            part.bad.append(outcome)
+            return 0
+        if not len(outcome.input_ids):
+            counts.n_empty_documents += 1
+            return 0
+        n_loss_tokens = int(np.count_nonzero(outcome.loss_mask))
+        counts.n_truncated_documents += outcome.truncated
+        counts.n_control_token_documents += outcome.spells_control_tokens
+        counts.n_own_ends_documents += outcome.has_own_ends
+        counts.n_documents_without_loss += n_loss_tokens == 0
+        counts.n_loss_tokens += n_loss_tokens
+        part.documents.append(outcome)
+        return len(outcome.input_ids)
+
+    def _write(self, part: Part, finished: PartRecord | None) -> None:
+        lengths = np.array([len(document.input_ids) for document in part.documents], dtype=np.int64)
+        if finished is None:
+            table = encode_shard(
+                as_documents(part.documents, lengths),
+                [document.record.source for document in part.documents],
+                np.array([document.record.number for document in part.documents], dtype=np.int64),
+            )
+            stats = {
+                **{name: float(value) for name, value in part.counts.as_dict().items()},
+                "min_document_tokens": float(lengths.min()),
+                "max_document_tokens": float(lengths.max()),
+            }
+            self.writer.write_part(self.n_parts, table, n_tokens=int(lengths.sum()), stats=stats)
+        self.lengths.append(lengths)
+        self.n_parts += 1
+
+    def _facts(self) -> dict[str, Any]:
+        lengths = np.concatenate(self.lengths)
+        return {
+            **self.counts.as_dict(),
+            "n_documents": len(lengths),
+            "n_tokens": int(lengths.sum()),
+            "min_document_tokens": int(lengths.min()),
+            "median_document_tokens": float(np.median(lengths)),
+            "max_document_tokens": int(lengths.max()),
+            "bad_records": [str(e) for e in self.bad[:REASONS_KEPT]],
+        }
+
+
+def take_batch(items: Iterator[Record | BadRecordError], n_most: int) -> list[Record | BadRecordError]:
+    """The next records, as many as are tokenised at once: at most `n_most`, and one at least while there are any."""
+    batch: list[Record | BadRecordError] = []
+    n_characters = 0
+    while len(batch) < min(n_most, BATCH_RECORDS) and n_characters < BATCH_CHARACTERS:
+        item = next(items, None)
+        if item is None:
+            break
+        batch.append(item)
+        if isinstance(item, Record):
+            n_characters += len(item.text or "") + sum(len(message.content) for message in item.messages or ())
+    return batch
+
+
+def as_documents(documents: Sequence[TokenisedDocument], lengths: npt.NDArray[np.int64]) -> Documents:
+    """The documents as flat arrays; `lengths` int64 [D]."""
+    return Documents(
+        document_ids=[document.record.document_id for document in documents],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        input_ids=np.concatenate([document.input_ids for document in documents]),
+        loss_mask=np.concatenate([document.loss_mask for document in documents]),
+    )
+
+
+def no_documents(unit: WorkUnit, counts: RecordCounts, bad: Sequence[BadRecordError]) -> InputError:
+    """What to raise when not one record of a shard became a document."""
+    paths = ", ".join(sorted({records.path for records in unit.records}))
+    first = f"; the first: {bad[0]}" if bad else ""
+    return BadRecordError(
+        f"none of the {counts.n_records:,} records of {unit.partition_key} in {paths} became a document "
+        f"({counts.n_bad_records:,} bad, {counts.n_empty_documents:,} without tokens){first}"
+    )

@@ -1,0 +1,119 @@
+"""What the rows of a part file must be for its manifest to be true: for the checks of one result and for `verify`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kd_assets.errors import CorruptPartError, StoreError
+from kd_assets.store import schema as schemas
+from kd_assets.store.manifest import Manifest
+from kd_assets.store.partfile import PartFile
+from kd_assets.store.reading.columns import Ragged, column_of
+from kd_assets.store.writing.documents import Int64Array
+
+
+class MissingParameterError(StoreError):
+    """The identity of a result lacks a parameter that tells its columns."""
+
+
+def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | None:
+    """The schema that the part files of a result must have; None for an asset whose files are no tables.
+
+    `hidden_size` is the teacher's, which no parameter tells. Raises MissingParameterError.
+    """
+    try:
+        match manifest.asset:
+            case "shards_manifest":
+                return schemas.shard_schema()
+            case "topk_cache":
+                return schemas.topk_schema(int(manifest.params["k"]), draws_of(manifest))
+            case "hidden_state_cache":
+                return schemas.hidden_state_schema([int(b) for b in manifest.params["blocks"]], hidden_size or 0)
+            case "embedding_cache":
+                return schemas.embedding_schema(hidden_size or 0)
+            case _:
+                return None
+    except KeyError as e:
+        raise MissingParameterError(f"the identity of {manifest.asset} lacks params[{e}]") from e
+
+
+def draws_of(manifest: Manifest) -> int:
+    """Token ids that a cache holds of each position as random draws: 0 for one without, and for other assets."""
+    return int(manifest.params.get("draws", 0))
+
+
+def schema_difference(expected: pa.Schema, found: pa.Schema) -> str | None:
+    """The first difference in words; None for equal schemas, metadata included."""
+    if expected.equals(found, check_metadata=True):
+        return None
+    for name in expected.names:
+        if name not in found.names:
+            return f"column {name} is missing"
+        if not expected.field(name).equals(found.field(name), check_metadata=True):
+            return f"column {name}: expected {_in_words(expected.field(name))}, found {_in_words(found.field(name))}"
+    if extra := [name for name in found.names if name not in expected.names]:
+        return f"column {extra[0]} is not of this format"
+    if expected.names != found.names:
+        return f"columns are in the order {', '.join(found.names)}, expected {', '.join(expected.names)}"
+    return f"schema metadata: expected {expected.metadata}, found {found.metadata}"
+
+
+def part_documents(part: PartFile) -> tuple[list[str], Int64Array]:
+    """Ids and token counts of a part's rows. Raises CorruptPartError where `input_ids` has another length."""
+    ids: list[str] = []
+    lengths = [np.zeros(0, np.int64)]
+    for group in range(part.n_groups):
+        table = part.read_group(group, ["document_id", "n_tokens", "input_ids"])
+        n_tokens = table["n_tokens"].to_numpy().astype(np.int64)
+        counted = column_of(table["input_ids"]).lengths
+        if counted is None or (counted != n_tokens).any():
+            raise CorruptPartError(f"{part.path}: n_tokens differs from the length of input_ids")
+        ids += table["document_id"].to_pylist()
+        lengths.append(n_tokens)
+    return ids, np.concatenate(lengths)
+
+
+def draws_difference(part: PartFile, draws: int, vocabulary: int | None) -> str | None:
+    """What is wrong with the random draws of a part's documents, in words; None when all is well.
+
+    `vocabulary` is the number of ids the teacher has, where it is known.
+    """
+    columns = ["n_tokens", "sampled_ids", "sampled_counts"]
+    for group in range(part.n_groups):
+        table = part.read_group(group, columns)
+        n_positions = table["n_tokens"].to_numpy() - 1
+        ids, counts = (column_of(table[name]) for name in columns[1:])
+        for column in (ids, counts):
+            if column.lengths is None or (column.lengths != n_positions).any():
+                return "a document has not one list of sampled_ids and of sampled_counts for each of its positions"
+        assert isinstance(ids.values, Ragged)
+        assert isinstance(counts.values, Ragged)
+        if difference := _lists_difference(ids.values, counts.values, draws, vocabulary):
+            return difference
+    return None
+
+
+def _lists_difference(ids: Ragged, counts: Ragged, draws: int, vocabulary: int | None) -> str | None:
+    if not np.array_equal(ids.offsets, counts.offsets):
+        return "sampled_ids and sampled_counts have lists of different lengths"
+    summed = np.concatenate([[0], np.cumsum(counts.values, dtype=np.int64)])
+    n_draws = np.diff(summed[counts.offsets])
+    if counts.values.min(initial=1) < 1 or (n_draws != draws).any():
+        return f"sampled_counts of a position are below 1, or add up to something else than {draws}"
+    goes_on = np.ones(len(ids.values), dtype=np.bool_)
+    goes_on[ids.offsets[:-1]] = False  # the first of a list; none is empty, as its counts add up to something
+    if (np.diff(ids.values.astype(np.int64)) <= 0)[goes_on[1:]].any():
+        return "sampled_ids of a position are not in ascending order, each once"
+    largest = int(ids.values.max(initial=0))
+    if vocabulary is not None and largest >= vocabulary:
+        return f"a sampled id is {largest}, the teacher knows ids 0 to {vocabulary - 1}"
+    return None
+
+
+def _in_words(field: pa.Field) -> str:
+    null = " null" if field.nullable else ""
+    metadata: dict[Any, Any] = field.metadata or {}
+    return f"{field.type}{null} {({k.decode(): v.decode() for k, v in metadata.items()}) or ''}".strip()
