@@ -19,7 +19,7 @@ Choices, all of them what a user of Hugging Face's own calls expects:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from kd_assets.contract import ShardsParams
 from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherChangedError
+from kd_assets.library_internals import chat_renderer
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.sources.records import Record
@@ -148,8 +149,6 @@ class ChatRenderer:
     """Chats as text by a tokenizer's chat template, with the spans that the assistant says."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not tokenizer.is_fast:
             raise RecipeError(
@@ -166,7 +165,7 @@ class ChatRenderer:
         self._marks_generation = _GENERATION.search(template) is not None
         self._template = with_fixed_date(template)
         self._special_tokens = dict(tokenizer.special_tokens_map)
-        self._render_jinja: Callable[..., tuple[list[str], list[list[TextSpan]]]] = render_jinja_template
+        self._render_jinja = chat_renderer()
 
     def render(self, record: Record) -> RenderedChat:
         """The chat as text, with what the assistant says. Raises BadRecordError, with the reason."""

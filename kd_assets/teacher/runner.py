@@ -23,6 +23,7 @@ import torch
 
 from kd_assets.contract import Asset, JobFile, Output, Reporter, TeacherParams, WorkUnit
 from kd_assets.errors import ContractError, MissingInputError, RecipeError
+from kd_assets.library_internals import attention_of
 from kd_assets.store import Documents, PartPlan, ResultWriter, Shard, plan_parts, read_shard
 from kd_assets.store.schema import CONVENTIONS
 from kd_assets.teacher.devices.compiled import compile_blocks
@@ -61,8 +62,17 @@ class Clock:
 class TeacherRunner:
     """A loaded teacher that works through partitions (see `kd_assets.worker.task.Runner`)."""
 
-    def __init__(self, job: JobFile, report: Reporter, stop: StopFlag, *, teacher: Teacher | None = None) -> None:
-        """`teacher`: one that is loaded already, in place of the recipe's (see `TeacherOnDevices`)."""
+    def __init__(
+        self,
+        job: JobFile,
+        report: Reporter,
+        stop: StopFlag,
+        *,
+        sampler: Sampler | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        """`sampler`: the task's; None: one of its own. `teacher`: one that is loaded already, in place of the recipe's
+        (see `TeacherOnDevices`)."""
         if job.teacher is None:
             raise ContractError(f"job {job.key} is of kind teacher and has no teacher parameters")
         self._job, self._report, self._stop, self._params = job, report, stop, job.teacher
@@ -100,7 +110,7 @@ class TeacherRunner:
             budget_limit=budget if job.teacher.token_budget is not None else None,
             can_halve=not running.is_shared,
         )
-        self._sampler = Sampler()
+        self._sampler, self._owns_sampler = sampler or Sampler(), sampler is None
         report.emit(
             "teacher_loaded",
             load_s=round(teacher.load_s, 3),
@@ -108,7 +118,7 @@ class TeacherRunner:
             gpu=device_name(teacher.device),
             n_parameters=teacher.n_parameters,
             head="proven" if teacher.head is not None else "own logits",
-            attention=teacher.model.config._attn_implementation,
+            attention=attention_of(teacher.model),
             quantization=teacher.quantisation_in_words,
             placement=running.placement.kind,
             n_devices=running.placement.n_devices,
@@ -185,7 +195,8 @@ class TeacherRunner:
 
     def close(self) -> None:
         self._running.close()
-        self._sampler.close()
+        if self._owns_sampler:
+            self._sampler.close()
 
     def _read_shard(self, unit: WorkUnit) -> Shard:
         folders = unit.inputs.get("shards_manifest", ())
@@ -306,7 +317,7 @@ class TeacherRunner:
             "n_devices": self._running.placement.n_devices,
             "compiled": self._blocks.in_words,
             "n_threads": torch.get_num_threads(),
-            "attention": teacher.model.config._attn_implementation,
+            "attention": attention_of(teacher.model),
             "head": "proven" if teacher.head is not None else "own logits",
             "normaliser": self._running.normaliser,
             **({"trust_remote_code": True} if params.trust_remote_code else {}),
