@@ -258,6 +258,9 @@ def _preview(arguments: argparse.Namespace) -> int:
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="check its requests, weights and space, too")
     parser.add_argument("--no-job", action="store_true", help="submit no test job to the cluster")
+    parser.add_argument(
+        "--verify-weights", action="store_true", help="read the teacher's weights and check their hashes"
+    )
     parser.add_argument("--wait", type=_count, default=120, metavar="SECONDS", help="for the test job to start (120)")
 
 
@@ -268,7 +271,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
     recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
     platform = _control_plane("kd_assets.orchestration.platform").Platform.from_environment()
     ok = True
-    for finding in doctor.examine(recipe, platform, test_job=not arguments.no_job, wait_s=arguments.wait):
+    for finding in doctor.examine(
+        recipe,
+        platform,
+        test_job=not arguments.no_job,
+        wait_s=arguments.wait,
+        verify_weights=arguments.verify_weights,
+    ):
         _show(str(finding))
         ok = ok and finding.status is not doctor.Status.FAIL
     return 0 if ok else EXIT_FAILED

@@ -43,11 +43,10 @@ task_finished     status ("done", "failed", "resumable", "duplicate"), signal, n
                   wall_s, usage, process_index, slurm_job_id; of a duplicate also holder, as that task_started has it
 
 `usage` is what this attempt has used so far: wall_s, cpu_s, n_cpus, cpu_efficiency, max_rss_gib; of jobs that run a
-model also cpu_utilisation_percent and host_memory_gib (of the process and its children) and, where RAPL can be read,
-cpu_joules (of all processors of the whole node, whoever uses them); where NVML is there also n_gpus, joules,
-gpu_utilisation_percent, gpu_memory_gib, gpu_power_watts, gpu_temperature_celsius, gpu_sm_clock_mhz,
-gpu_memory_clock_mhz, gpu_throttle_reasons (see `kd_assets.worker.telemetry.sampler.Usage`). What one partition used
-stands in its manifest's facts, as a series over time in `telemetry`.
+model also cpu_utilisation_percent and host_memory_gib (of the process and its children); where NVML is there also
+n_gpus, joules, gpu_utilisation_percent, gpu_memory_gib, gpu_power_watts, gpu_temperature_celsius, gpu_sm_clock_mhz,
+gpu_memory_clock_mhz, gpu_throttle_reasons (see `kd_assets.worker.telemetry.sums.Usage`). What one partition used stands
+in its manifest's facts, as a series over time in `telemetry`.
 
 A file holds the events of all attempts in the order of their starts; a duplicate, which leaves the task to another
 process, writes a warning and a task_finished in between, which do not end the other's attempt.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from kd_assets.diagnose.finding import Finding, bytes_in_words, fail, ok, warn
 from kd_assets.diagnose.preview import BYTES_A_TOKEN
 from kd_assets.errors import InputError, MissingInputError, NotCommittedError
+from kd_assets.model_files.digests import DigestCache, hashed_sha256, known_sha256
+from kd_assets.model_files.fingerprints import named_weights
 from kd_assets.model_files.folder import model_folder
+from kd_assets.model_files.safetensors_file import stored_tensors
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
@@ -20,9 +21,6 @@ from kd_assets.sources.plan import ShardPlan, resolve_path
 from kd_assets.store.reading.summary import inspect
 
 SPACE_MARGIN = 1.2
-
-MAX_HEADER_BYTES = 100_000_000
-"""Of a safetensors file, by its format."""
 
 
 def check_space(recipe: Recipe, platform: Platform) -> Iterator[Finding]:
@@ -124,8 +122,9 @@ def hidden_size_of(folder: Path) -> int:
         raise InputError(f"{folder}/config.json tells no hidden_size ({e})") from e
 
 
-def check_weights(recipe: Recipe, platform: Platform) -> Iterator[Finding]:
-    """Every file that the index names, as long as its own header says. Nothing is hashed: that takes minutes."""
+def check_weights(recipe: Recipe, platform: Platform, *, verify: bool = False) -> Iterator[Finding]:
+    """Every file that the index names, as long as its own header says; with `verify` every file is read, too, and what
+    its digest was believed to be (by its name in the Hugging Face cache, or when it was hashed before) is compared."""
     try:
         folder = teacher_folder(recipe, platform)
     except MissingInputError as e:
@@ -133,33 +132,32 @@ def check_weights(recipe: Recipe, platform: Platform) -> Iterator[Finding]:
         yield fail("weights", str(e), "" if made_by is None else f"materialize {made_by}")
         return
     files = sorted(folder.glob("*.safetensors"))
-    problems = [problem for path in files if (problem := safetensors_problem(path))]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
-        problems += [f"{name} is missing" for name in sorted(named - {path.name for path in files})]
+    problems = [problem for path in files if (problem := header_problem(path))]
+    problems += [f"{name} is missing" for name in sorted(named_weights(folder) - {path.name for path in files})]
     if not files:
         problems.append("no *.safetensors is there")
+    if verify and not problems:
+        problems = [problem for path in files if (problem := content_problem(path, platform.digests()))]
     if problems:
         yield fail("weights", f"{folder}: {'; '.join(problems[:3])}", "download the model again: hf download")
         return
     size = bytes_in_words(sum(path.stat().st_size for path in files))
-    yield ok("weights", f"{len(files)} files, {size}, complete in {folder}")
+    yield ok("weights", f"{len(files)} files, {size}, complete in {folder}{' with the right hashes' if verify else ''}")
 
 
-def safetensors_problem(path: Path) -> str | None:
-    """What is wrong with a file by its header: 8 bytes of its length, then JSON with the offsets of each tensor."""
+def header_problem(path: Path) -> str | None:
+    """What is wrong with a safetensors file by its header and its length; None: nothing."""
     try:
-        with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            n_header = int.from_bytes(f.read(8), "little")
-            if not 2 <= n_header <= min(MAX_HEADER_BYTES, max(size - 8, 0)):
-                return f"{path.name} is no whole safetensors file ({bytes_in_words(size)})"
-            header: Mapping[str, Any] = json.loads(f.read(n_header))
-            ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
-    except OSError as e:
-        return f"{path.name} cannot be read ({e.strerror})"
-    except (ValueError, LookupError, TypeError):
-        return f"{path.name} has no header of the safetensors format"
-    expected = 8 + n_header + max(ends, default=0)
-    return None if size == expected else f"{path.name} has {size:,} bytes and should have {expected:,}"
+        stored_tensors(path)
+    except InputError as e:
+        return str(e)
+    return None
+
+
+def content_problem(path: Path, digests: DigestCache) -> str | None:
+    """What is wrong with the bytes of a file, by what is known of their hash; None: nothing, or nothing was known."""
+    known = known_sha256(path, digests)
+    found = hashed_sha256(path, None if known else digests)
+    if known in (None, found):
+        return None
+    return f"{path.name} is damaged: its SHA-256 is {found[:16]}, and was to be {str(known)[:16]}"

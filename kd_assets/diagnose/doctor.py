@@ -32,7 +32,12 @@ SHORTEST_SECRET = 8
 
 
 def examine(
-    recipe: Recipe | None, platform: Platform, *, test_job: bool = True, wait_s: float = 120.0
+    recipe: Recipe | None,
+    platform: Platform,
+    *,
+    test_job: bool = True,
+    wait_s: float = 120.0,
+    verify_weights: bool = False,
 ) -> Iterator[Finding]:
     """All findings, each as soon as it is known. Without a recipe: what does not depend on one."""
     try:
@@ -45,7 +50,7 @@ def examine(
     yield from safely("KD_HOME", lambda: check_home(platform))
     if recipe is not None:
         yield from safely("free space", lambda: check_space(recipe, platform))
-        yield from safely("weights", lambda: check_weights(recipe, platform))
+        yield from safely("weights", lambda: check_weights(recipe, platform, verify=verify_weights))
     yield from safely("secrets", lambda: check_secrets(profile or Profile(name="local"), platform))
     if profile is None:
         yield from safely("compute python", lambda: check_local_python(platform))

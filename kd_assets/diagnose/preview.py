@@ -24,6 +24,7 @@ from kd_assets.recipes.recipe import SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import JobSpec, Resources, Scheduler, SlurmScheduler, Submission, spread, submission_key
 
 UNKNOWN_KEY = "0" * 32
+UNKNOWN_WEIGHTS = "0" * 64
 MOST_TASKS_SHOWN = 12
 MOST_COMMANDS_SHOWN = 4
 MOST_NOTES = 6
@@ -187,22 +188,35 @@ class _Previewer:
         return missing
 
     def _add_caches(self, keys: Sequence[str], caches: Sequence[Asset], not_tokenised: Mapping[str, int]) -> None:
-        work = self._missing(self._planner.teacher_work([k for k in keys if k not in not_tokenised], caches))
-        if not not_tokenised:
+        tokenised = [key for key in keys if key not in not_tokenised]
+        weights = self._planner.known_weights() if tokenised else None
+        work = self._missing(self._planner.teacher_work(tokenised, caches, weights=weights or UNKNOWN_WEIGHTS))
+        notes = []
+        if not_tokenised:
+            notes.append(
+                f"follows the shards job, in the run: {_partitions(len(not_tokenised))} not tokenised yet, their "
+                f"tokens estimated at {BYTES_A_TOKEN} bytes each. The zeros stand for the key, which is made of their "
+                "content"
+            )
+        if work.units and weights is None:
+            notes.append(
+                f"the weights in {self._planner.teacher_folder} are not hashed yet, which the run does first; before "
+                "that it is not known which caches are committed, so all are shown. The zeros stand for the key"
+            )
+        if not notes:
             self._add_job(work)
             return
         tokens = {u.partition_key: u.n_tokens for u in work.units} | dict(not_tokenised)
-        note = (
-            f"follows the shards job, in the run: {_partitions(len(not_tokenised))} not tokenised yet, their tokens "
-            f"estimated at {BYTES_A_TOKEN} bytes each. The zeros stand for the key, which is made of their content"
-        )
-        self._add("teacher", UNKNOWN_KEY, {key: tokens[key] for key in keys if key in tokens}, note)
+        self._add("teacher", UNKNOWN_KEY, {key: tokens[key] for key in keys if key in tokens}, *notes)
 
     def _add_student(self) -> None:
         if any(job.spec.kind == "teacher" for job in self.jobs):
             self.notes.append(f"student: {STUDENT_SMOKE} is trained on what these jobs make, by a run after them")
             return
         try:
+            if self._planner.planned_weights() is None and self._planner.known_weights() is None:
+                self.notes.append("student: the teacher's weights are not hashed yet, which its run does first")
+                return
             work, _ = self._planner.student_work()
         except MissingInputError as e:
             self.notes.append(f"student: {e}")

@@ -1,4 +1,4 @@
-"""SHA-256 of large files, kept under what the file system says of each file, so that 140 GB are hashed once.
+"""SHA-256 of large files: from a Hugging Face blob's own name, from a cache, else by reading them once for all nodes.
 
 Anyone may import it; standard library only.
 """
@@ -12,13 +12,13 @@ import json
 import os
 import re
 import stat
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_assets.errors import InputError, MissingInputError
+from kd_assets.durable import atomic_write
+from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
 
 CHUNK_BYTES = 1 << 22
 
@@ -26,56 +26,65 @@ SETTLED_NS = 2_000_000_000
 """A file changed less than this ago may change again under the same time stamp (NFS and FAT keep whole seconds), so
 its digest is not kept; git calls such an entry racy."""
 
+MOST_STATUSES = 256
+"""Kept of one path: nodes with copies of their own see the same path with a status each."""
+
+SAY_S = 10.0
+"""How often hashing says how far it is."""
+
+Say = Callable[[str], None]
+"""Takes one line for people, such as a log."""
+
+Entry = dict[str, Any]
+"""A file's status and the `sha256` that it had with it."""
+
 
 class DigestCache:
-    """SHA-256 digests of files, kept in one JSON file, under (path, size, mtime_ns, inode).
+    """SHA-256 digests of files, kept in one JSON file, under a file's path and status (see `_status`).
 
-    Safe for concurrent processes: a writer merges what others wrote meanwhile and replaces the file atomically. The
-    cache only saves time: a file that is corrupt, unreadable or unwritable costs a hash computed again, never an error.
+    A path may have several statuses at a time, since nodes may have copies of their own under one path; the oldest make
+    room. Safe for concurrent processes: a writer merges what others wrote meanwhile and replaces the file atomically.
+    The cache only saves time: a file that is corrupt, unreadable or unwritable costs a hash computed again, never an
+    error.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._digests: dict[str, dict[str, Any]] | None = None
+        self._entries: dict[str, list[Entry]] | None = None
 
     def get(self, path: Path, status: os.stat_result) -> str | None:
         """The digest of the file at absolute `path` while its status is still `status`; None when unknown."""
-        if self._digests is None:
-            self._digests = self._read()
-        entry = self._digests.get(str(path))
-        if entry is None or any(entry.get(name) != value for name, value in _key(status).items()):
-            return None
-        return str(entry["sha256"])
+        if self._entries is None:
+            self._entries = self._read()
+        for entry in self._entries.get(str(path), ()):
+            if _is_of(entry, status):
+                if "ctime_ns" not in entry:
+                    self.put(path, status, entry["sha256"])
+                return str(entry["sha256"])
+        return None
 
     def put(self, path: Path, status: os.stat_result, sha256: str) -> None:
         """Keep a digest, for this process and, where the cache's folder can be written, for all."""
-        entry = {**_key(status), "sha256": sha256}
-        with contextlib.suppress(OSError):  # a read-only folder or a full disk: the next process hashes again
+        entry = {**_status(status), "sha256": sha256}
+        with contextlib.suppress(OSError, StorageUnavailableError):  # read-only or full: the next process hashes again
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             with self._locked():
-                self._digests = {**self._read(), str(path): entry}
-                self._replace(self._digests)
+                self._entries = _with(self._read(), str(path), entry)
+                text = json.dumps({"version": 2, "files": self._entries}, indent=1, sort_keys=True)
+                atomic_write(self._path, text.encode())
             return
-        self._digests = {**(self._digests or {}), str(path): entry}
+        self._entries = _with(self._entries or {}, str(path), entry)
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, list[Entry]]:
         """What is in the file; nothing where it is missing, unreadable or not ours."""
         try:
             files = json.loads(self._path.read_bytes())["files"]
-            return {str(path): entry for path, entry in files.items() if _is_sha256(entry.get("sha256"))}
+            # Version 1 had one entry a path, and no ctime.
+            listed = {path: [found] if isinstance(found, dict) else found for path, found in files.items()}
+            ours = {path: [e for e in found if _is_sha256(e.get("sha256"))] for path, found in listed.items()}
+            return {path: found for path, found in ours.items() if found}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return {}
-
-    def _replace(self, digests: Mapping[str, Mapping[str, Any]]) -> None:
-        fd, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        try:
-            with os.fdopen(fd, "w") as f:
-                json.dump({"version": 1, "files": digests}, f, indent=1, sort_keys=True)
-            os.chmod(name, 0o640)
-            os.replace(name, self._path)
-        except BaseException:
-            os.unlink(name)
-            raise
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -89,38 +98,116 @@ class DigestCache:
             os.close(fd)
 
 
-def cached_sha256(path: Path, cache: DigestCache | None) -> str:
-    """SHA-256 (hex) of a file's bytes, from `cache` where the file is unchanged.
+def known_sha256(path: Path, cache: DigestCache | None) -> str | None:
+    """SHA-256 (hex) of a file's bytes where it takes no reading: by its blob's name, or from `cache`; else None.
 
-    Raises MissingInputError when the file cannot be read, InputError when it changes while it is being read.
+    Raises MissingInputError when there is no such file.
     """
-    try:
+    with _reading_errors(path):
         real = path.resolve(strict=True)  # a snapshot's links lead to one blob: hashed once for all revisions
+        if (named := blob_sha256(path, real)) is not None:
+            return named
+        return None if cache is None else cache.get(real, real.stat())
+
+
+def cached_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int], None] = lambda n_bytes: None) -> str:
+    """SHA-256 (hex) of a file's bytes, read only where `known_sha256` does not know it; kept in `cache`.
+
+    `read` is told of every piece that was read. Raises MissingInputError when the file cannot be read, InputError when
+    it changes while it is being read.
+    """
+    return known_sha256(path, cache) or hashed_sha256(path, cache, read=read)
+
+
+def hashed_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int], None] = lambda n_bytes: None) -> str:
+    """`cached_sha256`, by reading the file whatever is known of it."""
+    with _reading_errors(path):
+        real = path.resolve(strict=True)
         with real.open("rb") as f:
             before = os.fstat(f.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise MissingInputError(f"{path} is not a file")
-            if cache is not None and (known := cache.get(real, before)) is not None:
-                return known
             digest = hashlib.sha256()
             while chunk := f.read(CHUNK_BYTES):
                 digest.update(chunk)
+                read(len(chunk))
             after = os.fstat(f.fileno())
-    except (OSError, RuntimeError) as e:  # RuntimeError: pathlib's word for a loop of symbolic links
-        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}") from e
-    if _key(before) != _key(after):
+    if _status(before) != _status(after):
         raise InputError(f"{path} changed while it was being read: run again once nothing writes to it")
-    if cache is not None and time.time_ns() - after.st_mtime_ns > SETTLED_NS:
+    changed_ns = max(after.st_mtime_ns, after.st_ctime_ns)
+    if cache is not None and time.time_ns() - changed_ns > SETTLED_NS:
         cache.put(real, after, digest.hexdigest())
     return digest.hexdigest()
 
 
-def _key(status: os.stat_result) -> dict[str, int]:
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+def blob_sha256(path: Path, real: Path) -> str | None:
+    """The SHA-256 that a file of the Hugging Face cache is named after; None for any other file.
+
+    There a snapshot's file is a link to `blobs/<etag>`, and the etag of a large file (Git LFS, Xet) is its SHA-256;
+    that of a small one is git's own hash, of 40 digits. `real` is what `path` leads to.
+    """
+    in_the_cache = real != path and real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    return real.name if in_the_cache and _is_sha256(real.name) else None
+
+
+class HashingProgress:
+    """Says every `SAY_S` seconds how much of several files has been read."""
+
+    def __init__(self, files: Sequence[Path], say: Say, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`files`: those that will be read."""
+        self._n_bytes = sum(path.stat().st_size for path in files)
+        self._where = f"{len(files)} files of {files[0].parent}" if len(files) > 1 else str(files[0])
+        self._done_bytes = 0
+        self._say, self._clock = say, clock
+        self._said_s = clock()
+        say(f"hashing {self._where}: {_gb(self._n_bytes)}, once for as long as nothing changes")
+
+    def read(self, n_bytes: int) -> None:
+        self._done_bytes += n_bytes
+        if self._clock() - self._said_s >= SAY_S:
+            self._said_s = self._clock()
+            self._say(f"hashing {self._where}: {_gb(self._done_bytes)} of {_gb(self._n_bytes)}")
+
+
+@contextlib.contextmanager
+def _reading_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # RuntimeError: pathlib's word for a loop of symbolic links
+        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}") from e
+
+
+def _with(entries: dict[str, list[Entry]], path: str, entry: Entry) -> dict[str, list[Entry]]:
+    """The entries with one more, the newest of its path."""
+    status = {name: value for name, value in entry.items() if name != "sha256"}
+    others = [e for e in entries.get(path, ()) if any(e.get(name, value) != value for name, value in status.items())]
+    return {**entries, path: [entry, *others][:MOST_STATUSES]}
+
+
+def _status(status: os.stat_result) -> dict[str, int]:
+    """What tells one state of a file from another. With the ctime, which no program sets: contents that changed under
+    the old mtime are noticed. Without the device, whose number differs from node to node for one network mount."""
+    return {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+    }
+
+
+def _is_of(entry: Entry, status: os.stat_result) -> bool:
+    """An entry of version 1, which has no ctime, is believed once more, and then kept with one."""
+    return all(
+        entry.get(name) == value for name, value in _status(status).items() if name in entry or name != "ctime_ns"
+    )
 
 
 def _is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
 
 
 def os_reason(e: Exception) -> str:

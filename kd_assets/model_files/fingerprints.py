@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.model_files.digests import DigestCache, cached_sha256, os_reason
+from kd_assets.model_files.digests import (
+    DigestCache,
+    HashingProgress,
+    Say,
+    cached_sha256,
+    hashed_sha256,
+    known_sha256,
+    os_reason,
+)
 
 VOLATILE_KEYS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "_commit_hash"})
 """Keys of Hugging Face JSON files that say where a file came from, not what it means; dropped at any depth."""
@@ -36,36 +44,68 @@ TOKENIZER_FILES = (
 )
 """Patterns of the files that `AutoTokenizer` reads."""
 
+INDEX_NAME = "model.safetensors.index.json"
+
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote_code: bool = False) -> str:
+def weights_fingerprint(
+    folder: Path, cache: DigestCache | None, *, remote_code: bool = False, say: Say | None = None
+) -> str:
     """SHA-256 (hex) of what determines a model's numbers: its configuration and every `*.safetensors` file; with
     `remote_code` also every `*.py` file in the folder and below, since they may run.
 
-    The configuration counts as parsed, without `VOLATILE_KEYS`. Raises MissingInputError when `config.json` or the
-    weights are missing or incomplete (a shard that the index names, a Git LFS pointer in a file's place).
+    The configuration counts as parsed, without `VOLATILE_KEYS`. Files whose hash is not known (see `known_sha256`) are
+    read, which takes minutes for 140 GB: `say` is told how far it is. Raises MissingInputError when `config.json` or
+    the weights are missing or incomplete (a shard that the index names, a Git LFS pointer in a file's place).
     """
     config = _read_json(folder / "config.json", "a model folder holds one beside its weights")
+    files = weight_files(folder, remote_code=remote_code)
+    known = {path: known_sha256(path, cache) for path in files}
+    unknown = [path for path, digest in known.items() if digest is None]
+    read = HashingProgress(unknown, say).read if unknown and say is not None else lambda n_bytes: None
+    digests = {path: digest or hashed_sha256(path, cache, read=read) for path, digest in known.items()}
+    return _weights_fingerprint(folder, config, digests)
+
+
+def known_weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote_code: bool = False) -> str | None:
+    """`weights_fingerprint` where it takes no reading of weights; None where some would have to be hashed."""
+    config = _read_json(folder / "config.json", "a model folder holds one beside its weights")
+    known = {path: known_sha256(path, cache) for path in weight_files(folder, remote_code=remote_code)}
+    digests = {path: digest for path, digest in known.items() if digest is not None}
+    return _weights_fingerprint(folder, config, digests) if len(digests) == len(known) else None
+
+
+def weight_files(folder: Path, *, remote_code: bool = False) -> list[Path]:
+    """The files whose bytes are in `weights_fingerprint`. Raises what it raises for what is missing."""
     weights = sorted(_glob(folder, "*.safetensors"))
     if not weights:
         raise MissingInputError(
             f"{folder} holds no *.safetensors: download the model's weights, or convert them with "
             "save_pretrained() (other formats are not read: they can run code)"
         )
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.exists():
-        index = _read_json(index_file, "it lists the weight files")
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-        if absent := sorted(named - {path.name for path in weights}):
-            raise MissingInputError(f"{folder} lacks {absent[0]}, which its index names: finish the download")
+    index_file = folder / INDEX_NAME
+    if absent := sorted(named_weights(folder) - {path.name for path in weights}):
+        raise MissingInputError(f"{folder} lacks {absent[0]}, which its index names: finish the download")
     for path in weights:
         _refuse_lfs_pointer(path)
     code = sorted(_glob(folder, "**/*.py")) if remote_code else []
-    files = [path for path in (*weights, index_file, *code) if path.exists()]
-    digests = {path.relative_to(folder).as_posix(): cached_sha256(path, cache) for path in files}
-    return _fingerprint({"config": _without_volatile(config), "files": digests})
+    return [path for path in (*weights, index_file, *code) if path.exists()]
+
+
+def named_weights(folder: Path) -> set[str]:
+    """The names of the weight files that the model's index lists; none where it has no index."""
+    index_file = folder / INDEX_NAME
+    if not index_file.exists():
+        return set()
+    index = _read_json(index_file, "it lists the weight files")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    return set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+
+
+def _weights_fingerprint(folder: Path, config: Any, digests: Mapping[Path, str]) -> str:
+    files = {path.relative_to(folder).as_posix(): digest for path, digest in digests.items()}
+    return _fingerprint({"config": _without_volatile(config), "files": files})
 
 
 def tokenizer_fingerprint(folder: Path, cache: DigestCache | None) -> str:

@@ -6,14 +6,13 @@ Anyone may import it.
 from __future__ import annotations
 
 import json
-import math
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_assets.errors import InputError, MissingInputError
+from kd_assets.model_files.safetensors_file import StoredTensor, stored_tensors
 
 GIB = 2**30
 
@@ -23,9 +22,6 @@ _STORED_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Floating-point types of safetensors that loading casts to the recipe's. Narrower ones are quantised and stay."""
 
 _STORED_OTHERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
-
-LARGEST_HEADER_BYTES = 100 * 2**20
-"""As safetensors itself has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +70,9 @@ def teacher_size(
     is_stored_quantised = isinstance(config.get("quantization_config") or text.get("quantization_config"), dict)
     bits = None if quantization is None or is_stored_quantised else quantised_bits(quantization)
     n_bytes = sum(
-        _device_bytes(name, stored, n, dtype=dtype, bits=bits, as_stored=is_stored_quantised)
+        _device_bytes(tensor, dtype=dtype, bits=bits, as_stored=is_stored_quantised)
         for path in sorted(folder.glob("*.safetensors"))
-        for name, stored, n in _tensors(path)
+        for tensor in stored_tensors(path)
     )
     if not n_bytes:
         raise MissingInputError(f"{folder} holds no weights in *.safetensors")
@@ -107,30 +103,13 @@ def quantised_bits(quantization: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _device_bytes(name: str, stored: str, n: int, *, dtype: str, bits: float | None, as_stored: bool) -> float:
-    stored_bytes = _STORED_FLOATS.get(stored) or _STORED_OTHERS.get(stored, 1)
-    if as_stored or stored not in _STORED_FLOATS:
-        return n * stored_bytes
-    if bits is not None and not any(part in name for part in ("embed", "head", "norm")):
-        return n * bits / 8
-    return n * BYTES_OF[dtype]
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, str, int]]:
-    """(name, stored type, numbers) of each tensor, from the head of a file: 8 bytes with its length, then JSON."""
-    try:
-        with path.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > LARGEST_HEADER_BYTES:
-                raise ValueError(f"a head of {length} bytes")
-            head = json.loads(f.read(length))
-        for name, tensor in head.items():
-            if name != "__metadata__":
-                yield name, str(tensor["dtype"]), math.prod(tensor["shape"])
-    except OSError as e:
-        raise MissingInputError(f"{path} cannot be read: {e.strerror}") from e
-    except (ValueError, struct.error, LookupError, TypeError, AttributeError) as e:
-        raise InputError(f"{path} is no safetensors file ({e}): download it again") from e
+def _device_bytes(tensor: StoredTensor, *, dtype: str, bits: float | None, as_stored: bool) -> float:
+    stored_bytes = _STORED_FLOATS.get(tensor.dtype) or _STORED_OTHERS.get(tensor.dtype, 1)
+    if as_stored or tensor.dtype not in _STORED_FLOATS:
+        return tensor.n_numbers * stored_bytes
+    if bits is not None and not any(part in tensor.name for part in ("embed", "head", "norm")):
+        return tensor.n_numbers * bits / 8
+    return tensor.n_numbers * BYTES_OF[dtype]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import dagster as dg
 from kd_assets.contract import Asset, JobKind, Output, WorkUnit
 from kd_assets.dagster_internals import already_recorded
 from kd_assets.errors import KdAssetsError
+from kd_assets.model_files.digests import Say
 from kd_assets.orchestration.driving.driver import Driver, FailedResult
 from kd_assets.orchestration.orphans import alive
 from kd_assets.orchestration.planner import PlannedWork, Planner
@@ -38,8 +39,9 @@ COLLECT_S = 1.0
 events at most."""
 
 
-def planner_of(recipe: Recipe, platform: Platform) -> Planner:
-    return Planner(recipe, platform.recipe_folder(recipe.name), platform.digests(), platform.variables())
+def planner_of(recipe: Recipe, platform: Platform, *, say: Say = lambda line: None) -> Planner:
+    folder = platform.recipe_folder(recipe.name)
+    return Planner(recipe, folder, platform.digests(), platform.variables(), say=say)
 
 
 def materialize_plan(
@@ -104,7 +106,7 @@ def materialize_caches(
     if not keys:
         raise dg.Failure(description="the selection holds no partition: is the range reversed?", allow_retries=False)
     with _as_failure():
-        planner = planner_of(recipe, platform)
+        planner = planner_of(recipe, platform, say=context.log.info)
         recorder = Recorder(
             context,
             recipe,
@@ -127,7 +129,7 @@ def materialize_caches(
             run.carry_out(work)
         if checked:
             with _as_failure():
-                run.check(planner.teacher_work(keys, checked))
+                run.check(planner.teacher_work(keys, checked, weights=planner.planned_weights()))
     run.raise_if_anything_failed()
     for asset in selected:
         yield already_recorded(recipe.key(asset))
@@ -151,7 +153,7 @@ def materialize_student(
     context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform
 ) -> dg.MaterializeResult[None]:
     """Train the small student on every complete partition, and show the curve."""
-    planner = planner_of(recipe, platform)
+    planner = planner_of(recipe, platform, say=context.log.info)
     with _as_failure():
         work, shards = planner.student_work()
     run = Run(context, recipe, platform, planner, recorder=None)

@@ -16,8 +16,8 @@ from typing import Any
 from kd_assets.contract import Asset, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
 from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import MissingInputError, StoreError
-from kd_assets.model_files.digests import DigestCache
-from kd_assets.model_files.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from kd_assets.model_files.digests import DigestCache, Say
+from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
 from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
@@ -26,6 +26,8 @@ from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.fingerprint import INPUT_KEY
 
 PLAN_FILE = "plan.json"
+TEACHER_FILE = "teacher.json"
+"""In the recipe's folder: the teacher that its caches were last planned with (see `Planner.planned_weights`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +89,18 @@ class Survey:
 class Planner:
     """Names the results of one recipe in one deployment."""
 
-    def __init__(self, recipe: Recipe, recipe_folder: Path, digests: DigestCache, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        recipe_folder: Path,
+        digests: DigestCache,
+        variables: Mapping[str, str],
+        *,
+        say: Say = lambda line: None,
+    ) -> None:
+        """`say` is told how far a long hashing of weights is."""
         self._recipe, self._folder, self._digests, self._variables = recipe, recipe_folder, digests, variables
+        self._say = say
         self._teacher: TeacherIdentity | None = None
         self._tokenizer: tuple[Path, str] | None = None
 
@@ -134,9 +146,37 @@ class Planner:
         if self._teacher is None:
             folder, tokenizer = self._tokenizer_identity()
             remote_code = self._recipe.teacher.trust_remote_code
-            weights = weights_fingerprint(folder, self._digests, remote_code=remote_code)
+            weights = weights_fingerprint(folder, self._digests, remote_code=remote_code, say=self._say)
             self._teacher = TeacherIdentity(folder=folder, weights=weights, tokenizer=tokenizer)
+            if self.planned_weights() != weights:
+                prepare_folder(self._folder)
+                record = json.dumps(self._teacher_record(weights), indent=1, sort_keys=True)
+                atomic_write(self._folder / TEACHER_FILE, record.encode())
         return self._teacher
+
+    def known_weights(self) -> str | None:
+        """The fingerprint of the weights on disk; None where some of them would have to be hashed for it."""
+        remote_code = self._recipe.teacher.trust_remote_code
+        return known_weights_fingerprint(self.teacher_folder, self._digests, remote_code=remote_code)
+
+    def planned_weights(self) -> str | None:
+        """The fingerprint of the weights that a run planned caches with last; None where there was no such run.
+
+        For who asks what is there and makes no caches: the weights themselves need not be there, nor be hashed.
+        """
+        try:
+            record = json.loads((self._folder / TEACHER_FILE).read_bytes())
+            weights = str(record["weights_fingerprint"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return weights if record == self._teacher_record(weights) else None
+
+    def _teacher_record(self, weights: str) -> dict[str, Any]:
+        return {
+            "folder": str(self.teacher_folder),
+            "trust_remote_code": self._recipe.teacher.trust_remote_code,
+            "weights_fingerprint": weights,
+        }
 
     @property
     def teacher_folder(self) -> Path:
@@ -166,12 +206,11 @@ class Planner:
         }
         return self._output(SHARDS_MANIFEST, shard.partition_key, variant, shard.input_hash)
 
-    def cache_output(self, asset: Asset, partition_key: str, shard: Manifest) -> Output:
-        """The cache of one committed shard."""
-        teacher = self.teacher()
+    def cache_output(self, asset: Asset, partition_key: str, shard: Manifest, weights: str | None = None) -> Output:
+        """The cache of one committed shard. `weights`: see `teacher_work`."""
         variant = {
-            "weights_fingerprint": teacher.weights,
-            "tokenizer_fingerprint": teacher.tokenizer,
+            "weights_fingerprint": weights or self.teacher().weights,
+            "tokenizer_fingerprint": self._tokenizer_identity()[1],
             "dtype": self._recipe.teacher.dtype,
             **self._recipe.teacher.changes_to_the_model,
             "params": content_of(self._recipe.cache_params[asset], seed=self._recipe.teacher.seed),
@@ -208,9 +247,14 @@ class Planner:
             )
         return PlannedWork(kind="shards", units=tuple(units), impossible=impossible)
 
-    def teacher_work(self, partition_keys: Sequence[str], assets: Sequence[Asset]) -> PlannedWork:
+    def teacher_work(
+        self, partition_keys: Sequence[str], assets: Sequence[Asset], *, weights: str | None = None
+    ) -> PlannedWork:
         """One teacher pass over these partitions that feeds these caches. A partition whose shard is not committed is
-        impossible: content of an older plan is never cached as if it were today's."""
+        impossible: content of an older plan is never cached as if it were today's.
+
+        `weights`: their fingerprint; None: of those on disk now, which takes hashing them where that is not known.
+        """
         shards = {s.partition_key: s for s in self.current_plan().shards}
         units, impossible = [], {}
         for key in partition_keys:
@@ -234,7 +278,7 @@ class Planner:
                     partition_key=key,
                     n_tokens=shard.n_tokens,
                     inputs={SHARDS_MANIFEST: (output.path,)},
-                    outputs=tuple(self.cache_output(asset, key, shard) for asset in assets),
+                    outputs=tuple(self.cache_output(asset, key, shard, weights) for asset in assets),
                 )
             )
         return PlannedWork(kind="teacher", units=tuple(units), impossible=impossible)
@@ -242,7 +286,7 @@ class Planner:
     def student_work(self) -> tuple[PlannedWork, tuple[str, ...]]:
         """Training on every partition of the plan all of whose caches are committed; and those partitions."""
         keys = [s.partition_key for s in self.current_plan().shards]
-        survey = self.teacher_work(keys, self._recipe.caches).survey()
+        survey = self.teacher_work(keys, self._recipe.caches, weights=self.planned_weights()).survey()
         there: dict[str, list[tuple[WorkUnit, Output]]] = {}
         for unit, output in survey.committed:
             there.setdefault(unit.partition_key, []).append((unit, output))
@@ -311,11 +355,12 @@ class Planner:
             "tokenizer_fingerprint": tokenizer,
         }
         if kind != "shards":
+            planned = self.planned_weights() if kind == "student" else None
             facts |= {
                 "teacher": self._recipe.teacher.model,
                 "teacher_folder": str(folder),
                 "teacher_revision": self._recipe.teacher.revision,
-                "weights_fingerprint": self.teacher().weights,
+                "weights_fingerprint": planned or self.teacher().weights,
             }
         return facts
 

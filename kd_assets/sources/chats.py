@@ -16,7 +16,7 @@ A template that asks for today's date gets `TEMPLATE_DATE`, so that a shard made
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kd_assets.errors import BadRecordError, RecipeError
@@ -50,8 +50,6 @@ class ChatRenderer:
     """Renders chats with one tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         if not tokenizer.is_fast:
             raise RecipeError(
@@ -67,8 +65,7 @@ class ChatRenderer:
             ) from e
         self._template = with_fixed_date(template)
         self._followed = with_followed_marks(template)
-        self._special_tokens = dict(tokenizer.special_tokens_map)
-        self._render_jinja: Callable[..., tuple[list[str], list[list[TextSpan]]]] = render_jinja_template
+        self._tokenizer = tokenizer
 
     def render(self, record: Record) -> RenderedChat:
         """The chat as text, with what the assistant says. Raises BadRecordError, with the reason."""
@@ -132,16 +129,17 @@ class ChatRenderer:
         from jinja2 import TemplateError
 
         try:
-            (text,), _ = self._render_jinja(
-                conversations=[messages],
-                chat_template=template or self._template,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=template or self._template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
             # A template is a program: it raises on purpose ("roles must alternate") and by mistake.
             raise BadRecordError(f"{record.where}: the chat template refuses the messages: {e}") from e
-        return text
 
 
 def spans_between_marks(followed: str, text: str) -> list[TextSpan] | None:

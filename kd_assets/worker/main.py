@@ -6,6 +6,7 @@ Reads the job file, takes the task's lease, and hands over to `task`. Imports no
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -46,9 +47,12 @@ def share_node(attempt: Attempt, environment: MutableMapping[str, str] = os.envi
 
 
 def main(
-    argv: Sequence[str], environment: Mapping[str, str] = os.environ, *, make_runner: RunnerFactory = runner_for
+    argv: Sequence[str], environment: Mapping[str, str] = os.environ, *, make_runner: RunnerFactory | None = None
 ) -> int:
-    """Run the task that the environment names. Returns the exit status (see `slurm/task.sbatch`)."""
+    """Run the task that the environment names. Returns the exit status (see `slurm/task.sbatch`).
+
+    `make_runner`: what a test runs in place of the job's kind.
+    """
     parser = argparse.ArgumentParser(usage="python -m kd_assets.worker JOB.json [--task-offset N]", add_help=False)
     parser.add_argument("job_file", type=Path)
     parser.add_argument("--task-offset", type=int, default=0)
@@ -87,7 +91,7 @@ def main(
                 units,
                 report,
                 stop,
-                make_runner=make_runner,
+                make_runner=make_runner or functools.partial(runner_for, sampler=sampler),
                 attempt=attempt,
                 earlier_starts=starts,
                 telemetry=sampler.span() if sampler is not None else None,

@@ -36,7 +36,7 @@ from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.usage import UsageMeter, n_cpus
 
 if TYPE_CHECKING:
-    from kd_assets.worker.telemetry.sampler import UsageSpan
+    from kd_assets.worker.telemetry.sampler import Sampler, UsageSpan
 
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
@@ -59,8 +59,8 @@ class Runner(Protocol):
 RunnerFactory = Callable[[JobFile, Reporter, StopFlag], Runner]
 
 
-def runner_for(job: JobFile, report: Reporter, stop: StopFlag) -> Runner:
-    """The runner of the job's kind; only its own dependencies are imported."""
+def runner_for(job: JobFile, report: Reporter, stop: StopFlag, *, sampler: Sampler | None = None) -> Runner:
+    """The runner of the job's kind; only its own dependencies are imported. `sampler`: the task's."""
     match job.kind:
         case "shards":
             from kd_assets.sources.shards import ShardsRunner
@@ -69,7 +69,7 @@ def runner_for(job: JobFile, report: Reporter, stop: StopFlag) -> Runner:
         case "teacher":
             from kd_assets.teacher.runner import TeacherRunner
 
-            return TeacherRunner(job, report, stop)
+            return TeacherRunner(job, report, stop, sampler=sampler)
         case "student":
             from kd_assets.student.runner import StudentRunner
 

@@ -53,6 +53,7 @@ import transformers
 
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, Reporter, TeacherParams, TopkParams
 from kd_assets.errors import OutOfDeviceMemoryError
+from kd_assets.library_internals import attention_of
 from kd_assets.model_files.digests import DigestCache
 from kd_assets.model_files.fingerprints import weights_fingerprint
 from kd_assets.store import Documents
@@ -568,7 +569,7 @@ def measure(
     disk = measured_disk_gib_per_s(folder, 4 * GIB if device.type == "cuda" else 2**24)
     figures.add(disk_gib_per_s=round(disk, 3))
     teacher, params, loading = made_teacher(shape, device, folder)
-    figures.add(**loading, n_parameters=teacher.n_parameters, attention=teacher.model.config._attn_implementation)
+    figures.add(**loading, n_parameters=teacher.n_parameters, attention=attention_of(teacher.model))
     bench = Bench(
         folder=folder,
         shape=shape,

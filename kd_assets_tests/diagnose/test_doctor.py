@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Iterable
@@ -14,14 +16,16 @@ import pytest
 from kd_assets.diagnose import doctor
 from kd_assets.diagnose.cluster import gpus_of, misfits_of
 from kd_assets.diagnose.compute_python import check_local_python
-from kd_assets.diagnose.disk import bytes_needed, check_space, check_weights, safetensors_problem
+from kd_assets.diagnose.disk import bytes_needed, check_space, check_weights
 from kd_assets.diagnose.doctor import examine
 from kd_assets.diagnose.finding import Finding, Status
 from kd_assets.diagnose.node_probe import Probe, probe_argv, read_answer
 from kd_assets.diagnose.nodes import probe_findings
+from kd_assets.model_files import digests
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import Profile, Resources
 from kd_assets.scheduler.slurm.parsing import PartitionInfo
+from kd_assets_tests.model_files.hub_cache import link_blob
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
 
 USAGE = namedtuple("USAGE", "total used free")
@@ -96,31 +100,60 @@ def test_the_estimate_is_not_below_what_the_caches_really_take(deployment: Deplo
         assert real <= most, asset
 
 
-def test_truncated_and_missing_weights_are_named(deployment: Deployment, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (source,) = Path(deployment.attributes["teacher"]["model_id"]).glob("*.safetensors")
-    whole = source.read_bytes()
-    (model / "model-1.safetensors").write_bytes(whole)
-    assert safetensors_problem(model / "model-1.safetensors") is None
-    (model / "model-2.safetensors").write_bytes(whole[:-5])
-    (model / "model-3.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    (model / "model-4.safetensors").touch()
-    assert safetensors_problem(model / "model-2.safetensors") == (
-        f"model-2.safetensors has {len(whole) - 5:,} bytes and should have {len(whole):,}"
-    )
-    for name in ("model-3.safetensors", "model-4.safetensors"):
-        assert "is no whole safetensors file" in str(safetensors_problem(model / name))
+def with_teacher(deployment: Deployment, folder: Path) -> Deployment:
+    """The deployment with a copy of its teacher in `folder`."""
+    shutil.copytree(deployment.attributes["teacher"]["model_id"], folder)
+    return Deployment(deployment.home, folder, deployment.instance)
+
+
+def test_weights_that_are_no_whole_files_are_named(deployment: Deployment, tmp_path: Path) -> None:
+    changed = with_teacher(deployment, tmp_path / "model")
+    whole = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model-2.safetensors").write_bytes(whole[:-5])
+    (tmp_path / "model" / "model-3.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    finding = one(check_weights(changed.recipe, changed.platform))
+    assert finding.status is Status.FAIL
+    for name in ("model-2.safetensors", "model-3.safetensors"):
+        assert f"{name} is no whole safetensors file" in finding.found
+
+
+def test_weights_whose_bytes_are_not_what_they_were_are_found_by_reading_them(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    changed = with_teacher(deployment, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    finding = one(check_weights(changed.recipe, changed.platform, verify=True))
+    assert finding.status is Status.OK
+    assert "with the right hashes" in finding.found
+    # A disk that gives other bytes under the same status cannot be had: the digest is changed in its place.
+    changed.platform.digests().put(weights, weights.stat(), "f" * 64)
+    assert one(check_weights(changed.recipe, changed.platform)).status is Status.OK, "nothing is read"
+    finding = one(check_weights(changed.recipe, changed.platform, verify=True))
+    assert finding.status is Status.FAIL
+    assert "model.safetensors is damaged: its SHA-256 is" in finding.found
+
+
+def test_a_damaged_blob_of_the_hugging_face_cache_is_found_by_its_name(deployment: Deployment, tmp_path: Path) -> None:
+    source = Path(deployment.attributes["teacher"]["model_id"])
+    link = link_blob(tmp_path / "hub", "model.safetensors", (source / "model.safetensors").read_bytes())
+    for path in source.iterdir():
+        if path.name != link.name:
+            shutil.copy(path, link.with_name(path.name))
+    from_hub = Deployment(deployment.home, link.parent, deployment.instance)
+    assert one(check_weights(from_hub.recipe, from_hub.platform, verify=True)).status is Status.OK
+    with link.open("r+b") as blob:
+        blob.seek(-1, os.SEEK_END)
+        blob.write(b"\xff")
+    finding = one(check_weights(from_hub.recipe, from_hub.platform, verify=True))
+    assert finding.status is Status.FAIL
+    assert "model.safetensors is damaged" in finding.found
 
 
 def test_an_index_names_the_files_that_must_be_there(deployment: Deployment, tmp_path: Path) -> None:
-    model = Path(deployment.attributes["teacher"]["model_id"])
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in model.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
-    changed = Deployment(deployment.home, copy, deployment.instance)
+    changed = with_teacher(deployment, tmp_path / "model")
+    index = {"weight_map": {"a": "model-00002.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     finding = one(check_weights(changed.recipe, changed.platform))
     assert finding.status is Status.FAIL
     assert "model-00002.safetensors is missing" in finding.found

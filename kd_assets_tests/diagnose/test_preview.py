@@ -21,6 +21,8 @@ from kd_assets.diagnose.preview import (
     text_lines,
 )
 from kd_assets.errors import MissingInputError, RecipeError
+from kd_assets.model_files import digests
+from kd_assets.orchestration.materialize import planner_of
 from kd_assets.scheduler import Resources, Submission
 from kd_assets.scheduler.submissions import read_spec
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
@@ -29,9 +31,12 @@ JOBS = {"shards": {"n_tasks": 2, "concurrency": 2}, "teacher": {"n_tasks": 3, "c
 
 
 @pytest.fixture
-def deployment(deploy: Callable[..., Deployment]) -> Deployment:
+def deployment(deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch) -> Deployment:
+    """With a teacher whose weights were hashed before (where they were not: `orchestration/test_weights.py`)."""
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
     made = deploy(jobs=JOBS)
     made.plan()
+    planner_of(made.recipe, made.platform).teacher()
     return made
 
 

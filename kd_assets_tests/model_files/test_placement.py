@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -138,13 +140,19 @@ def test_without_gpus_a_teacher_is_in_one_piece_unless_the_recipe_says_otherwise
 # ----------------------------------------------------------------------------------------------------- what it weighs
 
 
+N_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+
+
 def write_weights(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
-    """Heads of a safetensors file; the numbers themselves are not looked at."""
-    head = json.dumps(
-        {"__metadata__": {"format": "pt"}}
-        | {name: {"dtype": t, "shape": shape, "data_offsets": [0, 0]} for name, (t, shape) in tensors.items()}
-    ).encode()
-    path.write_bytes(struct.pack("<Q", len(head)) + head)
+    """A safetensors file whose numbers take no room on the disk: it is a hole."""
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * N_BYTES[dtype]
+        head[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    raw = json.dumps(head).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    os.truncate(path, 8 + len(raw) + end)
 
 
 @pytest.fixture
@@ -208,5 +216,5 @@ def test_a_folder_without_weights_or_with_damaged_ones_is_refused(tmp_path: Path
     with pytest.raises(MissingInputError, match="holds no weights"):
         teacher_size(tmp_path, dtype="bfloat16")
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs")
-    with pytest.raises(InputError, match="no safetensors file"):
+    with pytest.raises(InputError, match="no whole safetensors file"):
         teacher_size(tmp_path, dtype="bfloat16")

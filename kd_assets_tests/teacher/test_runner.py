@@ -16,8 +16,8 @@ from kd_assets.errors import ContractError, InterruptedTaskError, NonFiniteTeach
 from kd_assets.model_files.fingerprints import weights_fingerprint
 from kd_assets.store import Documents, encode_topk, read_manifest
 from kd_assets.teacher.model.load import load_teacher
+from kd_assets.teacher.partition.input_shard import check_length
 from kd_assets.teacher.recompute import sampled_documents
-from kd_assets.teacher.runner import check_length
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.teacher.tiny import (
     VOCABULARY,

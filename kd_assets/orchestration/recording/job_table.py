@@ -17,7 +17,7 @@ from kd_assets.orchestration.retries import FailureClass
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import AccountedAttempt, Scheduler
 
-USAGE = ("cpu_efficiency", "max_rss_gib", "gpu_utilisation_percent", "gpu_memory_gib", "joules", "cpu_joules")
+USAGE = ("cpu_efficiency", "max_rss_gib", "gpu_utilisation_percent", "gpu_memory_gib", "joules")
 
 
 def task_facts(scheduler: Scheduler, job: FollowedJob, task: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ NUMBERS = (
     "tokens_per_s",
     "wall_s",
     "joules",
-    "cpu_joules",
     "gpu_utilisation_percent",
     "peak_memory_gib",
     "padding_fraction",

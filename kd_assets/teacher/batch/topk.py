@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_assets.library_internals import any_number_of_rows
+
 GROUP = 32
 
 SCRATCH_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
@@ -159,8 +161,8 @@ class CompiledLogSums:
     def __call__(self, logits_NV: Tensor, top_ids_N1: Tensor, largest_N1: Tensor) -> Tensor:
         if len(logits_NV) < 2:  # the compiler would make a kernel of its own for one row
             return eager_log_sums(logits_NV, top_ids_N1, largest_N1)
-        torch._dynamo.mark_dynamic(logits_NV, 0)
-        torch._dynamo.mark_dynamic(largest_N1, 0)
+        any_number_of_rows(logits_NV)
+        any_number_of_rows(largest_N1)
         log_s_N1: Tensor = self._compiled(logits_NV, largest_N1)
         return log_s_N1
 

@@ -5,25 +5,20 @@ copied to pinned memory by a stream of its own, which waits for the step and kee
 thread waits for the copy, and only then calls what the result was submitted with. On a CPU it is the same path without
 the copy.
 
-The invariants: things are done in the order they were submitted. An error in the thread reaches the producer, as the
-exception it was, at the next `submit` or at the end, and no order of events can hang either side: the thread goes on
-taking from the queue after it failed, and drops what it takes. A result's memory on the device is kept until its copy
-is complete, whatever happens.
+The invariant, beside those of `background_queue`: a result's memory on the device is kept until its copy is complete,
+whatever happens.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from kd_assets.errors import InterruptedTaskError
+from kd_assets.teacher.background_queue import BackgroundQueue
 from kd_assets.teacher.batch.engine import StepResult
 
 QUEUED_RESULTS = 2
@@ -51,62 +46,32 @@ class _Item:
     """What is copied from, kept until it has arrived."""
 
 
-class Collector:
-    """Takes results off a device. A context manager: leaving it waits until everything submitted is done.
-
-    Leaving because of an exception still does what was submitted, so that whole windows reach the disk. The thread's
-    error then gives way to that exception, unless it was only a request to stop.
-    """
+class Collector(BackgroundQueue[_Item]):
+    """Takes results off a device."""
 
     def __init__(self, start_copy: StartCopy, *, queued_results: int = QUEUED_RESULTS) -> None:
+        super().__init__(name="collector", size=queued_results)
         self._start_copy = start_copy
-        self._queue: queue.Queue[_Item | None] = queue.Queue(maxsize=queued_results)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._collect, name="collector", daemon=True)
-
-    def __enter__(self) -> Collector:
-        self._thread.start()
-        return self
 
     def submit(self, result: StepResult, keep: Callable[[StepResult], None]) -> None:
         """Have `keep` called with the result in host memory; waits while the queue is full. Raises the thread's error.
 
         To be called on the stream that the result is computed on.
         """
-        self._raise_error()
+        self.raise_error()
         copy = self._start_copy(result)
-        self._queue.put(_Item(wait=copy.wait, work=partial(keep, copy.result), source=result))
+        self.put(_Item(wait=copy.wait, work=partial(keep, copy.result), source=result))
 
     def then(self, work: Callable[[], None]) -> None:
         """Have `work` called after everything that was submitted before. Raises the thread's error."""
-        self._raise_error()
-        self._queue.put(_Item(wait=_nothing, work=work))
+        self.put(_Item(wait=_nothing, work=work))
 
-    def flush(self) -> None:
-        """Wait until everything submitted is done and its memory is free. Raises the thread's error."""
-        self._queue.join()
-        self._raise_error()
+    def do(self, item: _Item) -> None:
+        item.wait()
+        item.work()
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if e is None or isinstance(e, InterruptedTaskError):
-            self._raise_error()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _collect(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                item.wait()
-                if self._error is None:
-                    item.work()
-            except BaseException as e:  # noqa: BLE001 - whatever it is, it belongs to the producer
-                self._error = self._error or e
-            del item  # before waiting for the next one: it holds memory of the device
-            self._queue.task_done()
+    def drop(self, item: _Item) -> None:
+        item.wait()
 
 
 def copier(device: torch.device) -> StartCopy:

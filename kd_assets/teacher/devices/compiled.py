@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_assets.library_internals import equal_sizes_kept_apart, has_compiler_settings, has_hooks
 from kd_assets.teacher.batch.forward import States, run_forward
 from kd_assets.teacher.model.load import Teacher, Warn
 from kd_assets.teacher.model.quantised import tolerance
@@ -153,25 +153,19 @@ def why_not(teacher: Teacher, wanted: CompileChoice) -> str | None:
         "something has replaced the forward of its blocks (accelerate, say)": any(
             map(_has_own_forward, teacher.blocks)
         ),
-        "its blocks have hooks inside (it is spread over devices, say)": any(map(_has_hooks, inside)),
+        "its blocks have hooks inside (it is spread over devices, say)": any(map(has_hooks, inside)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None) or _missing_setting()
 
 
 def _missing_setting() -> str | None:
-    from torch._inductor import config
-
-    if all(hasattr(config, name) for name in (REQUIRED_MODE, LIKE_EAGER)):
+    if has_compiler_settings((REQUIRED_MODE, LIKE_EAGER)):
         return None
     return f"torch {torch.__version__} has no deterministic mode of its compiler"
 
 
 def _has_own_forward(block: nn.Module) -> bool:
     return getattr(block.forward, "__func__", None) is not type(block).forward
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
 def _warmed_up(teacher: Teacher, found: Blocks, *, blocks: tuple[int, ...], longest: int) -> str | None:
@@ -198,14 +192,6 @@ def _warmed_up(teacher: Teacher, found: Blocks, *, blocks: tuple[int, ...], long
         if not difference <= bound:
             return f"compiled blocks differ by {difference:.2g} of a state's norm, above the bound of {bound:.2g}"
     return None
-
-
-@contextmanager
-def equal_sizes_kept_apart() -> Iterator[None]:
-    """Sizes that only happen to be equal in the warm-up (as many documents as heads, say) are not taken for one."""
-    symbolic_shapes: Any = importlib.import_module("torch.fx.experimental._config")
-    with symbolic_shapes.patch(use_duck_shape=False):
-        yield
 
 
 def warm_up_shapes(config: Any, *, longest: int) -> list[tuple[int, int]]:

@@ -28,13 +28,16 @@ from kd_assets.errors import OutOfDeviceMemoryError
 from kd_assets.teacher.batch.engine import RunStep, Step, StepResult, TopkStep
 from kd_assets.teacher.batch.transfer import QUEUED_RESULTS
 from kd_assets.teacher.devices.memory import within_memory
+from kd_assets.teacher.devices.teacher_on_devices import TeacherOnDevices
 from kd_assets.teacher.model.load import Teacher
-from kd_assets.teacher.partition.batching import concatenated_ranges
+from kd_assets.teacher.partition.batching import concatenated_ranges, longest
 
 LARGEST_BUDGET_TOKENS = 32768
 """More tokens in a batch gain nothing (arithmetic, not measured: a matrix product fills a GPU with some 2,000 rows, and
 of a mixture of experts each gets a sixteenth of them or so, 8 of 128; hence this number and not 4,096). Larger batches
 only hold more memory, and a request to stop waits for the batch in hand."""
+FALLBACK_BUDGET_TOKENS = 1024
+"""Most tokens of a batch of a teacher whose head is not proven: its own forward makes all their logits at once."""
 SMALLEST_BUDGET_TOKENS = 256
 CPU_BUDGET_TOKENS = 4096
 """On a CPU, whose memory is not measured: others use it, too. Larger batches are no faster (measured on 2 cores, a
@@ -90,6 +93,28 @@ class CudaMemoryMeter:
             )
             for device, held in self._held.items()
         ]
+
+
+def longest_possible(params: TeacherParams, teacher: Teacher) -> int:
+    """Tokens of the longest document that may be tried: beyond its context a teacher may have no positions, and what it
+    cannot repeat must not run before a document that it can."""
+    return min(n for n in (longest(params), teacher.context_tokens, teacher.repeatable_tokens) if n is not None)
+
+
+def first_budget(params: TeacherParams, devices: TeacherOnDevices) -> int:
+    """Most tokens of a batch that every partition begins with: the recipe's word, or what fits."""
+    teacher = devices.teacher
+    largest = LARGEST_BUDGET_TOKENS if teacher.head is not None else FALLBACK_BUDGET_TOKENS
+    if params.token_budget is not None:
+        return params.token_budget if teacher.head is not None else min(params.token_budget, largest)
+    return measured_budget(
+        devices.run_step,
+        teacher,
+        params,
+        longest=longest_possible(params, teacher),
+        largest=largest,
+        can_retry=not devices.is_shared,
+    )
 
 
 def measured_budget(

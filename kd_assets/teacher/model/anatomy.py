@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_assets.errors import TeacherError
+from kd_assets.library_internals import no_hooks_left
 from kd_assets.teacher.devices.memory import DEVICE_TEXTS, HOST_TEXTS
 from kd_assets.teacher.model.head import Head, is_plain, proven_head, relative_difference
 from kd_assets.teacher.model.quantised import Quantisation, tolerance
@@ -256,22 +257,6 @@ def tapped(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def no_hooks_left(model: nn.Module) -> Iterator[None]:
-    """Take off the hooks that transformers leaves on every layer once it was asked for hidden states: each would be
-    called in every later pass, and breaks the graph of a compiled block."""
-    installed = "_output_capturing_hooks_installed"  # transformers.utils.output_capturing
-    before = [(module, set(module._forward_hooks), hasattr(module, installed)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, hooks, was_installed in before:
-            for key in module._forward_hooks.keys() - hooks:
-                del module._forward_hooks[key]
-            if not was_installed:
-                module.__dict__.pop(installed, None)
 
 
 def state_of(output: Any) -> Tensor:

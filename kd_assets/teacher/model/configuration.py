@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.errors import MissingInputError, RecipeError
+from kd_assets.library_internals import class_that_loads
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Classes of transformers that load a language model, in the order to try. A multimodal model is run on text alone."""
@@ -88,11 +89,10 @@ def auto_class(config: Any) -> Any:
     from, else the first that knows the configuration."""
     import transformers
 
-    known = [c for name in AUTO_CLASSES if type(config) in (c := getattr(transformers, name))._model_mapping]
-    for c in known:
-        if c._model_mapping[type(config)].__name__ in (config.architectures or ()):
-            return c
-    return known[0] if known else transformers.AutoModelForCausalLM
+    made_by = {c: class_that_loads(c, config) for c in (getattr(transformers, name) for name in AUTO_CLASSES)}
+    known = {c: made for c, made in made_by.items() if made is not None}
+    of_the_weights = (c for c, made in known.items() if made.__name__ in (config.architectures or ()))
+    return next(of_the_weights, next(iter(known), transformers.AutoModelForCausalLM))
 
 
 def caps_attention(config: Any) -> bool:

@@ -17,6 +17,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from kd_assets.library_internals import has_hooks
+
 CPU_CHUNK_BYTES = 128 * 2**20
 """Logits of one chunk on a CPU: 1,024 rows of a vocabulary of 32,768 in float32. Smaller ones do not fill the matrix
 product (measured on 2 cores: 560 us a row at 128 rows, 438 at 340, 378 at 1,024)."""
@@ -71,7 +73,7 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a matrix product and nothing else: quantised layers are subclasses or have a weight that is no
     ordinary tensor, others take hooks, and layers that are sharded or laid on another device have a `forward` of their
     own."""
-    is_wrapped = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    is_wrapped = has_hooks(linear) or "forward" in vars(linear)
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_wrapped
 
 

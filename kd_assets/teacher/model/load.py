@@ -28,7 +28,6 @@ from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.placement import ONE_DEVICE, Placement, room_gib
 from kd_assets.model_files.size import GIB
 from kd_assets.teacher.model.anatomy import dissected, is_of_the_model, proven_variant
-from kd_assets.teacher.model.attention import FLASH, can_flash, switch_attention
 from kd_assets.teacher.model.configuration import (
     auto_class,
     caps_attention,
@@ -107,8 +106,8 @@ def load_teacher(
     than it could.
     """
     started = time.perf_counter()
-    folder, dtype = model_folder(params.model, params.revision), DTYPES[params.dtype]
     keep_to_this_machine(remote_code=params.trust_remote_code)
+    folder, dtype = model_folder(params.model, params.revision), DTYPES[params.dtype]
     if params.trust_remote_code:
         check_fingerprint(folder, params, digests)  # before any of its code runs
     config = read_config(folder, remote_code=params.trust_remote_code)
@@ -128,8 +127,6 @@ def load_teacher(
         quantization=quantization,
     )
     quantisation = loaded_quantisation(words, model)
-    if can_flash(model, dtype=dtype, device=device):
-        switch_attention(model, FLASH, device=device, warn=warn, quantisation=quantisation)
     teacher = as_teacher(model, device=device, warn=warn, started=started, quantisation=quantisation)
     if teacher.dtype != dtype:
         warn(f"{folder} computes in {teacher.dtype}, as its quantisation ({quantisation}) does, and not in {dtype}")

@@ -13,7 +13,7 @@ and the libraries' choice of kernels is made once. The padding this adds takes p
 Padding is on the right, without an attention mask. That is exact for a causal model: position i attends to positions
 <= i only, and right of a document's last token there is nothing but padding, whose own rows are never read. It also
 keeps attention on its fastest path, since a mask of any kind would rule out the `is_causal` kernels. (Proved for each
-teacher on loading, see `proofs.prove_causal`.)
+teacher on loading, see `anatomy.prove_causal`.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from kd_assets.contract import TeacherParams
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -60,6 +62,12 @@ class Batch:
     def n_padded_tokens(self) -> int:
         """B x T: what the model computes."""
         return self.width * len(self.lengths_B)
+
+
+def longest(params: TeacherParams) -> int:
+    """The largest `max_length` of the recipe's caches: tokens of a document that run, whatever is selected."""
+    caches = (params.topk, params.hidden_states, params.embeddings)
+    return max(cache.max_length for cache in caches if cache is not None)
 
 
 def plan_batches(
@@ -116,12 +124,6 @@ def _cheapest_cuts(widths_D: Int64Array, token_budget: int) -> list[int]:
     while cuts[-1] < n:
         cuts.append(int(end[cuts[-1]]))
     return cuts
-
-
-def padding_fraction(batches: tuple[Batch, ...]) -> float:
-    """The part of all computed tokens that is padding."""
-    computed = sum(b.n_padded_tokens for b in batches)
-    return 1.0 - sum(b.n_tokens for b in batches) / computed if computed else 0.0
 
 
 def concatenated_ranges(starts_B: Int64Array, lengths_B: Int64Array) -> Int64Array:

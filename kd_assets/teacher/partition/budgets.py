@@ -8,12 +8,25 @@ another, run the batches that an uninterrupted attempt runs, also where the devi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from kd_assets.store import PartRecord
 from kd_assets.teacher.partition.batching import Batch
 
 BUDGET_STAT = "min_token_budget"
 """The statistic of a part that keeps the token budget it was made with; of a result: the smallest of its parts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetRules:
+    """What holds for the token budget of every partition."""
+
+    first: int
+    """Most tokens of a batch that a partition begins with."""
+    limit: int | None
+    """Most tokens of a batch whatever a part was made with before; None where the budget was measured."""
+    can_halve: bool
+    """Whether a step may be tried again after it ran out of memory: not where other processes take part in it."""
 
 
 def recorded_budgets(finished: Iterable[Mapping[int, PartRecord]]) -> dict[int, int]:
@@ -35,16 +48,16 @@ class Budgets:
     an earlier one ran into must not decide its bytes.
     """
 
-    def __init__(self, *, first: int, limit: int | None, recorded: Mapping[int, int]) -> None:
-        self._first, self._limit = first, limit
+    def __init__(self, *, rules: BudgetRules, recorded: Mapping[int, int]) -> None:
+        self._rules = rules
         self._of_parts = dict(recorded)
         self.n_halvings = 0
 
     def of(self, index: int) -> int:
         """For the window of part `index`; never above the limit, which is the recipe's own budget if it names one."""
         before = max((i for i in self._of_parts if i <= index), default=None)
-        budget = self._first if before is None else self._of_parts[before]
-        return budget if self._limit is None else min(budget, self._limit)
+        budget = self._rules.first if before is None else self._of_parts[before]
+        return budget if self._rules.limit is None else min(budget, self._rules.limit)
 
     def halve(self, index: int, failed: Batch) -> int:
         """The new budget of window `index` and of those after it: halved until `failed` does not occur again."""

@@ -10,7 +10,6 @@ of memory, the window in hand is begun again with half the budget, and what was 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,38 +18,18 @@ import numpy.typing as npt
 from kd_assets.contract import Asset, Reporter, TeacherParams
 from kd_assets.errors import InterruptedTaskError, OutOfDeviceMemoryError
 from kd_assets.store import PartPlan, ResultWriter, Shard
-from kd_assets.teacher.batch.engine import RunStep, Step, StepResult
+from kd_assets.teacher.batch.engine import Step, StepResult
 from kd_assets.teacher.batch.transfer import Collector, copier
 from kd_assets.teacher.devices.memory import free_cached_memory, within_memory
-from kd_assets.teacher.model.load import Teacher
-from kd_assets.teacher.partition.batching import Batch, plan_batches
-from kd_assets.teacher.partition.budgets import Budgets, recorded_budgets
+from kd_assets.teacher.devices.teacher_on_devices import TeacherOnDevices
+from kd_assets.teacher.partition.batching import Batch, longest, plan_batches
+from kd_assets.teacher.partition.budgets import BudgetRules, Budgets, recorded_budgets
 from kd_assets.teacher.partition.part_writer import PartToWrite, PartWriter
 from kd_assets.teacher.partition.progress import Tally
 from kd_assets.teacher.partition.window import CacheRequest, Capture, Window
 from kd_assets.worker.stop_flag import StopFlag
 
 Int64Array = npt.NDArray[np.int64]
-
-
-def longest(params: TeacherParams) -> int:
-    """The largest `max_length` of the recipe's caches: tokens of a document that run, whatever is selected."""
-    caches = (params.topk, params.hidden_states, params.embeddings)
-    return max(cache.max_length for cache in caches if cache is not None)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepRunner:
-    """What runs steps, and what it can take."""
-
-    teacher: Teacher
-    run_step: RunStep
-    first_budget: int
-    """Most tokens of a batch that a partition begins with."""
-    budget_limit: int | None
-    """Most tokens of a batch whatever a part was made with before; None where the budget was measured."""
-    can_halve: bool
-    """Whether a step may be tried again after it ran out of memory: not where other processes take part in it."""
 
 
 class PartitionPass:
@@ -64,7 +43,8 @@ class PartitionPass:
         parts: Sequence[PartPlan],
         results: Mapping[Asset, ResultWriter],
         params: TeacherParams,
-        devices: StepRunner,
+        devices: TeacherOnDevices,
+        budget_rules: BudgetRules,
         report: Reporter,
         stop: StopFlag,
         tokens_done: Callable[[int], None],
@@ -72,6 +52,7 @@ class PartitionPass:
         """`tokens_done` is called after each batch with the number of tokens that are done by then."""
         self._partition_key, self._shard, self._results = partition_key, shard, results
         self._params, self._devices, self._report, self._stop = params, devices, report, stop
+        self._can_halve = budget_rules.can_halve
         self._last_index = parts[-1].index
         self._missing = {
             part: assets
@@ -80,8 +61,7 @@ class PartitionPass:
         }
         self._lengths_D = shard.n_tokens_D.clip(max=longest(params))
         self.budgets = Budgets(
-            first=devices.first_budget,
-            limit=devices.budget_limit,
+            rules=budget_rules,
             recorded=recorded_budgets(r.finished for r in results.values()),
         )
         self.tally = Tally(
@@ -97,9 +77,8 @@ class PartitionPass:
         """The token budget of the partition's last window, whoever made it."""
         return self.budgets.of(self._last_index)
 
-    def run(self, meanwhile: Callable[[], None]) -> None:
-        """Compute the windows; on return every part is on disk. `meanwhile` is called once all is computed, while the
-        last parts are written.
+    def run(self, while_the_last_parts_are_written: Callable[[], None]) -> None:
+        """Compute the windows; on return every part is on disk. The function is called once all is computed.
 
         Raises InterruptedTaskError after the batch in hand, OutOfDeviceMemoryError when a smaller budget cannot help.
         """
@@ -108,7 +87,7 @@ class PartitionPass:
                 while not self._run_window(part, writer, collector):
                     pass
             collector.flush()
-            meanwhile()
+            while_the_last_parts_are_written()
 
     def _run_window(self, part: PartPlan, writer: PartWriter, collector: Collector) -> bool:
         """Launch a window, batch by batch; False when it has to be begun again with a smaller budget."""
@@ -127,7 +106,7 @@ class PartitionPass:
             try:
                 self._launch(window, batch, collector, budget)
             except OutOfDeviceMemoryError as e:
-                if not self._devices.can_halve:
+                if not self._can_halve:
                     raise
                 collector.flush()  # results on their way hold memory, too
                 free_cached_memory()

@@ -362,12 +362,12 @@ def test_a_termination_during_a_flush_comes_after_what_is_being_written(
 @pytest.mark.parametrize("series", [CPU_SERIES, GPU_SERIES])
 def test_a_partition_has_a_picture_of_its_telemetry_and_not_its_numbers(bench: Bench, series: dict[str, Any]) -> None:
     keys = bench.commit(1)
-    bench.add_facts("topk_cache", keys, telemetry=series, joules=12.5, cpu_joules=3.5, gpu_power_watts=300.0)
+    bench.add_facts("topk_cache", keys, telemetry=series, joules=12.5, gpu_power_watts=300.0)
     folder = Path(bench.output("topk_cache", keys[0]).path)
     metadata = result_metadata(read_manifest(folder), folder)
     assert isinstance(metadata["telemetry"], dg.MarkdownMetadataValue)
     assert str(metadata["telemetry"].value).startswith("![")
-    assert (metadata["joules"], metadata["cpu_joules"]) == (12.5, 3.5)
+    assert metadata["joules"] == 12.5
     assert metadata["facts"].value == {"gpu_power_watts": 300.0}
 
 

@@ -207,7 +207,7 @@ def test_a_block_that_is_no_single_graph_runs_as_it_was(monkeypatch: pytest.Monk
 def test_what_cannot_be_compiled_of_single_documents_leaves_batches_of_several_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As flash-attn's glue in transformers, which looks for packed documents in a batch of one."""
+    """As some kernels' glue in transformers does, which looks for packed documents in a batch of one."""
     teacher, warnings = teacher_of("llama"), list[str]()
     decide_by_numbers(teacher, monkeypatch, in_batches_of=1)
     blocks = compiled_blocks(teacher, warnings)

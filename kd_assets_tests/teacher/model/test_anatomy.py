@@ -14,7 +14,6 @@ from kd_assets.contract import HiddenStateParams
 from kd_assets.errors import TeacherError
 from kd_assets.store import read_manifest
 from kd_assets.teacher.model.anatomy import lists_of_blocks, possible_decoders
-from kd_assets.teacher.model.attention import FLASH, can_flash, switch_attention
 from kd_assets.teacher.model.load import as_teacher, load_teacher
 from kd_assets_tests.teacher.tiny import (
     HIDDEN_SIZE,
@@ -170,31 +169,3 @@ def test_token_id_without_a_column_in_the_logits_is_none_of_the_teachers() -> No
 @pytest.mark.parametrize(("architecture", "routed"), [("llama", False), ("granite", False), ("mixtral", True)])
 def test_teacher_with_experts_is_known(architecture: str, routed: bool) -> None:
     assert as_teacher(tiny_model(architecture), device=CPU).routed is routed
-
-
-def test_attention_is_switched_where_it_gives_the_same() -> None:
-    model = tiny_model("llama")
-    warnings: list[str] = []
-    switch_attention(model, "eager", device=CPU, warn=warnings.append)
-    assert model.config._attn_implementation == "eager"
-    assert not warnings
-
-
-def test_attention_stays_where_other_kernels_do_not_run_or_give_something_else() -> None:
-    model = tiny_model("gemma2", attn_implementation="eager")
-    ids_BT = torch.arange(20)[None]
-    with torch.inference_mode():
-        before_BTV = model(ids_BT).logits
-        warnings: list[str] = []
-        switch_attention(model, FLASH, device=CPU, warn=warnings.append)
-        switch_attention(model, "sdpa", device=CPU, warn=warnings.append)  # ignores the cap, or refuses
-        assert torch.equal(model(ids_BT).logits, before_BTV)
-    assert model.config._attn_implementation == "eager"
-    assert len(warnings) == 2
-    assert warnings[0].startswith("attention by eager, since flash_attention_2 is no use to Gemma2ForCausalLM here")
-
-
-def test_flash_attention_is_not_tried_where_it_cannot_be() -> None:
-    model = tiny_model("llama")
-    assert not can_flash(model, dtype=torch.bfloat16, device=CPU)
-    assert not can_flash(model, dtype=torch.float32, device=torch.device("cuda"))

@@ -23,7 +23,7 @@ from kd_assets.store.manifest import PartRecord
 from kd_assets.teacher.batch.forward import States, run_forward
 from kd_assets.teacher.model.load import Teacher
 from kd_assets.teacher.partition.batching import Batch
-from kd_assets.teacher.partition.budgets import Budgets, recorded_budgets
+from kd_assets.teacher.partition.budgets import BudgetRules, Budgets, recorded_budgets
 from kd_assets.teacher.runner import TeacherRunner
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.teacher.test_runner import StopAfter
@@ -227,7 +227,7 @@ def test_where_other_processes_take_part_in_a_step_its_error_goes_out(
     desk, unit = prepared(tmp_path, params)
     with Reporter(desk.events_file, stream=io.StringIO()) as report:
         runner = TeacherRunner(desk.job(params, [unit]), report, StopFlag())
-        runner._devices = dataclasses.replace(runner._devices, can_halve=False)
+        runner._budget_rules = dataclasses.replace(runner._budget_rules, can_halve=False)
         with pytest.raises(OutOfDeviceMemoryError, match=r"a batch of 2 x 64 tokens .* lower teacher.token_budget"):
             runner.run(unit)
         runner.close()
@@ -239,26 +239,30 @@ def batch_of(*lengths: int) -> Batch:
     return Batch(documents_B=np.arange(len(lengths)), lengths_B=lengths_B, width=int(lengths_B[0]))
 
 
+def rules(first: int, limit: int | None) -> BudgetRules:
+    return BudgetRules(first=first, limit=limit, can_halve=True)
+
+
 def test_a_window_has_the_budget_of_its_part_or_of_the_last_part_before_it() -> None:
-    budgets = Budgets(first=1024, limit=None, recorded={2: 512, 5: 256})
+    budgets = Budgets(rules=rules(1024, None), recorded={2: 512, 5: 256})
     assert [budgets.of(i) for i in range(7)] == [1024, 1024, 512, 512, 512, 256, 256]
 
 
 def test_a_recipe_that_names_a_lower_budget_than_a_part_was_made_with_is_obeyed() -> None:
     """Or nothing would help where the error says that the budget has to be lowered."""
-    budgets = Budgets(first=300, limit=300, recorded={0: 512, 3: 256})
+    budgets = Budgets(rules=rules(300, 300), recorded={0: 512, 3: 256})
     assert [budgets.of(i) for i in range(5)] == [300, 300, 300, 256, 256]
 
 
 def test_halving_holds_from_its_window_to_the_next_part_that_is_there() -> None:
-    budgets = Budgets(first=1024, limit=None, recorded={4: 1024})
+    budgets = Budgets(rules=rules(1024, None), recorded={4: 1024})
     assert budgets.halve(2, batch_of(300, 300)) == 512
     assert [budgets.of(i) for i in range(6)] == [1024, 1024, 512, 512, 1024, 1024]
     assert budgets.n_halvings == 1
 
 
 def test_the_batch_that_failed_does_not_occur_again() -> None:
-    budgets = Budgets(first=1024, limit=None, recorded={})
+    budgets = Budgets(rules=rules(1024, None), recorded={})
     assert budgets.halve(0, batch_of(100, 90)) == 128
     assert budgets.n_halvings == 3
 

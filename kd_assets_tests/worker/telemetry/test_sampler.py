@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,13 @@ import torch
 
 from kd_assets.store import read_manifest
 from kd_assets.teacher.devices.device import device_name, peak_memory_gib
+from kd_assets.worker.main import main
+from kd_assets.worker.telemetry import gpu, series
 from kd_assets.worker.telemetry import sampler as telemetry
-from kd_assets.worker.telemetry import series
+from kd_assets.worker.telemetry.gpu import visible_gpus
 from kd_assets.worker.telemetry.host import HostReader, HostReading
-from kd_assets.worker.telemetry.sampler import Sampler, Usage, UsageSpan, visible_gpus
+from kd_assets.worker.telemetry.sampler import Sampler, UsageSpan
+from kd_assets.worker.telemetry.sums import Usage
 from kd_assets_tests.teacher.tiny import Desk, save_teacher, tiny_documents, tiny_params
 
 CPU = torch.device("cpu")
@@ -116,7 +120,7 @@ class OldFakeNvml(FakeNvml):
 
 
 class FakeHost(HostReader):
-    """A fake node: it uses what a test says."""
+    """A fake process: it uses what a test says."""
 
     def __init__(self) -> None:
         self.reading = HostReading(cpu_s=0.0)
@@ -167,7 +171,7 @@ def known(usage: Usage) -> dict[str, Any]:
 
 
 def test_without_nvml_nothing_is_known_of_gpus_and_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_import_nvml", lambda: None)
+    monkeypatch.setattr(gpu, "_import_nvml", lambda: None)
     sampler = Sampler()
     span = sampler.span()
     assert known(span.usage()) == {}
@@ -336,24 +340,15 @@ def test_closing_ends_the_thread_and_gives_nvml_back(open_sampler: Open) -> None
     assert span.usage().n_gpus == 1, "what was added up stays"
 
 
-def test_what_the_process_and_its_node_used_stands_beside(open_sampler: Open) -> None:
+def test_what_the_process_used_stands_beside(open_sampler: Open) -> None:
     host, clock = FakeHost(), Clock()
     span = open_sampler(FakeNvml(0), {"SLURM_CPUS_ON_NODE": "1"}, host=host, clock=clock).span()
-    clock.now_s, host.reading = 4.0, HostReading(cpu_s=1.0, memory_gib=3.0, package_joules=100.0)
+    clock.now_s, host.reading = 4.0, HostReading(cpu_s=1.0, memory_gib=3.0)
     span.usage()
-    clock.now_s, host.reading = 10.0, HostReading(cpu_s=8.0, memory_gib=2.0, package_joules=900.0)
+    clock.now_s, host.reading = 10.0, HostReading(cpu_s=8.0, memory_gib=2.0)
     usage = span.usage()
     assert usage.cpu_utilisation_percent == 80.0, "8 s of 10 s of one processor"
     assert usage.host_memory_gib == 3.0
-    assert usage.cpu_joules is None, "the counter could not be read at the start"
-
-
-def test_energy_of_the_processors_is_what_they_used_since_the_start(open_sampler: Open) -> None:
-    host = FakeHost()
-    host.reading = HostReading(cpu_s=0.0, package_joules=50.0)
-    span = open_sampler(FakeNvml(0), host=host).span()
-    host.reading = HostReading(cpu_s=0.0, package_joules=170.5)
-    assert span.usage().cpu_joules == 120.5
 
 
 # ---------------------------------------------------------------------- over time
@@ -408,7 +403,7 @@ def test_a_short_span_has_no_series(open_sampler: Open) -> None:
 
 
 def test_a_second_of_this_machine_is_sampled_whatever_it_has() -> None:
-    """The real psutil, the real counters, the real clock."""
+    """The real psutil, the real clock."""
     sampler = Sampler(sample_s=0.1)
     span, until = sampler.span(), time.monotonic() + 3.1
     while time.monotonic() < until:
@@ -438,6 +433,40 @@ def test_every_cache_of_a_partition_has_its_series_and_sums(tmp_path: Path, monk
     over_time = facts["telemetry"]
     tokens = sum(v * over_time["interval_s"] for v in over_time["tokens_per_s"] if v is not None)
     assert tokens == pytest.approx(facts["computed_tokens"], rel=0.05)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The worker's program sets signal handlers, and leaves them so."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_task_has_one_sampler_for_itself_and_all_its_partitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Sampler] = []
+
+    class NotedSampler(Sampler):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    for module in ("kd_assets.worker.telemetry.sampler", "kd_assets.teacher.runner"):
+        monkeypatch.setattr(f"{module}.Sampler", NotedSampler)
+    params = tiny_params(save_teacher(tmp_path / "teacher"))
+    desk = Desk(tmp_path)
+    units = [desk.unit(desk.commit_shard(tiny_documents((20, 30)), key), params, key=key) for key in ("a", "b")]
+    (tmp_path / "job.json").write_text(desk.job(params, units).to_json())
+    (tmp_path / "events").mkdir()
+    assert main(["worker", str(tmp_path / "job.json")], {}) == 0
+    assert len(made) == 1
+    assert not made[0]._thread.is_alive()
+    facts = read_manifest(Path(units[1].outputs[0].path)).facts
+    assert facts["cpu_utilisation_percent"] is not None
 
 
 # ---------------------------------------------------------------------- which GPUs

@@ -1,0 +1,75 @@
+"""The few names of torch, transformers and accelerate that they do not promise, in one place, tested by what they do.
+
+Only `kd_assets.teacher` may import it; it imports a library when it is asked for something of
+it. `kd_assets_tests/test_library_internals.py` fails when a new version changes any of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------- transformers
+
+
+def attention_of(model: Any) -> str:
+    """The attention kernels that a model of transformers uses: `sdpa`, `eager`, ..."""
+    return str(model.config._attn_implementation)
+
+
+def class_that_loads(auto_class: Any, config: Any) -> type | None:
+    """The class that an Auto class of transformers makes for this configuration; None where it does not know it."""
+    found: type | None = auto_class._model_mapping.get(type(config), None)
+    return found
+
+
+@contextlib.contextmanager
+def no_hooks_left(model: nn.Module) -> Iterator[None]:
+    """Take off the hooks that transformers leaves on every layer once it was asked for hidden states: each would be
+    called in every later pass, and breaks the graph of a compiled block."""
+    installed = "_output_capturing_hooks_installed"  # transformers.utils.output_capturing
+    before = [(module, set(module._forward_hooks), hasattr(module, installed)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, was_installed in before:
+            for key in module._forward_hooks.keys() - hooks:
+                del module._forward_hooks[key]
+            if not was_installed:
+                module.__dict__.pop(installed, None)
+
+
+# ------------------------------------------------------------------------------------------------ torch, accelerate
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called around the module's `forward`: torch's hooks, or accelerate's, which moves layers."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+def has_compiler_settings(names: Sequence[str]) -> bool:
+    """Whether `torch.compile` can be given these options: they are settings of inductor."""
+    from torch._inductor import config
+
+    return all(hasattr(config, name) for name in names)
+
+
+def any_number_of_rows(tensor: Tensor) -> None:
+    """Have the compiler make code in which the tensor's first dimension may have any size."""
+    import torch
+
+    torch._dynamo.mark_dynamic(tensor, 0)
+
+
+@contextlib.contextmanager
+def equal_sizes_kept_apart() -> Iterator[None]:
+    """While the body compiles: sizes that only happen to be equal (as many documents as heads, say) are not taken for
+    one."""
+    symbolic_shapes: Any = importlib.import_module("torch.fx.experimental._config")
+    with symbolic_shapes.patch(use_duck_shape=False):
+        yield
