@@ -102,7 +102,7 @@ def test_tasks_see_the_variables_that_slurm_gives_an_array_task(jobs: Jobs) -> N
 def test_no_more_tasks_run_at_once_than_were_asked_for(jobs: Jobs) -> None:
     scheduler = jobs.scheduler(
         """
-        touch "running-$SLURM_ARRAY_TASK_ID"; ls running-* | wc -l; sleep 0.2; rm "running-$SLURM_ARRAY_TASK_ID"
+        touch "running-$SLURM_ARRAY_TASK_ID"; ls | grep -c ^running-; sleep 0.2; rm "running-$SLURM_ARRAY_TASK_ID"
         """
     )
     submission = jobs.submit(scheduler, n_tasks=5, concurrency=2)
