@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kd_assets.durable import prepare_folder
 from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.scheduler import Resources
 from kd_assets.scheduler.slurm.command import CommandRunner
 from kd_assets.scheduler.slurm.parsing import Accepted, read_submit_answer
 from kd_assets.scheduler.slurm.states import ENDED_STATES, base_state
-from kd_assets.scheduler.submissions import make_folder
 
 GONE = "GONE"
 """Our word for a job that SLURM has forgotten."""
@@ -117,7 +117,7 @@ def start_probe(
     Raises SchedulerUnreachableError; then the job may have been submitted, and ends within its minute.
     """
     probe = Probe(name=name, folder=home / "doctor" / f"{name}-{secrets.token_hex(4)}", nonce=secrets.token_hex(8))
-    make_folder(probe.folder)
+    prepare_folder(probe.folder)
     files = {
         "nonce": probe.nonce,
         "environment.sh": environment_text,

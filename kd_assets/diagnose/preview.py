@@ -22,6 +22,7 @@ from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform, secrets_set
 from kd_assets.orchestration.task_resources import task_resources
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import JobSpec, Resources, Scheduler, SlurmScheduler, Submission, spread, submission_key
+from kd_assets.scheduler.folder import key_folder
 
 UNKNOWN_KEY = "0" * 32
 MOST_TASKS_SHOWN = 12
@@ -230,7 +231,7 @@ class _Previewer:
             concurrency=wanted.concurrency,
             resources=task.resources,
         )
-        folder = self._platform.jobs_folder / spec.recipe / f"{kind}-{key}" / "NUMBER"
+        folder = key_folder(self._platform.jobs_folder, recipe=spec.recipe, kind=kind, key=key) / "NUMBER"
         environment = None
         if isinstance(self.scheduler, SlurmScheduler):
             environment = self.scheduler.environment_text(spec)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from kd_assets.diagnose.preview import (
     select_partitions,
     text_lines,
 )
+from kd_assets.durable import locked
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.scheduler import Resources, Submission
 from kd_assets.scheduler.submissions import read_spec
@@ -123,13 +122,10 @@ def test_work_in_the_hands_of_a_live_job_is_joined_and_not_submitted(deployment:
     (theirs,) = submitted(deployment, "shards")
     for result in (deployment.home / "store" / "tiny" / "shards_manifest").glob("*/*/*/manifest.json"):
         result.unlink()
-    while deployment.platform.make_scheduler().live("tiny", "shards"):
-        time.sleep(0.05)
-    assert jobs_of(deployment)["shards"].n_partitions == 3
-    with (theirs.folder / "job.lock").open() as lock:  # held as long as any of its processes lives
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(theirs.job_lock):  # held as long as any of its processes lives, and from now on by us
         assert jobs_of(deployment)["shards"].n_partitions == 2
         assert f"{theirs.folder} is at some of it; joined" in notes_of(deployment)
+    assert jobs_of(deployment)["shards"].n_partitions == 3
 
 
 def test_the_text_says_tasks_resources_logs_and_command_lines(deployment: Deployment) -> None:

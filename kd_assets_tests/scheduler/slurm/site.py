@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd_assets.contract import JobFile
-from kd_assets.scheduler import JobSpec, Profile, Resources, SlurmScheduler, Submission, TaskState
+from kd_assets.scheduler import Profile, SlurmScheduler, Submission, TaskState
 from kd_assets.scheduler.job import Poll
 from kd_assets.scheduler.slurm.command import CommandRunner
+from kd_assets_tests.scheduler.jobs import KEY, job_spec, write_job_file
 from kd_assets_tests.scheduler.slurm.fake_cluster import Clock, FakeCluster
 
-KEY = "0123456789abcdef" * 2
 GRACE_S = 60.0
 POLL_S = 1.0
 
@@ -41,19 +40,11 @@ class Site:
             sleep=self.clock.sleep,
         )
 
-    def spec(self, n_tasks: int = 1, key: str = KEY, resources: Resources | None = None) -> JobSpec:
-        return JobSpec(
-            key=key,
-            recipe="demo",
-            kind="teacher",
-            n_tasks=n_tasks,
-            concurrency=self._concurrency or n_tasks,
-            resources=resources or Resources(),
-        )
-
     def submit(self, n_tasks: int = 1, key: str = KEY, scheduler: SlurmScheduler | None = None) -> Submission:
         with self.scheduler.deciding("demo", "teacher"):
-            return (scheduler or self.scheduler).submit(self.spec(n_tasks, key), write_job_file)
+            return (scheduler or self.scheduler).submit(
+                job_spec(n_tasks, concurrency=self._concurrency, key=key), write_job_file
+            )
 
     def look(self, submission: Submission, *, after_s: float = POLL_S, scheduler: SlurmScheduler | None = None) -> Poll:
         """A poll after some time."""
@@ -73,16 +64,3 @@ class Site:
     ) -> TaskState:
         """Of the first task."""
         return self.states(submission, after_s=after_s, scheduler=scheduler)[0]
-
-
-def write_job_file(submission: Submission) -> None:
-    job = JobFile(
-        kind="teacher",
-        recipe="demo",
-        key=KEY,
-        recipe_folder="/store/demo",
-        events_folder=str(submission.events_folder),
-        tasks=(),
-        units=(),
-    )
-    submission.job_file.write_text(job.to_json())

@@ -14,8 +14,9 @@ import pytest
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler import Ending, Submission, TaskPhase
 from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S, REPLY_GRACE_S, REQUEUE_GRACE_S
+from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
 from kd_assets_tests.scheduler.slurm.fake_cluster import FakeCluster, MissingCommands, SbatchAnswer
-from kd_assets_tests.scheduler.slurm.site import GRACE_S, POLL_S, Site, write_job_file
+from kd_assets_tests.scheduler.slurm.site import GRACE_S, POLL_S, Site
 
 PATIENCE_S = 30.0 + REPLY_GRACE_S
 """Until an array of which no answer was heard counts as never come: the command's own time limit comes first."""
@@ -187,7 +188,7 @@ def test_a_missing_sbatch_is_an_error_and_not_a_wait(site: Site) -> None:
 def test_a_missing_batch_script_is_an_error_before_anything_is_written(site: Site) -> None:
     site.script.unlink()
     with pytest.raises(SchedulerError, match=r"task\.sbatch is missing"):
-        site.scheduler.submit(site.spec(), write_job_file)
+        site.scheduler.submit(job_spec(), write_job_file)
     assert not site.jobs_folder.exists()
 
 
