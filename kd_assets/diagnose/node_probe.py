@@ -156,7 +156,7 @@ def probe_argv(
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     arguments = [str(path or "-") for path in (probe.folder, model_folder, secrets_file)]
     script = str(probe.folder / "probe.sh")
-    return ["sbatch", "--parsable", *given, "--no-requeue", *resources.sbatch_options, script, *arguments]
+    return ["sbatch", "--parsable", *given, "--no-requeue", *(resources.sbatch_options or ()), script, *arguments]
 
 
 def wait_for_probes(

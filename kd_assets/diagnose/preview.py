@@ -312,7 +312,7 @@ def resources_in_words(resources: Resources) -> str:
             said.append(f"{label} {value}")
     for name, unit in (("gpus_per_node", "GPUs"), ("cpus", "CPUs"), ("memory_gib", "GiB of memory")):
         if (value := getattr(resources, name)) is not None:
-            said.append(f"{value:g} {unit}")
+            said.append(f"{value:g} {unit}" if value else f"no {unit}")
     if resources.max_memory_gib is not None:
         said.append(f"at most {resources.max_memory_gib:g} GiB after running out of it")
     if (minutes := resources.time_minutes) is not None:
@@ -320,7 +320,7 @@ def resources_in_words(resources: Resources) -> str:
     if resources.n_processes > 1:
         said.append(f"{resources.n_processes} processes")
     said += ["the whole node"] if resources.exclusive else []
-    return ", ".join([*said, *resources.sbatch_options]) or "what the site gives by default"
+    return ", ".join([*said, *(resources.sbatch_options or ())]) or "what the site gives by default"
 
 
 def _partitions(n: int) -> str:

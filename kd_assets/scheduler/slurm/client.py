@@ -191,7 +191,7 @@ def sbatch_argv(
         "account": wanted.account,
         "qos": wanted.qos,
         "constraint": wanted.constraint,
-        "gpus-per-node": wanted.gpus_per_node,
+        "gpus-per-node": wanted.gpus_per_node or None,
         "cpus-per-task": wanted.cpus,
         "mem": _memory(wanted),
         "time": wanted.time_minutes,
@@ -199,7 +199,7 @@ def sbatch_argv(
     }
     flags = ["--requeue", *(["--exclusive"] if wanted.exclusive else [])]
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return ["sbatch", "--parsable", *given, *flags, *wanted.sbatch_options, script, *arguments]
+    return ["sbatch", "--parsable", *given, *flags, *(wanted.sbatch_options or ()), script, *arguments]
 
 
 def _memory(wanted: Resources) -> str | None:
