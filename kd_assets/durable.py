@@ -315,6 +315,16 @@ _FLOCK = struct.Struct("hhqqi4x")
 """`struct flock` of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (fcntl(2))."""
 
 
+# ------------------------------------------------------------------------------------------------------------- locks
+#
+# Two kinds, since each does what the other cannot; nothing else in the project locks files.
+# - `Lease` is a POSIX record lock (lockf) and belongs to the process: no child inherits it, so a loader worker that
+#   outlives its killed parent does not hold the parent's result; and network file systems have these locks, if any.
+# - `locked`, `try_locked` and `is_locked` are flock, which belongs to the open file: threads of a process exclude each
+#   other, a look at a lock does not drop it, and whoever inherits the descriptor holds the lock, too (a local job lives
+#   for as long as any of its processes does). Linux passes it on to NFS servers as a record lock of the whole file.
+
+
 class Lease:
     """The right to write one result folder, held by at most one live process on any machine that mounts it.
 
@@ -402,6 +412,61 @@ class Lease:
             os.close(self._descriptor)
             self._descriptor = None
             Lease._held.discard((os.getpid(), self._path))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Alone, among all threads and processes that lock the same path; waits for its turn.
+
+    Yields the file's descriptor. A child that inherits it keeps the lock after the block's end, until it ends itself.
+    Raises StorageUnavailableError where the file system has no locks. The file stays: see `Lease.release`.
+    """
+    descriptor = _open_to_lock(path)
+    try:
+        with storage_errors(path, "lock"):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def try_locked(path: Path) -> Iterator[bool]:
+    """As `locked`, without waiting: yields whether this is the one that has it now."""
+    descriptor = _open_to_lock(path)
+    try:
+        with storage_errors(path, "lock"):
+            has_it = _flock_now(descriptor, fcntl.LOCK_EX)
+        yield has_it
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock that this file stands for (`locked`), this process included."""
+    with storage_errors(path, "look at the lock"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            # Shared, so that two who ask at once do not take each other for the holder.
+            return not _flock_now(descriptor, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
+
+
+def _open_to_lock(path: Path) -> int:
+    with storage_errors(path, "lock"):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+
+
+def _flock_now(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def local_locks(path: Path, mounts: str | None = None) -> str | None:

@@ -118,6 +118,11 @@ class SchedulerUnreachableError(SchedulerError):
     """The scheduler gave no answer in time. Nothing follows from it: neither that a job lives nor that it is gone."""
 
 
+class JobFilesUnavailableError(SchedulerUnreachableError):
+    """The files of jobs cannot be read or written now: a full disk, a share that is away. Nothing follows from it
+    either, and they are asked for again."""
+
+
 class NoProgressError(KdAssetsError):
     """A task was started again and again and nothing was added to its results: a loop that ends here."""
 

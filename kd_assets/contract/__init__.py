@@ -30,6 +30,7 @@ from kd_assets.contract.job_file import (
     TeacherParams,
     TopkParams,
     WorkUnit,
+    contract_version_of,
     read_job,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "TeacherParams",
     "TopkParams",
     "WorkUnit",
+    "contract_version_of",
     "decode",
     "event_file",
     "lease_file",

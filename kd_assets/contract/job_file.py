@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +196,7 @@ class JobFile:
         return tuple(self.units[i] for i in self.tasks[task_index])
 
     def to_json(self) -> str:
+        """Its version comes first, for `contract_version_of`."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
 
@@ -215,3 +217,13 @@ def read_job(path: Path) -> JobFile:
             "same kd_assets on the cluster nodes and in the Dagster deployment"
         )
     return decode(JobFile, raw, where=str(path))
+
+
+def contract_version_of(path: Path) -> int | None:
+    """What the first bytes of a job file say of its version, however large the file is; None where they say nothing.
+
+    Raises OSError where it cannot be read.
+    """
+    with path.open("rb") as file:
+        match = re.match(rb'\s*\{\s*"contract_version":\s*(\d+)', file.read(64))
+    return int(match[1]) if match else None

@@ -6,7 +6,6 @@ folders (`node_probe`). No finding has a secret's value.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import tempfile
@@ -18,12 +17,12 @@ from kd_assets.diagnose.compute_python import check_local_python
 from kd_assets.diagnose.disk import check_space, check_weights
 from kd_assets.diagnose.finding import Finding, Status, fail, ok, safely, warn
 from kd_assets.diagnose.nodes import check_nodes
-from kd_assets.errors import KdAssetsError
+from kd_assets.durable import atomic_write, prepare_folder, try_locked
+from kd_assets.errors import KdAssetsError, StorageUnavailableError
 from kd_assets.orchestration.platform import Platform, secrets_set
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import Profile, Resources
 from kd_assets.scheduler.slurm.command import command_runner_for
-from kd_assets.scheduler.submissions import make_folder
 
 PART_SUFFIXES = (".parquet", ".arrow", ".safetensors")
 """Files of numbers, which no secret can have got into; they are nearly all of a store."""
@@ -64,13 +63,12 @@ def examine(
 def check_home(platform: Platform) -> Iterator[Finding]:
     home = platform.home_folder
     try:
-        make_folder(platform.jobs_folder)
-        with tempfile.TemporaryFile(dir=platform.jobs_folder) as f:
-            f.write(b"x")
-            f.flush()
-            os.fsync(f.fileno())
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+        prepare_folder(platform.jobs_folder)
+        with tempfile.TemporaryDirectory(dir=platform.jobs_folder, prefix=".doctor-") as folder:
+            atomic_write(Path(folder) / "file", b"x")
+            with try_locked(Path(folder) / "lock"):
+                pass
+    except (OSError, StorageUnavailableError) as e:
         yield fail("KD_HOME", f"{home} cannot be written and locked ({e})", "name a folder that this user can write")
         return
     yield ok("KD_HOME", f"{home} can be written")

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kd_assets.durable import prepare_folder
 from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.scheduler import Resources
 from kd_assets.scheduler.slurm.command import CommandRunner
 from kd_assets.scheduler.slurm.parsing import Accepted, read_submit_answer
 from kd_assets.scheduler.slurm.states import ENDED_STATES, base_state
-from kd_assets.scheduler.submissions import make_folder
 
 GONE = "GONE"
 """Our word for a job that SLURM has forgotten."""
@@ -117,7 +117,7 @@ def start_probe(
     Raises SchedulerUnreachableError; then the job may have been submitted, and ends within its minute.
     """
     probe = Probe(name=name, folder=home / "doctor" / f"{name}-{secrets.token_hex(4)}", nonce=secrets.token_hex(8))
-    make_folder(probe.folder)
+    prepare_folder(probe.folder)
     files = {
         "nonce": probe.nonce,
         "environment.sh": environment_text,
@@ -156,7 +156,7 @@ def probe_argv(
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     arguments = [str(path or "-") for path in (probe.folder, model_folder, secrets_file)]
     script = str(probe.folder / "probe.sh")
-    return ["sbatch", "--parsable", *given, "--no-requeue", *resources.sbatch_options, script, *arguments]
+    return ["sbatch", "--parsable", *given, "--no-requeue", *(resources.sbatch_options or ()), script, *arguments]
 
 
 def wait_for_probes(

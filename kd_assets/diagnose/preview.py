@@ -22,6 +22,7 @@ from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform, secrets_set
 from kd_assets.orchestration.task_resources import task_resources
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import JobSpec, Resources, Scheduler, SlurmScheduler, Submission, spread, submission_key
+from kd_assets.scheduler.folder import key_folder
 
 UNKNOWN_KEY = "0" * 32
 UNKNOWN_WEIGHTS = "0" * 64
@@ -244,7 +245,7 @@ class _Previewer:
             concurrency=wanted.concurrency,
             resources=task.resources,
         )
-        folder = self._platform.jobs_folder / spec.recipe / f"{kind}-{key}" / "NUMBER"
+        folder = key_folder(self._platform.jobs_folder, recipe=spec.recipe, kind=kind, key=key) / "NUMBER"
         environment = None
         if isinstance(self.scheduler, SlurmScheduler):
             environment = self.scheduler.environment_text(spec)
@@ -325,7 +326,7 @@ def resources_in_words(resources: Resources) -> str:
             said.append(f"{label} {value}")
     for name, unit in (("gpus_per_node", "GPUs"), ("cpus", "CPUs"), ("memory_gib", "GiB of memory")):
         if (value := getattr(resources, name)) is not None:
-            said.append(f"{value:g} {unit}")
+            said.append(f"{value:g} {unit}" if value else f"no {unit}")
     if resources.max_memory_gib is not None:
         said.append(f"at most {resources.max_memory_gib:g} GiB after running out of it")
     if (minutes := resources.time_minutes) is not None:
@@ -333,7 +334,7 @@ def resources_in_words(resources: Resources) -> str:
     if resources.n_processes > 1:
         said.append(f"{resources.n_processes} processes")
     said += ["the whole node"] if resources.exclusive else []
-    return ", ".join([*said, *resources.sbatch_options]) or "what the site gives by default"
+    return ", ".join([*said, *(resources.sbatch_options or ())]) or "what the site gives by default"
 
 
 def _partitions(n: int) -> str:

@@ -18,12 +18,13 @@ import dagster as dg
 
 from kd_assets.contract import Asset, JobFile, JobKind
 from kd_assets.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+from kd_assets.durable import is_locked, locked, prepare_folder
 from kd_assets.errors import ContractError
 from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.schedules import ranges_of
 from kd_assets.recipes.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
-from kd_assets.scheduler.submissions import followers, is_cancelled, is_locked, locked, make_folder
+from kd_assets.scheduler.submissions import followers, is_cancelled
 
 KINDS: tuple[JobKind, ...] = ("shards", "teacher", "student")
 SETTLING_S = 60.0
@@ -35,7 +36,7 @@ ENDED_ON_PURPOSE = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 def alive(jobs_folder: Path, run_id: str) -> Iterator[None]:
     """Says, for as long as it is entered, that the process of a run lives; only a kill leaves the file behind."""
     folder = jobs_folder / ".runs"
-    make_folder(folder)
+    prepare_folder(folder)
     with locked(folder / run_id):
         try:
             yield

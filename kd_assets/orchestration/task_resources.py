@@ -40,8 +40,9 @@ def task_resources(recipe: Recipe, platform: Platform, planner: Planner, kind: J
         return TaskResources(resources=resources)
     if platform.profile() is None:  # the local scheduler gives what there is
         return _by_the_node(resources, "the local scheduler gives it the GPUs that there are")
-    if resources.gpus_per_node is None:
-        return _by_the_node(resources, "the job does not say gpus_per_node")
+    if not resources.gpus_per_node:
+        says_none = resources.gpus_per_node == 0
+        return _by_the_node(resources, f"the job {'asks for no GPU' if says_none else 'does not say gpus_per_node'}")
     wanted = recipe.teacher
     try:
         size = teacher_size(planner.teacher_folder, dtype=wanted.dtype, quantization=wanted.quantization)

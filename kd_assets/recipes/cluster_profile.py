@@ -181,13 +181,14 @@ TimeLimit = Annotated[
 
 
 class ResourcesModel(dg.Model, dg.Resolvable):
-    """What each task of a job asks SLURM for. What is left out is the cluster profile's word, then the site's."""
+    """What each task of a job asks SLURM for. What is left out is the cluster profile's word, then the site's; where
+    the profile asks for something, `gpus_per_node: 0`, `exclusive: false` and `sbatch_options: []` ask for none."""
 
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    gpus_per_node: Positive | None = None
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory of one GPU. Nothing is asked for by it: it tells beforehand over how many of them a teacher goes."""
     cpus: Positive | None = None
@@ -195,9 +196,9 @@ class ResourcesModel(dg.Model, dg.Resolvable):
     max_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """How far the memory is raised when a task ran out of it; without it, to four times `memory_gib`."""
     time: TimeLimit | None = None
-    exclusive: bool = False
-    sbatch_options: list[SbatchOption] = Field(default_factory=list)
-    """Further options, each `--name=value`."""
+    exclusive: bool | None = None
+    sbatch_options: list[SbatchOption] | None = None
+    """Further options, each `--name=value`; a list of its own takes the place of the whole list said before it."""
 
     @field_validator("max_memory_gib")
     @classmethod
@@ -220,7 +221,7 @@ class ResourcesModel(dg.Model, dg.Resolvable):
             max_memory_gib=self.max_memory_gib,
             time_minutes=None if self.time is None else minutes_of(self.time),
             exclusive=self.exclusive,
-            sbatch_options=tuple(self.sbatch_options),
+            sbatch_options=None if self.sbatch_options is None else tuple(self.sbatch_options),
         )
 
 

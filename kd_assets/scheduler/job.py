@@ -70,7 +70,8 @@ class TaskState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What each task of a job asks for. None: whatever the site gives by default."""
+    """What each task of a job asks for. None says nothing: it is what is said elsewhere (see `Profile.resources`), or
+    else what the site gives by default. 0, False and an empty tuple say no."""
 
     slurm_partition: str | None = None
     account: str | None = None
@@ -84,11 +85,11 @@ class Resources:
     max_memory_gib: float | None = None
     """How far the memory may be raised when a task ran out of it."""
     time_minutes: int | None = None
-    exclusive: bool = False
+    exclusive: bool | None = None
     processes_per_task: int | None = None
     """Processes that share a task's partitions on its node, each with an equal share of the GPUs and a teacher of its
     own; None: one, unless `kd_assets.model_files.placement` makes it more."""
-    sbatch_options: tuple[str, ...] = ()
+    sbatch_options: tuple[str, ...] | None = None
     """Further options of sbatch, one argument each (`--reservation=maintenance`)."""
 
     @property

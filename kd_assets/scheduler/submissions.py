@@ -1,26 +1,48 @@
 """Where submissions live on disk, for every scheduler: `<jobs folder>/<recipe>/<kind>-<key>/<number>/`.
 
-Used by the schedulers, and by orchestration for who follows a job and what it asked for. The invariant: a submission
+Used by the schedulers, and by orchestration for who follows a job and what it asked for. The invariants: a submission
 whose `spec.json` is there was decided upon by exactly one caller; the newest number of a key is the only one that may
-be live.
+be live; and every one that may be live is in the index, so that looking for live jobs costs nothing for those that are
+over.
+
+A file that cannot be read or written now is a JobFilesUnavailableError: like a scheduler that gives no answer it says
+nothing about a job.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import JobKind, decode
-from kd_assets.errors import ContractError, SchedulerError
-from kd_assets.scheduler.folder import Submission
+from kd_assets.contract import CONTRACT_VERSION, JobKind, contract_version_of, decode
+from kd_assets.durable import atomic_write, is_locked, locked, prepare_folder, storage_errors
+from kd_assets.errors import ContractError, JobFilesUnavailableError, SchedulerError, StorageUnavailableError
+from kd_assets.scheduler.folder import Submission, key_folder
 from kd_assets.scheduler.job import JobSpec
+
+_NOT_BY_WAITING = frozenset(
+    {
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+        errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS,
+    }
+)  # fmt: skip
+"""Errors under which a job will not be started later either."""
+
+
+@contextmanager
+def job_files() -> Iterator[None]:
+    """Storage that fails in the block is like a scheduler that gives no answer: nothing follows, one asks again."""
+    try:
+        yield
+    except StorageUnavailableError as e:
+        raise JobFilesUnavailableError(str(e)) from e
 
 
 class SubmissionFolders:
@@ -33,142 +55,215 @@ class SubmissionFolders:
     def deciding(self, recipe: str, kind: JobKind) -> Iterator[None]:
         """Held while looking for live jobs and submitting what none of them does: one decision at a time, over all
         processes (and nodes, where the file system's locks reach them)."""
-        with self._writable():
-            make_folder(self.root / recipe)
-        with locked(self.root / recipe / f"{kind}.lock"):
+        with ExitStack() as held:
+            with self._starting_jobs():
+                prepare_folder(self.root / recipe)
+                held.enter_context(locked(self.root / recipe / f"{kind}.lock"))
+                self._make_index(recipe, kind)
             yield
 
-    def newest(self, recipe: str, kind: JobKind) -> list[Submission]:
-        """The newest submission of each key of a recipe's jobs of a kind; without those of other versions of
-        kd_assets, whose results hold their leases all the same."""
-        keys = sorted((self.root / recipe).glob(f"{kind}-*"))
-        found = (self._newest_of(folder) for folder in keys)
-        return [s for s in found if s is not None and _is_readable(s)]
+    @job_files()
+    def may_live(self, recipe: str, kind: JobKind) -> list[Submission]:
+        """The newest submission of each key of a recipe's jobs of a kind, without those that were seen to be over, and
+        without those of other versions of kd_assets, whose results hold their leases all the same."""
+        has_index = is_there(self._index(recipe, kind))
+        found = self._indexed(recipe, kind) if has_index else self._newest_of_each_key(recipe, kind)
+        return [s for s in found if _is_of_this_version(s)]
 
-    def create(self, spec: JobSpec, write_job_file: Callable[[Submission], object]) -> Submission:
-        """A new folder with its job file and spec, the next number of its key. Call it while `deciding`."""
-        with self._writable():
-            key_folder = self.root / spec.recipe / f"{spec.kind}-{spec.key}"
-            make_folder(key_folder)
-            numbers = [int(p.name) for p in key_folder.iterdir() if p.name.isdigit()]
-            submission = Submission(folder=key_folder / f"{max(numbers, default=0) + 1:04d}")
-            for folder in (submission.folder, submission.events_folder, submission.log_folder):
-                make_folder(folder)
-            write_job_file(submission)
+    def create(self, spec: JobSpec, prepare: Callable[[Submission], object]) -> Submission:
+        """A new folder with its spec, the next number of its key. Call it while `deciding`. `prepare` writes all that
+        must be there before anybody finds the submission, its job file first of all.
+
+        Raises SchedulerError where jobs cannot be started, JobFilesUnavailableError where they cannot be now.
+        """
+        with self._starting_jobs():
+            folder = key_folder(self.root, recipe=spec.recipe, kind=spec.kind, key=spec.key)
+            earlier = _submissions_in(folder)
+            submission = Submission(folder=folder / f"{1 + max(map(number_of, earlier), default=0):04d}")
+            for needed in (submission.folder, submission.events_folder, submission.log_folder):
+                prepare_folder(needed)
+            with storage_errors(submission.folder, "write in"):
+                prepare(submission)
+            self.mark_live(submission)
             write_json(submission.spec_file, dataclasses.asdict(spec))
+            for other in earlier:
+                self.mark_over(other)
             return submission
 
-    def _newest_of(self, key_folder: Path) -> Submission | None:
-        numbers = [p for p in key_folder.glob("[0-9]*") if (p / "spec.json").exists()]
-        return Submission(folder=max(numbers, key=lambda p: int(p.name))) if numbers else None
+    # ------------------------------------------------------------------ which may be live
+
+    def mark_live(self, submission: Submission) -> None:
+        """It is looked at from now on whenever live jobs are looked for."""
+        entry = _index_entry(submission)
+        if is_there(entry.parent):  # else all are
+            atomic_write(entry, b"")
+
+    def mark_over(self, submission: Submission) -> None:
+        """It is not looked at any more when live jobs are looked for. Only saves time: a disk that does not do it is no
+        error."""
+        with contextlib.suppress(OSError):
+            _index_entry(submission).unlink(missing_ok=True)
+
+    def _index(self, recipe: str, kind: JobKind) -> Path:
+        return self.root / recipe / f"{kind}.live"
+
+    def _indexed(self, recipe: str, kind: JobKind) -> list[Submission]:
+        newest: dict[str, str] = {}
+        for name in names_in(self._index(recipe, kind)):
+            key, _, number = name.partition(".")
+            if number.isdigit() and int(number) > int(newest.get(key, "0")):
+                newest[key] = number
+        folders = {key: key_folder(self.root, recipe=recipe, kind=kind, key=key) for key in newest}
+        return [Submission(folder=folders[key] / number) for key, number in newest.items()]
+
+    def _make_index(self, recipe: str, kind: JobKind) -> None:
+        """Once, for the jobs that were made before there was one."""
+        index = self._index(recipe, kind)
+        if is_there(index):
+            return
+        unfinished = index.with_name(f"{index.name}.unfinished")
+        prepare_folder(unfinished)
+        with storage_errors(unfinished, "write"):
+            for submission in self._newest_of_each_key(recipe, kind):
+                if _is_of_this_version(submission):
+                    (unfinished / _index_entry(submission).name).touch(mode=0o640)
+            unfinished.rename(index)
+
+    def _newest_of_each_key(self, recipe: str, kind: JobKind) -> list[Submission]:
+        folders = [self.root / recipe / name for name in names_in(self.root / recipe) if name.startswith(f"{kind}-")]
+        return [max(found, key=number_of) for folder in folders if (found := _submissions_in(folder))]
 
     @contextmanager
-    def _writable(self) -> Iterator[None]:
+    def _starting_jobs(self) -> Iterator[None]:
+        with job_files():
+            try:
+                yield
+            except StorageUnavailableError as e:
+                if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in _NOT_BY_WAITING:
+                    raise
+                raise SchedulerError(
+                    f"no job can be started under {self.root} ({e}): KD_HOME must be a folder that this user can "
+                    "write, on a file system with locks"
+                ) from e
+
+
+def number_of(submission: Submission) -> int:
+    """Which submission of its key it is, from 1."""
+    return int(submission.folder.name)
+
+
+def _submissions_in(folder: Path) -> list[Submission]:
+    """Of one key, in no order. A folder without a spec is what was left of one that was never made."""
+    found = [Submission(folder=folder / name) for name in names_in(folder) if name.isdigit()]
+    return [s for s in found if is_there(s.spec_file)]
+
+
+def _index_entry(submission: Submission) -> Path:
+    kind, _, key = submission.folder.parent.name.partition("-")
+    return submission.folder.parents[1] / f"{kind}.live" / f"{key}.{submission.folder.name}"
+
+
+def _is_of_this_version(submission: Submission) -> bool:
+    try:
+        read_spec(submission)
+    except JobFilesUnavailableError:
+        raise
+    except SchedulerError:
+        return False
+    with storage_errors(submission.job_file, "read"):
         try:
-            yield
-        except OSError as e:
-            raise SchedulerError(
-                f"no job can be started under {self.root} ({e}): KD_HOME must be a folder that this user can write, "
-                "with room on its disk"
-            ) from e
+            return contract_version_of(submission.job_file) == CONTRACT_VERSION
+        except FileNotFoundError:
+            return False
+
+
+# ------------------------------------------------------------------ who waits for a job
 
 
 @contextmanager
 def followed_by(submission: Submission, run_id: str) -> Iterator[None]:
     """Makes it known that a run waits for this job, for as long as this process lives."""
-    folder = submission.folder / "followers"
-    make_folder(folder)
-    with locked(folder / run_id):
+    with ExitStack() as held:
+        with job_files():
+            prepare_folder(submission.followers_folder)
+            held.enter_context(locked(submission.followers_folder / run_id))
         yield
 
 
+@job_files()
 def followers(submission: Submission) -> dict[str, bool]:
     """Run id → whether its process still waits for this job; of every run that ever did."""
-    return {path.name: is_locked(path) for path in sorted((submission.folder / "followers").glob("*"))}
+    folder = submission.followers_folder
+    return {name: is_locked(folder / name) for name in names_in(folder)}
 
 
+# ------------------------------------------------------------------ what a submission's files say
+
+
+@job_files()
 def read_spec(submission: Submission) -> JobSpec:
-    """Raises SchedulerError when it is gone or damaged."""
-    try:
-        return decode(JobSpec, json.loads(submission.spec_file.read_bytes()), where=str(submission.spec_file))
-    except FileNotFoundError as e:
+    """Raises SchedulerError when it is gone or damaged, JobFilesUnavailableError when it cannot be read now."""
+    raw = read_json(submission.spec_file)
+    if raw is None:
         raise SchedulerError(
             f"the folder of a job was taken away: {submission.folder}. What it committed is in the store; run again"
-        ) from e
-    except (ValueError, ContractError) as e:
+        )
+    try:
+        return decode(JobSpec, raw, where=str(submission.spec_file))
+    except ContractError as e:
         raise SchedulerError(f"{submission.spec_file} cannot be read ({e}): move {submission.folder} away") from e
 
 
-def _is_readable(submission: Submission) -> bool:
-    try:
-        read_spec(submission)
-    except SchedulerError:
-        return False
-    return True
+@job_files()
+def mark_cancelled(submission: Submission) -> None:
+    """From now on nothing more of it is submitted, and its end is a cancellation, whatever its processes say."""
+    with storage_errors(submission.cancelled_mark, "write"):
+        submission.cancelled_mark.touch(mode=0o640)
+
+
+@job_files()
+def is_cancelled(submission: Submission) -> bool:
+    return is_there(submission.cancelled_mark)
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Durably, whole or not at all: what follows may be a submission that must be found again after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640), "w") as f:
-        json.dump(record, f, indent=1, sort_keys=True)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Durably, whole or not at all: what follows may be a submission that must be found again after a power cut.
+
+    Raises StorageUnavailableError.
+    """
+    atomic_write(path, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def read_json(path: Path) -> Any | None:
-    """What `write_json` wrote; None when there is no such file."""
+    """What `write_json` wrote; None when there is no such file.
+
+    Raises StorageUnavailableError when it cannot be read, SchedulerError when it is damaged.
+    """
+    with storage_errors(path, "read"):
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        return json.loads(raw)
+    except ValueError as e:
+        raise SchedulerError(f"{path} is damaged ({e}): move {path} away and run again") from e
 
 
-def make_folder(folder: Path) -> None:
-    """The folder and those above it that are missing, each 0750 (mkdir's own `parents` takes no mode)."""
-    if not folder.parent.exists():
-        make_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o750)
+def names_in(folder: Path) -> list[str]:
+    """Sorted; none where there is no such folder. Raises StorageUnavailableError."""
+    with storage_errors(folder, "list"):
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock that this file stands for."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        # Shared, so that two who ask at once do not take each other for the holder.
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone, among all processes that lock the same path."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def mark_cancelled(submission: Submission) -> None:
-    """From now on nothing more of it is submitted, and its end is a cancellation, whatever its processes say."""
-    (submission.folder / "cancelled").touch(mode=0o640)
-
-
-def is_cancelled(submission: Submission) -> bool:
-    return (submission.folder / "cancelled").exists()
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists. Raises StorageUnavailableError where that cannot be told now."""
+    with storage_errors(path, "look for"):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True

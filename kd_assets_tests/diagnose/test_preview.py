@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from kd_assets.diagnose.preview import (
     select_partitions,
     text_lines,
 )
+from kd_assets.durable import locked
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.model_files import digests
 from kd_assets.orchestration.materialize import planner_of
@@ -128,13 +127,10 @@ def test_work_in_the_hands_of_a_live_job_is_joined_and_not_submitted(deployment:
     (theirs,) = submitted(deployment, "shards")
     for result in (deployment.home / "store" / "tiny" / "shards_manifest").glob("*/*/*/manifest.json"):
         result.unlink()
-    while deployment.platform.make_scheduler().live("tiny", "shards"):
-        time.sleep(0.05)
-    assert jobs_of(deployment)["shards"].n_partitions == 3
-    with (theirs.folder / "job.lock").open() as lock:  # held as long as any of its processes lives
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(theirs.job_lock):  # held as long as any of its processes lives, and from now on by us
         assert jobs_of(deployment)["shards"].n_partitions == 2
         assert f"{theirs.folder} is at some of it; joined" in notes_of(deployment)
+    assert jobs_of(deployment)["shards"].n_partitions == 3
 
 
 def test_the_text_says_tasks_resources_logs_and_command_lines(deployment: Deployment) -> None:
@@ -192,3 +188,5 @@ def test_a_selection_that_cannot_be_is_refused(deployment: Deployment) -> None:
 def test_resources_read_as_a_sentence() -> None:
     wanted = Resources(slurm_partition="h100", gpus_per_node=4, time_minutes=2890, exclusive=True, memory_gib=1.5)
     assert resources_in_words(wanted) == "partition h100, 4 GPUs, 1.5 GiB of memory, 48 h 10 min, the whole node"
+    refused = Resources(slurm_partition="cpu", gpus_per_node=0, exclusive=False, sbatch_options=())
+    assert resources_in_words(refused) == "partition cpu, no GPUs"

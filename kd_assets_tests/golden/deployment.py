@@ -52,4 +52,4 @@ class GoldenDeployment(Deployment):
     @property
     def submissions(self) -> list[str]:
         """Every job that was ever submitted here."""
-        return sorted(str(p.relative_to(self.home)) for p in self.home.glob("jobs/*/*/*"))
+        return sorted(str(p.relative_to(self.home)) for p in self.home.glob("jobs/*/*-*/*"))

@@ -116,7 +116,7 @@ WRONG_JOBS = """
         partition: -h100
         account: ""
         qos: "a\\nb"
-        gpus_per_node: 0
+        gpus_per_node: -1
         cpus: 1.5
         memory_gib: -1
         time: 48:00:00
@@ -137,7 +137,7 @@ WRONG_LINES = {
     9: "it may not begin with -",
     10: "'' does not match",
     11: "one line, without control characters",
-    12: "0 is less than or equal to the minimum of 0",
+    12: "-1 is less than the minimum of 0",
     13: "1.5 is not of type 'integer'",
     14: "-1 is less than or equal to the minimum of 0",
     15: '172800 is not one of [\'in quotes: "HH:MM:SS"',

@@ -59,6 +59,7 @@ def test_the_recipes_number_of_processes_stands(deploy: Deploy) -> None:
     ("profile", "reason"),
     [
         ({}, "the job does not say gpus_per_node"),
+        ({"gpus_per_node": 0, "gpu_memory_gib": 80}, "the job asks for no GPU"),
         ({"gpus_per_node": 4}, "the cluster's profile does not say gpu_memory_gib"),
     ],
 )

@@ -73,7 +73,8 @@ def test_the_example_profile_sends_tokenising_to_cpu_nodes_and_leaves_the_teache
         ('account: "a\\nb"', "account: expected one line"),
         ('qos: "a\\0"', "qos: expected one line"),
         ("account: 12", "account: Input should be a valid string"),
-        ("gpus_per_node: 0", "gpus_per_node: Input should be greater than 0"),
+        ("gpus_per_node: -1", "gpus_per_node: Input should be greater than or equal to 0"),
+        ("exclusive: maybe", "exclusive: Input should be a valid boolean"),
         ("cpus: 1.5", "cpus: Input should be a valid integer"),
         ("time: 1:00:00", "YAML reads 1:00:00 without quotes as the number 3600"),
         ("time: 1 day", 'time: expected the time in quotes: "HH:MM:SS" or "D-HH:MM:SS"'),
@@ -119,6 +120,43 @@ def test_options_that_kd_assets_leaves_alone_are_taken(option: str) -> None:
 @pytest.mark.parametrize("text", ["a: [", "- a", "just words", "a: 1\n---\nb: 2", "\tx"])
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
     assert str(tmp_path / "site.yaml") in complaint_about(tmp_path, text)
+
+
+SITE = """
+constraint: h100
+gpus_per_node: 4
+exclusive: true
+sbatch_options: [--reservation=maintenance]
+kinds:
+  shards: {gpus_per_node: 0, exclusive: false, sbatch_options: []}
+  student: {gpus_per_node: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "gpus_per_node", "exclusive", "sbatch_options"),
+    [
+        ("teacher", {}, 4, True, ("--reservation=maintenance",)),
+        ("teacher", {"exclusive": False}, 4, False, ("--reservation=maintenance",)),
+        ("teacher", {"gpus_per_node": 0, "sbatch_options": []}, 0, True, ()),
+        ("shards", {}, 0, False, ()),
+        ("shards", {"gpus_per_node": 2, "exclusive": True, "sbatch_options": ["--nice=5"]}, 2, True, ("--nice=5",)),
+        ("student", {}, 1, True, ("--reservation=maintenance",)),
+        ("student", {"gpus_per_node": 0}, 0, True, ("--reservation=maintenance",)),
+    ],
+)
+def test_what_is_refused_is_refused_and_what_is_not_said_is_what_was_said_before(
+    tmp_path: Path,
+    kind: JobKind,
+    recipe: dict[str, object],
+    gpus_per_node: int,
+    exclusive: bool,
+    sbatch_options: tuple[str, ...],
+) -> None:
+    wanted = ResourcesModel.model_validate(recipe).to_resources()
+    assert profile_of(tmp_path, SITE).resources(kind, wanted) == Resources(
+        constraint="h100", gpus_per_node=gpus_per_node, exclusive=exclusive, sbatch_options=sbatch_options
+    )
 
 
 def test_an_empty_file_asks_for_nothing(tmp_path: Path) -> None:

@@ -4,37 +4,43 @@ It behaves as SLURM would: the job outlives whoever submitted it, is found again
 for it (exit status 75), and cancelling sends TERM, then KILL to the whole group. One small supervisor process a job
 (`kd_assets.scheduler.local.supervisor`) starts the tasks.
 
-Whether a job lives is the answer to one question: is its lock file locked? The lock is taken before the supervisor
-starts and inherited by it and by every process of its tasks, so it is free exactly when all of them are gone, however
-they went; a process id is never trusted, since ids are reused.
+Whether a job lives is the answer to one question: is its lock file locked? The lock is taken before anybody can find
+the job and inherited by the supervisor and by every process of its tasks, so it is free exactly when all of them are
+gone, however they went; a process id is never trusted, since ids are reused.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from kd_assets.contract import JobKind
-from kd_assets.errors import EXIT_RESUMABLE, SchedulerError
+from kd_assets.durable import is_locked, locked, storage_errors
+from kd_assets.errors import EXIT_RESUMABLE, JobFilesUnavailableError, SchedulerError
 from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import AccountedAttempt, Ending, JobSpec, Poll, TaskPhase, TaskState
-from kd_assets.scheduler.local.supervisor import GROUP_FILE, JOB_LOCK, START_FILE, STATE_FILE, task_log_file
-from kd_assets.scheduler.submissions import SubmissionFolders, is_cancelled, is_locked, mark_cancelled, read_spec
+from kd_assets.scheduler.submissions import (
+    SubmissionFolders,
+    is_cancelled,
+    job_files,
+    mark_cancelled,
+    read_json,
+    read_spec,
+    write_json,
+)
 
 KILL_WAIT_S = 30.0
 """Between TERM and KILL when a job is cancelled, as SLURM's KillWait."""
 
 
 class LocalScheduler:
-    """Runs jobs under `jobs_folder`, which must be on a local disk (it relies on flock)."""
+    """Runs jobs under `jobs_folder`, which must be on a local disk: only there do children inherit a lock."""
 
     poll_interval_s = 0.2
     visibility_grace_s = 0.0
@@ -50,6 +56,7 @@ class LocalScheduler:
     ) -> None:
         self._folders, self._script, self._python = SubmissionFolders(jobs_folder), script, python
         self._kill_wait_s, self._clock = kill_wait_s, clock
+        self._last_states: dict[Submission, dict[int, TaskState]] = {}
 
     def deciding(self, recipe: str, kind: JobKind) -> AbstractContextManager[None]:
         """See `Scheduler`."""
@@ -57,37 +64,55 @@ class LocalScheduler:
 
     def live(self, recipe: str, kind: JobKind) -> list[Submission]:
         """All submissions of a recipe's jobs of a kind that still live."""
-        return [s for s in self._folders.newest(recipe, kind) if self.is_live(s)]
+        alive = []
+        for submission in self._folders.may_live(recipe, kind):
+            if self.is_live(submission):
+                alive.append(submission)
+            else:
+                self._folders.mark_over(submission)
+        return alive
 
     def submit(self, spec: JobSpec, write_job_file: Callable[[Submission], object]) -> Submission:
         """Start a job in a folder of its own."""
         if not self._script.is_file():
             raise SchedulerError(f"the batch script {self._script} is missing: run from a checkout that has slurm/")
-        submission = self._folders.create(spec, write_job_file)
-        self._start(spec, submission)
+        with ExitStack() as held:
+            locks: list[int] = []
+
+            def prepare(new: Submission) -> None:
+                write_job_file(new)
+                write_json(new.start_file, {"name": spec.name, "script": str(self._script)})
+                locks.append(held.enter_context(locked(new.job_lock)))
+
+            submission = self._folders.create(spec, prepare)
+            self._start(spec, submission, locks[0])
         return submission
 
+    @job_files()
     def is_live(self, submission: Submission) -> bool:
         """Whether any process of the job is still there."""
-        return is_locked(submission.folder / JOB_LOCK)
+        return is_locked(submission.job_lock)
 
     def poll(self, submissions: Sequence[Submission]) -> Poll:
         """Every task's state. A job whose processes are gone has only ended tasks, whatever was last written."""
-        return Poll(states={s: self._states(s) for s in submissions})
+        unreachable = None
+        for submission in submissions:
+            try:
+                self._last_states[submission] = self._states(submission)
+            except JobFilesUnavailableError as e:
+                unreachable = str(e)
+        return Poll(states={s: self._last_states.get(s, {}) for s in submissions}, unreachable=unreachable)
 
+    @job_files()
     def _states(self, submission: Submission) -> dict[int, TaskState]:
         live = self.is_live(submission)  # asked first: a state written after a "no" is complete
-        n_tasks = read_spec(submission).n_tasks
-        try:
-            written = json.loads((submission.folder / STATE_FILE).read_bytes())
-        except FileNotFoundError:
-            written = {}
-        group = process_group(submission)
-        task_ids = {i: f"{group}_{i}" if group else "" for i in range(n_tasks)}
-        cancelled = is_cancelled(submission)
+        written: Mapping[str, dict[str, object]] = read_json(submission.state_file) or {}
+        group, cancelled = process_group(submission), is_cancelled(submission)
         return {
-            i: _state_of(written.get(str(i), {}), live=live, cancelled=cancelled, task_id=task_ids[i])
-            for i in range(n_tasks)
+            i: _state_of(
+                written.get(str(i), {}), live=live, cancelled=cancelled, task_id=f"{group}_{i}" if group else ""
+            )
+            for i in range(read_spec(submission).n_tasks)
         }
 
     def accounting(self, submission: Submission) -> dict[int, list[AccountedAttempt]]:
@@ -98,16 +123,27 @@ class LocalScheduler:
         return f"local job {submission.folder}"
 
     def log_file(self, submission: Submission, task_index: int) -> Path:
-        return task_log_file(submission, task_index)
+        return submission.local_log(task_index)
 
+    @job_files()
     def submitted_at(self, submission: Submission) -> float:
-        return submission.spec_file.stat().st_mtime
+        with storage_errors(submission.spec_file, "look at"):
+            return submission.spec_file.stat().st_mtime
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
-        """TERM to every process of the jobs, KILL to what is left after the kill wait; returns once they are gone."""
+        """TERM to every process of the jobs, KILL to what is left after the kill wait; returns once they are gone.
+
+        A disk on which that cannot be noted does not keep them alive: it is an error once they are gone.
+        """
+        unmarked: JobFilesUnavailableError | None = None
         for submission in submissions:
-            mark_cancelled(submission)
+            try:
+                mark_cancelled(submission)
+            except JobFilesUnavailableError as e:
+                unmarked = e
             self._cancel(submission)
+        if unmarked is not None:
+            raise unmarked
 
     def _cancel(self, submission: Submission) -> None:
         for number, patience_s in ((signal.SIGTERM, self._kill_wait_s), (signal.SIGKILL, 10.0)):
@@ -125,32 +161,27 @@ class LocalScheduler:
                 time.sleep(0.05)
         raise SchedulerError(f"process group {group} of {submission.folder} survived KILL: see `ps -g {group}`")
 
-    def _start(self, spec: JobSpec, submission: Submission) -> None:
-        (submission.folder / START_FILE).write_text(json.dumps({"name": spec.name, "script": str(self._script)}))
-        fd = os.open(submission.folder / JOB_LOCK, os.O_RDWR | os.O_CREAT, 0o640)
+    def _start(self, spec: JobSpec, submission: Submission, lock: int) -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            with (submission.log_folder / "supervisor.log").open("ab") as log:
+            with submission.supervisor_log.open("ab") as log:
                 # Returns at once: the supervisor forks itself off, so that it is nobody's child and no zombie.
                 subprocess.run(
-                    [self._python, "-m", "kd_assets.scheduler.local.supervisor", str(submission.folder), str(fd)],
+                    [self._python, "-m", "kd_assets.scheduler.local.supervisor", str(submission.folder), str(lock)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    pass_fds=(fd,),
+                    pass_fds=(lock,),
                     env={**os.environ, "KD_PYTHON": self._python, "KD_N_PROCESSES": str(spec.resources.n_processes)},
                     check=True,
                 )
         except (OSError, subprocess.CalledProcessError) as e:
             raise SchedulerError(
-                f"{self._python} cannot start the job's supervisor ({e}): see {submission.log_folder}/supervisor.log"
+                f"{self._python} cannot start the job's supervisor ({e}): see {submission.supervisor_log}"
             ) from e
-        finally:
-            os.close(fd)
 
 
-def _state_of(written: dict[str, object], *, live: bool, cancelled: bool, task_id: str) -> TaskState:
+def _state_of(written: Mapping[str, object], *, live: bool, cancelled: bool, task_id: str) -> TaskState:
     phase = TaskPhase(written.get("phase", "pending"))
     exit_code = written.get("exit_code")
     restarts = written.get("restarts", 0)
@@ -180,9 +211,11 @@ def _ending(phase: TaskPhase, exit_code: int | None) -> tuple[Ending, str]:
     return Ending.EXITED, f"exit status {exit_code}" if exit_code else "ended"
 
 
+@job_files()
 def process_group(submission: Submission) -> int | None:
     """That of the job's processes, which is also its SLURM_ARRAY_JOB_ID; None before it has begun."""
-    try:
-        return int((submission.folder / GROUP_FILE).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
+    with storage_errors(submission.process_group_file, "read"):
+        try:
+            return int(submission.process_group_file.read_text())
+        except (FileNotFoundError, ValueError):  # ValueError: it is being written
+            return None

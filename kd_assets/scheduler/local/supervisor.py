@@ -1,34 +1,37 @@
 """The process that stands for one local job: starts its tasks, restarts those that ask, writes their states.
 
 Run by `LocalScheduler` as `python -m kd_assets.scheduler.local.supervisor FOLDER LOCK_FD`, in a session of its own.
-Standard library only. Its state file informs; the lock it inherited says whether the job lives.
+Standard library only. Its state file informs; the lock it inherited says whether the job lives. A full disk neither
+ends it nor the tasks it looks after: what cannot be written or started is tried again.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kd_assets.errors import EXIT_RESUMABLE
+from kd_assets.durable import atomic_write
+from kd_assets.errors import EXIT_RESUMABLE, StorageUnavailableError
 from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import TaskPhase
-from kd_assets.scheduler.submissions import read_spec
+from kd_assets.scheduler.submissions import read_json, read_spec, write_json
 
-START_FILE = "start.json"
-STATE_FILE = "state.json"
-GROUP_FILE = "group"
-"""Holds the process group of the job's processes, which is also its SLURM_ARRAY_JOB_ID."""
-JOB_LOCK = "job.lock"
 POLL_S = 0.05
+AGAIN_S = 2.0
+"""Until what failed for want of space or processes is tried again."""
+LAST_WORDS_S = 60.0
+"""How long it tries to write how its last tasks ended."""
 MAX_RESTARTS = 1000
 """A task that stops on request again and again is somebody's loop, not progress."""
 
@@ -45,10 +48,16 @@ class Supervisor:
     def __init__(self, folder: Path, lock_fd: int) -> None:
         self._submission = Submission(folder=folder)
         self._lock_fd = lock_fd
-        self._start_with: dict[str, Any] = json.loads((folder / START_FILE).read_bytes())
+        start_with = read_json(self._submission.start_file)
+        assert start_with is not None, "it is written before the supervisor starts"
+        self._start_with: dict[str, Any] = start_with
         self._spec = read_spec(self._submission)
         self._tasks = [_Task() for _ in range(self._spec.n_tasks)]
         self._cancelled = False
+        self._is_written = False
+        """Whether the state file says what is known."""
+        self._not_before: dict[str, float] = {}
+        """What failed → when it is tried again."""
 
     def run(self) -> None:
         """Work through all tasks; after a TERM start none and wait for those that run."""
@@ -58,8 +67,13 @@ class Supervisor:
         self._write_states()
         while any(t.phase is not TaskPhase.ENDED for t in self._tasks):
             if self._reap() | self._start_or_give_up():
-                self._write_states()
+                self._is_written = False
+            self._write_states()
             time.sleep(POLL_S)
+        deadline = time.monotonic() + LAST_WORDS_S
+        while not (self._is_written or self._cancelled) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            self._write_states()
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         self._cancelled = True
@@ -72,24 +86,23 @@ class Supervisor:
             if self._cancelled:
                 task.phase, changed = TaskPhase.ENDED, True
             elif sum(t.phase is TaskPhase.RUNNING for t in self._tasks) < self._spec.concurrency:
-                task.process = self._start(index, task.restarts)
-                task.phase, changed = TaskPhase.RUNNING, True
+                changed |= self._try("start a task", partial(self._start, index))
         return changed
 
-    def _start(self, index: int, restarts: int) -> subprocess.Popen[bytes]:
-        submission = self._submission
+    def _start(self, index: int) -> None:
+        submission, task = self._submission, self._tasks[index]
         environment = task_environment(
             job_id=os.getpgrp(),
             name=self._start_with["name"],
             task_index=index,
             n_tasks=len(self._tasks),
-            restarts=restarts,
+            restarts=task.restarts,
             node=socket.gethostname(),
             cpus=os.cpu_count() or 1,
             folder=submission.folder,
         )
-        with task_log_file(submission, index).open("ab") as log:
-            return subprocess.Popen(
+        with submission.local_log(index).open("ab") as log:
+            task.process = subprocess.Popen(
                 ["bash", self._start_with["script"], str(submission.job_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -98,6 +111,7 @@ class Supervisor:
                 env={**os.environ, **environment},
                 pass_fds=(self._lock_fd,),
             )
+        task.phase = TaskPhase.RUNNING
 
     def _reap(self) -> bool:
         changed = False
@@ -113,21 +127,29 @@ class Supervisor:
         return changed
 
     def _write_states(self) -> None:
+        if self._is_written:
+            return
         states = {
             str(i): {"phase": t.phase.value, "exit_code": t.exit_code, "restarts": t.restarts}
             for i, t in enumerate(self._tasks)
         }
-        temporary = self._submission.folder / f"{STATE_FILE}.tmp"
+        if self._try("write the states", lambda: write_json(self._submission.state_file, states)):
+            self._is_written = True
+
+    def _try(self, doing: str, action: Callable[[], None]) -> bool:
+        """Do it, unless it failed a moment ago; returns whether it was done."""
+        if time.monotonic() < self._not_before.get(doing, 0.0):
+            return False
         try:
-            temporary.write_text(json.dumps(states))
-            temporary.replace(self._submission.folder / STATE_FILE)
-        except OSError as e:  # the file informs; a full disk is no reason to leave the tasks alone
-            print(f"cannot write {temporary}: {e}", file=sys.stderr, flush=True)
-
-
-def task_log_file(submission: Submission, task_index: int) -> Path:
-    """Standard output and error of all attempts of a task, appended."""
-    return submission.log_folder / f"task-{task_index:05d}.log"
+            action()
+        except (OSError, StorageUnavailableError) as e:
+            if not self._submission.folder.exists():
+                raise  # somebody took it away: there is nothing to come back to
+            self._not_before[doing] = time.monotonic() + AGAIN_S
+            with contextlib.suppress(OSError):  # its log may be on the same full disk
+                print(f"cannot {doing}: {e}", file=sys.stderr, flush=True)
+            return False
+        return True
 
 
 def task_environment(
@@ -173,7 +195,7 @@ def kill_leftovers(task_index: int) -> None:
 def main(folder: Path, lock_fd: int) -> None:
     """Note the process group, let go of whoever started this, and supervise."""
     os.umask(0o027)  # logs may quote documents
-    (folder / GROUP_FILE).write_text(str(os.getpgrp()))
+    atomic_write(Submission(folder=folder).process_group_file, str(os.getpgrp()).encode())
     if os.fork() == 0:
         Supervisor(folder, lock_fd).run()
 

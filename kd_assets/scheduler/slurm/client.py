@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
+from kd_assets.scheduler.folder import SLURM_LOG_PATTERN
 from kd_assets.scheduler.job import JobSpec, Resources
 from kd_assets.scheduler.slurm.command import Answer, CommandMissingError, CommandRunner
 from kd_assets.scheduler.slurm.parsing import (
@@ -169,7 +170,7 @@ def sbatch_argv(
 ) -> list[str]:
     """The command line that submits an array, every option on it; `slurm/task.sbatch` has none of its own.
 
-    Each task's output is appended to `slurm-<job id>_<index>.log` in `log_folder`; `folder` is where it starts.
+    Each task's output is appended to a file of its own in `log_folder` (`Submission.slurm_log`); it starts in `folder`.
 
     The command's own environment becomes the jobs' (see `command`): typed into a shell, put `env -i` and what the job
     may see before it. Raises SchedulerError for a folder whose name sbatch cannot express.
@@ -180,7 +181,7 @@ def sbatch_argv(
         "comment": comment,
         "array": array,
         "chdir": str(folder),
-        "output": f"{_literal(str(log_folder))}/slurm-%A_%a.log",
+        "output": f"{_literal(str(log_folder))}/{SLURM_LOG_PATTERN}",
         "open-mode": "append",
         "signal": f"B:USR1@{profile.signal_s}",
         # Not a list of names, nor NONE: both make the node run `su - user` for the login environment, which may stall
@@ -190,7 +191,7 @@ def sbatch_argv(
         "account": wanted.account,
         "qos": wanted.qos,
         "constraint": wanted.constraint,
-        "gpus-per-node": wanted.gpus_per_node,
+        "gpus-per-node": wanted.gpus_per_node or None,
         "cpus-per-task": wanted.cpus,
         "mem": _memory(wanted),
         "time": wanted.time_minutes,
@@ -198,7 +199,7 @@ def sbatch_argv(
     }
     flags = ["--requeue", *(["--exclusive"] if wanted.exclusive else [])]
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return ["sbatch", "--parsable", *given, *flags, *wanted.sbatch_options, script, *arguments]
+    return ["sbatch", "--parsable", *given, *flags, *(wanted.sbatch_options or ()), script, *arguments]
 
 
 def _memory(wanted: Resources) -> str | None:

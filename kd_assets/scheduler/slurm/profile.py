@@ -42,15 +42,12 @@ class Profile:
     """USR1 comes this many seconds before the time limit."""
 
     def resources(self, kind: JobKind, wanted: Resources) -> Resources:
-        """What a job asks for: the recipe's word first, then the profile's for its kind, then its defaults."""
+        """What a job asks for: the recipe's word first, then the profile's for its kind, then its defaults.
+
+        Only None leaves a field to the next: `exclusive: false`, `gpus_per_node: 0` and `sbatch_options: []` are words.
+        """
         merged: dict[str, object] = {}
         for layer in (self.defaults, self.kinds.get(kind, Resources()), wanted):
-            merged |= _set_fields(layer)
+            said = {f.name: getattr(layer, f.name) for f in dataclasses.fields(Resources)}
+            merged |= {name: value for name, value in said.items() if value is not None}
         return Resources(**merged)  # type: ignore[arg-type]
-
-
-def _set_fields(resources: Resources) -> dict[str, object]:
-    """The fields that say something."""
-    return {
-        f.name: v for f in dataclasses.fields(Resources) if (v := getattr(resources, f.name)) not in (None, False, ())
-    }

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_assets.durable import atomic_write, locked, prepare_folder
 from kd_assets.scheduler.job import Ending, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.client import Slurm
 from kd_assets.scheduler.slurm.parsing import AccountingRow, QueueRow, parse_queue
 from kd_assets.scheduler.slurm.records import Array
 from kd_assets.scheduler.slurm.states import RUNNING_STATES, base_state
-from kd_assets.scheduler.submissions import locked, make_folder, read_json
+from kd_assets.scheduler.submissions import read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class SharedQueue:
 
     def ask(self, *, max_age_s: float) -> Queue:
         """An answer of at most this age. Raises SchedulerUnreachableError."""
-        make_folder(self._folder)
+        prepare_folder(self._folder)
         shared = self._folder / f"{self._name}.json"
         with locked(self._folder / f"{self._name}.lock"):
             try:
@@ -53,9 +54,7 @@ class SharedQueue:
             if asked is None or not 0 <= self._clock() - asked["at"] < max_age_s:
                 at = self._clock()
                 asked = {"at": at, "text": self._slurm.queue_text()}
-                temporary = shared.with_suffix(".tmp")
-                temporary.write_text(json.dumps(asked))
-                temporary.replace(shared)
+                atomic_write(shared, json.dumps(asked).encode())
         rows: dict[str, dict[int | None, QueueRow]] = {}
         for row in parse_queue(asked["text"]):
             rows.setdefault(row.name, {})[row.index] = row

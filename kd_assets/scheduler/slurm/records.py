@@ -8,17 +8,13 @@ ended; squeue forgets it within minutes, and not every site has sacct).
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from kd_assets.contract import decode
 from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import Ending, TaskPhase, TaskState
-from kd_assets.scheduler.submissions import read_json, write_json
+from kd_assets.scheduler.submissions import names_in, read_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +52,11 @@ class Array:
 def read_arrays(submission: Submission) -> list[Array]:
     """In the order they were submitted, each with its answer where there is one."""
     arrays = []
-    intents = [p for p in (submission.folder / "arrays").glob("*.json") if p.stem.isdigit()]
-    for path in sorted(intents, key=lambda p: int(p.stem)):
+    stems = [name.removesuffix(".json") for name in names_in(submission.arrays_folder)]
+    for number in sorted(int(stem) for stem in stems if stem.isdigit()):
+        path = submission.intent_file(number)
         intent = {k: v for k, v in (read_json(path) or {}).items() if k != "argv"}
-        answer = {k: v for k, v in (read_json(answer_file(path)) or {}).items() if k != "found"}
+        answer = {k: v for k, v in (read_json(submission.answer_file(number)) or {}).items() if k != "found"}
         arrays.append(decode(Array, intent | answer, where=str(path)))
     return arrays
 
@@ -67,7 +64,7 @@ def read_arrays(submission: Submission) -> list[Array]:
 def write_intent(submission: Submission, array: Array, argv: Sequence[str]) -> None:
     """Before sbatch runs: what is not on disk cannot be found again."""
     intent = {f: getattr(array, f) for f in ("number", "name", "first_task", "n_tasks", "at")}
-    write_json(_intent_file(submission, array), intent | {"argv": list(argv)})
+    write_json(submission.intent_file(array.number), intent | {"argv": list(argv)})
 
 
 def write_answer(
@@ -84,41 +81,19 @@ def write_answer(
     refusal: dict[str, object] = {"refused": refused, "impossible": impossible, "absent": absent}
     acceptance: dict[str, object] = {"job_id": job_id, "found": found}
     answer = acceptance if refused is None else refusal
-    write_json(answer_file(_intent_file(submission, array)), answer)
-
-
-def _intent_file(submission: Submission, array: Array) -> Path:
-    return submission.folder / "arrays" / f"{array.number:04d}.json"
-
-
-def answer_file(intent: Path) -> Path:
-    return intent.with_suffix(".answer.json")
+    write_json(submission.answer_file(array.number), answer)
 
 
 def read_endings(submission: Submission) -> dict[int, TaskState]:
     """How tasks ended, as far as any process has seen it."""
-    written: Mapping[str, Mapping[str, object]] = read_json(submission.folder / "endings.json") or {}
+    written: Mapping[str, Mapping[str, object]] = read_json(submission.endings_file) or {}
     return {int(task): _state_from_json(record) for task, record in written.items()}
 
 
 def write_endings(submission: Submission, endings: Mapping[int, TaskState]) -> None:
     """Nothing is written when it is known already."""
     if dict(endings) != read_endings(submission):
-        write_json(submission.folder / "endings.json", {str(t): _state_json(s) for t, s in endings.items()})
-
-
-@contextmanager
-def alone(submission: Submission) -> Iterator[bool]:
-    """Whether this process is the one that may submit for it now; it never waits for another."""
-    fd = os.open(submission.folder / "submit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    else:
-        yield True
-    finally:
-        os.close(fd)
+        write_json(submission.endings_file, {str(t): _state_json(s) for t, s in endings.items()})
 
 
 def _state_json(state: TaskState) -> dict[str, object]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd_assets.contract import JobKind
+from kd_assets.durable import try_locked
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import AccountedAttempt, Ending, JobSpec, Poll, TaskPhase, TaskState
@@ -30,7 +31,7 @@ from kd_assets.scheduler.slurm.command import CommandRunner, command_runner_for
 from kd_assets.scheduler.slurm.parsing import AccountingRow, QueueRow
 from kd_assets.scheduler.slurm.profile import Profile
 from kd_assets.scheduler.slurm.queue import Queue, SharedQueue, ended_state, live_state
-from kd_assets.scheduler.slurm.records import Array, alone, read_arrays, read_endings, write_answer, write_endings
+from kd_assets.scheduler.slurm.records import Array, read_arrays, read_endings, write_answer, write_endings
 from kd_assets.scheduler.slurm.states import ending_of, is_bad_node, is_held_launch, is_impossible_wait, may_come_back
 from kd_assets.scheduler.slurm.submitter import SlurmSubmitter
 from kd_assets.scheduler.submissions import (
@@ -50,7 +51,6 @@ SCANCEL_AGAIN_S = 30.0
 """A task that traps TERM has as long as SLURM's KillWait, 30 s by default."""
 REPLY_GRACE_S = 15.0
 """How long after an sbatch without an answer its job may still turn up: a busy controller works off its queue."""
-UNSEEN_FILE = "unseen.json"
 REQUEUE_GRACE_S = 15.0
 """A preempted task or one of a failed node is seen ended for a moment before SLURM puts it back into the queue."""
 
@@ -153,8 +153,8 @@ class SlurmScheduler:
         those who follow it. Raises SchedulerUnreachableError: then nobody knows."""
         candidates = [
             s
-            for s in self._folders.newest(recipe, kind)
-            if (s.folder / "arrays").is_dir() and not self._is_over(s, read_endings(s))
+            for s in self._folders.may_live(recipe, kind)
+            if s.arrays_folder.is_dir() and not self._is_over(s, read_endings(s))
         ]
         if not candidates:
             return []
@@ -192,7 +192,7 @@ class SlurmScheduler:
         if all(array.is_answered for array in read_arrays(submission)):
             return
         patience = self._profile.command_timeout_s + REPLY_GRACE_S
-        with alone(submission) as is_alone:
+        with try_locked(submission.submit_lock) as is_alone:
             for array in read_arrays(submission) if is_alone else ():  # again: its writer may have been at it
                 if array.is_answered:
                     continue
@@ -245,7 +245,7 @@ class SlurmScheduler:
             row = None if array is None else queue.find(array, task)
             if row is None or row.state != "PENDING" or state.phase is TaskPhase.ENDED:
                 continue
-            marker, held = submission.folder / f"released-{task}", is_held_launch(row.reason)
+            marker, held = submission.released_mark(task), is_held_launch(row.reason)
             if held and not marker.exists():
                 self._release(row.task_id)
                 marker.touch(mode=0o640)
@@ -411,7 +411,7 @@ class SlurmScheduler:
         is_sure = True
         for submission in submissions:
             self._settle_intents(submission, queue)
-            with alone(submission) as is_alone:  # nobody is past the mark and about to submit more
+            with try_locked(submission.submit_lock) as is_alone:  # nobody is past the mark and about to submit more
                 is_sure &= is_alone
             for array in read_arrays(submission):
                 rows = queue.rows.get(array.name, {}).values()
@@ -430,7 +430,7 @@ class SlurmScheduler:
         array = next((a for a in reversed(read_arrays(submission)) if a.may_run and task_index in a), None)
         if array is None or array.job_id is None:
             return submission.log_folder
-        return submission.log_folder / f"slurm-{array.job_id}_{task_index - array.first_task}.log"
+        return submission.slurm_log(array.job_id, task_index - array.first_task)
 
     def submitted_at(self, submission: Submission) -> float:
         return min((a.at for a in read_arrays(submission)), default=submission.spec_file.stat().st_mtime)
@@ -446,7 +446,7 @@ class SlurmScheduler:
         memory.states = dict(tasks)
         # A grace must end though nobody looks for long enough: every process goes on counting.
         if memory.unseen_since != memory.unseen_written:
-            write_json(submission.folder / UNSEEN_FILE, memory.unseen_since)
+            write_json(submission.unseen_file, memory.unseen_since)
             memory.unseen_written = dict(memory.unseen_since)
         endings = {task: state for task, state in tasks.items() if state.phase is TaskPhase.ENDED}
         write_endings(submission, endings)
@@ -459,7 +459,7 @@ class SlurmScheduler:
 
     def _remembered(self, submission: Submission) -> _Memory:
         if submission not in self._memory:
-            unseen = read_json(submission.folder / UNSEEN_FILE) or {}
+            unseen = read_json(submission.unseen_file) or {}
             self._memory[submission] = _Memory(unseen_since={int(task): at for task, at in unseen.items()})
         return self._memory[submission]
 

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_assets.durable import atomic_write, prepare_folder, try_locked
 from kd_assets.errors import SchedulerError
-from kd_assets.scheduler.folder import Submission
+from kd_assets.scheduler.folder import Submission, key_folder
 from kd_assets.scheduler.job import JobSpec, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.client import Slurm, sbatch_argv
 from kd_assets.scheduler.slurm.parsing import Accepted, Refused, SubmitAnswer
 from kd_assets.scheduler.slurm.profile import Profile
-from kd_assets.scheduler.slurm.records import Array, alone, read_arrays, write_answer, write_intent
-from kd_assets.scheduler.submissions import is_cancelled, make_folder, read_spec
+from kd_assets.scheduler.slurm.records import Array, read_arrays, write_answer, write_intent
+from kd_assets.scheduler.submissions import is_cancelled, read_spec
 
 PACE_S = (30.0, 300.0)
 """First and longest wait after the site refused further jobs."""
@@ -58,10 +59,8 @@ class SlurmSubmitter:
 
     def prepare(self, submission: Submission, spec: JobSpec) -> None:
         """Write all that its tasks need; whoever finds the submission after a kill right behind this can submit it."""
-        make_folder(submission.folder / "arrays")
-        environment_file = submission.folder / "environment.sh"
-        environment_file.write_text(self.environment_text(spec))
-        environment_file.chmod(0o640)
+        prepare_folder(submission.arrays_folder)
+        atomic_write(submission.environment_file, self.environment_text(spec).encode(errors="surrogateescape"))
 
     def submit_more(self, submission: Submission, states: Mapping[int, TaskState]) -> list[str]:
         """Submit what of it is not submitted yet, unless another process is at that; returns what is worth telling.
@@ -72,12 +71,12 @@ class SlurmSubmitter:
         covered = sum(a.n_tasks for a in read_arrays(submission) if a.may_run)
         if covered == spec.n_tasks or is_cancelled(submission):
             return []
-        with alone(submission) as is_alone:
+        with try_locked(submission.submit_lock) as is_alone:
             return list(self._what_is_left(submission, spec, states)) if is_alone else []
 
     def preview(self, spec: JobSpec) -> list[list[str]]:
         """The command lines that `submit` would run now, with `NUMBER` and `NONCE` where each submission differs."""
-        folder = self._jobs_folder / spec.recipe / f"{spec.kind}-{spec.key}" / "NUMBER"
+        folder = key_folder(self._jobs_folder, recipe=spec.recipe, kind=spec.kind, key=spec.key) / "NUMBER"
         chunk = self._slurm.max_array_size()
         return [
             self._argv(
@@ -174,7 +173,7 @@ class SlurmSubmitter:
             arguments=[
                 str(submission.job_file),
                 str(array.first_task),
-                str(submission.folder / "environment.sh"),
+                str(submission.environment_file),
                 str(self._secrets_file or "-"),
             ],
             folder=submission.folder,

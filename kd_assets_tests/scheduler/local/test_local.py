@@ -20,10 +20,11 @@ import pytest
 
 from kd_assets.errors import SchedulerError
 from kd_assets.orchestration.platform import PROJECT_FOLDER
-from kd_assets.scheduler import Ending, JobSpec, LocalScheduler, Submission, TaskPhase, TaskState
+from kd_assets.scheduler import Ending, LocalScheduler, Submission, TaskPhase, TaskState
 from kd_assets.scheduler.local.scheduler import process_group
+from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
+from kd_assets_tests.store.test_storage import run_in_mount_namespace
 
-KEY = "1" * 32
 SCRIPT = PROJECT_FOLDER / "slurm" / "task.sbatch"
 
 
@@ -44,14 +45,10 @@ class Jobs:
         program.chmod(0o755)
         return LocalScheduler(self.folder / "jobs", script=SCRIPT, python=str(program), kill_wait_s=kill_wait_s)
 
-    def submit(self, scheduler: LocalScheduler, n_tasks: int = 1, concurrency: int = 1, key: str = KEY) -> Submission:
-        submission = scheduler.submit(spec(n_tasks, concurrency, key), lambda s: s.job_file.write_text("{}"))
+    def submit(self, scheduler: LocalScheduler, n_tasks: int = 1, concurrency: int = 1) -> Submission:
+        submission = scheduler.submit(job_spec(n_tasks, concurrency=concurrency), write_job_file)
         self.submissions.append((scheduler, submission))
         return submission
-
-
-def spec(n_tasks: int = 1, concurrency: int = 1, key: str = KEY) -> JobSpec:
-    return JobSpec(key=key, recipe="demo", kind="teacher", n_tasks=n_tasks, concurrency=concurrency)
 
 
 @pytest.fixture
@@ -102,7 +99,7 @@ def test_tasks_see_the_variables_that_slurm_gives_an_array_task(jobs: Jobs) -> N
 def test_no_more_tasks_run_at_once_than_were_asked_for(jobs: Jobs) -> None:
     scheduler = jobs.scheduler(
         """
-        touch "running-$SLURM_ARRAY_TASK_ID"; ls running-* | wc -l; sleep 0.2; rm "running-$SLURM_ARRAY_TASK_ID"
+        touch "running-$SLURM_ARRAY_TASK_ID"; ls | grep -c ^running-; sleep 0.2; rm "running-$SLURM_ARRAY_TASK_ID"
         """
     )
     submission = jobs.submit(scheduler, n_tasks=5, concurrency=2)
@@ -150,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_its_remedy(tmp_path: P
     (tmp_path / "jobs").write_text("in the way")
     scheduler = LocalScheduler(tmp_path / "jobs", script=SCRIPT)
     with pytest.raises(SchedulerError, match="KD_HOME must be a folder that this user can write"):
-        scheduler.submit(spec(), lambda s: None)
+        scheduler.submit(job_spec(), lambda s: None)
 
 
 def test_usr1_reaches_the_worker_and_the_script_waits_for_it_to_flush(jobs: Jobs) -> None:
@@ -213,11 +210,11 @@ def test_a_job_outlives_the_process_that_submitted_it_and_another_finds_it(jobs:
         """
         import os, signal, sys
         from pathlib import Path
-        from kd_assets.scheduler import JobSpec, LocalScheduler
+        from kd_assets.scheduler import LocalScheduler
+        from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
         folder, python, script = sys.argv[1:]
         scheduler = LocalScheduler(Path(folder), script=Path(script), python=python)
-        spec = JobSpec(key="1" * 32, recipe="demo", kind="teacher", n_tasks=1, concurrency=1)
-        scheduler.submit(spec, lambda s: s.job_file.write_text("{}"))
+        scheduler.submit(job_spec(), write_job_file)
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
@@ -238,14 +235,14 @@ def test_of_several_who_decide_at_once_one_submits(jobs: Jobs) -> None:
         """
         import sys
         from pathlib import Path
-        from kd_assets.scheduler import JobSpec, LocalScheduler
+        from kd_assets.scheduler import LocalScheduler
+        from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
         folder, python, script = sys.argv[1:]
         scheduler = LocalScheduler(Path(folder), script=Path(script), python=python)
-        spec = JobSpec(key="1" * 32, recipe="demo", kind="teacher", n_tasks=1, concurrency=1)
         with scheduler.deciding("demo", "teacher"):
             is_new = not scheduler.live("demo", "teacher")
             if is_new:
-                scheduler.submit(spec, lambda s: s.job_file.write_text("{}"))
+                scheduler.submit(job_spec(), write_job_file)
         print(is_new)
         """
     )
@@ -284,3 +281,34 @@ def test_a_job_is_ended_when_its_processes_are_whatever_its_state_file_says(jobs
     states = ended(scheduler, submission)
     assert json.loads((submission.folder / "state.json").read_text())["0"]["phase"] == "running"
     assert states[0].phase is TaskPhase.ENDED
+
+
+def test_a_full_disk_neither_ends_the_supervisor_nor_loses_how_tasks_ended(tmp_path: Path) -> None:
+    """A real file system that is really full, from the middle of the first task until after the last one."""
+    program = """
+import subprocess, sys, time
+from pathlib import Path
+from kd_assets.scheduler import LocalScheduler
+from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
+mount, python, script = map(Path, sys.argv[1:])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], check=True)
+scheduler = LocalScheduler(mount / "jobs", script=script, python=str(python))
+submission = scheduler.submit(job_spec(2, concurrency=1), write_job_file)
+while not (submission.folder / "at its end").exists():
+    time.sleep(0.05)
+time.sleep(0.5)
+(submission.folder / "large").unlink()
+while scheduler.is_live(submission):
+    time.sleep(0.05)
+print([s.reason for s in scheduler.poll([submission]).states[submission].values()])
+"""
+    jobs = Jobs(tmp_path)
+    jobs.scheduler(
+        """
+        if [ "$SLURM_ARRAY_TASK_ID" = 0 ]; then head -c 2M /dev/zero >large 2>/dev/null; exit 3; fi
+        touch "at its end"; exit 4
+        """
+    )
+    (tmp_path / "mount").mkdir()
+    done = run_in_mount_namespace(program, str(tmp_path / "mount"), str(tmp_path / "python"), str(SCRIPT))
+    assert done.stdout.strip() == "['exit status 3', 'exit status 4']", done.stderr

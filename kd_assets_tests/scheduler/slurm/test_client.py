@@ -5,6 +5,7 @@ In the literal texts `¦` stands for the separator, which is drawn anew for each
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -533,6 +534,12 @@ def test_what_a_job_does_not_ask_for_is_left_to_the_site() -> None:
         "--parsable", "--job-name", "--comment", "--array", "--chdir", "--output", "--open-mode", "--signal",
         "--export", "--requeue",
     }  # fmt: skip
+
+
+def test_what_is_refused_is_not_asked_for() -> None:
+    refused = Resources(gpus_per_node=0, exclusive=False, sbatch_options=())
+    one = JobSpec(key="0" * 32, recipe="demo", kind="shards", n_tasks=1, concurrency=1)
+    assert command_line(dataclasses.replace(one, resources=refused)) == command_line(one)
 
 
 def test_a_percent_sign_in_a_path_is_no_symbol_of_sbatchs() -> None:

@@ -1,46 +1,604 @@
-"""Which array a task is in, where there was more than one sbatch for it; the rest is tested on real clusters."""
+"""The scheduler as a state machine: each transition and each ending a row, on a fake cluster, in milliseconds.
+
+What the fake cluster stands for is proved on real ones (`kd_assets_tests/slurm`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 
-from kd_assets.scheduler.slurm.parsing import QueueRow
-from kd_assets.scheduler.slurm.queue import Queue
-from kd_assets.scheduler.slurm.records import Array
-from kd_assets.scheduler.slurm.scheduler import array_of
+from kd_assets.errors import SchedulerError, SchedulerUnreachableError
+from kd_assets.scheduler import Ending, Submission, TaskPhase
+from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S, REPLY_GRACE_S, REQUEUE_GRACE_S
+from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
+from kd_assets_tests.scheduler.slurm.fake_cluster import FakeCluster, MissingCommands, SbatchAnswer
+from kd_assets_tests.scheduler.slurm.site import GRACE_S, POLL_S, Site
 
-LATE = Array(number=1, name="kd-late", first_task=0, n_tasks=2, at=0.0, refused="sbatch gave no answer", absent=True)
-SECOND = Array(number=2, name="kd-second", first_task=0, n_tasks=2, at=60.0, job_id=8)
-
-
-def queue(state: str | None) -> Queue:
-    """The late array's first task in this state; None: it never turned up."""
-    if state is None:
-        return Queue(at=100.0, rows={})
-    row = QueueRow(
-        job_id=7,
-        index=0,
-        name=LATE.name,
-        comment="",
-        state=state,
-        reason="None",
-        node="n1",
-        restarts=0,
-        exit_code=None,
-        submitted_at=None,
-        started_at=None,
-        ended_at=None,
-    )
-    return Queue(at=100.0, rows={LATE.name: {0: row}})
+PATIENCE_S = 30.0 + REPLY_GRACE_S
+"""Until an array of which no answer was heard counts as never come: the command's own time limit comes first."""
 
 
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING"])
-def test_a_job_that_was_taken_for_lost_and_is_at_work_after_all_has_its_tasks(state: str) -> None:
-    assert array_of(0, [LATE, SECOND], queue(state)) == LATE
-    assert array_of(1, [LATE, SECOND], queue(state)) == SECOND, "of the other task it knows nothing"
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
 
 
-@pytest.mark.parametrize("state", [None, "COMPLETED", "CANCELLED by 0"])
-def test_otherwise_the_last_array_that_stands_has_them(state: str | None) -> None:
-    assert array_of(0, [LATE, SECOND], queue(state)) == SECOND
-    assert array_of(0, [LATE], queue(state)) is None
+@pytest.fixture
+def without_accounting(tmp_path: Path) -> Site:
+    return Site(tmp_path, accounting=False)
+
+
+# ------------------------------------------------------------------ submitting
+
+
+def test_a_job_that_sbatch_accepts_is_one_array_and_waits(site: Site) -> None:
+    submission = site.submit(n_tasks=3)
+    states = site.states(submission)
+    assert [(s.phase, s.reason, s.task_id) for s in states] == [
+        (TaskPhase.PENDING, "Priority", f"1_{task}") for task in range(3)
+    ]
+    assert site.cluster.n_asked("sbatch") == 1
+    assert site.scheduler.describe(submission).startswith("SLURM job 1 (kd-demo-teacher-")
+    assert site.scheduler.log_file(submission, 2) == submission.log_folder / "slurm-1_2.log"
+
+
+@pytest.mark.parametrize(
+    ("answer", "n_sbatch", "reason"),
+    [
+        ("accepted", 1, "Priority"),
+        ("pace", 1, "not submitted yet: sbatch: error: Batch job submission failed: Resource temporarily unavailable"),
+        ("accepted, not said", 1, "Priority"),
+        ("not come, not said", 1, "submitted"),
+    ],
+)
+def test_what_sbatch_answered_decides_what_a_task_waits_for_at_the_next_look(
+    site: Site, answer: SbatchAnswer, n_sbatch: int, reason: str
+) -> None:
+    site.cluster.next_answers = [answer]
+    submission = site.submit()
+    state = site.state(submission, after_s=20)
+    assert (state.phase, state.reason) == (TaskPhase.PENDING, reason)
+    assert site.cluster.n_asked("sbatch") == n_sbatch
+
+
+def test_what_can_never_be_granted_is_refused_in_slurms_words_and_leaves_nothing_alive(site: Site) -> None:
+    site.cluster.next_answers = ["impossible"]
+    with pytest.raises(SchedulerError, match=r"SLURM refuses kd-demo-teacher-.*Invalid partition name specified"):
+        site.submit()
+    assert site.scheduler.live("demo", "teacher") == []
+
+
+def test_what_can_no_longer_be_granted_ends_the_tasks_that_were_not_taken(site: Site) -> None:
+    site.cluster.next_answers = ["submit limit", "accepted", "impossible"]
+    submission = site.submit(n_tasks=4)
+    site.cluster.ends(0)
+    site.cluster.ends(1)
+    states = site.states(submission)
+    assert [s.ending for s in states[:2]] == [Ending.EXITED, Ending.EXITED]
+    site.look(submission)
+    assert [s.ending for s in site.states(submission)[2:]] == [Ending.IMPOSSIBLE, Ending.IMPOSSIBLE]
+
+
+def test_a_site_that_takes_no_more_jobs_is_asked_again_after_longer_and_longer_pauses(site: Site) -> None:
+    site.cluster.next_answers = ["pace"] * 6
+    submission, asked_at = site.submit(), [site.clock.now]
+    while site.cluster.next_answers:
+        before = site.cluster.n_asked("sbatch")
+        site.look(submission, after_s=5)
+        if site.cluster.n_asked("sbatch") > before:
+            asked_at.append(site.clock.now)
+    pauses = [after - before for before, after in pairwise(asked_at)]
+    assert pauses == [30, 60, 120, 240, 300]
+    site.look(submission, after_s=300)
+    assert site.state(submission).reason == "Priority"
+
+
+def test_a_limit_on_submitted_tasks_makes_smaller_arrays_that_follow_each_other(tmp_path: Path) -> None:
+    site = Site(tmp_path, concurrency=4)
+    site.cluster.next_answers = ["submit limit"]
+    submission = site.submit(n_tasks=8)
+    assert [len(a.tasks) for a in site.cluster.arrays] == [4], "as many as may run at once"
+    site.cluster.ends(0)
+    site.cluster.ends(1)
+    site.look(submission)
+    site.look(submission)
+    assert [len(a.tasks) for a in site.cluster.arrays] == [4, 2]
+    site.cluster.runs(1, array=1)
+    assert site.states(submission)[5].task_id == "2_1", "task 5 is the second of the second array"
+    assert site.scheduler.log_file(submission, 5).name == "slurm-2_1.log"
+
+
+def test_more_tasks_than_an_array_may_have_are_several_arrays_at_once(tmp_path: Path) -> None:
+    site = Site(tmp_path, max_array_size=5)
+    submission = site.submit(n_tasks=12)
+    assert [len(a.tasks) for a in site.cluster.arrays] == [5, 5, 2]
+    assert [s.task_id for s in site.states(submission)[9:]] == ["2_4", "3_0", "3_1"]
+
+
+def test_a_lost_answer_is_found_in_the_queue_by_the_arrays_name(site: Site) -> None:
+    site.cluster.next_answers = ["accepted, not said"]
+    submission = site.submit()
+    assert site.state(submission, after_s=1).task_id == "1_0"
+    site.cluster.ends(0)
+    assert site.state(submission).ending is Ending.EXITED
+    assert site.cluster.n_asked("sbatch") == 1
+    assert site.scheduler.log_file(submission, 0).name == "slurm-1_0.log"
+
+
+def test_a_lost_answer_of_a_job_that_has_ended_is_found_in_the_accounting(site: Site) -> None:
+    site.cluster.next_answers = ["accepted, not said"]
+    submission = site.submit()
+    site.cluster.ends(0)
+    site.cluster.forgets()
+    assert site.state(submission, after_s=PATIENCE_S - 1).phase is TaskPhase.PENDING
+    assert site.state(submission, after_s=2).ending is Ending.EXITED
+    assert site.cluster.n_asked("sbatch") == 1
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_job_that_never_came_is_submitted_again_after_a_while_and_not_before(
+    tmp_path: Path, accounting: bool
+) -> None:
+    site = Site(tmp_path, accounting=accounting)
+    site.cluster.next_answers = ["not come, not said"]
+    submission = site.submit()
+    site.look(submission, after_s=PATIENCE_S - 1)
+    assert site.cluster.n_asked("sbatch") == 1
+    site.look(submission, after_s=2)
+    assert site.cluster.n_asked("sbatch") == 2
+    assert site.state(submission).task_id == "2_0"
+
+
+@pytest.mark.parametrize(
+    ("state", "has_it"),
+    [("PENDING", True), ("RUNNING", True), ("COMPLETING", True), ("COMPLETED", False), ("CANCELLED by 0", False)],
+)
+def test_a_job_that_came_after_it_was_given_up_has_those_of_its_tasks_that_live(
+    site: Site, state: str, has_it: bool
+) -> None:
+    site.cluster.next_answers = ["not come, not said"]
+    submission = site.submit(n_tasks=2)
+    site.look(submission, after_s=PATIENCE_S + 1)
+    site.cluster.arrives()
+    assert [a.job_id for a in site.cluster.arrays] == [2, 1]
+    site.cluster.task(0, array=1).state = state
+    site.cluster.forgets(1, task=1)
+    assert [s.task_id for s in site.states(submission)] == ["1_0" if has_it else "2_0", "2_1"]
+
+
+def test_nothing_is_submitted_while_an_answer_is_missing(tmp_path: Path) -> None:
+    site = Site(tmp_path, max_array_size=2)
+    site.cluster.next_answers = ["not come, not said"]
+    submission = site.submit(n_tasks=4)
+    site.look(submission, after_s=10)
+    assert site.cluster.n_asked("sbatch") == 1
+    site.look(submission, after_s=PATIENCE_S)
+    assert site.cluster.n_asked("sbatch") == 3
+
+
+def test_a_missing_sbatch_is_an_error_and_not_a_wait(site: Site) -> None:
+    with pytest.raises(SchedulerError, match="is not installed"):
+        site.submit(scheduler=site.process(MissingCommands()))
+
+
+def test_a_missing_batch_script_is_an_error_before_anything_is_written(site: Site) -> None:
+    site.script.unlink()
+    with pytest.raises(SchedulerError, match=r"task\.sbatch is missing"):
+        site.scheduler.submit(job_spec(), write_job_file)
+    assert not site.jobs_folder.exists()
+
+
+# ------------------------------------------------------------------ what a task's state is
+
+
+LIVE = [
+    ("PENDING", "Resources", TaskPhase.PENDING),
+    ("PENDING", "BeginTime", TaskPhase.PENDING),
+    ("REQUEUE_HOLD", "None", TaskPhase.PENDING),
+    ("CONFIGURING", "None", TaskPhase.RUNNING),
+    ("RUNNING", "None", TaskPhase.RUNNING),
+    ("SUSPENDED", "None", TaskPhase.RUNNING),
+    ("COMPLETING", "None", TaskPhase.RUNNING),
+    ("A_WORD_OF_TOMORROW", "None", TaskPhase.PENDING),
+]
+
+
+@pytest.mark.parametrize(("state", "reason", "phase"), LIVE)
+def test_a_task_that_lives(site: Site, state: str, reason: str, phase: TaskPhase) -> None:
+    submission = site.submit()
+    site.cluster.task(0).state, site.cluster.task(0).reason = state, reason
+    found = site.state(submission)
+    assert (found.phase, found.ending, found.exit_code) == (phase, None, None)
+
+
+ENDINGS = [
+    ("COMPLETED", "None", 0, Ending.EXITED, 0),
+    ("FAILED", "NonZeroExitCode", 3 << 8, Ending.EXITED, 3),
+    ("FAILED", "JobLaunchFailure", 9, Ending.KILLED, -9),
+    ("FAILED", "JobLaunchFailure", 53, Ending.LAUNCH_FAILURE, -53),
+    ("OUT_OF_MEMORY", "OutOfMemory", 125, Ending.HOST_MEMORY, -125),
+    ("TIMEOUT", "TimeLimit", 0, Ending.TIME_LIMIT, 0),
+    ("DEADLINE", "DeadLine", 0, Ending.TIME_LIMIT, 0),
+    ("PREEMPTED", "None", 0, Ending.PREEMPTED, None),
+    ("NODE_FAIL", "NodeDown", 0, Ending.NODE_FAILURE, None),
+    ("BOOT_FAIL", "None", 0, Ending.NODE_FAILURE, None),
+    ("CANCELLED by 1000", "None", 0, Ending.CANCELLED, 0),
+]
+
+
+@pytest.mark.parametrize(("state", "reason", "status", "ending", "exit_code"), ENDINGS)
+@pytest.mark.parametrize("seen_in", ["queue", "accounting", "queue, then forgotten"])
+def test_a_task_that_ended(
+    site: Site,
+    state: str,
+    reason: str,
+    status: int,
+    ending: Ending,
+    exit_code: int | None,
+    seen_in: str,
+) -> None:
+    submission = site.submit()
+    site.cluster.runs(0)
+    site.look(submission)
+    site.cluster.ends(0, state, reason=reason, status=status)
+    if seen_in == "accounting":
+        site.cluster.forgets()
+    site.look(submission)
+    found = site.state(submission, after_s=REQUEUE_GRACE_S)
+    if seen_in == "queue, then forgotten":
+        site.cluster.forgets()
+        site.cluster.accounted.clear()
+        found = site.state(submission, after_s=10 * GRACE_S)
+    assert (found.phase, found.ending, found.exit_code) == (TaskPhase.ENDED, ending, exit_code)
+    assert found.node == "n1"
+    assert found.reason.startswith(state)
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL", "BOOT_FAIL"])
+@pytest.mark.parametrize("seen_in", ["queue", "accounting"])
+def test_an_end_that_may_be_taken_back_is_waited_out(site: Site, state: str, seen_in: str) -> None:
+    submission = site.submit()
+    site.cluster.runs(0)
+    site.look(submission)
+    site.cluster.ends(0, state)
+    if seen_in == "accounting":
+        (job,) = site.cluster.arrays
+        site.cluster.forgets()
+    assert site.state(submission).phase is not TaskPhase.ENDED
+    if seen_in == "accounting":
+        site.cluster.arrays.append(job)
+    site.cluster.waits(0, "BeginTime", restarts=1)
+    found = site.state(submission)
+    assert (found.phase, found.reason, found.restarts) == (TaskPhase.PENDING, "BeginTime", 1)
+    site.cluster.runs(0, restarts=1)
+    assert site.state(submission).phase is TaskPhase.RUNNING
+
+
+def test_tasks_whose_indices_slurm_forgot_are_cancelled(site: Site) -> None:
+    submission = site.submit(n_tasks=2)
+    (job,) = site.cluster.arrays
+    cancelled = job.tasks[0]
+    cancelled.state = "CANCELLED by 0"
+    job.tasks = {"N/A": cancelled}  # type: ignore[dict-item]
+    assert [s.ending for s in site.states(submission)] == [Ending.CANCELLED, Ending.CANCELLED]
+
+
+# ------------------------------------------------------------------ absent is not unreachable
+
+
+def test_a_task_that_the_cluster_does_not_know_keeps_its_state_for_a_grace_and_is_lost_after_it(
+    without_accounting: Site,
+) -> None:
+    site = without_accounting
+    submission = site.submit()
+    site.cluster.runs(0)
+    running = site.state(submission)
+    site.cluster.forgets()
+    assert site.state(submission) == running
+    assert site.state(submission, after_s=GRACE_S - 1) == running
+    lost = site.state(submission, after_s=2)
+    assert (lost.phase, lost.ending, lost.node) == (TaskPhase.ENDED, Ending.LOST, "n1")
+    assert "nobody saw it end" in lost.reason
+
+
+def test_a_task_that_comes_back_within_its_grace_has_a_whole_one_the_next_time(without_accounting: Site) -> None:
+    site = without_accounting
+    submission = site.submit()
+    site.cluster.runs(0)
+    site.look(submission)
+    (job,) = site.cluster.arrays
+    for _ in range(3):
+        site.cluster.forgets()
+        assert site.state(submission, after_s=GRACE_S - 1).phase is TaskPhase.RUNNING
+        site.cluster.arrays.append(job)
+        assert site.state(submission).phase is TaskPhase.RUNNING
+
+
+def test_the_time_that_a_cluster_does_not_answer_ends_nothing(without_accounting: Site) -> None:
+    site = without_accounting
+    submission = site.submit()
+    site.cluster.runs(0)
+    running = site.state(submission)
+    site.cluster.is_reachable = False
+    for _ in range(10):
+        poll = site.look(submission, after_s=GRACE_S)
+        assert poll.unreachable is not None
+        assert poll.states[submission] == {0: running}
+    site.cluster.is_reachable = True
+    assert site.state(submission) == running
+
+
+def test_a_process_that_has_seen_nothing_knows_nothing_while_the_cluster_does_not_answer(site: Site) -> None:
+    submission = site.submit(n_tasks=2)
+    site.cluster.ends(0)
+    site.look(submission)
+    site.cluster.is_reachable = False
+    poll = site.look(submission, scheduler=site.process())
+    assert [s.phase for s in poll.states[submission].values()] == [TaskPhase.ENDED, TaskPhase.PENDING]
+    assert "the cluster does not answer" in poll.states[submission][1].reason
+
+
+def test_a_grace_goes_on_in_another_process(without_accounting: Site) -> None:
+    site = without_accounting
+    submission = site.submit()
+    site.look(submission)
+    site.cluster.forgets()
+    site.look(submission)
+    assert site.state(submission, after_s=GRACE_S + 1, scheduler=site.process()).ending is Ending.LOST
+
+
+def test_an_answer_older_than_a_submission_says_nothing_about_it(site: Site) -> None:
+    first = site.submit()
+    site.look(first)
+    site.clock.now += POLL_S / 2
+    second = site.submit(key="f" * 32)
+    poll = site.scheduler.poll([first, second])
+    assert poll.states[second][0].phase is TaskPhase.PENDING
+    assert site.cluster.n_asked("squeue") == 1, "the answer of half an interval ago does for both"
+
+
+def test_a_queue_that_nobody_can_ask_leaves_accounting_alone(site: Site) -> None:
+    submission = site.submit()
+    site.look(submission)
+    assert site.cluster.n_asked("sacct") == 0
+    site.cluster.forgets()
+    site.look(submission)
+    assert site.cluster.n_asked("sacct") == 1
+
+
+# ------------------------------------------------------------------ nodes that fail
+
+
+def requeued_from(site: Site, node_state: str) -> Submission:
+    submission = site.submit()
+    site.cluster.runs(0, node="n7")
+    site.look(submission)
+    site.cluster.node_states["n7"] = node_state
+    site.cluster.waits(0, "BeginTime", restarts=1)
+    return submission
+
+
+def test_a_requeued_task_is_kept_from_the_node_that_failed_besides_those_it_is_kept_from_already(site: Site) -> None:
+    submission = requeued_from(site, "down*")
+    site.cluster.task(0).excluded = ["n2"]
+    poll = site.look(submission)
+    assert site.cluster.task(0).excluded == ["n2", "n7"]
+    assert poll.states[submission][0].failed_nodes == ("n7",)
+    assert "its node n7 is down* and is excluded from now on" in poll.notices[0]
+    site.cluster.runs(0, node="n1", restarts=1)
+    assert site.state(submission).failed_nodes == ("n7",)
+
+
+def test_a_task_that_was_requeued_from_a_sound_node_may_go_back_to_it(site: Site) -> None:
+    submission = requeued_from(site, "idle")
+    assert site.state(submission).failed_nodes == ()
+    assert site.cluster.task(0).excluded == []
+
+
+def test_a_task_that_was_started_elsewhere_before_anybody_looked_names_its_failed_node(site: Site) -> None:
+    submission = requeued_from(site, "drained")
+    site.cluster.runs(0, node="n1", restarts=1)
+    assert site.state(submission).failed_nodes == ("n7",)
+    assert site.cluster.task(0).excluded == []
+
+
+# ------------------------------------------------------------------ tasks that wait for ever
+
+
+def test_a_task_whose_launch_failed_is_released_once_and_runs(site: Site) -> None:
+    submission = site.submit()
+    site.cluster.waits(0, "launch failed requeued held")
+    poll = site.look(submission)
+    assert "is held by SLURM (launch failed requeued held): released once" in poll.notices[0]
+    assert site.cluster.task(0).reason == "None"
+    site.cluster.runs(0)
+    assert site.state(submission).phase is TaskPhase.RUNNING
+
+
+@pytest.mark.parametrize("process", ["the same", "another"])
+def test_a_task_that_is_held_again_is_given_up_and_leaves_the_queue(site: Site, process: str) -> None:
+    submission = site.submit()
+    site.cluster.waits(0, "JobHoldMaxRequeue")
+    site.look(submission)
+    site.cluster.waits(0, "JobHoldMaxRequeue")
+    scheduler = site.scheduler if process == "the same" else site.process()
+    found = site.state(submission, after_s=6, scheduler=scheduler)
+    assert (found.ending, found.reason) == (Ending.HELD, "SLURM cannot start it: JobHoldMaxRequeue")
+    assert site.cluster.task(0).state == "CANCELLED by 0"
+    assert site.state(submission).ending is Ending.HELD, "and not cancelled"
+
+
+def test_what_somebody_holds_stays_held(site: Site) -> None:
+    submission = site.submit()
+    site.cluster.waits(0, "JobHeldUser")
+    for _ in range(3):
+        assert site.state(submission).phase is TaskPhase.PENDING
+    assert site.cluster.n_asked("scontrol") == 1, "for MaxArraySize"
+
+
+@pytest.mark.parametrize("reason", ["PartitionTimeLimit", "BadConstraints", "QOSMaxCpuPerJobLimit", "InvalidQOS"])
+def test_a_task_that_can_never_start_is_given_up_and_leaves_the_queue(site: Site, reason: str) -> None:
+    submission = site.submit()
+    site.cluster.waits(0, reason)
+    found = site.state(submission)
+    assert (found.ending, found.reason) == (Ending.IMPOSSIBLE, f"SLURM cannot start it: {reason}")
+    assert site.cluster.task(0).state == "CANCELLED by 0"
+
+
+# ------------------------------------------------------------------ finding live jobs
+
+
+def test_a_live_job_is_found_by_a_process_that_knows_nothing_of_it(site: Site) -> None:
+    submission = site.submit()
+    assert site.process().live("demo", "teacher") == [submission]
+    assert site.process().live("demo", "shards") == site.process().live("other", "teacher") == []
+
+
+@pytest.mark.parametrize(
+    ("becomes", "is_live"),
+    [
+        (lambda cluster: cluster.runs(0), True),
+        (lambda cluster: cluster.ends(0), False),
+        (lambda cluster: cluster.ends(0, "FAILED", status=256), False),
+        (lambda cluster: cluster.ends(0, "PREEMPTED"), True),
+        (lambda cluster: cluster.forgets(), True),
+    ],
+    ids=["runs", "completed", "failed", "may be requeued", "not known"],
+)
+def test_whether_a_job_lives(without_accounting: Site, becomes: Callable[[FakeCluster], None], is_live: bool) -> None:
+    site = without_accounting
+    submission = site.submit()
+    becomes(site.cluster)
+    site.clock.now += POLL_S
+    assert site.process().live("demo", "teacher") == ([submission] if is_live else [])
+
+
+def test_looking_for_live_jobs_submits_and_releases_nothing(site: Site) -> None:
+    site.cluster.next_answers = ["pace"]
+    submission = site.submit()
+    site.clock.now += 1000
+    assert site.process().live("demo", "teacher") == [submission]
+    assert site.cluster.n_asked("sbatch") == 1
+    site.look(submission)
+    site.cluster.waits(0, "launch failed requeued held")
+    site.clock.now += 1000
+    site.process().live("demo", "teacher")
+    assert site.cluster.task(0).reason == "launch failed requeued held"
+
+
+def test_nobody_knows_what_lives_while_the_cluster_does_not_answer(site: Site) -> None:
+    site.submit()
+    site.cluster.is_reachable = False
+    site.clock.now += POLL_S
+    with pytest.raises(SchedulerUnreachableError):
+        site.process().live("demo", "teacher")
+
+
+def test_the_same_work_submitted_again_is_the_next_number_and_alone_may_live(site: Site) -> None:
+    first = site.submit()
+    site.cluster.ends(0)
+    site.look(first)
+    second = site.submit()
+    assert (first.folder.name, second.folder.name) == ("0001", "0002")
+    assert site.process().live("demo", "teacher") == [second]
+
+
+# ------------------------------------------------------------------ cancelling
+
+
+def test_cancelling_returns_once_no_task_is_alive(site: Site) -> None:
+    site.cluster.kills_slowly = True
+    submission, before = site.submit(n_tasks=2), site.clock.now
+    site.cluster.runs(0)
+    sleep = site.clock.sleep
+
+    def sleep_until_killed(seconds: float) -> None:
+        sleep(seconds)
+        if site.clock.now > before + 40:
+            site.cluster.kills()
+
+    site.clock.sleep = sleep_until_killed  # type: ignore[method-assign]
+    scheduler = site.process()
+    scheduler.cancel([submission])
+    assert 40 < site.clock.now - before < 50
+    assert site.cluster.n_asked("scancel") == 2, "once more after SLURM's KillWait"
+    assert [s.ending for s in site.states(submission)] == [Ending.CANCELLED, Ending.CANCELLED]
+
+
+def test_nothing_more_of_a_cancelled_job_is_submitted(site: Site) -> None:
+    site.cluster.next_answers = ["pace"]
+    submission = site.submit()
+    site.scheduler.cancel([submission])
+    found = site.state(submission, after_s=1000)
+    assert (found.ending, found.reason) == (Ending.CANCELLED, "cancelled before it was submitted")
+    assert site.cluster.n_asked("sbatch") == 1
+    assert site.process().live("demo", "teacher") == []
+
+
+def test_cancelling_waits_for_a_job_whose_answer_was_lost(site: Site) -> None:
+    site.cluster.next_answers = ["not come, not said"]
+    submission, before = site.submit(), site.clock.now
+    site.scheduler.cancel([submission])
+    assert site.clock.now - before > PATIENCE_S, "until it is known that none came"
+    site.cluster.next_answers = ["accepted, not said"]
+    second = site.submit(key="e" * 32)
+    site.scheduler.cancel([second])
+    assert site.cluster.task(0).state == "CANCELLED by 0"
+
+
+def test_cancelling_without_an_answer_says_what_to_do_by_hand(site: Site) -> None:
+    submission, before = site.submit(), site.clock.now
+    site.cluster.is_reachable = False
+    with pytest.raises(SchedulerUnreachableError, match=r"By hand: scancel --name=kd-demo-teacher-.*\.1-"):
+        site.scheduler.cancel([submission])
+    assert site.clock.now - before >= CANCEL_PATIENCE_S
+    site.cluster.is_reachable = True
+    assert site.state(submission).phase is TaskPhase.PENDING
+    site.cluster.forgets()
+    assert site.state(submission, after_s=PATIENCE_S).phase is TaskPhase.PENDING
+    assert site.cluster.n_asked("sbatch") == 1, "its mark stays"
+
+
+# ------------------------------------------------------------------ accounting
+
+
+def test_accounting_has_every_attempt_under_the_task_of_the_job(tmp_path: Path) -> None:
+    site = Site(tmp_path, max_array_size=2)
+    submission = site.submit(n_tasks=3)
+    site.cluster.ends(0, "NODE_FAIL", array=1)
+    site.cluster.ends(0, "COMPLETED", array=1)
+    attempts = site.scheduler.accounting(submission)
+    assert {task: [a.state for a in found] for task, found in attempts.items()} == {2: ["NODE_FAIL", "COMPLETED"]}
+
+
+def test_without_accounting_there_is_none_and_it_is_asked_for_once(without_accounting: Site) -> None:
+    site = without_accounting
+    submission = site.submit()
+    assert [site.scheduler.accounting(submission) for _ in range(3)] == [{}, {}, {}]
+    assert site.cluster.n_asked("sacct") == 1
+
+
+# ------------------------------------------------------------------ what it costs the site
+
+
+def test_all_processes_of_a_deployment_share_one_question_an_interval(site: Site) -> None:
+    submissions = [site.submit(key=f"{i}" * 32) for i in range(3)]
+    processes = [site.process() for _ in range(4)]
+    for _ in range(5):
+        site.clock.now += POLL_S
+        for process in processes:
+            process.poll(submissions)
+    assert site.cluster.n_asked("squeue") == 5
+    assert site.cluster.n_asked("sacct") == 0
+
+
+def test_a_clock_that_was_set_back_makes_no_answer_last_for_ever(site: Site) -> None:
+    submission = site.submit()
+    site.look(submission)
+    site.clock.now -= 10_000
+    site.cluster.runs(0)
+    assert site.scheduler.poll([submission]).states[submission][0].phase is TaskPhase.RUNNING
