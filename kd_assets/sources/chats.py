@@ -129,17 +129,16 @@ class ChatRenderer:
         from jinja2 import TemplateError
 
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=template or self._template,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                )
+            (text,) = self._tokenizer.apply_chat_template(
+                [messages],  # a batch of one: of a single chat it looks at the first message, and there may be none
+                chat_template=template or self._template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
             # A template is a program: it raises on purpose ("roles must alternate") and by mistake.
             raise BadRecordError(f"{record.where}: the chat template refuses the messages: {e}") from e
+        return str(text)
 
 
 def spans_between_marks(followed: str, text: str) -> list[TextSpan] | None:

@@ -99,7 +99,10 @@ def _tokenizer_model(path: Path) -> tuple[Encode, Sequence[str]]:
 
 
 def _sentencepiece(path: Path) -> tuple[Encode, Sequence[str]]:
-    sentencepiece = _library("sentencepiece", path)
+    try:
+        import sentencepiece
+    except ImportError as e:
+        raise _not_installed("sentencepiece", path) from e
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as e:
@@ -117,8 +120,11 @@ def _tiktoken(path: Path) -> tuple[Encode, Sequence[str]]:
 
 
 def _tekken(path: Path) -> tuple[Encode, Sequence[str]]:
-    module = _library("mistral_common.tokens.tokenizers.tekken", path, package="mistral-common")
-    tokenizer = module.Tekkenizer.from_file(str(path))
+    try:
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    except ImportError as e:
+        raise _not_installed("mistral-common", path) from e
+    tokenizer = Tekkenizer.from_file(str(path))
     return lambda text: tokenizer.encode(text, bos=False, eos=False), ()
 
 
@@ -141,16 +147,10 @@ def _is_tiktoken(path: Path) -> bool:
     return bool(token) and rank.isdigit()
 
 
-def _library(module: str, path: Path, *, package: str | None = None) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        name = package or module
-        raise MissingInputError(
-            f"{path} can only be checked by its own library: pip install {name} in the compute environment"
-        ) from e
+def _not_installed(package: str, path: Path) -> MissingInputError:
+    return MissingInputError(
+        f"{path} can only be checked by its own library: pip install {package} in the compute environment"
+    )
 
 
 def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
