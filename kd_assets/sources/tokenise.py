@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.contract import ShardsParams
+from kd_assets.durable import storage_error
 from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherChangedError
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
@@ -143,7 +144,7 @@ class DocumentTokeniser:
 def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
     """The tokenizer of the job, from local files. Raises TeacherChangedError when it is not the one planned with.
 
-    Also MissingInputError and InputError, when it is not there or cannot be loaded.
+    Also MissingInputError and InputError, when it is not there or cannot be loaded, and StorageUnavailableError.
     """
     folder = model_folder(params.tokenizer, params.revision)
     found = tokenizer_fingerprint(folder, None)
@@ -157,6 +158,8 @@ def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # the tokenizers library raises bare Exception
+        if isinstance(e, OSError) and e.errno is not None:
+            raise storage_error(e, folder, "read") from e
         if "trust_remote_code" in str(e):
             raise InputError(
                 f"the tokenizer in {folder} needs Python code that comes with it, which never runs here "

@@ -7,11 +7,12 @@ of the project asks this module and never joins such a path itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from kd_assets.durable import listing
-from kd_assets.errors import InputError
+from kd_assets.durable import listing, mode_if_there
+from kd_assets.errors import InputError, MissingInputError
 
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
@@ -73,6 +74,42 @@ def count_durable_files(folders: Iterable[Path]) -> int:
     StorageUnavailableError.
     """
     return sum(not name.startswith(".") and name != JOURNAL_NAME for folder in folders for name in listing(folder))
+
+
+def require_folder(path: Path) -> None:
+    """Raise MissingInputError where there is no such folder, StorageUnavailableError where that cannot be told."""
+    mode = mode_if_there(path)
+    if mode is None:
+        raise MissingInputError(f"{path} does not exist")
+    if not stat.S_ISDIR(mode):
+        raise MissingInputError(f"{path} is not a folder")
+
+
+def result_folders(path: Path) -> Iterator[Path]:
+    """Every folder at or below `path` that is a result's by its name or by its manifest, in their order."""
+    names = listing(path)
+    if MANIFEST_NAME in names or (
+        is_result_folder_name(path.name) and is_variant_name(path.absolute().parent.parent.name)
+    ):
+        yield path
+        return
+    for folder in _folders_of(path, names):
+        yield from result_folders(folder)
+
+
+def head_files(path: Path) -> Iterator[Path]:
+    """Every `head.json` at or below `path`, in their order."""
+    if is_result_folder_name(path.name):
+        return
+    names = listing(path)
+    if HEAD_NAME in names and is_variant_name(path.absolute().parent.name):
+        yield path / HEAD_NAME
+    for folder in _folders_of(path, names):
+        yield from head_files(folder)
+
+
+def _folders_of(path: Path, names: Mapping[str, bool]) -> list[Path]:
+    return [path / name for name, is_folder in names.items() if is_folder]
 
 
 def is_result_folder_name(name: str) -> bool:

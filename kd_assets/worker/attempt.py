@@ -94,12 +94,13 @@ def hold_task(path: Path, attempt: Attempt, *, report: Reporter, stop: StopFlag)
     lease, waits = Lease(path), False
     while True:
         try:
-            prepare_folder(path.parent)
-            lease.acquire(attempt.facts())
-            return lease
-        except ResultBusyError:
-            # Nothing to read: it was locked a moment ago, or its holder's words have not come over the network yet.
-            holder = lease.holder()
+            try:
+                prepare_folder(path.parent)
+                lease.acquire(attempt.facts())
+                return lease
+            except ResultBusyError:
+                # None: it was locked a moment ago, or its holder's words have not come over the network yet.
+                holder = lease.holder()
         except StorageUnavailableError as e:
             report.emit("warning", message=f"whether another copy of this task runs cannot be told: {e}")
             return None

@@ -5,6 +5,7 @@ The other half of `test_golden_store`: the golden store in a deployment at anoth
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -19,7 +20,8 @@ import pytest
 import torch
 
 from kd_assets.contract import CACHES, EmbeddingParams, HiddenStateParams, StudentParams, TopkParams
-from kd_assets.store import verify
+from kd_assets.orchestration.materialize import planner_of
+from kd_assets.store import committed, computing_versions, read_manifest, verify
 from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets_tests.golden.deployment import GoldenDeployment, write_project
 from kd_assets_tests.golden.facts import FOLDER, KEPT, RECIPE, expected, results_of
@@ -164,6 +166,52 @@ def test_a_cache_that_was_lost_is_made_again_and_is_the_same_result(golden: Gold
     assert len(golden.submissions) == 1
     assert json.loads((folder / "manifest.json").read_bytes())["fingerprint"] == of_then["fingerprint"]
     assert len(TeacherCacheDataset.from_recipe(golden.recipe_folder)) == len(expected()["samples"])
+
+
+@pytest.mark.parametrize(
+    ("version", "stale"),
+    [
+        ("TOKENISING_VERSION", {"shards_manifest"}),
+        ("PASS_VERSION", set(CACHES)),
+        ("DRAWS_VERSION", {"topk_cache"}),
+    ],
+)
+def test_a_raised_version_of_what_computes_makes_exactly_its_own_results_stale(
+    golden: GoldenDeployment, monkeypatch: pytest.MonkeyPatch, version: str, stale: set[str]
+) -> None:
+    planner = planner_of(golden.recipe, golden.platform)
+    shards = planner.make_plan().shards
+    committed_shards = [committed(Path(o.path), o.fingerprint) for o in map(planner.shards_output, shards)]
+    code_versions = {asset: golden.recipe.code_version(asset) for asset in golden.everything}
+
+    monkeypatch.setattr(computing_versions, version, 2)
+    found = {asset for asset in golden.everything if golden.recipe.code_version(asset) != code_versions[asset]}
+    assert found == stale, "in Dagster"
+    missing = set()
+    for shard, manifest in zip(shards, committed_shards, strict=True):
+        assert manifest is not None
+        outputs = [planner.shards_output(shard)]
+        # Of the shard of then: one that comes out the same keeps its caches.
+        outputs += [planner.cache_output(asset, shard.partition_key, manifest) for asset in CACHES]
+        missing |= {(o.asset, shard.partition_key) for o in outputs if committed(Path(o.path), o.fingerprint) is None}
+    assert missing == {(asset, shard.partition_key) for asset in stale for shard in shards}, "in the store"
+
+
+def test_a_raised_version_of_the_draws_leaves_a_cache_without_draws_alone(
+    golden: GoldenDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(golden.recipe, topk=TopkParams(k=4, max_length=24))
+    planner = planner_of(recipe, golden.platform)
+    shard = planner.make_plan().shards[0]
+    manifest = read_manifest(Path(planner.shards_output(shard).path))
+
+    def named() -> tuple[str, str]:
+        output = planner.cache_output("topk_cache", shard.partition_key, manifest)
+        return recipe.code_version("topk_cache"), output.fingerprint
+
+    before = named()
+    monkeypatch.setattr(computing_versions, "DRAWS_VERSION", 2)
+    assert named() == before
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from kd_assets.store import (
     canonical_json,
     commit_file_result,
     committed,
+    computing_versions,
     encode_topk,
     fingerprint,
     part_stats,
@@ -790,6 +791,31 @@ def test_numbers_behind_the_draws_can_be_had_from_numpy_alone() -> None:
     assert expected[0] == 0.13234221935272217
     assert uniforms(7, "document-0", 1, 3).tolist() == [expected[:3]]
     assert uniforms(8, "document-0", 1, 3).tolist() != uniforms(7, "document-1", 1, 3).tolist() != [expected[:3]]
+
+
+# --------------------------------------------------------------------------------------------------------- versions
+
+
+def test_versions_of_what_computes_are_in_an_identity_once_they_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[F52] That they are in those that the planner makes is in the golden store's tests."""
+    assets: list[tuple[Asset, dict[str, Any]]] = [
+        ("shards_manifest", {}),
+        ("topk_cache", {"draws": 3}),
+        *((cache, {}) for cache in CACHES),
+        ("student_smoke", {}),
+    ]
+    versions = ("TOKENISING_VERSION", "PASS_VERSION", "DRAWS_VERSION")
+    for name in versions:
+        monkeypatch.setattr(computing_versions, name, 1)
+    assert [computing_versions.computing_versions(*asset) for asset in assets] == [{}] * 6
+    for raised, name in enumerate(versions, start=2):
+        monkeypatch.setattr(computing_versions, name, raised)
+    assert [computing_versions.computing_versions(*asset) for asset in assets] == [
+        {"tokenising_version": 2},
+        {"pass_version": 3, "draws_version": 4},
+        *[{"pass_version": 3}] * 3,
+        {},
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ golden

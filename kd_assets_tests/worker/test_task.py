@@ -28,7 +28,7 @@ from kd_assets.errors import (
     StorageUnreachableError,
     StoreError,
 )
-from kd_assets.store import commit_file_result, plan_output
+from kd_assets.store import commit_file_result, computing_versions, plan_output
 from kd_assets.worker import task as task_module
 from kd_assets.worker.attempt import Attempt, starts_of
 from kd_assets.worker.main import share_node
@@ -283,6 +283,26 @@ def test_nothing_is_loaded_or_read_for_partitions_that_are_all_computed_elsewher
     assert harness.run(lambda unit: pytest.fail("ran what another task computes")) == 0
     assert harness.n_loads == 0
     assert [e["reused"] for e in harness.events("committed")] == [True, True]
+
+
+def test_a_node_with_another_version_of_what_computes_makes_nothing_under_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = plan_output(
+        "shards_manifest",
+        {"tokenising_version": 2, "input": "records"},
+        recipe_folder=tmp_path / "store" / "demo",
+        partition_key="p1",
+    )
+    harness = Harness(tmp_path, ["p0"])
+    harness.units += (WorkUnit(partition_key="p1", outputs=(shard,)),)
+    assert harness.run(nothing) == 1
+    assert [e["partition_key"] for e in harness.events("committed")] == ["p0"]
+    (failed,) = harness.events("partition_failed")
+    assert (failed["partition_key"], failed["error"]) == ("p1", "ContractError")
+    assert "{'tokenising_version': 2}, this node computes with versions of 1: install the same" in failed["message"]
+    monkeypatch.setattr(computing_versions, "TOKENISING_VERSION", 2)
+    assert harness.run(nothing) == 0
 
 
 # ---------------------------------------------------------------------- storage that does not answer

@@ -6,17 +6,14 @@ wrong with: results that are still being made, files of nobody's.
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kd_assets.durable import file_sha256, listing, mode_if_there, size_if_there
+from kd_assets.durable import file_sha256, listing, size_if_there
 from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
-    MissingInputError,
     NotCommittedError,
     StorageUnavailableError,
     StoreError,
@@ -31,14 +28,15 @@ from kd_assets.store.checking.rows import (
 )
 from kd_assets.store.layout import (
     FOLDER_FINGERPRINT_LENGTH,
-    HEAD_NAME,
     JOURNAL_NAME,
     LEASE_NAME,
     MANIFEST_NAME,
     count_durable_files,
-    is_result_folder_name,
+    head_files,
     is_variant_name,
     recipe_folder_of,
+    require_folder,
+    result_folders,
 )
 from kd_assets.store.manifest import Manifest, PartRecord, audited_commits, head_fingerprint, read_manifest
 from kd_assets.store.partfile import PartFile
@@ -114,46 +112,11 @@ def verify(path: Path) -> VerifyReport:
     verifier = _Verifier()
     for folder in result_folders(path):
         verifier.result(folder)
-    for head in _heads(path):
+    for head in head_files(path):
         verifier.head(head)
     if not verifier.n_seen and not verifier.problems:
         raise NotCommittedError(f"{path} holds no results: give a result folder, a recipe's folder or a store's root")
     return verifier.report(path)
-
-
-def require_folder(path: Path) -> None:
-    """Raise MissingInputError where there is no such folder, StorageUnavailableError where that cannot be told."""
-    mode = mode_if_there(path)
-    if mode is None:
-        raise MissingInputError(f"{path} does not exist")
-    if not stat.S_ISDIR(mode):
-        raise MissingInputError(f"{path} is not a folder")
-
-
-def result_folders(path: Path) -> Iterator[Path]:
-    """Every folder at or below `path` that is a result's by its name or by its manifest, in their order."""
-    names = listing(path)
-    if MANIFEST_NAME in names or (
-        is_result_folder_name(path.name) and is_variant_name(path.absolute().parent.parent.name)
-    ):
-        yield path
-        return
-    for folder in _folders_of(path, names):
-        yield from result_folders(folder)
-
-
-def _heads(path: Path) -> Iterator[Path]:
-    if is_result_folder_name(path.name):
-        return
-    names = listing(path)
-    if HEAD_NAME in names and is_variant_name(path.absolute().parent.name):
-        yield path / HEAD_NAME
-    for folder in _folders_of(path, names):
-        yield from _heads(folder)
-
-
-def _folders_of(path: Path, names: Mapping[str, bool]) -> list[Path]:
-    return [path / name for name, is_folder in names.items() if is_folder]
 
 
 class _Verifier:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.errors import CorruptManifestError, NotCommittedError
-from kd_assets.store.checking.verify import require_folder, result_folders
 from kd_assets.store.fingerprint import INPUT_KEY
+from kd_assets.store.layout import require_folder, result_folders
 from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_manifest
 from kd_assets.store.reading.reader import CacheReader
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -20,22 +19,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_assets.contract import Output, decode
+from kd_assets.contract import Output
 from kd_assets.durable import (
     TEMPORARY_SUFFIX,
     HashingFile,
     Lease,
-    append_line,
     atomic_file,
     atomic_write,
     file_sha256,
     listing,
     prepare_folder,
-    read_if_there,
     remove_file,
     size_if_there,
 )
-from kd_assets.errors import ContractError, CorruptManifestError, CorruptPartError, NotCommittedError, ResultBusyError
+from kd_assets.errors import ContractError, CorruptPartError, NotCommittedError, ResultBusyError
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint, variant_of
 from kd_assets.store.layout import (
     JOURNAL_NAME,
@@ -55,6 +52,7 @@ from kd_assets.store.manifest import (
     write_head,
 )
 from kd_assets.store.partfile import part_suffix, write_table
+from kd_assets.store.writing.journal import Journal, occupied
 
 
 def utc_now() -> datetime.datetime:
@@ -87,6 +85,7 @@ class ResultWriter:
             )
         self._output, self._recipe, self._partition_key, self._clock = output, recipe, partition_key, clock
         self._lease = Lease(self.folder / LEASE_NAME)
+        self._journal = Journal(self.folder / JOURNAL_NAME, output.fingerprint)
         self._finished: dict[int, PartRecord] = {}
         self._committed: Manifest | None = None
         self.forgotten: tuple[str, ...] = ()
@@ -163,7 +162,7 @@ class ResultWriter:
             return self._committed
         manifest = self._manifest(checks=checks, provenance=provenance, facts=facts)
         if not self._finished:  # a commit needs its journal beside it, and without parts there is none yet
-            self._rewrite_journal()
+            self._journal.rewrite(self._finished.values())
         atomic_write(self.folder / MANIFEST_NAME, manifest.to_json().encode())
         self._committed = manifest
         _finish_commit(self.folder, manifest, is_new=True)
@@ -183,7 +182,7 @@ class ResultWriter:
         """
         if self._committed is None:  # files of two attempts do not belong together
             self._finished.clear()
-            self._rewrite_journal()
+            self._journal.rewrite(self._finished.values())
         for index, name in enumerate(sorted(files)):
             self.write_file(index, name, files[name])
         return self.commit(parts=len(self._finished), checks=checks, provenance=provenance, facts=facts)
@@ -210,7 +209,7 @@ class ResultWriter:
             sha256=file.sha256,
             stats={key: float(value) for key, value in stats.items()},
         )
-        append_line(self.folder / JOURNAL_NAME, self._journal_line(record))
+        self._journal.append(record)
         self._finished[index] = record
 
     def _manifest(
@@ -247,8 +246,8 @@ class ResultWriter:
         except NotCommittedError:
             manifest = None
         if manifest is not None and manifest.fingerprint != self._output.fingerprint:
-            raise self._occupied(MANIFEST_NAME, manifest.fingerprint)
-        records, journal_is_whole = (manifest.parts, True) if manifest is not None else self._read_journal()
+            raise occupied(self.folder / MANIFEST_NAME, manifest.fingerprint, self._output.fingerprint)
+        records, journal_is_whole = (manifest.parts, True) if manifest is not None else self._journal.read()
         reasons = []
         self._finished.clear()
         for record in records:
@@ -261,43 +260,9 @@ class ResultWriter:
         if manifest is not None and not reasons:
             self._committed = manifest
         elif reasons or not journal_is_whole:
-            self._rewrite_journal()
+            self._journal.rewrite(self._finished.values())
             if manifest is not None:  # damaged after its commit: from here on it is an unfinished result like others
                 remove_file(self.folder / MANIFEST_NAME)
-
-    def _read_journal(self) -> tuple[list[PartRecord], bool]:
-        """The journal's records, and whether all of it could be read: a kill leaves half a last line."""
-        path = self.folder / JOURNAL_NAME
-        lines = (read_if_there(path) or b"").splitlines(keepends=True)
-        records: dict[int, PartRecord] = {}
-        is_whole = True
-        for line in lines:
-            try:
-                raw = json.loads(line)
-                record = decode(PartRecord, raw["part"], where=str(path))
-                if not line.endswith(b"\n"):
-                    raise ValueError("no newline")
-            except (ValueError, KeyError, TypeError, ContractError):
-                is_whole = False
-                continue
-            if raw.get("fingerprint") != self._output.fingerprint:
-                raise self._occupied(JOURNAL_NAME, str(raw.get("fingerprint")))
-            records[record.index] = record
-        return list(records.values()), is_whole
-
-    def _rewrite_journal(self) -> None:
-        lines = [json.dumps(self._journal_line(r), sort_keys=True) for r in self._finished.values()]
-        atomic_write(self.folder / JOURNAL_NAME, "".join(f"{line}\n" for line in lines).encode())
-
-    def _journal_line(self, record: PartRecord) -> dict[str, Any]:
-        part = {name: getattr(record, name) for name in PartRecord.__dataclass_fields__}
-        return {"fingerprint": self._output.fingerprint, "part": part}
-
-    def _occupied(self, name: str, found: str) -> CorruptManifestError:
-        return CorruptManifestError(
-            f"{self.folder / name} is of fingerprint {found}, expected {self._output.fingerprint}: something else is "
-            "in this folder, and it is not overwritten; move it away"
-        )
 
 
 def commit_file_result(
