@@ -21,7 +21,7 @@ from kd_assets.diagnose.node_probe import Probe, probe_argv, read_answer
 from kd_assets.diagnose.nodes import probe_findings
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import Profile, Resources
-from kd_assets.scheduler.slurm.parsing import PartitionInfo
+from kd_assets.scheduler.slurm.commands.parsing import PartitionInfo
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
 
 USAGE = namedtuple("USAGE", "total used free")
