@@ -12,9 +12,9 @@ from kd_assets.diagnose.preview import UNKNOWN_KEY, resources_in_words
 from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import JobSpec, Profile, Resources, SlurmScheduler
-from kd_assets.scheduler.slurm.client import Slurm
-from kd_assets.scheduler.slurm.command import CommandMissingError, CommandRunner
-from kd_assets.scheduler.slurm.parsing import PartitionInfo
+from kd_assets.scheduler.slurm.commands.client import Slurm
+from kd_assets.scheduler.slurm.commands.parsing import PartitionInfo
+from kd_assets.scheduler.slurm.commands.runners import CommandMissingError, CommandRunner
 
 KINDS: tuple[JobKind, ...] = get_args(JobKind)
 

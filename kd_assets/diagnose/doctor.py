@@ -22,7 +22,7 @@ from kd_assets.errors import KdAssetsError, StorageUnavailableError
 from kd_assets.orchestration.platform import Platform, secrets_set
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import Profile, Resources
-from kd_assets.scheduler.slurm.command import command_runner_for
+from kd_assets.scheduler.slurm.commands.runners import command_runner_for
 
 PART_SUFFIXES = (".parquet", ".arrow", ".safetensors")
 """Files of numbers, which no secret can have got into; they are nearly all of a store."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.scheduler import Resources
-from kd_assets.scheduler.slurm.command import CommandRunner
-from kd_assets.scheduler.slurm.parsing import Accepted, read_submit_answer
-from kd_assets.scheduler.slurm.states import ENDED_STATES, base_state
+from kd_assets.scheduler.slurm.commands.parsing import Accepted, read_submit_answer
+from kd_assets.scheduler.slurm.commands.runners import CommandRunner
+from kd_assets.scheduler.slurm.commands.states import ENDED_STATES, base_state
 
 GONE = "GONE"
 """Our word for a job that SLURM has forgotten."""

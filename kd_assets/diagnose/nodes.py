@@ -15,7 +15,7 @@ from kd_assets.errors import MissingInputError
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import Profile, Resources, SlurmScheduler
-from kd_assets.scheduler.slurm.command import CommandRunner
+from kd_assets.scheduler.slurm.commands.runners import CommandRunner
 
 # ----------------------------------------------------------------------------------------------------------- test jobs
 

@@ -24,7 +24,7 @@ from kd_assets.diagnose.nodes import probe_findings
 from kd_assets.model_files import digests
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import Profile, Resources
-from kd_assets.scheduler.slurm.parsing import PartitionInfo
+from kd_assets.scheduler.slurm.commands.parsing import PartitionInfo
 from kd_assets_tests.model_files.hub_cache import link_blob
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
 

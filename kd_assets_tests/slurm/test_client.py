@@ -12,11 +12,11 @@ import pytest
 
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.job import Ending, JobSpec, Resources
-from kd_assets.scheduler.slurm.client import Slurm, sbatch_argv
-from kd_assets.scheduler.slurm.command import CommandRunner, LocalRunner, SshRunner
-from kd_assets.scheduler.slurm.parsing import Accepted, QueueRow, Refused, Unknown
+from kd_assets.scheduler.slurm.commands.client import Slurm, sbatch_argv
+from kd_assets.scheduler.slurm.commands.parsing import Accepted, QueueRow, Refused, Unknown
+from kd_assets.scheduler.slurm.commands.runners import CommandRunner, LocalRunner, SshRunner
+from kd_assets.scheduler.slurm.commands.states import ending_of, is_held_launch, is_impossible_wait
 from kd_assets.scheduler.slurm.profile import Profile
-from kd_assets.scheduler.slurm.states import ending_of, is_held_launch, is_impossible_wait
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.conftest import SshLogin
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from kd_assets.scheduler.slurm import scheduler as slurm_scheduler
+from kd_assets.scheduler.slurm import task_states
 from kd_assets.scheduler.submissions import read_spec
 from kd_assets.store import verify
 from kd_assets_tests.slurm.background import Background, part_files, parts, store_of
@@ -261,7 +261,7 @@ def test_what_a_run_submits_after_a_node_failed_excludes_that_node_too(slurm: Sl
 def test_a_task_that_slurm_does_not_requeue_is_submitted_again_without_the_node_that_went_down(
     slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm_scheduler, "REQUEUE_GRACE_S", 1.0)
+    monkeypatch.setattr(task_states, "REQUEUE_GRACE_S", 1.0)
     deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.3})
     with Background(deployment, FOUR) as run:
         run.wait_for_parts(KEYS[1])

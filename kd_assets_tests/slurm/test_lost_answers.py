@@ -21,7 +21,7 @@ from kd_assets_tests.slurm.fakes import put_first
 Deploy = Callable[..., SlurmDeployment]
 MakeCluster = Callable[..., SlurmCluster]
 ONCE = dict.fromkeys(KEYS, 1)
-GRACE = "kd_assets.scheduler.slurm.scheduler.REPLY_GRACE_S"
+GRACE = "kd_assets.scheduler.slurm.submitter.REPLY_GRACE_S"
 
 
 @pytest.fixture

@@ -1,22 +1,22 @@
-"""One squeue for all jobs and all processes of a deployment, and what its rows say of tasks.
+"""One squeue for all jobs and all processes of a deployment.
 
-Used by `scheduler`.
+The file that shares it only saves questions: where it cannot be locked, read or written, squeue is asked all the same.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_assets.durable import atomic_write, locked, prepare_folder
-from kd_assets.scheduler.job import Ending, TaskPhase, TaskState
-from kd_assets.scheduler.slurm.client import Slurm
-from kd_assets.scheduler.slurm.parsing import AccountingRow, QueueRow, parse_queue
+from kd_assets.errors import StorageUnavailableError
+from kd_assets.scheduler.slurm.commands.client import Slurm
+from kd_assets.scheduler.slurm.commands.parsing import QueueRow, parse_queue
 from kd_assets.scheduler.slurm.records import Array
-from kd_assets.scheduler.slurm.states import RUNNING_STATES, base_state
-from kd_assets.scheduler.submissions import read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Queue:
     at: float
     """When it was asked for."""
     rows: Mapping[str, Mapping[int | None, QueueRow]]
-    """Job name → array index → row."""
+    """Name of an array → array index → row."""
 
     def find(self, array: Array, task: int) -> QueueRow | None:
         """The row of a task; that without an index stands for all cancelled ones that have none of their own."""
@@ -39,49 +39,47 @@ class SharedQueue:
 
     def __init__(self, folder: Path, name: str, slurm: Slurm, clock: Callable[[], float]) -> None:
         """`name`: of the cluster, as far as this deployment tells clusters apart."""
-        self._folder, self._name, self._slurm, self._clock = folder, name, slurm, clock
+        self._folder, self._slurm, self._clock = folder, slurm, clock
+        self._file, self._lock = folder / f"{name}.json", folder / f"{name}.lock"
 
     def ask(self, *, max_age_s: float) -> Queue:
         """An answer of at most this age. Raises SchedulerUnreachableError."""
-        prepare_folder(self._folder)
-        shared = self._folder / f"{self._name}.json"
-        with locked(self._folder / f"{self._name}.lock"):
-            try:
-                asked = read_json(shared)
-            except ValueError:  # a power cut left it empty
-                asked = None
-            # A clock that was set back must not make an answer last for ever.
-            if asked is None or not 0 <= self._clock() - asked["at"] < max_age_s:
+        with self._one_asks():
+            answer = self._shared_answer(max_age_s)
+            if answer is None:
                 at = self._clock()
-                asked = {"at": at, "text": self._slurm.queue_text()}
-                atomic_write(shared, json.dumps(asked).encode())
+                answer = at, self._slurm.queue_text()
+                self._share(*answer)
+        at, text = answer
         rows: dict[str, dict[int | None, QueueRow]] = {}
-        for row in parse_queue(asked["text"]):
-            rows.setdefault(row.name, {})[row.index] = row
-        return Queue(at=asked["at"], rows=rows)
+        for row in parse_queue(text):
+            rows.setdefault(array_name(row), {})[row.index] = row
+        return Queue(at=at, rows=rows)
+
+    @contextmanager
+    def _one_asks(self) -> Iterator[None]:
+        """Whoever else wants to know waits for the answer, where the file system has locks."""
+        with ExitStack() as held:
+            with suppress(StorageUnavailableError):
+                prepare_folder(self._folder)
+                held.enter_context(locked(self._lock))
+            yield
+
+    def _shared_answer(self, max_age_s: float) -> tuple[float, str] | None:
+        try:
+            asked = json.loads(self._file.read_bytes())
+            at, text = float(asked["at"]), str(asked["text"])
+        except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
+            return None
+        # A clock that was set back must not make an answer last for ever.
+        return (at, text) if 0 <= self._clock() - at < max_age_s else None
+
+    def _share(self, at: float, text: str) -> None:
+        with suppress(StorageUnavailableError):
+            atomic_write(self._file, json.dumps({"at": at, "text": text}).encode())
 
 
-def live_state(row: QueueRow, *, phase: TaskPhase | None = None, reason: str | None = None) -> TaskState:
-    running = base_state(row.state) in RUNNING_STATES
-    return TaskState(
-        phase=phase or (TaskPhase.RUNNING if running else TaskPhase.PENDING),
-        reason=reason or (row.state if running else row.reason or row.state),
-        restarts=row.restarts,
-        task_id=row.task_id,
-        node=row.node,
-        started_at=row.started_at if running else None,
-    )
-
-
-def ended_state(row: QueueRow | AccountingRow, ending: Ending) -> TaskState:
-    reason = row.state if row.reason in ("", "None") else f"{row.state} ({row.reason})"
-    return TaskState(
-        phase=TaskPhase.ENDED,
-        ending=ending,
-        reason=reason + (f" on {row.node}" if row.node else ""),
-        exit_code=row.exit_code,
-        restarts=row.restarts,
-        task_id=row.task_id,
-        node=row.node,
-        started_at=row.started_at,
-    )
+def array_name(row: QueueRow) -> str:
+    """The name of the array that a row is of. Its comment has it, too, in case that somebody renamed the job."""
+    match = re.fullmatch(r"kd_assets [0-9a-f]{32} (\S+)", row.comment)
+    return match[1] if match else row.name

@@ -1,30 +1,36 @@
-"""Submitting a job's arrays: what the site takes now, the rest later, nothing that stands already.
+"""Submitting a job's arrays: what the site takes now, the rest later, nothing twice.
 
-Used by `scheduler`. One sbatch is one array of consecutive tasks; there are several where MaxArraySize or a limit
-on submitted jobs wants them smaller. The invariant: of a task at most one array stands, and none is submitted while an
-earlier sbatch has no answer.
+Used by `scheduler`. One sbatch is one array of consecutive tasks; there are several where MaxArraySize or a limit on
+submitted jobs wants them smaller. The invariant: of a task at most one array is not refused, and none is submitted
+while an earlier sbatch has no answer. An answer that was lost is found out by the array's name, and only when the
+cluster has answered without it for a while is the array taken for one that never came.
 """
 
 from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_assets.durable import atomic_write, prepare_folder, try_locked
-from kd_assets.errors import SchedulerError
+from kd_assets.errors import JobFilesUnavailableError, SchedulerError, StorageUnavailableError
 from kd_assets.scheduler.folder import Submission, key_folder
-from kd_assets.scheduler.job import JobSpec, TaskPhase, TaskState
-from kd_assets.scheduler.slurm.client import Slurm, sbatch_argv
-from kd_assets.scheduler.slurm.parsing import Accepted, Refused, SubmitAnswer
+from kd_assets.scheduler.job import JobSpec, TaskPhase
+from kd_assets.scheduler.slurm.accounting import Accounting
+from kd_assets.scheduler.slurm.commands.client import Slurm, sbatch_argv
+from kd_assets.scheduler.slurm.commands.parsing import Accepted, Refused, SubmitAnswer
 from kd_assets.scheduler.slurm.profile import Profile
-from kd_assets.scheduler.slurm.records import Array, read_arrays, write_answer, write_intent
-from kd_assets.scheduler.submissions import is_cancelled, read_spec
+from kd_assets.scheduler.slurm.queue import Queue
+from kd_assets.scheduler.slurm.records import Array, KnownJob
+from kd_assets.scheduler.submissions import is_cancelled
 
 PACE_S = (30.0, 300.0)
 """First and longest wait after the site refused further jobs."""
+REPLY_GRACE_S = 15.0
+"""How long after an sbatch without an answer its job may still turn up: a busy controller works off its queue."""
 
 
 @dataclass(slots=True)
@@ -45,6 +51,7 @@ class SlurmSubmitter:
     def __init__(
         self,
         slurm: Slurm,
+        accounting: Accounting,
         *,
         jobs_folder: Path,
         profile: Profile,
@@ -53,26 +60,44 @@ class SlurmSubmitter:
         secrets_file: Path | None,
         clock: Callable[[], float],
     ) -> None:
-        self._slurm, self._jobs_folder, self._profile, self._script = slurm, jobs_folder, profile, script
-        self._python, self._secrets_file, self._clock = python, secrets_file, clock
+        self._slurm, self._accounting, self._jobs_folder = slurm, accounting, jobs_folder
+        self._profile, self._script, self._python = profile, script, python
+        self._secrets_file, self._clock = secrets_file, clock
         self._paces: dict[Submission, _Pace] = {}
 
     def prepare(self, submission: Submission, spec: JobSpec) -> None:
         """Write all that its tasks need; whoever finds the submission after a kill right behind this can submit it."""
         prepare_folder(submission.arrays_folder)
-        atomic_write(submission.environment_file, self.environment_text(spec).encode(errors="surrogateescape"))
+        text = self.environment_text(spec)
+        atomic_write(submission.environment_file, text.encode(errors="surrogateescape"))
 
-    def submit_more(self, submission: Submission, states: Mapping[int, TaskState]) -> list[str]:
-        """Submit what of it is not submitted yet, unless another process is at that; returns what is worth telling.
+    def submit_more(self, job: KnownJob) -> None:
+        """Submit what of it is not submitted yet, unless another process is at that."""
+        covered = sum(a.n_tasks for a in job.arrays if not a.is_refused)
+        if covered == job.spec.n_tasks:
+            return
+        with self._alone_with(job) as is_alone:
+            if is_alone:
+                self._submit_rest(job)
 
-        `states`: what is known of its tasks.
-        """
-        spec = read_spec(submission)
-        covered = sum(a.n_tasks for a in read_arrays(submission) if a.may_run)
-        if covered == spec.n_tasks or is_cancelled(submission):
-            return []
-        with try_locked(submission.submit_lock) as is_alone:
-            return list(self._what_is_left(submission, spec, states)) if is_alone else []
+    def settle(self, job: KnownJob, queue: Queue) -> None:
+        """Find what became of an sbatch whose answer was lost."""
+        if all(array.is_answered for array in job.arrays):
+            return
+        patience_s = self._profile.command_timeout_s + REPLY_GRACE_S
+        with self._alone_with(job) as is_alone:
+            for array in job.arrays if is_alone else ():
+                if array.is_answered:
+                    continue
+                if found := queue.rows.get(array.name):
+                    job.write_acceptance(array, next(iter(found.values())).job_id, found=True)
+                elif queue.at < array.at + patience_s:
+                    continue
+                elif rows := self._accounting.rows([array]):
+                    job.write_acceptance(array, rows[0].job_id, found=True)
+                else:
+                    why = "sbatch gave no answer, and the cluster has no such job"
+                    job.write_refusal(array, why, absent=True)
 
     def preview(self, spec: JobSpec) -> list[list[str]]:
         """The command lines that `submit` would run now, with `NUMBER` and `NONCE` where each submission differs."""
@@ -96,45 +121,64 @@ class SlurmSubmitter:
             f"{self._profile.setup.rstrip()}\n"
         )
 
-    def _what_is_left(self, submission: Submission, spec: JobSpec, states: Mapping[int, TaskState]) -> Iterator[str]:
-        """Submit arrays until all tasks are in, an answer is missing, or the site wants us to wait; yields notices."""
+    @contextmanager
+    def _alone_with(self, job: KnownJob) -> Iterator[bool]:
+        """Whether this process is the one that may submit for it, with what the one before it wrote; it never waits.
+
+        A disk that fails in the block ends the block: nothing is submitted that could not be found again. It is told
+        of, and everything goes on at the next look.
+        """
+        try:
+            with try_locked(job.submission.submit_lock) as is_alone:
+                if is_alone:
+                    job.read()
+                yield is_alone
+        except (StorageUnavailableError, JobFilesUnavailableError) as e:
+            job.tell_once("submitting", f"nothing more of {job.submission.folder} is submitted for now: {e}")
+        else:
+            job.tell_once("submitting", None)
+
+    def _submit_rest(self, job: KnownJob) -> None:
+        """Submit arrays until all tasks are in, an answer is missing, or the site wants us to wait."""
+        spec, submission = job.spec, job.submission
         pace = self._paces.setdefault(submission, _Pace(chunk=self._slurm.max_array_size(), wait_s=PACE_S[0]))
         while self._clock() >= pace.not_before and not is_cancelled(submission):
-            arrays = read_arrays(submission)
-            if any(a.impossible or not a.is_answered for a in arrays):
+            if any(a.impossible or not a.is_answered for a in job.arrays):
                 return
-            left = [t for t in range(spec.n_tasks) if not any(a.may_run and t in a for a in arrays)]
-            chunk = self._chunk(spec, arrays, pace, states)
+            submitted = {task for a in job.arrays if not a.is_refused for task in a.tasks}
+            left = [task for task in range(spec.n_tasks) if task not in submitted]
+            chunk = self._chunk(job, submitted, pace)
             if not left or chunk < 1:
                 return
             first, size = next(_chunks(left, chunk))
-            answer = self._sbatch(submission, spec, len(arrays) + 1, first, size)
+            answer = self._sbatch(job, first, size)
             pace.is_limited |= isinstance(answer, Refused)
             if isinstance(answer, Accepted):
                 pace.wait_s, pace.chunk = PACE_S[0], min(2 * pace.chunk, self._slurm.max_array_size())
             elif isinstance(answer, Refused) and answer.kind == "impossible":
-                yield f"SLURM refuses {len(left)} tasks: {answer.text}"
+                job.notices.append(f"SLURM refuses {len(left)} tasks: {answer.text}")
             elif isinstance(answer, Refused) and size > 1 and answer.is_submit_limit:
                 pace.chunk = size // 2
             elif isinstance(answer, Refused):
-                yield (
+                job.notices.append(
                     f"SLURM takes no more jobs now ({answer.text}); {len(left)} tasks wait, next try in "
                     f"{pace.wait_s:.0f} s"
                 )
                 pace.not_before = self._clock() + pace.wait_s
                 pace.wait_s = min(2 * pace.wait_s, PACE_S[1])
             else:
-                yield f"sbatch gave no answer ({answer.text}); its job is looked for before anything is submitted again"
+                job.notices.append(
+                    f"sbatch gave no answer ({answer.text}); its job is looked for before anything is submitted again"
+                )
                 return
 
-    def _chunk(self, spec: JobSpec, arrays: Sequence[Array], pace: _Pace, states: Mapping[int, TaskState]) -> int:
+    def _chunk(self, job: KnownJob, submitted: set[int], pace: _Pace) -> int:
         """Most tasks of the next array. Where the site takes only a few at a time, those before it still have some of
         the tasks that may run at once; arrays of the full size share them from the start (see `_throttle`)."""
         if not pace.is_limited:
             return pace.chunk
-        submitted = (t for a in arrays if a.may_run for t in range(a.first_task, a.first_task + a.n_tasks))
-        n_alive = sum(1 for t in submitted if t not in states or states[t].phase is not TaskPhase.ENDED)
-        return min(pace.chunk, self._concurrency(spec) - n_alive)
+        ended = {task for task, state in job.states.items() if state.phase is TaskPhase.ENDED}
+        return min(pace.chunk, self._concurrency(job.spec) - len(submitted - ended))
 
     def _concurrency(self, spec: JobSpec) -> int:
         return min(spec.concurrency, self._profile.array_concurrency or spec.concurrency)
@@ -145,20 +189,21 @@ class SlurmSubmitter:
         n_arrays, i = -(-spec.n_tasks // largest), array.first_task // largest
         return max(1, min((self._concurrency(spec) + n_arrays - 1 - i) // n_arrays, array.n_tasks))
 
-    def _sbatch(self, submission: Submission, spec: JobSpec, number: int, first: int, size: int) -> SubmitAnswer:
-        name = f"{spec.name}-{submission.folder.name}.{number}-{secrets.token_hex(4)}"
+    def _sbatch(self, job: KnownJob, first: int, size: int) -> SubmitAnswer:
+        spec, number = job.spec, len(job.arrays) + 1
+        name = f"{spec.name}-{job.submission.folder.name}.{number}-{secrets.token_hex(4)}"
         array = Array(number=number, name=name, first_task=first, n_tasks=size, at=self._clock())
-        argv = self._argv(submission, spec, array)
-        write_intent(submission, array, argv)
+        argv = self._argv(job.submission, spec, array)
+        job.write_intent(array, argv)
         try:
             answer = self._slurm.submit(argv)
         except SchedulerError as e:  # sbatch could not even be started
-            write_answer(submission, array, refused=str(e), impossible=True)
+            job.write_refusal(array, str(e), impossible=True)
             raise
         if isinstance(answer, Accepted):
-            write_answer(submission, array, job_id=answer.job_id)
+            job.write_acceptance(array, answer.job_id)
         elif isinstance(answer, Refused):
-            write_answer(submission, array, refused=answer.text, impossible=answer.kind == "impossible")
+            job.write_refusal(array, answer.text, impossible=answer.kind == "impossible")
         return answer
 
     def _argv(self, submission: Submission, spec: JobSpec, array: Array) -> list[str]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kd_assets.errors import SchedulerUnreachableError
-from kd_assets.scheduler.slurm.command import Answer, CommandMissingError
-from kd_assets.scheduler.slurm.parsing import ACCOUNTING_FIELDS, QUEUE_FIELDS
+from kd_assets.scheduler.slurm.commands.parsing import ACCOUNTING_FIELDS, QUEUE_FIELDS
+from kd_assets.scheduler.slurm.commands.runners import Answer, CommandMissingError
 
 SbatchAnswer = Literal["accepted", "accepted, not said", "not come, not said", "impossible", "pace", "submit limit"]
 """What becomes of an sbatch: `accepted, not said` is in the queue though its client heard nothing; `not come, not said`

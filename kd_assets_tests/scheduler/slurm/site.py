@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd_assets.scheduler import Profile, SlurmScheduler, Submission, TaskState
 from kd_assets.scheduler.job import Poll
-from kd_assets.scheduler.slurm.command import CommandRunner
+from kd_assets.scheduler.slurm.commands.runners import CommandRunner
 from kd_assets_tests.scheduler.jobs import KEY, job_spec, write_job_file
 from kd_assets_tests.scheduler.slurm.fake_cluster import Clock, FakeCluster
 

@@ -13,7 +13,9 @@ import pytest
 
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler import Ending, Submission, TaskPhase
-from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S, REPLY_GRACE_S, REQUEUE_GRACE_S
+from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S
+from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S
+from kd_assets.scheduler.slurm.task_states import REQUEUE_GRACE_S
 from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
 from kd_assets_tests.scheduler.slurm.fake_cluster import FakeCluster, MissingCommands, SbatchAnswer
 from kd_assets_tests.scheduler.slurm.site import GRACE_S, POLL_S, Site
@@ -42,7 +44,7 @@ def test_a_job_that_sbatch_accepts_is_one_array_and_waits(site: Site) -> None:
         (TaskPhase.PENDING, "Priority", f"1_{task}") for task in range(3)
     ]
     assert site.cluster.n_asked("sbatch") == 1
-    assert site.scheduler.describe(submission).startswith("SLURM job 1 (kd-demo-teacher-")
+    assert site.scheduler.describe(submission) == f"SLURM job 1 ({submission.folder})"
     assert site.scheduler.log_file(submission, 2) == submission.log_folder / "slurm-1_2.log"
 
 

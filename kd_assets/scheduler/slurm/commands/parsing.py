@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kd_assets.errors import SchedulerUnreachableError
-from kd_assets.scheduler.slurm.command import Answer
-from kd_assets.scheduler.slurm.states import ENDED_STATES, base_state, may_come_back
+from kd_assets.scheduler.slurm.commands.runners import Answer
+from kd_assets.scheduler.slurm.commands.states import ENDED_STATES, base_state, may_come_back
 
 OUR_PREFIX = "kd-"
 """How the names of our jobs begin (`JobSpec.name`)."""

@@ -14,9 +14,8 @@ import pytest
 
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.job import JobSpec, Resources
-from kd_assets.scheduler.slurm.client import Slurm, sbatch_argv
-from kd_assets.scheduler.slurm.command import Answer, CommandMissingError
-from kd_assets.scheduler.slurm.parsing import (
+from kd_assets.scheduler.slurm.commands.client import Slurm, sbatch_argv
+from kd_assets.scheduler.slurm.commands.parsing import (
     Accepted,
     AccountingRow,
     PartitionInfo,
@@ -28,6 +27,7 @@ from kd_assets.scheduler.slurm.parsing import (
     parse_queue,
     read_submit_answer,
 )
+from kd_assets.scheduler.slurm.commands.runners import Answer, CommandMissingError
 from kd_assets.scheduler.slurm.profile import Profile
 
 SEPARATOR = "|27f20ed438da|"

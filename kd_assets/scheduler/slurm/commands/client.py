@@ -13,8 +13,7 @@ from pathlib import Path
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.folder import SLURM_LOG_PATTERN
 from kd_assets.scheduler.job import JobSpec, Resources
-from kd_assets.scheduler.slurm.command import Answer, CommandMissingError, CommandRunner
-from kd_assets.scheduler.slurm.parsing import (
+from kd_assets.scheduler.slurm.commands.parsing import (
     ACCOUNTING_FIELDS,
     PARTITION_FIELDS,
     QUEUE_FIELDS,
@@ -31,6 +30,7 @@ from kd_assets.scheduler.slurm.parsing import (
     parse_queue,
     read_submit_answer,
 )
+from kd_assets.scheduler.slurm.commands.runners import Answer, CommandMissingError, CommandRunner
 from kd_assets.scheduler.slurm.profile import Profile
 
 _FIRST_UTS = 1_000_000_000  # sacct refuses times since the epoch of fewer digits
@@ -122,7 +122,7 @@ class Slurm:
         self._answer(["scontrol", "update", f"JobId={task_id}", update])
 
     def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
-        """Node → sinfo's word for it (see `slurm_states.is_bad_node`); without those that SLURM does not know."""
+        """Node → sinfo's word for it (see `states.is_bad_node`); without those that SLURM does not know."""
         argv = ["sinfo", "--noheader", "--all", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T"]
         return parse_node_states(self._answer(argv).stdout)
 
@@ -172,7 +172,7 @@ def sbatch_argv(
 
     Each task's output is appended to a file of its own in `log_folder` (`Submission.slurm_log`); it starts in `folder`.
 
-    The command's own environment becomes the jobs' (see `command`): typed into a shell, put `env -i` and what the job
+    The command's own environment becomes the jobs' (see `runners`): typed into a shell, put `env -i` and what the job
     may see before it. Raises SchedulerError for a folder whose name sbatch cannot express.
     """
     wanted = spec.resources
@@ -185,7 +185,7 @@ def sbatch_argv(
         "open-mode": "append",
         "signal": f"B:USR1@{profile.signal_s}",
         # Not a list of names, nor NONE: both make the node run `su - user` for the login environment, which may stall
-        # or fail, and hand the same narrow list on to every srun. ALL is small here, see `command.KEPT_VARIABLES`.
+        # or fail, and hand the same narrow list on to every srun. ALL is small here, see `runners.KEPT_VARIABLES`.
         "export": "ALL",
         "partition": wanted.slurm_partition,
         "account": wanted.account,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kd_assets.scheduler.job import Ending
-from kd_assets.scheduler.slurm.states import (
+from kd_assets.scheduler.slurm.commands.states import (
     ENDED_STATES,
     LIVE_STATES,
     REQUEUEABLE,

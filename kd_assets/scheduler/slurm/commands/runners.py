@@ -4,7 +4,7 @@ A command is an argv; no shell reads it on this machine. Each call has a time li
 is killed, so that a controller that does not answer neither blocks a run nor leaves processes behind.
 
 SLURM's commands get a small environment of their own, not the caller's: sbatch hands its environment to the job
-(`--export=ALL`, see `slurm.sbatch_argv`), and a token in the environment of a Dagster process must not get there. The
+(`--export=ALL`, see `client.sbatch_argv`), and a token in the environment of a Dagster process must not get there. The
 same environment fixes what the parsers rely on: `SLURM_TIME_FORMAT`, `SLURM_BITSTR_LEN` and the locale.
 """
 

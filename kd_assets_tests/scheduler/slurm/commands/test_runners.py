@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
-from kd_assets.scheduler.slurm.command import (
+from kd_assets.scheduler.slurm.commands.runners import (
     CommandMissingError,
     LocalRunner,
     SshRunner,
@@ -243,7 +243,7 @@ def test_a_remote_command_that_does_not_answer_is_killed_there(make_ssh: MakeSsh
 
 
 def test_an_ssh_that_hangs_is_killed(make_ssh: MakeSsh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd_assets.scheduler.slurm.command.CONNECT_TIMEOUT_S", 0)
+    monkeypatch.setattr("kd_assets.scheduler.slurm.commands.runners.CONNECT_TIMEOUT_S", 0)
     with pytest.raises(SchedulerUnreachableError, match=r"squeue on login gave no answer within 0.3 s"):
         SshRunner("login", environment=make_ssh("sleep 31.4155")).run(["squeue"], timeout_s=0.3)
     assert not processes("sleep 31.4155")
