@@ -72,6 +72,10 @@ class StorageUnavailableError(StoreError):
     """The store cannot be written: disk full, or the folder is missing or read-only. A rerun continues."""
 
 
+STORAGE_TROUBLE = (OSError, StorageUnavailableError)
+"""Files cannot be reached or written. It says nothing about what is in them, and may be over in a moment."""
+
+
 class TeacherError(KdAssetsError):
     """Base of what can be wrong with a teacher."""
 

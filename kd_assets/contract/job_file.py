@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_assets.contract.decode import decode
+from kd_assets.durable import storage_errors
 from kd_assets.errors import ContractError
 
 CONTRACT_VERSION = 2
@@ -198,13 +199,18 @@ class JobFile:
 
 
 def read_job(path: Path) -> JobFile:
-    """The job file at `path`. Raises ContractError when it is not one, or of another contract version."""
+    """The job file at `path`.
+
+    Raises ContractError when it is not one, or of another contract version; StorageUnavailableError when it cannot be
+    reached, which says nothing about it.
+    """
+    with storage_errors(path, "read"):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as e:
+            raise ContractError(f"no job file at {path}: it is written by the control plane before it submits") from e
     try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError as e:
-        raise ContractError(f"no job file at {path}: it is written by the control plane before it submits") from e
-    except OSError as e:
-        raise ContractError(f"{path} cannot be read as a job file: {e}") from e
+        raw = json.loads(data)
     except ValueError as e:
         raise ContractError(f"{path} is not JSON: {e}") from e
     version = raw.get("contract_version") if isinstance(raw, dict) else None

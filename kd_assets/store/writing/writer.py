@@ -311,12 +311,13 @@ def commit_file_result(
         return writer.commit(parts=len(writer.finished), checks=checks, provenance=provenance, facts=facts)
 
 
-def set_head(folder: Path) -> None:
-    """Make a committed result its partition's current one: what reuse does instead of computing.
+def set_head(folder: Path, manifest: Manifest | None = None) -> None:
+    """Make a committed result its partition's current one: what reuse does instead of computing. `manifest` is that of
+    `folder`, where the caller has just read it.
 
     Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it.
     """
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     write_head(folder, manifest.fingerprint)
     if not (folder / JOURNAL_NAME).exists():
         return
