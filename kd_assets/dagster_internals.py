@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
@@ -31,7 +33,6 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
     PARTITION_NAME_TAG,
 )
-from dagster._utils.interrupts import capture_interrupts, pop_captured_interrupt
 
 __all__ = [
     "ASSET_PARTITION_RANGE_END_TAG",
@@ -40,9 +41,11 @@ __all__ = [
     "DATA_VERSION_TAG",
     "PARTITION_NAME_TAG",
     "CheckTarget",
+    "InterruptSignals",
     "already_recorded",
     "input_data_version_tag",
     "input_tags",
+    "interrupt_signals",
     "interrupts_held_back",
     "latest_storage_ids",
     "one_transaction",
@@ -135,16 +138,59 @@ def one_transaction(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]
             connection.commit()
 
 
+class InterruptSignals:
+    """The signals that have interrupted this process: Dagster turns SIGINT and SIGTERM into the same exception."""
+
+    def __init__(self) -> None:
+        self.last: int | None = None
+
+
+@contextmanager
+def interrupt_signals() -> Iterator[InterruptSignals]:
+    """Remembers which signal it is that interrupts what is inside; what it does stays as it was.
+
+    Outside the main thread there are no signals to see.
+    """
+    received = InterruptSignals()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.last = number
+        handler = before[number]
+        assert callable(handler)
+        handler(number, frame)
+
+    before = _handlers_replaced(remember)
+    try:
+        yield received
+    finally:
+        _restore(before)
+
+
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
     """A termination that comes inside (SIGINT or SIGTERM) takes effect at the end, as it would have there."""
-    interrupted = False
+    held_back: list[int] = []
+    before = _handlers_replaced(lambda number, frame: held_back.append(number))
     try:
-        with capture_interrupts():
-            try:
-                yield
-            finally:
-                interrupted = pop_captured_interrupt()
+        yield
     finally:
-        if interrupted:
-            signal.raise_signal(signal.SIGINT)
+        _restore(before)
+        if held_back:
+            signal.raise_signal(held_back[0])
+
+
+def _handlers_replaced(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
+    """Have `handler` called for the signals that interrupt; returns what was called for them before, where anything
+    was: a signal that is ignored, or ends the process, goes on to do so."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    called = {int(number): previous for number, previous in before.items() if callable(previous)}
+    for number in called:
+        signal.signal(number, handler)
+    return called
+
+
+def _restore(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -82,6 +82,10 @@ class StorageUnreachableError(StorageUnavailableError):
     exit_code = EXIT_RESUMABLE
 
 
+STORAGE_TROUBLE = (OSError, StorageUnavailableError)
+"""Files cannot be reached or written. It says nothing about what is in them, and may be over in a moment."""
+
+
 class TeacherError(KdAssetsError):
     """Base of what can be wrong with a teacher."""
 

@@ -13,7 +13,13 @@ import pytest
 import sqlalchemy as sa
 from dagster._core.events import StepMaterializationData
 
-from kd_assets.dagster_internals import already_recorded, interrupts_held_back, latest_storage_ids, one_transaction
+from kd_assets.dagster_internals import (
+    already_recorded,
+    interrupt_signals,
+    interrupts_held_back,
+    latest_storage_ids,
+    one_transaction,
+)
 
 
 def run_of(with_output: bool) -> tuple[dg.ExecuteInProcessResult, list[str]]:
@@ -154,6 +160,7 @@ def test_latest_storage_ids_are_those_of_each_partitions_last_materialization(in
 def handlers() -> Iterator[None]:
     """Dagster has SIGTERM do what SIGINT does, and leaves it so."""
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -184,3 +191,12 @@ def test_an_interrupt_is_not_lost_where_something_fails() -> None:
     with pytest.raises(KeyboardInterrupt) as raised:
         interrupted()
     assert isinstance(raised.value.__context__, ValueError)
+
+
+def test_outside_the_main_thread_nothing_is_held_back_or_remembered() -> None:
+    def inside() -> int | None:
+        with interrupts_held_back(), interrupt_signals() as received:
+            return received.last
+
+    with ThreadPoolExecutor(1) as other_thread:
+        assert other_thread.submit(inside).result() is None

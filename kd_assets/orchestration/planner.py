@@ -13,21 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import Asset, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
-from kd_assets.durable import atomic_write, prepare_folder
-from kd_assets.errors import MissingInputError, StoreError
+from kd_assets.contract import Asset, JobFile, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
+from kd_assets.durable import atomic_write, prepare_folder, storage_errors
+from kd_assets.errors import STORAGE_TROUBLE, MissingInputError, StorageUnavailableError, StoreError
 from kd_assets.model_files.digests import DigestCache, Say
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
 from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
-from kd_assets.store import FORMAT_VERSION, Manifest, committed, fingerprint, plan_output, read_manifest
+from kd_assets.store import FORMAT_VERSION, Manifest, committed, fingerprint, plan_output
 from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.fingerprint import INPUT_KEY
 
 PLAN_FILE = "plan.json"
+"""The current plan. Each plan also lies under a name of its own, see `plan_file`."""
 TEACHER_FILE = "teacher.json"
 """In the recipe's folder: the teacher that its caches were last planned with (see `Planner.planned_weights`)."""
+
+
+def plan_file(plan_hash: str) -> str:
+    return f"{plan_hash[:16]}.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,9 @@ class TeacherIdentity:
     tokenizer: str
 
 
+OnCommitted = Callable[[WorkUnit, Output, Manifest], None]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedWork:
     """What one job of a kind has to do, and the partitions that cannot be asked for, each with its reason."""
@@ -46,32 +54,67 @@ class PlannedWork:
     kind: JobKind
     units: tuple[WorkUnit, ...]
     impossible: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unreachable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Partitions of which nobody can tell at the moment, since the files of their inputs cannot be reached."""
 
     def only(self, wanted: Callable[[Output], bool]) -> PlannedWork:
         """The units with the outputs that are `wanted`; without the units that have none left."""
         kept = [dataclasses.replace(u, outputs=tuple(o for o in u.outputs if wanted(o))) for u in self.units]
         return dataclasses.replace(self, units=tuple(u for u in kept if u.outputs))
 
-    def survey(self) -> Survey:
-        """What is committed already and what is missing, each result looked at once. A damaged manifest makes its
-        partition impossible: it must not stop the others."""
+    def with_more(self, more: PlannedWork) -> PlannedWork:
+        """This and what was found out since of the partitions that could not be reached."""
+        return dataclasses.replace(
+            self,
+            units=self.units + more.units,
+            impossible={**self.impossible, **more.impossible},
+            unreachable=more.unreachable,
+        )
+
+    def without_unreachable(self) -> PlannedWork:
+        """Give up on the partitions that cannot be reached."""
+        return dataclasses.replace(self, impossible={**self.impossible, **self.unreachable}, unreachable={})
+
+    def survey(self, on_committed: OnCommitted = lambda unit, output, manifest: None) -> Survey:
+        """What is committed already and what is missing, each result looked at once.
+
+        A damaged manifest makes its partition impossible: it must not stop the others. `on_committed` is called with
+        each result that is there, of partitions without a damaged one; so nobody has to read its manifest again, or to
+        hold all of them. Where it cannot reach a file, the result counts as one that cannot be reached.
+        """
         committed_outputs: list[tuple[WorkUnit, Output]] = []
         missing: set[str] = set()
         damaged: dict[str, str] = {}
+        unreachable: dict[str, str] = {}
         for unit in self.units:
+            found: list[tuple[Output, Manifest]] = []
             for output in unit.outputs:
                 try:
-                    if is_committed(output):
-                        committed_outputs.append((unit, output))
-                    else:
-                        missing.add(output.path)
+                    manifest = committed(Path(output.path), output.fingerprint)
+                except STORAGE_TROUBLE as e:
+                    unreachable[output.path] = str(e)
                 except StoreError as e:
-                    damaged[unit.partition_key] = f"{e}. Move {output.path} away and materialize again"
+                    damaged[unit.partition_key] = damaged_in_words(output, e)
+                    break
+                else:
+                    if manifest is None:
+                        missing.add(output.path)
+                    else:
+                        found.append((output, manifest))
+            for output, manifest in found if unit.partition_key not in damaged else ():
+                try:
+                    on_committed(unit, output, manifest)
+                except STORAGE_TROUBLE as e:
+                    unreachable[output.path] = str(e)
+                else:
+                    committed_outputs.append((unit, output))
+        whole = tuple(u for u in self.units if u.partition_key not in damaged)
         return Survey(
-            committed=tuple((u, o) for u, o in committed_outputs if u.partition_key not in damaged),
-            missing=dataclasses.replace(
-                self, units=tuple(u for u in self.units if u.partition_key not in damaged), impossible={}
-            ).only(lambda o: o.path in missing),
+            committed=tuple(committed_outputs),
+            missing=dataclasses.replace(self, units=whole, impossible={}).only(
+                lambda o: o.path in missing or o.path in unreachable
+            ),
+            unreachable=unreachable,
             impossible={**self.impossible, **damaged},
         )
 
@@ -82,12 +125,23 @@ class Survey:
 
     committed: tuple[tuple[WorkUnit, Output], ...]
     missing: PlannedWork
+    """With what cannot be reached: who goes on to make it looks again."""
+    unreachable: Mapping[str, str]
+    """Folder of a result of which nobody can tell at the moment → why."""
     impossible: Mapping[str, str]
     """Partition → why it cannot be asked for."""
 
 
+def damaged_in_words(output: Output, error: StoreError) -> str:
+    """Why a result cannot be asked for whose manifest is damaged, and what to do about it."""
+    return f"{error}. Move {output.path} away and materialize again"
+
+
 class Planner:
-    """Names the results of one recipe in one deployment."""
+    """Names the results of one recipe in one deployment, by the plan that is current when it is first asked.
+
+    One run has one planner, and so one plan, whatever a nightly plan writes meanwhile.
+    """
 
     def __init__(
         self,
@@ -101,6 +155,7 @@ class Planner:
         """`say` is told how far a long hashing of weights is."""
         self._recipe, self._folder, self._digests, self._variables = recipe, recipe_folder, digests, variables
         self._say = say
+        self._plan: ShardPlan | None = None
         self._teacher: TeacherIdentity | None = None
         self._tokenizer: tuple[Path, str] | None = None
 
@@ -121,8 +176,10 @@ class Planner:
         )
         folder = self._folder / SHARD_PLAN
         prepare_folder(folder)
-        atomic_write(folder / f"{plan.plan_hash[:16]}.json", plan.to_json().encode())
-        atomic_write(folder / PLAN_FILE, plan.to_json().encode())
+        text = plan.to_json().encode()
+        atomic_write(folder / plan_file(plan.plan_hash), text)
+        atomic_write(folder / PLAN_FILE, text)
+        self._plan = plan
         return plan
 
     def _resolve(self, path: str, *, what: str) -> Path:
@@ -130,14 +187,28 @@ class Planner:
         return resolve_path(path, Path(self._variables["KD_HOME"]), what=what, environment=self._variables)
 
     def current_plan(self) -> ShardPlan:
-        """The plan made last. Raises MissingInputError when there is none."""
-        path = self._folder / SHARD_PLAN / PLAN_FILE
-        try:
-            return ShardPlan.from_json(path.read_text(), where=str(path))
-        except FileNotFoundError as e:
-            raise MissingInputError(
-                f"no shard plan at {path}: materialize {self._recipe.name}/{SHARD_PLAN} first"
-            ) from e
+        """The plan made last, read once. Raises MissingInputError when there is none."""
+        if self._plan is None:
+            self._plan = self._read_plan(PLAN_FILE)
+            if self._plan is None:
+                raise MissingInputError(
+                    f"no shard plan at {self._folder / SHARD_PLAN / PLAN_FILE}: "
+                    f"materialize {self._recipe.name}/{SHARD_PLAN} first"
+                )
+        return self._plan
+
+    def use_plan(self, plan_hash: str) -> None:
+        """Work from this plan, though another may have been made since. Without its file, from the current one."""
+        self._plan = self._read_plan(plan_file(plan_hash))
+
+    def _read_plan(self, name: str) -> ShardPlan | None:
+        path = self._folder / SHARD_PLAN / name
+        with storage_errors(path, "read"):
+            try:
+                text = path.read_text()
+            except FileNotFoundError:
+                return None
+        return ShardPlan.from_json(text, where=str(path))
 
     # ------------------------------------------------------------------ the teacher's files
 
@@ -231,7 +302,7 @@ class Planner:
 
     def shards_work(self, partition_keys: Sequence[str]) -> PlannedWork:
         """Tokenising of these partitions."""
-        shards = {s.partition_key: s for s in self.current_plan().shards}
+        shards = self._planned_shards()
         units, impossible = [], {}
         for key in partition_keys:
             if (shard := shards.get(key)) is None:
@@ -255,8 +326,8 @@ class Planner:
 
         `weights`: their fingerprint; None: of those on disk now, which takes hashing them where that is not known.
         """
-        shards = {s.partition_key: s for s in self.current_plan().shards}
-        units, impossible = [], {}
+        shards = self._planned_shards()
+        units, impossible, unreachable = [], {}, {}
         for key in partition_keys:
             if (planned := shards.get(key)) is None:
                 impossible[key] = self._not_in_plan(key)
@@ -264,6 +335,9 @@ class Planner:
             output = self.shards_output(planned)
             try:
                 shard = committed(Path(output.path), output.fingerprint)
+            except STORAGE_TROUBLE as e:
+                unreachable[key] = str(e)
+                continue
             except StoreError as e:
                 impossible[key] = f"{e}. Move {output.path} away and materialize {SHARDS_MANIFEST} again"
                 continue
@@ -281,12 +355,21 @@ class Planner:
                     outputs=tuple(self.cache_output(asset, key, shard, weights) for asset in assets),
                 )
             )
-        return PlannedWork(kind="teacher", units=tuple(units), impossible=impossible)
+        return PlannedWork(kind="teacher", units=tuple(units), impossible=impossible, unreachable=unreachable)
 
     def student_work(self) -> tuple[PlannedWork, tuple[str, ...]]:
         """Training on every partition of the plan all of whose caches are committed; and those partitions."""
+        versions: dict[str, str] = {}
+
+        def remember(unit: WorkUnit, output: Output, manifest: Manifest) -> None:
+            versions[output.path] = manifest.data_version
+
         keys = [s.partition_key for s in self.current_plan().shards]
-        survey = self.teacher_work(keys, self._recipe.caches, weights=self.planned_weights()).survey()
+        work = self.teacher_work(keys, self._recipe.caches, weights=self.planned_weights())
+        survey = work.survey(remember)
+        # Which partitions are complete decides what the student is: not to know it is no answer.
+        for why in (*work.unreachable.values(), *survey.unreachable.values()):
+            raise StorageUnavailableError(why)
         there: dict[str, list[tuple[WorkUnit, Output]]] = {}
         for unit, output in survey.committed:
             there.setdefault(unit.partition_key, []).append((unit, output))
@@ -299,9 +382,7 @@ class Planner:
         inputs: dict[str, tuple[str, ...]] = {
             asset: tuple(o.path for u in units for o in u.outputs if o.asset == asset) for asset in self._recipe.caches
         }
-        content = {
-            asset: [read_manifest(Path(folder)).data_version for folder in folders] for asset, folders in inputs.items()
-        }
+        content = {asset: [versions[folder] for folder in folders] for asset, folders in inputs.items()}
         variant = {"student": dataclasses.asdict(self.student_params())}
         output = self._output(STUDENT_SMOKE, "all", variant, fingerprint(content))
         unit = WorkUnit(partition_key="all", n_tokens=sum(u.n_tokens for u in units), inputs=inputs, outputs=(output,))
@@ -345,6 +426,36 @@ class Planner:
     def student_params(self) -> StudentParams:
         return self._recipe.student or StudentParams()
 
+    def job_file(
+        self,
+        work: PlannedWork,
+        *,
+        key: str,
+        tasks: tuple[tuple[int, ...], ...],
+        events_folder: Path,
+        token_budget: int | None,
+        provenance: Mapping[str, Any],
+    ) -> JobFile:
+        """All that the tasks of a job are told. `token_budget` replaces the recipe's, `provenance` adds to what is
+        known here."""
+        kind = work.kind
+        teacher = self.teacher_params() if kind == "teacher" else None
+        if teacher is not None and token_budget is not None:
+            teacher = dataclasses.replace(teacher, token_budget=token_budget)
+        return JobFile(
+            kind=kind,
+            recipe=self._recipe.name,
+            key=key,
+            recipe_folder=str(self._folder),
+            events_folder=str(events_folder),
+            tasks=tasks,
+            units=work.units,
+            shards=self.shards_params() if kind == "shards" else None,
+            teacher=teacher,
+            student=self.student_params() if kind == "student" else None,
+            provenance=self.provenance(kind) | dict(provenance),
+        )
+
     def provenance(self, kind: JobKind) -> dict[str, Any]:
         """What a task cannot know itself: where its input and its teacher come from, and under which licences."""
         plan, (folder, tokenizer) = self.current_plan(), self._tokenizer_identity()
@@ -364,13 +475,11 @@ class Planner:
             }
         return facts
 
+    def _planned_shards(self) -> dict[str, PlannedShard]:
+        return {shard.partition_key: shard for shard in self.current_plan().shards}
+
     def _not_in_plan(self, partition_key: str) -> str:
         return (
             f"the current shard plan of {self._recipe.name} has no shard {partition_key}: "
             f"materialize {self._recipe.name}/{SHARD_PLAN} again, or choose another partition"
         )
-
-
-def is_committed(output: Output) -> bool:
-    """Whether the result is there. Raises StoreError when what is there cannot be read."""
-    return committed(Path(output.path), output.fingerprint) is not None

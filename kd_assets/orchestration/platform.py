@@ -36,7 +36,7 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
     home: str
     scheduler: str = "local"
     slurm_profile: str = "default"
-    """A name in `slurm/profiles`, or a path; see `profiles.find_profile`."""
+    """A name in `slurm/profiles`, or a path; see `cluster_profile.find_profile`."""
     compute_python: str = sys.executable
     """The Python of the compute environment, as the cluster's nodes see it."""
 
@@ -66,7 +66,9 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
         return self.home_folder / "jobs"
 
     def profile(self) -> Profile | None:
-        """The cluster profile that holds here; None for the local scheduler.
+        """The cluster profile that holds here, read from its file; None for the local scheduler.
+
+        Whoever needs it more than once hands it on: a run works with one profile, whatever is written meanwhile.
 
         Raises RecipeError for a scheduler that does not exist or a profile with something wrong in it,
         MissingInputError for a profile that is not there.
@@ -75,37 +77,43 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
             raise RecipeError(f"KD_SCHEDULER={self.scheduler}: there is no such scheduler; set it to local or slurm")
         return None if self.scheduler == "local" else read_profile(find_profile(self.slurm_profile))
 
-    def make_scheduler(self, *, submits: bool = True) -> Scheduler:
+    def make_scheduler(self, *, submits: bool = True, profile: Profile | None = None) -> Scheduler:
         """The scheduler of this deployment. With `submits=False` no secrets file is written.
+
+        `profile`: what `profile()` gave, where that was asked already.
 
         Raises what `profile` and `secrets_file` raise.
         """
-        if (profile := self.profile()) is None:
+        if (profile := profile or self.profile()) is None:
             return LocalScheduler(self.jobs_folder, script=BATCH_SCRIPT, python=self.compute_python)
         return SlurmScheduler(
             self.jobs_folder,
             profile=profile,
             script=BATCH_SCRIPT,
             python=self.compute_python,
-            secrets_file=self.secrets_file() if submits else self.secrets_path() if secrets_set(profile) else None,
+            secrets_file=self.secrets_file(profile) if submits else self._named_secrets_file(profile),
         )
 
-    def resources(self, recipe: Recipe, kind: JobKind) -> Resources:
+    def resources(self, recipe: Recipe, kind: JobKind, *, profile: Profile | None = None) -> Resources:
         """What each task of a recipe's jobs of a kind asks for: the recipe's word, else the cluster profile's."""
         wanted = recipe.tasks_of(kind).resources
-        profile = self.profile()
+        profile = profile or self.profile()
         return wanted if profile is None else profile.resources(kind, wanted)
 
     def secrets_path(self) -> Path:
         return self.home_folder / "secrets" / f"{_user_name()}.env"
 
-    def secrets_file(self) -> Path | None:
+    def _named_secrets_file(self, profile: Profile) -> Path | None:
+        """What `secrets_file` would return; nothing is written."""
+        return self.secrets_path() if secrets_set(profile) else None
+
+    def secrets_file(self, profile: Profile | None = None) -> Path | None:
         """Write the cluster profile's secrets, as they are in this environment now, for tasks to read.
 
         Returns the file (0600, in a folder 0700, lines `NAME='value'` for Bash); None when none of them is set: what an
         earlier submission wrote stays, since its tasks may still wait. Raises SchedulerError when it cannot be written.
         """
-        profile = self.profile()
+        profile = profile or self.profile()
         values = {} if profile is None else secrets_set(profile)
         if not values:
             return None

@@ -16,7 +16,7 @@ from kd_assets.model_files.size import teacher_size
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
-from kd_assets.scheduler import Resources
+from kd_assets.scheduler import Profile, Resources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,15 +30,19 @@ class TaskResources:
     """One line for people; None for kinds without a teacher."""
 
 
-def task_resources(recipe: Recipe, platform: Platform, planner: Planner, kind: JobKind) -> TaskResources:
-    """What each task of a recipe's jobs of a kind asks for.
+def task_resources(
+    recipe: Recipe, platform: Platform, planner: Planner, kind: JobKind, *, profile: Profile | None = None
+) -> TaskResources:
+    """What each task of a recipe's jobs of a kind asks for. `profile`: what `platform.profile()` gave, where that was
+    asked already.
 
     Raises RecipeError for a placement that cannot be on what the job asks for.
     """
-    resources = platform.resources(recipe, kind)
+    profile = profile or platform.profile()
+    resources = platform.resources(recipe, kind, profile=profile)
     if kind != "teacher":
         return TaskResources(resources=resources)
-    if platform.profile() is None:  # the local scheduler gives what there is
+    if profile is None:  # the local scheduler gives what there is
         return _by_the_node(resources, "the local scheduler gives it the GPUs that there are")
     if not resources.gpus_per_node:
         says_none = resources.gpus_per_node == 0

@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 
 from kd_assets.dagster_internals import CODE_VERSION_TAG, DATA_VERSION_TAG, input_data_version_tag
-from kd_assets.orchestration.driving.driver import progress_in_words
+from kd_assets.orchestration.driving.listening import progress_in_words
 from kd_assets.store import read_manifest
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from kd_assets.orchestration.driving import driver
+from kd_assets.orchestration.driving import waiting
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.slurm.background import Background
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
@@ -25,7 +25,7 @@ ONCE = dict.fromkeys(KEYS, 1)
 @pytest.fixture
 def asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that does not let minutes pass between two questions to a controller that is away."""
-    monkeypatch.setattr(driver, "LONGEST_BACKOFF_S", 2.0)
+    monkeypatch.setattr(waiting, "LONGEST_BACKOFF_S", 2.0)
 
 
 # A controller that is away

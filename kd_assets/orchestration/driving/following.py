@@ -1,4 +1,4 @@
-"""Following jobs: their tasks' events as they come, folded into what each task has said of itself.
+"""A followed job: what its tasks have said so far and what the scheduler says of them.
 
 Knows no dagster. May be interrupted and begun again at any time: event files are read from their start, and what is
 committed is asked of the store.
@@ -9,79 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import Event, JobFile, Output, WorkUnit, event_file, read_events, read_job
+from kd_assets.contract import Event, JobFile, Output, WorkUnit, read_job
+from kd_assets.errors import STORAGE_TROUBLE, SchedulerError
+from kd_assets.orchestration.driving.tails import EventTail
+from kd_assets.orchestration.driving.waiting import Storage
 from kd_assets.orchestration.retries import FailureClass, PartitionError
-from kd_assets.scheduler import Submission, TaskPhase, TaskState
+from kd_assets.scheduler import JobSpec, Scheduler, Submission, TaskPhase, TaskState
 from kd_assets.scheduler.submissions import read_spec
 
-LOG_TAIL_LINES = 12
-LOG_LINES_A_LOOK = 20
-"""Of one task's log that are passed on at once; the file has them all."""
-LOG_BYTES_A_LOOK = 65536
-LOG_LINE_CHARACTERS = 500
-EVENT_LINE = b'{"v":'
-"""How the events in a log begin: a task writes them there, too, and they are read from its event file."""
 LAST_WORDS = ("failed", "done")
 """How `task_finished` calls a task that will not be started again by itself."""
 _WORST_FIRST = ("resumable", *LAST_WORDS)
-
-
-@dataclass(slots=True)
-class EventTail:
-    """The events of all tasks of a submission, each once, however often it is asked."""
-
-    submission: Submission
-    n_tasks: int
-    n_processes: int = 1
-    """Processes of a task, each with an event file of its own."""
-    _offsets: dict[Path, int] = field(default_factory=dict)
-
-    def new_events(self) -> Iterator[Event | str]:
-        """Events since the last call, file by file. A line that is no event comes as its text."""
-        for task in range(self.n_tasks):
-            for process_index in range(self.n_processes):
-                path = event_file(self.submission.events_folder, task, process_index)
-                for offset, event in read_events(path, self._offsets.get(path, 0)):
-                    self._offsets[path] = offset
-                    yield event
-
-
-@dataclass(slots=True)
-class LogTail:
-    """What tasks print beside their events, each line once."""
-
-    _offsets: dict[Path, int] = field(default_factory=dict)
-
-    def new_lines(self, path: Path) -> list[str]:
-        """Complete lines since the last call, without events; of many the last LOG_LINES_A_LOOK, and a word on how
-        many were left out."""
-        try:
-            with path.open("rb") as f:
-                size = f.seek(0, 2)
-                start = self._offsets.get(path, 0)
-                first = max(start, size - LOG_BYTES_A_LOOK)
-                f.seek(first)
-                whole, newline, _ = f.read(size - first).rpartition(b"\n")
-        except OSError:  # logs inform
-            return []
-        if not newline:
-            return []
-        self._offsets[path] = first + len(whole) + 1
-        found = [line for line in whole.split(b"\n") if not line.startswith(EVENT_LINE)]
-        lines = [text for line in found if (text := _printable(line))]
-        n_left_out = len(lines) - LOG_LINES_A_LOOK
-        if n_left_out > 0 or first > start:
-            lines = ["… (more in the log)", *lines[-LOG_LINES_A_LOOK:]]
-        return lines
-
-
-def _printable(line: bytes) -> str:
-    """What a terminal would show of a line in the end: a progress bar overwrites itself after each carriage return."""
-    text = line.decode("utf-8", "replace").rstrip("\r").rpartition("\r")[2].rstrip()
-    return "".join(c for c in text if c.isprintable() or c == "\t")[:LOG_LINE_CHARACTERS]
 
 
 @dataclass(slots=True)
@@ -175,62 +115,92 @@ class TaskReport:
                 return FailureClass.INTERRUPTED
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class FollowedJob:
-    """One submission, with what its tasks have said."""
+    """One submission, with what its tasks have said and what the scheduler says of them."""
 
     submission: Submission
     job: JobFile
-    reports: dict[int, TaskReport]
-    tail: EventTail
+    spec: JobSpec
+    """What its tasks asked for."""
+    is_joined: bool = False
+    """Somebody else submitted it."""
+    reports: dict[int, TaskReport] = field(init=False)
     states: Mapping[int, TaskState] = field(default_factory=dict)
+    """What the scheduler said last; set by `see`."""
     ended_since: dict[int, float] = field(default_factory=dict)
+    """Task that seems to have ended and is not over → when that was seen first."""
     over: set[int] = field(default_factory=set)
     """Tasks that nothing more is expected of."""
+    still_read: set[int] = field(default_factory=set)
+    """Tasks that are over and whose events are still read."""
+    n_files_before: dict[int, int] = field(default_factory=dict)
+    """Task → durable files of its results when this run began to follow it."""
+    failures: Counter[FailureClass] = field(default_factory=Counter)
+    """Why partitions were left without a result by its tasks."""
+    _tail: EventTail = field(init=False)
+    _ending: set[int] = field(default_factory=set)
+    """Tasks that may have ended, from what was read or seen last; not all of these have."""
+
+    def __post_init__(self) -> None:
+        n_tasks, n_processes = len(self.job.tasks), self.spec.resources.n_processes
+        self.reports = {task: TaskReport(n_processes=n_processes) for task in range(n_tasks)}
+        self._tail = EventTail(self.submission, n_tasks, n_processes)
 
     @staticmethod
-    def of(submission: Submission) -> FollowedJob:
-        job = read_job(submission.job_file)
-        n_tasks, n_processes = len(job.tasks), read_spec(submission).resources.n_processes
-        return FollowedJob(
-            submission=submission,
-            job=job,
-            reports={i: TaskReport(n_processes=n_processes) for i in range(n_tasks)},
-            tail=EventTail(submission, n_tasks, n_processes),
-        )
+    def of(submission: Submission, *, is_joined: bool = False) -> FollowedJob:
+        """The job of a submission's folder.
+
+        Raises ContractError for one of another version of kd_assets, SchedulerError where its folder was taken away,
+        OSError or StorageUnavailableError where it cannot be reached.
+        """
+        job, spec = read_job(submission.job_file), read_spec(submission)
+        return FollowedJob(submission=submission, job=job, spec=spec, is_joined=is_joined)
 
     def read(
-        self, on_event: Callable[[FollowedJob, Event | str], None], is_enough: Callable[[], bool] = lambda: False
+        self,
+        on_event: Callable[[FollowedJob, Event | str], None],
+        is_enough: Callable[[], bool] = lambda: False,
+        storage: Storage | None = None,
     ) -> bool:
         """Take in what is new, and pass it on; returns whether that is all, which it is not after `is_enough`."""
-        for event in self.tail.new_events():
+        for event in self._tail.new_events(storage):
             if isinstance(event, Event) and event.task in self.reports:
                 self.reports[event.task].add(event)
+                if self.reports[event.task].is_final and event.task not in self.over:
+                    self._ending.add(event.task)
             on_event(self, event)
             if is_enough():
                 return False
         return True
 
-    def newly_over(self, now: float, grace_s: float, is_complete: Callable[[int], bool]) -> list[int]:
-        """Tasks of which nothing more is to come since the last call.
+    def see(self, states: Mapping[int, TaskState]) -> None:
+        """Take in what the scheduler says of its tasks."""
+        self.states = states
+        self._ending.update(task for task, state in states.items() if state.phase is TaskPhase.ENDED)
+        self._ending -= self.over
 
-        A task that says it failed is over; so is one that says it is done, or that the scheduler calls ended, once its
-        results are seen or the shared file system had `grace_s` to show them.
-        """
-        newly = []
-        for task, report in self.reports.items():
-            if task in self.over:
-                continue
-            state = self.states.get(task)
-            ended = state is not None and state.phase is TaskPhase.ENDED
-            if not (ended or report.is_final):
-                self.ended_since.pop(task, None)  # it was requeued
-                continue
-            waited_s = now - self.ended_since.setdefault(task, now)
-            if report.last_word == "failed" or waited_s >= grace_s or is_complete(task):
-                newly.append(task)
-        self.over.update(newly)
-        return newly
+    def ended_tasks(self, now: float) -> list[int]:
+        """Tasks that are not over and have ended as far as they or the scheduler say. `ended_since` says since when."""
+        for task in list(self._ending):
+            if self.reports[task].is_final or self.state(task).phase is TaskPhase.ENDED:
+                self.ended_since.setdefault(task, now)
+            else:  # it was requeued
+                self._ending.discard(task)
+                self.ended_since.pop(task, None)
+        return sorted(self._ending)
+
+    def end(self, task: int) -> None:
+        """Nothing more is expected of a task; its events are read until `finish_reading`, should it live all the
+        same."""
+        self.over.add(task)
+        self._ending.discard(task)
+        self.still_read.add(task)
+
+    def finish_reading(self, task: int) -> None:
+        """Read no more events of a task that is over."""
+        self.still_read.discard(task)
+        self._tail.finish(task)
 
     def state(self, task: int) -> TaskState:
         """What the scheduler said last of a task."""
@@ -244,9 +214,9 @@ class FollowedJob:
         ]
 
     def may_say_more(self) -> bool:
-        """Whether a task that nobody has seen end has not said its last word."""
+        """Whether a task that has begun, and that nobody has seen end, has not said its last word."""
         return any(
-            not report.is_final and self.state(task).phase is not TaskPhase.ENDED
+            report.attempt >= 0 and not report.is_final and self.state(task).phase is not TaskPhase.ENDED
             for task, report in self.reports.items()
         )
 
@@ -262,6 +232,10 @@ class FollowedJob:
         words += [f"{n} wait ({reason})" if reason else f"{n} wait" for reason, n in sorted(waiting.items())]
         return ", ".join(words)
 
+    def outputs_of(self, task: int) -> list[Output]:
+        """What one task is to leave behind."""
+        return [output for index in self.job.tasks[task] for output in self.job.units[index].outputs]
+
     def outputs(self) -> Iterator[tuple[int, WorkUnit, Output]]:
         """Everything it is to leave behind, with the task that makes it."""
         for task, unit_indexes in enumerate(self.job.tasks):
@@ -270,18 +244,14 @@ class FollowedJob:
                     yield task, self.job.units[index], output
 
 
+def described(scheduler: Scheduler, submission: Submission) -> str:
+    """A job in words for people: its folder, where no more can be read of it."""
+    try:
+        return scheduler.describe(submission)
+    except (SchedulerError, *STORAGE_TROUBLE):
+        return f"the job of {submission.folder}"
+
+
 def _task_id(data: Mapping[str, Any]) -> str:
     job, index = data.get("slurm_array_job_id"), data.get("slurm_array_task_id")
     return f"{job}_{index}" if job and index else str(data.get("slurm_job_id") or "")
-
-
-def log_tail(path: Path, n_lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of a task's log that are not event lines; empty when there is no log."""
-    try:
-        with path.open("rb") as f:
-            size = f.seek(0, 2)
-            f.seek(max(0, size - 65536))
-            lines = f.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join([line for line in lines if not line.startswith(EVENT_LINE.decode())][-n_lines:])

@@ -23,9 +23,11 @@ from kd_assets.dagster_internals import (
     latest_storage_ids,
     one_transaction,
 )
+from kd_assets.errors import STORAGE_TROUBLE
+from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, storage_waits
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
-from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all, read_manifest
+from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all
 from kd_assets.store.fingerprint import INPUT_KEY
 
 CHECKS: dict[str, str] = {
@@ -48,8 +50,7 @@ class _Collected:
 
     unit: WorkUnit
     output: Output
-    manifest: Manifest | None = None
-    """None where it is recorded already and only its checks are new."""
+    manifest: Manifest
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,8 +66,8 @@ class Recorder:
     """Records each result at most once in a run, and remembers which checks failed.
 
     Results are collected for up to `collect_s` and then written together, which takes less than half the time of
-    writing each alone. Call `flush` while waiting and at the end, also at a bad end. What was collected and is not
-    written is lost to this run only: it is committed, and the next run records it.
+    writing each alone. Call `flush` while waiting and at a bad end, and `finish` at a good one. What was collected and
+    is not written is lost to this run only: it is committed, and the next run records it.
     """
 
     def __init__(
@@ -89,18 +90,19 @@ class Recorder:
         self._to_record: list[_Collected] = []
         self._to_check: list[_Collected] = []
         self._collecting_since = 0.0
+        self._checking = storage_waits()
         self.failed_checks: dict[str, list[str]] = {}
-        """Partition key → what failed, in words. Complete after `flush`."""
+        """Partition key → what failed, in words. Complete after `finish`."""
 
-    def record(self, unit: WorkUnit, output: Output, *, reused: bool, facts: Mapping[str, Any]) -> None:
+    def record(
+        self, unit: WorkUnit, output: Output, manifest: Manifest, *, reused: bool, facts: Mapping[str, Any]
+    ) -> None:
         """Record the materialization and the checks of one committed output, unless this run already has.
 
-        `facts` are metadata of this run rather than of the result: where the log is, for instance. Raises StoreError
-        where its manifest cannot be read.
+        `facts` are metadata of this run rather than of the result: where the log is, for instance.
         """
         if (unit.partition_key, output.asset) in self._recorded:
             return
-        manifest = read_manifest(Path(output.path))
         self._begin_collecting()
         self._to_record.append(
             _Collected(unit=unit, output=output, manifest=manifest, facts={"reused": reused} | dict(facts))
@@ -108,17 +110,18 @@ class Recorder:
         self._recorded.add((unit.partition_key, output.asset))
         self._flush_if_due()
 
-    def record_checks(self, unit: WorkUnit, output: Output) -> None:
+    def record_checks(self, unit: WorkUnit, output: Output, manifest: Manifest) -> None:
         """Record the selected checks of one committed cache; its materialization must be recorded."""
         self._begin_collecting()
-        self._to_check.append(_Collected(unit=unit, output=output))
+        self._to_check.append(_Collected(unit=unit, output=output, manifest=manifest))
         self._flush_if_due()
 
     def flush(self) -> None:
         """Write what was collected: first all materializations, then, once they are computed, all checks.
 
         Either is written wholly or, on an exception, not at all, and is tried again by the next flush; a termination
-        that comes during a write takes effect after it. When this returns all is in the web UI.
+        that comes during a write takes effect after it. When this returns all is in the web UI, but for the checks of
+        results whose files cannot be reached at the moment.
         """
         if self._to_record:
             with interrupts_held_back():
@@ -128,14 +131,47 @@ class Recorder:
                     self._log_materializations([c for c in self._to_record if c.asset in CACHES])
                 self._to_check += [c for c in self._to_record if c.asset in CACHES]
                 self._to_record.clear()
-        if self._to_check:
-            shards: dict[str, ResultFiles] = {}
-            results = [(collected, self._check_results(collected, shards)) for collected in self._to_check]
-            with interrupts_held_back():
-                with one_transaction(self._context.instance, self._context.run.run_id):
-                    self._log_checks(results)
-                self._remember_failed(results)
-                self._to_check.clear()
+        if self._to_check and self._checking.is_due(self._clock()):
+            self._write_checks()
+
+    def finish(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Flush until nothing is left, however long files cannot be reached: after STORAGE_PATIENCE_S a check that they
+        are needed for has failed."""
+        self.flush()
+        while self._to_check:
+            sleep(max(0.0, self._checking.next_at - self._clock()))
+            self.flush()
+
+    def _write_checks(self) -> None:
+        results: list[tuple[_Collected, Sequence[CheckResult]]] = []
+        shards: dict[str, ResultFiles] = {}
+        unreachable: list[_Collected] = []
+        why: Exception | None = None
+        for collected in self._to_check:
+            try:
+                results.append((collected, self._check_results(collected, shards)))
+            except STORAGE_TROUBLE as e:
+                unreachable.append(collected)
+                why = e
+        if why is None:
+            self._checking = storage_waits()
+        else:
+            self._wait_for(why)
+            if self._checking.failing_for_s(self._clock()) >= STORAGE_PATIENCE_S:
+                results += [(collected, self._failed_by(collected, why)) for collected in unreachable]
+                unreachable.clear()
+        with interrupts_held_back():
+            with one_transaction(self._context.instance, self._context.run.run_id):
+                self._log_checks(results)
+            self._remember_failed(results)
+            self._to_check = unreachable
+
+    def _wait_for(self, why: Exception) -> None:
+        if not self._checking.n_failures:
+            self._context.log.warning(
+                f"checks wait for files that cannot be reached ({why}), for {STORAGE_PATIENCE_S / 60:g} minutes at most"
+            )
+        self._checking.failed(self._clock())
 
     def _begin_collecting(self) -> None:
         if not self._to_record and not self._to_check:
@@ -158,7 +194,6 @@ class Recorder:
         pointers = {key: self._event_pointers(key, partition_keys) for key in {key for i in inputs for key in i}}
         for collected, versions in zip(results, inputs, strict=True):
             manifest = collected.manifest
-            assert manifest is not None
             tags = {
                 DATA_VERSION_TAG: manifest.data_version,
                 CODE_VERSION_TAG: self._recipe.code_version(collected.asset),
@@ -178,7 +213,6 @@ class Recorder:
         """The inputs a result stands for, with their data versions. A reused shard stands for today's plan, whichever
         plan it was made under: its content is what today's plan names."""
         recipe, manifest = self._recipe, collected.manifest
-        assert manifest is not None
         if collected.asset == SHARDS_MANIFEST:
             versions = {recipe.key(SHARD_PLAN): self._plan_hash}
         else:
@@ -199,14 +233,22 @@ class Recorder:
 
     def _check_results(self, collected: _Collected, shards: dict[str, ResultFiles]) -> list[CheckResult]:
         """The selected checks, computed now from the files; `shards` keeps what was read of each partition's shard."""
-        key = self._recipe.key(collected.asset)
-        wanted = {c.name for c in self._context.selected_asset_check_keys if c.asset_key == key}
+        wanted = self._selected_checks(collected.asset)
         if not wanted:
             return []
         (shard_folder,) = collected.unit.inputs[SHARDS_MANIFEST]
         shard = shards.setdefault(shard_folder, ResultFiles(Path(shard_folder)))
         results = check_all(ResultFiles(Path(collected.output.path), collected.manifest), shard)
         return [result for result in results if result.name in wanted]
+
+    def _failed_by(self, collected: _Collected, why: Exception) -> list[CheckResult]:
+        """The selected checks as failed: files that they need cannot be reached."""
+        names = sorted(self._selected_checks(collected.asset))
+        return [CheckResult(name=name, passed=False, description=str(why), numbers={}) for name in names]
+
+    def _selected_checks(self, asset: Asset) -> set[str]:
+        key = self._recipe.key(asset)
+        return {check.name for check in self._context.selected_asset_check_keys if check.asset_key == key}
 
     def _log_checks(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:
         partitions: dict[Asset, list[str]] = {}

@@ -290,8 +290,7 @@ def set_head(folder: Path, manifest: Manifest | None = None) -> None:
     Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it.
     `manifest` is that of `folder`, where the caller has just read it.
     """
-    if manifest is None:
-        manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     write_head(folder, manifest.fingerprint)
     if size_if_there(folder / JOURNAL_NAME) is None:
         return

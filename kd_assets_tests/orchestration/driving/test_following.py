@@ -8,16 +8,10 @@ from typing import Any
 import pytest
 
 from kd_assets.contract import Event, EventType, JobFile, WorkUnit, event_file
-from kd_assets.orchestration.driving.following import (
-    LOG_LINES_A_LOOK,
-    EventTail,
-    FollowedJob,
-    LogTail,
-    TaskReport,
-    log_tail,
-)
+from kd_assets.orchestration.driving.following import FollowedJob, TaskReport
+from kd_assets.orchestration.driving.tails import LOG_LINES_A_LOOK, EventTail, LogTail, log_tail
 from kd_assets.orchestration.retries import FailureClass, PartitionError
-from kd_assets.scheduler import Ending, Submission, TaskPhase, TaskState
+from kd_assets.scheduler import Ending, JobSpec, Submission, TaskPhase, TaskState
 
 
 def event(event_type: EventType, *, attempt: int = 0, time: float = 0.0, **data: Any) -> Event:
@@ -119,23 +113,20 @@ class Job:
     def __init__(self, folder: Path) -> None:
         unit = WorkUnit(partition_key="p0", outputs=())
         job = JobFile(
-            kind="teacher", recipe="r", key="k", recipe_folder="", events_folder="", tasks=((0,),), units=(unit,)
+            kind="teacher", recipe="r", key="k", recipe_folder="", events_folder="", tasks=((0,),) * 3, units=(unit,)
         )
-        self.report = TaskReport()
-        submission = Submission(folder=folder)
-        self.followed = FollowedJob(
-            submission=submission, job=job, reports={0: self.report}, tail=EventTail(submission, 1)
-        )
-        self.is_complete = False
-
-    def over(self, now: float) -> list[int]:
-        return self.followed.newly_over(now, 10.0, lambda task: self.is_complete)
+        spec = JobSpec(key="0" * 32, recipe="r", kind="teacher", n_tasks=3, concurrency=3)
+        self.submission = Submission(folder=folder)
+        self.submission.events_folder.mkdir()
+        self.followed = FollowedJob(submission=self.submission, job=job, spec=spec)
 
     def end(self) -> None:
-        self.followed.states = {0: TaskState(phase=TaskPhase.ENDED, ending=Ending.KILLED, reason="killed")}
+        self.followed.see({0: TaskState(phase=TaskPhase.ENDED, ending=Ending.KILLED, reason="killed")})
 
-    def say(self, status: str) -> None:
-        self.report.add(event("task_finished", status=status))
+    def say(self, event_type: EventType, **data: Any) -> None:
+        with event_file(self.submission.events_folder, 0).open("a") as f:
+            f.write(event(event_type, **data).to_line())
+        self.followed.read(lambda job, event: None)
 
 
 @pytest.fixture
@@ -143,44 +134,53 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path)
 
 
-def test_a_running_task_is_not_over_and_one_that_says_it_failed_is_at_once(job: Job) -> None:
-    assert job.over(0.0) == []
-    job.say("failed")
-    assert job.over(1.0) == [0]
-    assert job.over(2.0) == [], "each task is over once"
-
-
-def test_a_task_that_was_killed_has_the_grace_of_the_file_system_to_be_heard(job: Job) -> None:
+def test_a_task_has_ended_when_it_says_so_or_the_scheduler_does_and_until_it_is_over(job: Job) -> None:
+    assert job.followed.ended_tasks(0.0) == []
+    job.say("task_started")
+    assert job.followed.ended_tasks(1.0) == []
+    job.say("task_finished", status="done")
+    assert job.followed.ended_tasks(2.0) == [0]
     job.end()
-    assert job.over(0.0) == []
-    assert job.over(9.0) == []
-    assert job.over(10.0) == [0]
-
-
-def test_results_that_are_there_need_no_grace(job: Job) -> None:
-    job.say("done")
-    assert job.over(0.0) == []
-    job.is_complete = True
-    assert job.over(0.1) == [0]
-
-
-def test_a_task_that_is_requeued_meanwhile_starts_its_grace_anew(job: Job) -> None:
+    assert job.followed.ended_tasks(3.0) == [0]
+    assert job.followed.ended_since == {0: 2.0}
+    job.followed.end(0)
+    assert job.followed.ended_tasks(4.0) == []
     job.end()
-    assert job.over(0.0) == []
-    job.followed.states = {0: TaskState(phase=TaskPhase.PENDING, reason="BeginTime")}
-    assert job.over(9.0) == []
+    assert job.followed.ended_tasks(5.0) == [], "each task is over once"
+
+
+def test_a_task_that_is_requeued_meanwhile_ends_anew(job: Job) -> None:
     job.end()
-    assert job.over(11.0) == []
-    assert job.over(21.0) == [0]
+    assert job.followed.ended_tasks(0.0) == [0]
+    job.followed.see({0: TaskState(phase=TaskPhase.PENDING, reason="BeginTime")})
+    assert job.followed.ended_tasks(9.0) == []
+    job.end()
+    assert job.followed.ended_tasks(11.0) == [0]
+    assert job.followed.ended_since == {0: 11.0}
+
+
+def test_a_task_that_starts_again_after_its_last_word_has_not_ended(job: Job) -> None:
+    job.say("task_started")
+    job.say("task_finished", status="failed")
+    job.say("task_started", attempt=1)
+    assert job.followed.ended_tasks(0.0) == []
+
+
+def test_no_more_is_read_of_a_task_that_is_finished_with(job: Job) -> None:
+    job.say("task_started")
+    job.followed.end(0)
+    job.say("warning", message="still here")
+    job.followed.finish_reading(0)
+    heard: list[object] = []
+    with event_file(job.submission.events_folder, 0).open("a") as f:
+        f.write(event("warning", message="nobody hears it").to_line())
+    job.followed.read(lambda job, event: heard.append(event))
+    assert heard == []
 
 
 def test_a_queue_is_told_in_words(job: Job) -> None:
-    job.followed.reports.update({1: TaskReport(), 2: TaskReport()})
-    job.followed.states = {
-        0: TaskState(phase=TaskPhase.RUNNING, reason="RUNNING"),
-        1: TaskState(phase=TaskPhase.PENDING, reason="Priority"),
-        2: TaskState(phase=TaskPhase.PENDING, reason="Priority"),
-    }
+    waits = TaskState(phase=TaskPhase.PENDING, reason="Priority")
+    job.followed.see({0: TaskState(phase=TaskPhase.RUNNING, reason="RUNNING"), 1: waits, 2: waits})
     assert job.followed.queue_in_words() == "1 run, 2 wait (Priority)"
 
 

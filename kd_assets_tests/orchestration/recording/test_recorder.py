@@ -21,10 +21,14 @@ from kd_assets.dagster_internals import (
     DATA_VERSION_TAG,
     input_tags,
 )
+from kd_assets.errors import StorageUnavailableError
+from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S
+from kd_assets.orchestration.recording import recorder as recorder_module
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.orchestration.recording.recorder import COLLECT_RESULTS, COLLECT_TOKENS, Recorder, check_specs
 from kd_assets.recipes.recipe import Recipe
-from kd_assets.store import read_manifest
+from kd_assets.store import CheckResult, ResultFiles, read_manifest
+from kd_assets.store.checking.checks import check_all
 from kd_assets.store.layout import MANIFEST_NAME
 from kd_assets_tests.orchestration.recording.made_up import CPU_SERIES, GPU_SERIES
 from kd_assets_tests.store import examples
@@ -75,12 +79,21 @@ class Bench:
     def output(self, asset: Asset, key: str) -> Output:
         return examples.output(self._store, asset, partition_key=key)
 
+    def manifest(self, asset: Asset, key: str) -> Manifest:
+        return read_manifest(Path(self.output(asset, key).path))
+
     def unit(self, asset: Asset, key: str) -> WorkUnit:
         return self._units[key][asset]
 
     def record(self, recorder: Recorder, asset: Asset, *keys: str) -> None:
         for key in keys:
-            recorder.record(self.unit(asset, key), self.output(asset, key), reused=True, facts={"fact": f"of {key}"})
+            recorder.record(
+                self.unit(asset, key),
+                self.output(asset, key),
+                self.manifest(asset, key),
+                reused=True,
+                facts={"fact": f"of {key}"},
+            )
 
     def run(
         self, body: Callable[[Recorder], None], *, collect_s: float = 1.0, assets: tuple[Asset, ...] = ASSETS
@@ -234,7 +247,7 @@ def test_large_results_are_not_collected(bench: Bench) -> None:
     def body(recorder: Recorder) -> None:
         unit = bench.unit("topk_cache", key)
         large = WorkUnit(partition_key=key, n_tokens=COLLECT_TOKENS, inputs=unit.inputs, outputs=unit.outputs)
-        recorder.record(large, unit.outputs[0], reused=False, facts={})
+        recorder.record(large, unit.outputs[0], bench.manifest("topk_cache", key), reused=False, facts={})
         seen.append(bench.n_recorded())
 
     assert bench.run(body).success
@@ -277,6 +290,44 @@ def test_a_failed_check_is_recorded_and_remembered_and_the_others_go_on(bench: B
     ]
 
 
+@pytest.mark.parametrize("error", [StorageUnavailableError("Stale file handle"), OSError("Stale file handle")])
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_checks_wait_for_files_that_cannot_be_reached_and_fail_in_the_storages_words_when_they_stay_away(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, comes_back: bool
+) -> None:
+    keys = bench.commit(2)
+    away = Path(bench.output("topk_cache", keys[0]).path)
+    back_at = 60.0 if comes_back else 1e9
+
+    def checks(files: ResultFiles, shard: ResultFiles) -> list[CheckResult]:
+        if files.folder == away and bench.now < back_at:
+            raise error
+        return check_all(files, shard)
+
+    monkeypatch.setattr(recorder_module, "check_all", checks)
+    first_look: list[int] = []
+    failed: dict[str, list[str]] = {}
+
+    def sleep(seconds: float) -> None:
+        assert bench.now < 2 * STORAGE_PATIENCE_S
+        bench.now += seconds
+
+    def body(recorder: Recorder) -> None:
+        bench.record(recorder, "topk_cache", *keys)
+        recorder.flush()
+        first_look.append(bench.n_recorded())
+        recorder.finish(sleep)
+        failed.update(recorder.failed_checks)
+
+    result = bench.run(body)
+    assert first_look == [2], "the materializations do not wait"
+    all_once(bench, keys, result.run_id)
+    if comes_back:
+        assert failed == {}
+    else:
+        assert failed == {keys[0]: [f"topk_cache: check {name} failed: Stale file handle" for name in sorted(CHECKS)]}
+
+
 def test_checks_alone_are_of_each_partitions_last_materialization(bench: Bench) -> None:
     keys = bench.commit(2)
     for _ in range(2):
@@ -284,7 +335,8 @@ def test_checks_alone_are_of_each_partitions_last_materialization(bench: Bench) 
 
     def body(recorder: Recorder) -> None:
         for key in keys:
-            recorder.record_checks(bench.unit("topk_cache", key), bench.output("topk_cache", key))
+            output, manifest = bench.output("topk_cache", key), bench.manifest("topk_cache", key)
+            recorder.record_checks(bench.unit("topk_cache", key), output, manifest)
         recorder.flush()
 
     result = bench.run(body)

@@ -1,0 +1,52 @@
+"""What driving asks of the run it works for. Dagster is behind it in a run, lists are in a test."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kd_assets.contract import Output, WorkUnit
+from kd_assets.orchestration.retries import FailureClass
+from kd_assets.store import Manifest
+
+if TYPE_CHECKING:
+    from kd_assets.orchestration.driving.following import FollowedJob
+
+
+class Log(Protocol):
+    """The run's log, for people."""
+
+    def info(self, message: str, /) -> None: ...
+
+    def warning(self, message: str, /) -> None: ...
+
+    def error(self, message: str, /) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommittedResult:
+    """A wanted result that is there, with the job and the task that made it; None where no job of this run did."""
+
+    unit: WorkUnit
+    output: Output
+    manifest: Manifest
+    job: FollowedJob | None = None
+    task: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Callbacks:
+    """What driving asks of the run it works for."""
+
+    run_id: str
+    log: Log
+    record: Callable[[CommittedResult], None]
+    """Called once for each result that is there."""
+    flush: Callable[[], None]
+    """Called after each look, so that what `record` has collected is written."""
+    observe: Callable[[FollowedJob, Counter[FailureClass]], None]
+    """Called for each followed job at the end, with why partitions were left without a result by its tasks."""
+    is_terminated: Callable[[], bool]
+    """Whether an interrupt of this process means the run, and so its jobs."""

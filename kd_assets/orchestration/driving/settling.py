@@ -1,0 +1,220 @@
+"""What became of the results of a task that has ended: recorded, tried again, or given up.
+
+A task that says it failed is over; so is one that says it is done, or that the scheduler calls ended, once its results
+are seen or the shared file system had its grace to show them. What another start can heal, and how, is `retries`' to
+decide. Knows no dagster.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kd_assets.errors import STORAGE_TROUBLE
+from kd_assets.orchestration.driving.callbacks import Log
+from kd_assets.orchestration.driving.following import FollowedJob
+from kd_assets.orchestration.driving.results import Look, Results
+from kd_assets.orchestration.driving.tails import log_tail
+from kd_assets.orchestration.driving.waiting import Storage
+from kd_assets.orchestration.retries import Asked, Attempts, FailureClass, Retry, classify, decide
+from kd_assets.scheduler import Scheduler, Submission
+from kd_assets.scheduler.submissions import is_cancelled
+from kd_assets.store import count_durable_files
+
+
+@dataclass(slots=True)
+class ToRetry:
+    """Results that are tried again in one job."""
+
+    paths: set[str] = field(default_factory=set)
+    tasks: set[tuple[Submission, int]] = field(default_factory=set)
+    """Those that left them behind."""
+
+    @property
+    def n_tasks(self) -> int:
+        """No more teacher loads than what is left took before."""
+        return len(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ended:
+    """A task that is over, with what its files tell of its end."""
+
+    job: FollowedJob
+    task: int
+    n_new_files: int
+    """Durable files of its results since this run began to follow it. A partition may wait for its turn through many
+    interruptions, so what counts as its progress is that of its task."""
+    log_file: Path
+    log_tail: str
+    is_cancelled_by_us: bool
+    """By the end of another run of this deployment, and not by somebody's scancel."""
+
+
+class Settler:
+    """Settles the tasks of followed jobs, one after the other as they end."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        results: Results,
+        failures: Counter[FailureClass],
+        *,
+        log: Log,
+        storage: Storage,
+        clock: Callable[[], float],
+    ) -> None:
+        """`failures`: where is counted what kept tasks from their results; a task counts once for each class."""
+        self._scheduler, self._results, self._failures = scheduler, results, failures
+        self._log, self._storage, self._clock = log, storage, clock
+        self._attempts: dict[str, Attempts] = {}
+        """By partition."""
+        self._counted: set[tuple[Submission, int, FailureClass]] = set()
+        self._retries: dict[Asked, ToRetry] = {}
+
+    def take_retries(self) -> dict[Asked, ToRetry]:
+        """What is to be tried again since the last call, by what it asks for."""
+        retries, self._retries = self._retries, {}
+        return retries
+
+    def settle(self, job: FollowedJob) -> None:
+        """See what became of each task of a job that has ended. Call it when all that its tasks said is read."""
+        now = self._clock()
+        for task in job.ended_tasks(now):
+            has_had_its_grace = (
+                job.reports[task].last_word == "failed"
+                or now - job.ended_since[task] >= self._scheduler.visibility_grace_s
+            )
+            if not has_had_its_grace and self._has_missing(job, task):
+                continue
+            if has_had_its_grace:
+                self._settle_task(job, task)
+            if not self._results.of_task(job.submission, task):
+                job.end(task)
+        for task in list(job.still_read):
+            # A task that was taken for lost may live, and commit what is now in another's hands.
+            is_waited_for = any(self._results.is_open(o.path) for o in job.outputs_of(task))
+            if job.reports[task].is_final or not is_waited_for:
+                job.finish_reading(task)
+
+    def _has_missing(self, job: FollowedJob, task: int) -> bool:
+        """Whether the task owes a result that is not to be seen; those before it are recorded."""
+        return any(
+            self._results.look(path, job, task) in (Look.MISSING, Look.UNREACHABLE)
+            for path in self._results.of_task(job.submission, task)
+        )
+
+    def _settle_task(self, job: FollowedJob, task: int) -> None:
+        missing: dict[str, list[str]] = {}
+        unreachable: set[str] = set()
+        for path in self._results.of_task(job.submission, task):
+            partition_key = self._results.partition_of(path)
+            look = self._results.look(path, job, task)  # a result whose event was lost is a result all the same
+            if look is Look.MISSING:
+                missing.setdefault(partition_key, []).append(path)
+            elif look is Look.UNREACHABLE:
+                unreachable.add(partition_key)
+        # A partition is decided on as a whole, when all of it is known.
+        decidable = {key: paths for key, paths in missing.items() if key not in unreachable}
+        if not decidable or (ended := self._ended(job, task, decidable)) is None:
+            return
+        for partition_key, paths in decidable.items():
+            self._count(ended, self._settle_partition(ended, partition_key, paths))
+
+    def _ended(self, job: FollowedJob, task: int, missing: dict[str, list[str]]) -> _Ended | None:
+        """What the files of a task tell of its end; None while they cannot be reached."""
+        what = (job.submission, task)
+        if not self._storage.is_due(what):
+            return None
+        try:
+            log_file = self._scheduler.log_file(job.submission, task)
+            ended = _Ended(
+                job=job,
+                task=task,
+                n_new_files=n_durable_files(job, task) - job.n_files_before.get(task, 0),
+                log_file=log_file,
+                log_tail=log_tail(log_file),
+                is_cancelled_by_us=is_cancelled(job.submission),
+            )
+        except STORAGE_TROUBLE as e:
+            if self._storage.failed(what, e):
+                self._storage.forget(what)
+                for paths in missing.values():
+                    self._results.give_up_all(paths, FailureClass.WORK, f"{job.submission.folder}: {e}")
+            return None
+        self._storage.reached(what)
+        return ended
+
+    def _settle_partition(self, ended: _Ended, partition_key: str, paths: Sequence[str]) -> FailureClass:
+        """Try the missing results of one partition again, or give them up; returns what kept it from them."""
+        job, task, report, state = ended.job, ended.task, ended.job.reports[ended.task], ended.job.state(ended.task)
+        error = report.errors.get(partition_key)
+        has_begun = report.attempt >= 0 or bool(ended.log_tail)
+        failure = classify(state, report.last_word, error, said_anything=has_begun)
+        if failure is FailureClass.CANCELLED and ended.is_cancelled_by_us:
+            failure = FailureClass.INTERRUPTED
+        asked, attempts = asked_of(job), self._attempts.get(partition_key, Attempts())
+        decision = decide(
+            failure,
+            asked,
+            attempts,
+            n_parts=attempts.n_parts + ended.n_new_files,
+            node=state.node or report.node,
+            token_budget=report.token_budget(partition_key),
+        )
+        words = (
+            f"{error.name}: {error.message}" if error is not None else f"task {task} {state.task_id}: {state.reason}"
+        )
+        if isinstance(decision, Retry):
+            self._retry(ended, partition_key, paths, decision)
+            changes = changes_in_words(asked, decision.asked)
+            self._log.warning(f"{partition_key}: {failure.value} ({words}); tried again{changes}")
+        else:
+            why = f"; {decision.why}" if decision.why else ""
+            self._log.error(f"{partition_key}: {failure.value}: {words}{why}\n{ended.log_tail}")
+            for path in paths:
+                self._results.give_up(path, failure, f"{words}{why} (log: {ended.log_file})", ended.log_file)
+        return failure
+
+    def _retry(self, ended: _Ended, partition_key: str, paths: Sequence[str], decision: Retry) -> None:
+        self._attempts[partition_key] = decision.attempts
+        to_retry = self._retries.setdefault(decision.asked, ToRetry())
+        to_retry.paths.update(paths)
+        to_retry.tasks.add((ended.job.submission, ended.task))
+        for path in paths:
+            self._results.let_go(path)
+
+    def _count(self, ended: _Ended, failure: FailureClass) -> None:
+        key = (ended.job.submission, ended.task, failure)
+        if key not in self._counted:
+            self._counted.add(key)
+            self._failures[failure] += 1
+            ended.job.failures[failure] += 1
+
+
+def asked_of(job: FollowedJob) -> Asked:
+    """What a job asked for, with the nodes that failed under it."""
+    return Asked(
+        resources=job.spec.resources,
+        excluded_nodes=frozenset(job.spec.excluded_nodes).union(*(s.failed_nodes for s in job.states.values())),
+        token_budget=None if job.job.teacher is None else job.job.teacher.token_budget,
+    )
+
+
+def n_durable_files(job: FollowedJob, task: int) -> int:
+    """How far the results of a task are: grows with every part that a kill does not undo."""
+    return count_durable_files(Path(o.path) for o in job.outputs_of(task))
+
+
+def changes_in_words(before: Asked, after: Asked) -> str:
+    """What a retry asks for otherwise, in words that follow "tried again"."""
+    changes = []
+    if added := after.excluded_nodes - before.excluded_nodes:
+        changes.append(f"without node {', '.join(sorted(added))}")
+    if after.resources.memory_gib != before.resources.memory_gib:
+        changes.append(f"with {after.resources.memory_gib:g} GiB of memory")
+    if after.token_budget != before.token_budget:
+        changes.append(f"with batches of {after.token_budget} tokens")
+    return "".join(f", {change}" for change in changes)

@@ -1,0 +1,927 @@
+"""Join, submit, follow, settle, retry: each transition, and each failure class as a row of a table.
+
+A fake cluster and a fake clock; job folders, event files, marks and committed results are real.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_assets.durable import storage_error
+from kd_assets.errors import SchedulerError, SchedulerUnreachableError, StorageUnavailableError
+from kd_assets.orchestration.driving import results as results_module
+from kd_assets.orchestration.driving.waiting import LONGEST_BACKOFF_S, STORAGE_PATIENCE_S
+from kd_assets.orchestration.retries import FailureClass
+from kd_assets.scheduler import Ending, JobSpec, Submission, TaskPhase, submissions
+from kd_assets.scheduler.submissions import followed_by, followers, mark_cancelled
+from kd_assets.store import committed
+from kd_assets_tests.orchestration.driving.world import RUN_ID, START, World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred real commits wait for no disk."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+# Submitting and following
+
+
+def test_missing_results_are_submitted_as_one_job_and_recorded_with_the_task_that_made_them(world: World) -> None:
+    world.on_each_submission(world.work_through)
+    driver = world.run(n_tasks=2)
+    (job,) = world.scheduler.submitted
+    assert sorted(world.recorded, key=lambda r: r[0]) == [("p0", job, 0), ("p1", job, 1)]
+    assert (driver.failed, driver.failures) == ([], Counter())
+    assert world.observed == [(job, Counter())]
+    assert "info teacher: submitted fake job 0001 for 2 partitions in 2 tasks" in world.log
+
+
+def test_a_result_is_recorded_when_it_is_committed_and_not_when_its_task_ends(world: World) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.at(10, lambda: world.commit_and_say(job, "p0"))
+        world.at(500, lambda: world.work_through(job))
+
+    world.on_each_submission(script)
+    world.run()
+    assert world.recorded_at["p0"] < 12
+    assert world.recorded_at["p1"] >= 500
+    assert Counter(world.keys_recorded) == {"p0": 1, "p1": 1}
+
+
+def test_a_result_whose_event_was_lost_is_recorded_when_its_task_has_ended(world: World) -> None:
+    def script(job: Submission) -> None:
+        world.commit("p0", "p1")
+        world.end(job)
+
+    world.on_each_submission(script)
+    driver = world.run()
+    (job,) = world.scheduler.submitted
+    assert world.recorded == [("p0", job, 0), ("p1", job, 0)]
+    assert driver.failures == {}
+
+
+def test_a_committed_event_that_comes_before_the_result_is_seen_is_looked_after(world: World) -> None:
+    """As on a shared file system, which shows what another node wrote a while later."""
+
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.say_committed(job, "p0")
+        world.at(20, lambda: world.commit("p0"))
+        world.at(1000, lambda: world.work_through(job))
+
+    world.on_each_submission(script)
+    world.run()
+    assert 20 <= world.recorded_at["p0"] < 60
+
+
+def test_a_task_that_was_taken_for_lost_and_lives_is_still_heard(world: World) -> None:
+    """Its event comes late: the result is in the hands of the job that was submitted in its place."""
+
+    def lost(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.end(job, Ending.LOST)
+
+    def waits(job: Submission) -> None:
+        first = world.scheduler.submitted[0]
+        world.at(30, lambda: world.commit_and_say(first, "p0"))
+        world.at(400, lambda: world.work_through(job))
+
+    world.on_each_submission(lost, waits)
+    driver = world.run()
+    first = world.scheduler.submitted[0]
+    assert (world.recorded[0], world.recorded[1][0]) == (("p0", first, 0), "p1")
+    assert world.recorded_at["p0"] < 100
+    assert driver.failures == {FailureClass.LOST: 1}
+
+
+def test_a_task_that_says_it_is_done_has_the_grace_of_the_file_system_to_show_its_results(world: World) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.say(job, "task_finished")
+        world.at(8, lambda: world.commit("p0", "p1"))
+
+    world.on_each_submission(script)
+    assert world.run().failures == {}
+    assert world.keys_recorded == ["p0", "p1"]
+
+
+def test_a_task_that_is_requeued_meanwhile_is_not_over(world: World) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.end(job, Ending.PREEMPTED)
+        world.at(5, lambda: world.set_state(job, 0, TaskPhase.PENDING, reason="BeginTime"))
+        world.at(60, lambda: world.say(job, "task_started", attempt=1))
+        world.at(61, lambda: world.commit_and_say(job, "p0"))
+        world.at(62, lambda: world.commit_and_say(job, "p1"))
+
+    world.on_each_submission(script)
+    driver = world.run()
+    assert len(world.scheduler.submitted) == 1
+    assert driver.failures == {FailureClass.KILLED: 1}, "an interruption that the task came back from"
+    assert "warning task 0 was requeued (killed) and goes on as attempt 1" in world.log
+
+
+def test_what_a_task_prints_is_in_the_log_to_its_last_line(world: World) -> None:
+    def script(job: Submission) -> None:
+        log = world.scheduler.log_file(job, 0)
+        world.say(job, "task_started")
+        world.at(1, lambda: log.write_text("first\n"))
+        world.at(7, lambda: log.write_text("first\nlast\n"))
+        world.at(7, lambda: world.work_through(job))
+
+    world.on_each_submission(script)
+    world.run()
+    assert [line for line in world.log.lines if " | " in line] == ["info task 0 | first", "info task 0 | last"]
+
+
+# Joining
+
+
+def test_a_live_job_that_is_at_the_work_is_joined_and_only_the_rest_is_submitted(world: World) -> None:
+    theirs = world.job_of_another_run(["p0"])
+    world.say(theirs, "task_started")
+    world.at(30, lambda: world.work_through(theirs))
+    world.on_each_submission(world.work_through)
+    world.run()
+    (ours,) = world.scheduler.submitted
+    assert sorted(world.recorded) == [("p0", theirs, 0), ("p1", ours, 0)]
+    assert "info teacher: found, still running, fake job 0001 with 1 of the results" in world.log
+
+
+def test_what_was_committed_meanwhile_by_somebody_is_recorded_and_not_submitted(world: World) -> None:
+    world.commit("p0", "p1")
+    world.run()
+    assert world.recorded == [("p0", None, None), ("p1", None, None)]
+    assert world.scheduler.submitted == []
+
+
+def test_a_joined_job_that_dies_is_tried_again(world: World) -> None:
+    theirs = world.job_of_another_run(["p0", "p1"])
+    world.say(theirs, "task_started")
+    world.at(5, lambda: world.end(theirs, Ending.KILLED))
+    world.on_each_submission(world.work_through)
+    driver = world.run()
+    (ours,) = world.scheduler.submitted
+    assert world.recorded == [("p0", ours, 0), ("p1", ours, 0)]
+    assert driver.failures == {FailureClass.KILLED: 1}
+
+
+def test_the_tasks_of_a_live_job_that_have_said_their_last_word_are_not_joined(world: World) -> None:
+    theirs = world.job_of_another_run(["p0", "p1"], n_tasks=2)
+    world.say(theirs, "task_started", 0)
+    world.say(theirs, "task_finished", 0, status="failed")
+    world.at(20, lambda: world.say(theirs, "task_started", 1))
+    world.at(21, lambda: world.commit_and_say(theirs, "p1", 1))
+    world.on_each_submission(world.work_through)
+    driver = world.run()
+    (ours,) = world.scheduler.submitted
+    assert sorted(world.recorded) == [("p0", ours, 0), ("p1", theirs, 1)]
+    assert driver.failures == {}, "its failure was another run's"
+
+
+def test_a_job_that_is_being_cancelled_is_not_joined(world: World) -> None:
+    theirs = world.job_of_another_run(["p0"])
+    mark_cancelled(theirs)
+    world.on_each_submission(world.work_through)
+    world.run()
+    assert len(world.scheduler.submitted) == 1
+    assert set(world.keys_recorded) == {"p0", "p1"}
+
+
+@pytest.mark.parametrize("damage", ["another version", "not JSON", "gone"])
+def test_a_live_job_of_another_version_is_not_joined_and_does_not_fail_the_run(world: World, damage: str) -> None:
+    theirs = world.job_of_another_run(["p0"])
+    if damage == "another version":
+        raw = json.loads(theirs.job_file.read_text())
+        theirs.job_file.write_text(json.dumps(raw | {"contract_version": 1}))
+    elif damage == "not JSON":
+        theirs.job_file.write_text("{")
+    else:
+        theirs.job_file.unlink()
+    world.on_each_submission(world.work_through)
+    driver = world.run()
+    (ours,) = world.scheduler.submitted
+    assert {job for _, job, _ in world.recorded} == {ours}
+    assert driver.failed == []
+    assert world.log.count("cannot be joined") == 1
+
+
+def test_the_jobs_that_a_run_waits_for_are_marked_for_others_as_long_as_it_lives(world: World) -> None:
+    seen = []
+
+    def script(job: Submission) -> None:
+        seen.append(followers(job))
+        world.work_through(job)
+
+    world.on_each_submission(script)
+    world.run()
+    (job,) = world.scheduler.submitted
+    assert seen == [{RUN_ID: True}], "from before it is submitted"
+    assert followers(job) == {RUN_ID: False}
+
+
+# Every class of failure
+
+
+@dataclass(frozen=True)
+class Row:
+    failure: FailureClass
+    end: Callable[[World, Submission], object]
+    """How a task of p0 and p1 ends without its results."""
+    is_retried: bool = True
+    asks: Callable[[JobSpec], object] = lambda spec: None
+    """What of the next job's spec is asked for otherwise …"""
+    expected: object = None
+    """… and what it is then."""
+    words: str = ""
+    """In the log, or in the cause of what is given up."""
+
+
+def failing(error: str) -> Callable[[World, Submission], None]:
+    def end(world: World, job: Submission) -> None:
+        for key in ("p0", "p1"):
+            world.say(job, "partition_failed", partition_key=key, error=error, message="so it is")
+        world.say(job, "task_finished", status="failed")
+
+    return end
+
+
+def ending(ending: Ending, **state: Any) -> Callable[[World, Submission], None]:
+    return lambda world, job: world.end(job, ending, **state)
+
+
+ROWS = (
+    Row(FailureClass.INTERRUPTED, ending(Ending.EXITED, exit_code=75)),
+    Row(FailureClass.TIME_LIMIT, ending(Ending.TIME_LIMIT)),
+    Row(FailureClass.PREEMPTED, ending(Ending.PREEMPTED)),
+    Row(
+        FailureClass.NODE_FAILURE,
+        ending(Ending.NODE_FAILURE, node="node7"),
+        asks=lambda spec: spec.excluded_nodes,
+        expected=("node7",),
+        words="tried again, without node node7",
+    ),
+    Row(
+        FailureClass.HOST_MEMORY,
+        ending(Ending.HOST_MEMORY),
+        asks=lambda spec: spec.resources.memory_gib,
+        expected=2.0,
+        words="tried again, with 2 GiB of memory",
+    ),
+    Row(
+        FailureClass.DEVICE_MEMORY,
+        failing("OutOfDeviceMemoryError"),
+        words="tried again, with batches of 2048 tokens",
+    ),
+    Row(FailureClass.KILLED, ending(Ending.KILLED), words="tried again"),
+    Row(
+        FailureClass.LAUNCH_FAILURE,
+        ending(Ending.LAUNCH_FAILURE, node="node9"),
+        asks=lambda spec: spec.excluded_nodes,
+        expected=("node9",),
+    ),
+    Row(FailureClass.LOST, ending(Ending.LOST)),
+    Row(FailureClass.NO_RESULT, lambda world, job: world.say(job, "task_finished")),
+    Row(FailureClass.HELD, ending(Ending.HELD, reason="launch failed twice"), is_retried=False, words="launch failed"),
+    Row(FailureClass.IMPOSSIBLE, ending(Ending.IMPOSSIBLE), is_retried=False),
+    Row(FailureClass.CANCELLED, ending(Ending.CANCELLED), is_retried=False),
+    Row(FailureClass.WORK, failing("TeacherError"), is_retried=False, words="TeacherError: so it is (log: "),
+)
+
+
+def test_the_table_has_every_class_of_failure() -> None:
+    assert [row.failure for row in ROWS] == list(FailureClass)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.failure.name)
+def test_what_a_failed_task_left_is_tried_again_or_given_up_by_its_class(world: World, row: Row) -> None:
+    def fails(job: Submission) -> None:
+        if row.failure is not FailureClass.LAUNCH_FAILURE:
+            world.say(job, "task_started")
+        row.end(world, job)
+
+    world.on_each_submission(fails, world.work_through)
+    driver = world.run()
+    assert driver.failures == {row.failure: 1}, "once for the task, not for each of its partitions"
+    assert world.observed[0] == (world.scheduler.submitted[0], Counter({row.failure: 1}))
+    if row.is_retried:
+        assert driver.failed == []
+        _, again = world.specs()
+        assert row.asks(again) == row.expected
+        assert {job for _, job, _ in world.recorded} == {world.scheduler.submitted[1]}
+        assert row.words in world.log
+    else:
+        assert len(world.scheduler.submitted) == 1
+        assert [(f.partition_key, f.asset, f.failure) for f in driver.failed] == [
+            (key, "topk_cache", row.failure) for key in ("p0", "p1")
+        ]
+        log_file = world.scheduler.log_file(world.scheduler.submitted[0], 0)
+        assert all(row.words in f.cause and str(log_file) in f.cause and f.log_file == log_file for f in driver.failed)
+
+
+def test_a_smaller_token_budget_reaches_the_tasks(world: World) -> None:
+    def fails(job: Submission) -> None:
+        world.say(job, "task_started")
+        failing("OutOfDeviceMemoryError")(world, job)
+
+    world.on_each_submission(fails, world.work_through)
+    world.run(token_budget=4096)
+    budgets = [json.loads(job.job_file.read_text())["teacher"]["token_budget"] for job in world.scheduler.submitted]
+    assert budgets == [4096, 2048]
+
+
+def test_a_job_that_another_run_of_ours_cancelled_is_tried_again(world: World) -> None:
+    def cancelled(job: Submission) -> None:
+        mark_cancelled(job)
+        world.end(job, Ending.CANCELLED)
+
+    world.on_each_submission(cancelled, world.work_through)
+    driver = world.run()
+    assert driver.failures == {FailureClass.INTERRUPTED: 1}
+    assert set(world.keys_recorded) == {"p0", "p1"}
+
+
+def test_three_attempts_without_progress_end_it_and_progress_renews_them(world: World) -> None:
+    def killed(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.end(job, Ending.KILLED)
+
+    def killed_after_p0(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.commit("p0")
+        world.end(job, Ending.KILLED)
+
+    world.on_each_submission(killed, killed, killed_after_p0, killed, killed)
+    driver = world.run()
+    assert world.keys_recorded == ["p0"]
+    (failed,) = driver.failed
+    assert failed.partition_key == "p1"
+    assert "given up after 3 attempts in a row without a new part on disk" in failed.cause
+    assert len(world.scheduler.submitted) == 5
+
+
+def test_partitions_that_failed_alike_in_one_look_are_tried_again_as_one_job_of_as_many_tasks(world: World) -> None:
+    def both_killed(job: Submission) -> None:
+        world.end(job, Ending.KILLED, 0)
+        world.end(job, Ending.KILLED, 1)
+
+    world.on_each_submission(both_killed, world.work_through)
+    world.run(n_tasks=2)
+    assert [spec.n_tasks for spec in world.specs()] == [2, 2]
+
+
+def test_one_task_fails_and_the_others_go_on(world: World) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started", 0)
+        world.say(job, "task_started", 1)
+        world.say(job, "partition_failed", 0, partition_key="p0", error="TeacherError", message="no")
+        world.say(job, "task_finished", 0, status="failed")
+        world.at(50, lambda: world.commit_and_say(job, "p1", 1))
+
+    world.on_each_submission(script)
+    driver = world.run(n_tasks=2)
+    assert [f.partition_key for f in driver.failed] == ["p0"]
+    assert world.keys_recorded == ["p1"]
+
+
+def test_a_damaged_result_is_given_up_with_what_to_do_and_is_not_submitted(world: World) -> None:
+    world.commit("p0")
+    manifest = world.folder_of("p0") / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"n_bytes": 1', '"n_bytes": 2'))
+    world.on_each_submission(world.work_through)
+    driver = world.run()
+    (failed,) = driver.failed
+    assert (failed.partition_key, failed.failure) == ("p0", FailureClass.WORK)
+    assert f"Move {world.folder_of('p0')} away and materialize again" in failed.cause
+    assert world.keys_recorded == ["p1"]
+
+
+def test_a_result_that_is_damaged_when_its_task_ends_is_given_up(world: World) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.at(5, lambda: world.commit("p0"))
+        world.at(5, lambda: (world.folder_of("p0") / "manifest.json").write_text("{"))
+        world.at(6, lambda: world.commit_and_say(job, "p1"))
+        world.at(7, lambda: world.say(job, "task_finished"))
+
+    world.on_each_submission(script)
+    driver = world.run()
+    assert [f.partition_key for f in driver.failed] == ["p0"]
+    assert "is not JSON" in driver.failed[0].cause
+
+
+# A scheduler that does not answer
+
+
+def answers_again(world: World, after_s: float) -> None:
+    def again() -> None:
+        world.scheduler.answers = True
+
+    world.scheduler.answers = False
+    world.at(after_s, again)
+
+
+def test_the_first_submission_waits_for_a_scheduler_that_does_not_answer(world: World) -> None:
+    answers_again(world, 600)
+    world.on_each_submission(world.work_through)
+    driver = world.run()
+    assert driver.failed == []
+    assert set(world.keys_recorded) == {"p0", "p1"}
+    assert world.now - START < 600 + 1.5 * LONGEST_BACKOFF_S
+    assert world.log.count("the scheduler does not answer") == 1
+    assert world.scheduler.n_live < 20, "asked ever more seldom"
+
+
+def test_a_scheduler_that_does_not_answer_while_jobs_run_costs_nothing(world: World) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        answers_again(world, 300)
+        world.at(50, lambda: world.commit_and_say(job, "p0"))
+        world.at(400, lambda: world.work_through(job))
+
+    world.on_each_submission(script)
+    driver = world.run()
+    assert world.recorded_at["p0"] < 52, "recording does not wait for the scheduler"
+    assert driver.failures == {}
+    assert world.log.count("the scheduler does not answer") == 1
+    assert world.log.count("the scheduler answers again, after") == 1
+
+
+def test_a_retry_that_waits_for_the_scheduler_keeps_nothing_else_from_being_recorded(world: World) -> None:
+    """Task 0 is killed while the controller is away; task 1 goes on to commit, and prints."""
+
+    def script(job: Submission) -> None:
+        log = world.scheduler.log_file(job, 1)
+        for task in (0, 1):
+            world.say(job, "task_started", task)
+        world.say(job, "partition_failed", 0, partition_key="p0", error="RankLostError", message="gone")
+        world.say(job, "task_finished", 0, status="failed")
+        answers_again(world, 3000)
+        world.at(200, lambda: log.write_text("a line\n"))
+        world.at(300, lambda: world.commit_and_say(job, "p1", 1))
+
+    world.on_each_submission(script, world.work_through)
+    driver = world.run(n_tasks=2)
+    assert world.recorded_at["p1"] < 302
+    assert "info task 1 | a line" in world.log
+    assert 3000 <= world.recorded_at["p0"] < 3000 + 1.5 * LONGEST_BACKOFF_S
+    assert driver.failures == {FailureClass.KILLED: 1}
+
+
+def test_a_first_submission_that_waits_for_the_scheduler_records_what_joined_jobs_commit(world: World) -> None:
+    """The scheduler goes away between finding a live job and taking the rest."""
+    theirs = world.job_of_another_run(["p0"])
+    world.say(theirs, "task_started")
+    submit = world.scheduler.submit
+
+    def away(spec: JobSpec, write_job_file: Callable[[Submission], object]) -> Submission:
+        answers_again(world, 1000)
+        world.scheduler.submit = submit  # type: ignore[method-assign]
+        return submit(spec, write_job_file)
+
+    world.scheduler.submit = away  # type: ignore[method-assign]
+    world.at(100, lambda: world.commit_and_say(theirs, "p0"))
+    world.on_each_submission(world.work_through)
+    world.run()
+    assert 100 <= world.recorded_at["p0"] < 102
+    assert world.recorded_at["p1"] >= 1000
+
+
+def test_what_somebody_commits_while_a_submission_waits_is_recorded_without_the_scheduler(world: World) -> None:
+    answers_again(world, 5000)
+    world.at(100, lambda: world.commit("p0", "p1"))
+    world.run()
+    assert max(world.recorded_at.values()) < 100 + LONGEST_BACKOFF_S
+    assert world.scheduler.submitted == []
+
+
+def test_retries_that_waited_for_the_scheduler_become_one_job(tmp_path: Path) -> None:
+    world = World(tmp_path, [f"p{i}" for i in range(4)])
+
+    def fails(job: Submission, task: int) -> None:
+        lost: dict[str, Any] = {"partition_key": f"p{task}", "error": "RankLostError", "message": "gone"}
+        world.say(job, "partition_failed", task, **lost)
+        world.say(job, "task_finished", task, status="failed")
+
+    def script(job: Submission) -> None:
+        answers_again(world, 1000)
+        for task in range(4):
+            world.say(job, "task_started", task)
+            world.at(10 * task, partial(fails, job, task))
+
+    world.on_each_submission(script, world.work_through)
+    world.run(n_tasks=4)
+    assert [spec.n_tasks for spec in world.specs()] == [4, 4]
+
+
+def test_a_job_whose_submission_was_not_answered_is_found_again_and_not_submitted_twice(world: World) -> None:
+    submit = world.scheduler.submit
+
+    def unanswered(spec: JobSpec, write_job_file: Callable[[Submission], object]) -> Submission:
+        world.scheduler.submit = submit  # type: ignore[method-assign]
+        submission = submit(spec, write_job_file)
+        world.at(30, lambda: world.work_through(submission))
+        raise SchedulerUnreachableError("sbatch gave no answer")
+
+    world.scheduler.submit = unanswered  # type: ignore[method-assign]
+    world.run()
+    assert len(world.scheduler.submitted) == 1
+    assert set(world.keys_recorded) == {"p0", "p1"}
+    assert "found, still running" in world.log
+
+
+def test_a_refusal_gives_up_what_was_to_be_submitted_with_the_schedulers_words(world: World) -> None:
+    def refused(job: Submission) -> None:
+        raise SchedulerError("no such partition: h200")
+
+    world.on_each_submission(refused)
+    driver = world.run()
+    assert [(f.partition_key, f.failure, f.cause) for f in driver.failed] == [
+        (key, FailureClass.IMPOSSIBLE, "no such partition: h200") for key in ("p0", "p1")
+    ]
+
+
+# Termination
+
+
+def test_a_termination_cancels_the_jobs_that_nobody_else_waits_for(world: World) -> None:
+    theirs = world.job_of_another_run(["p0"])
+    world.say(theirs, "task_started")
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.at(20, interrupt)
+    with followed_by(theirs, "another-run"), pytest.raises(KeyboardInterrupt):
+        world.run()
+    (ours,) = world.scheduler.submitted
+    assert world.scheduler.cancelled == [ours]
+    assert "goes on: run another-run waits for it, too" in world.log
+    assert world.log.count("terminated: cancelling") == 1
+
+
+def test_a_process_that_is_stopped_without_its_run_being_terminated_leaves_its_jobs(world: World) -> None:
+    world.is_terminated = False
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.at(20, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert world.scheduler.cancelled == []
+    assert "the jobs go on, and the next run finds them" in world.log
+
+
+def test_a_termination_while_the_scheduler_is_being_asked_to_take_a_job_cancels_it(world: World) -> None:
+    world.on_each_submission(lambda job: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert world.scheduler.cancelled == world.scheduler.submitted
+
+
+def test_a_termination_before_anything_is_submitted_cancels_nothing(world: World) -> None:
+    world.scheduler.answers = False
+    world.at(20, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert world.scheduler.cancelled == []
+
+
+def test_an_error_of_ours_cancels_nothing(world: World) -> None:
+    def bug(job: Submission) -> None:
+        raise ZeroDivisionError
+
+    world.on_each_submission(bug)
+    with pytest.raises(ZeroDivisionError):
+        world.run()
+    assert world.scheduler.cancelled == []
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+# Files that cannot be reached
+
+
+class Trouble:
+    """A fake of a file system whose server is away: what is asked of the store, or of files, fails as a test says."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world, self.until_s, self.n_asked = world, 0.0, 0
+        monkeypatch.setattr(results_module, "committed", self.committed)
+
+    def lasts(self, seconds: float) -> None:
+        self.until_s = self.world.now + seconds
+
+    @property
+    def is_on(self) -> bool:
+        return self.world.now < self.until_s
+
+    def committed(self, folder: Path, fingerprint: str) -> Any:
+        self.n_asked += 1
+        if self.is_on:
+            raise StorageUnavailableError(f"cannot read {folder}: Stale file handle")
+        return committed(folder, fingerprint)
+
+
+@pytest.fixture
+def trouble(world: World, monkeypatch: pytest.MonkeyPatch) -> Trouble:
+    return Trouble(world, monkeypatch)
+
+
+def test_a_result_that_cannot_be_reached_for_a_moment_is_recorded_soon_after(world: World, trouble: Trouble) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.at(10, lambda: trouble.lasts(5))
+        world.at(10, lambda: world.commit_and_say(job, "p0"))
+        world.at(2000, lambda: world.work_through(job))
+
+    world.on_each_submission(script)
+    driver = world.run()
+    assert driver.failed == []
+    assert 15 <= world.recorded_at["p0"] < 30
+    assert world.log.count("a file cannot be reached") == 1
+    assert world.log.count("all files can be reached again") == 1
+
+
+@pytest.mark.parametrize("last_word", ["done", "failed"])
+def test_results_that_cannot_be_reached_when_their_task_ends_are_not_its_failure(
+    world: World, trouble: Trouble, last_word: str
+) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.commit("p0", "p1")
+        world.say(job, "task_finished", status=last_word)
+        trouble.lasts(STORAGE_PATIENCE_S / 2)
+
+    world.on_each_submission(script)
+    driver = world.run()
+    assert (driver.failed, driver.failures) == ([], Counter())
+    assert sorted(world.keys_recorded) == ["p0", "p1"]
+    assert len(world.scheduler.submitted) == 1
+
+
+def test_results_that_cannot_be_reached_for_too_long_are_given_up_in_the_storages_words(
+    world: World, trouble: Trouble
+) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.say(job, "task_finished")
+        trouble.lasts(1e9)
+
+    world.on_each_submission(script)
+    driver = world.run()
+    assert STORAGE_PATIENCE_S <= world.now - START < 1.5 * STORAGE_PATIENCE_S
+    assert {f.partition_key for f in driver.failed} == {"p0", "p1"}
+    assert all("Stale file handle" in f.cause and "away" not in f.cause for f in driver.failed)
+    assert trouble.n_asked < 100, "asked ever more seldom"
+
+
+def test_nothing_is_submitted_for_a_result_of_which_nobody_can_tell(world: World, trouble: Trouble) -> None:
+    world.commit("p0", "p1")
+    trouble.lasts(60)
+    world.run()
+    assert world.scheduler.submitted == []
+    assert set(world.keys_recorded) == {"p0", "p1"}
+
+
+def test_a_result_that_cannot_be_recorded_for_a_moment_is_recorded_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recording sets the head of a reused result, which writes to the store."""
+    record, n_failures = world._record, iter([1, 2, 3])
+
+    def full(result: Any) -> None:
+        if next(n_failures, None):
+            raise StorageUnavailableError("cannot write head.json: No space left on device")
+        record(result)
+
+    monkeypatch.setattr(world, "_record", full)
+    world.commit("p0", "p1")
+    assert world.run().failed == []
+    assert set(world.keys_recorded) == {"p0", "p1"}
+
+
+def bare(number: int) -> OSError:
+    return OSError(number, "of the test")
+
+
+Errors = Callable[[str, BaseException, int], None]
+
+
+@pytest.fixture
+def fails_at_first(monkeypatch: pytest.MonkeyPatch) -> Errors:
+    """Have a function of a driving module raise this as often, and then do what it does."""
+
+    def arrange(where: str, error: BaseException, n_times: int) -> None:
+        module, name = where.rsplit(".", 1)
+        target = __import__(f"kd_assets.orchestration.driving.{module}", fromlist=[name])
+        real, left = getattr(target, name), iter(range(n_times))
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is not None:
+                raise error
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(target, name, replaced)
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOSPC, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "where",
+    [
+        "tails.read_events",
+        "settling.is_cancelled",
+        "settling.count_durable_files",
+        "joining.n_durable_files",
+        "joining.is_cancelled",
+        "joining.followed_by",
+        "results.committed",
+    ],
+)
+def test_no_error_of_the_file_system_ends_a_run_that_follows_jobs(
+    world: World, fails_at_first: Errors, where: str, number: int
+) -> None:
+    """Each thing that a run does with files fails a few times on its way: a job is found and joined, dies, and is
+    submitted again."""
+    fails_at_first(where, bare(number), 3)
+    theirs = world.job_of_another_run(["p0", "p1"])
+    world.say(theirs, "task_started")
+    world.at(60, lambda: world.end(theirs, Ending.KILLED))
+    world.on_each_submission(world.work_through)
+    driver = world.run()
+    assert driver.failed == []
+    assert sorted(world.keys_recorded) == ["p0", "p1"]
+    assert len(world.scheduler.submitted) == 1
+
+
+def test_a_listing_of_event_files_that_fails_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = world.scheduler.log_file, iter(range(2))
+    import os
+
+    listdir = os.listdir
+    failures = iter(range(2))
+
+    def stale(folder: Any) -> list[str]:
+        if Path(folder).name == "events" and next(failures, None) is not None:
+            raise bare(errno.ESTALE)
+        return listdir(folder)
+
+    def log_file(submission: Submission, task: int) -> Path:
+        if next(left, None) is not None:
+            raise bare(errno.ESTALE)
+        return real(submission, task)
+
+    monkeypatch.setattr(os, "listdir", stale)
+    monkeypatch.setattr(world.scheduler, "log_file", log_file)
+    world.on_each_submission(world.work_through)
+    assert world.run().failed == []
+    assert set(world.keys_recorded) == {"p0", "p1"}
+
+
+def test_records_of_the_scheduler_that_cannot_be_read_are_an_answer_that_does_not_come(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll, left = world.scheduler.poll, iter(range(3))
+
+    def stale(submissions: Any) -> Any:
+        if next(left, None) is not None:
+            raise bare(errno.ESTALE)
+        return poll(submissions)
+
+    monkeypatch.setattr(world.scheduler, "poll", stale)
+
+    def script(job: Submission) -> None:
+        world.commit("p0", "p1")
+        world.end(job)
+
+    world.on_each_submission(script)
+    assert world.run().failed == []
+    assert "the scheduler answers again, after 3 questions without answer" in world.log
+
+
+@pytest.mark.parametrize(
+    ("number", "is_waited_for"),
+    [(errno.ESTALE, True), (errno.EIO, True), (errno.ENOSPC, True), (errno.EACCES, False), (errno.ENOENT, False)],
+)
+def test_a_submission_that_a_full_disk_prevents_is_tried_again_and_one_that_may_not_be_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch, number: int, is_waited_for: bool
+) -> None:
+    prepare_folder, left = submissions.prepare_folder, iter(range(3))
+
+    def fails(folder: Path) -> None:
+        if folder.name == "0001" and next(left, None) is not None:
+            raise storage_error(bare(number), folder, "create the folder")
+        prepare_folder(folder)
+
+    monkeypatch.setattr(submissions, "prepare_folder", fails)
+    world.on_each_submission(world.work_through)
+    driver = world.run()
+    assert bool(world.recorded) == is_waited_for
+    assert {f.failure for f in driver.failed} == (set() if is_waited_for else {FailureClass.IMPOSSIBLE})
+
+
+def test_a_job_that_cannot_be_started_for_want_of_space_is_given_up_after_a_while_with_the_reason(
+    world: World, fails_at_first: Errors
+) -> None:
+    full = StorageUnavailableError("cannot write job.json: No space left on device; free some space")
+    fails_at_first("joining.atomic_write", full, 10**6)
+    driver = world.run()
+    assert {f.partition_key for f in driver.failed} == {"p0", "p1"}
+    assert all("free some space" in f.cause for f in driver.failed)
+    assert STORAGE_PATIENCE_S <= world.now - START < 1.5 * STORAGE_PATIENCE_S
+
+
+# What it costs
+
+
+@dataclass
+class Opened:
+    """What this process opens or lists, while `counts`."""
+
+    counts: bool = False
+    names: Counter[str] = None  # type: ignore[assignment]
+
+    def hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.counts and event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, Path)):
+            path = Path(args[0])
+            kind = "log" if path.suffix == ".log" else "event file" if path.parent.name == "events" else path.name
+            self.names[kind] += 1
+
+
+@pytest.fixture(scope="module")
+def audit() -> Opened:
+    """An audit hook can be added and never removed: so it is one for all tests."""
+    import sys
+
+    opened = Opened()
+    sys.addaudithook(opened.hook)
+    return opened
+
+
+@pytest.fixture
+def opened(audit: Opened) -> Iterator[Opened]:
+    audit.names = Counter()
+    yield audit
+    audit.counts = False
+
+
+@pytest.mark.parametrize("n_tasks", [5, 40])
+def test_following_costs_what_the_tasks_cost_that_are_active_and_not_all_that_there_are(
+    tmp_path: Path, opened: Opened, n_tasks: int
+) -> None:
+    """One task runs, one is over, the others wait in the queue: so it stays for a hundred seconds."""
+    world = World(tmp_path, [f"p{i}" for i in range(n_tasks)])
+
+    def script(job: Submission) -> None:
+        for task in (0, 1):
+            world.say(job, "task_started", task)
+            world.set_state(job, task, TaskPhase.RUNNING)
+        world.commit_and_say(job, "p0", 0)
+        world.say(job, "task_finished", 0)
+        world.end(job, task=0)
+
+        def begin() -> None:
+            opened.counts = True
+
+        def end() -> None:
+            opened.counts = False
+            interrupt()
+
+        world.at(20, begin)
+        world.at(120, end)
+
+    world.on_each_submission(script)
+    with pytest.raises(KeyboardInterrupt):
+        world.run(n_tasks=n_tasks)
+    n_looks = 200
+    assert opened.names["event file"] == pytest.approx(n_looks, rel=0.1), "that of the task that runs"
+    assert opened.names["events"] == pytest.approx(n_looks, rel=0.1), "one listing a look"
+    assert opened.names["log"] == pytest.approx(n_looks / 4, rel=0.1)
+    assert set(opened.names) == {"event file", "events", "log"}, "and nothing else, in the store for instance"
+
+
+def test_a_job_all_of_whose_tasks_have_begun_is_not_listed_any_more(world: World, opened: Opened) -> None:
+    def script(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.at(5, lambda: setattr(opened, "counts", True))
+        world.at(50, lambda: world.work_through(job))
+
+    world.on_each_submission(script)
+    world.run()
+    assert opened.names["event file"] > 50
+    assert opened.names["events"] == 0
