@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kd_assets.durable import storage_error
+from kd_assets.durable import prepare_folder, storage_error
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError, StorageUnavailableError
 from kd_assets.orchestration.driving import results as results_module
 from kd_assets.orchestration.driving.waiting import LONGEST_BACKOFF_S, STORAGE_PATIENCE_S
@@ -821,7 +821,7 @@ def test_records_of_the_scheduler_that_cannot_be_read_are_an_answer_that_does_no
 def test_a_submission_that_a_full_disk_prevents_is_tried_again_and_one_that_may_not_be_is_refused(
     world: World, monkeypatch: pytest.MonkeyPatch, number: int, is_waited_for: bool
 ) -> None:
-    prepare_folder, left = submissions.prepare_folder, iter(range(3))
+    left = iter(range(3))
 
     def fails(folder: Path) -> None:
         if folder.name == "0001" and next(left, None) is not None:

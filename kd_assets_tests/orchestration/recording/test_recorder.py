@@ -27,7 +27,7 @@ from kd_assets.orchestration.recording import recorder as recorder_module
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.orchestration.recording.recorder import COLLECT_RESULTS, COLLECT_TOKENS, Recorder, check_specs
 from kd_assets.recipes.recipe import Recipe
-from kd_assets.store import CheckResult, ResultFiles, read_manifest
+from kd_assets.store import CheckResult, Manifest, ResultFiles, read_manifest
 from kd_assets.store.checking.checks import check_all
 from kd_assets.store.layout import MANIFEST_NAME
 from kd_assets_tests.orchestration.recording.made_up import CPU_SERIES, GPU_SERIES
