@@ -1,4 +1,4 @@
-"""Where everything of a store lies: the one place that knows folder and file names.
+"""Where results lie and how they are found: the one place that knows the names of their folders and files.
 
 `<store>/<recipe>/<asset>/<variant>/<partition_key>/<fingerprint[:16]>/`. The names are normative (FORMAT.md); the rest
 of the project asks this module and never joins such a path itself.

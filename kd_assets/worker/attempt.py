@@ -1,9 +1,9 @@
-"""One start of a task: where it runs, its right to be at the task, and whether the starts before it got anywhere.
+"""One start of a task: where it runs, the lease that keeps a second copy away, whether earlier starts made progress.
 
-Used by the worker. Two copies of a task can live at once: a submission whose answer was lost and that was made again,
-or a node that lost its slurmd, whose processes run on while SLURM starts the task elsewhere. No result would be damaged
-(each has a lease of its own, see `kd_assets.store`), but a teacher would be loaded twice. So a task has a lease, too,
-beside its events: a copy from another submission leaves, a later attempt of the same one waits and takes over.
+Two copies of a task can live at once: a submission whose answer was lost and that was made again, or a node that lost
+its slurmd, whose processes run on while SLURM starts the task elsewhere. No result would be damaged (each has a lease
+of its own, see `kd_assets.store`), but a teacher would be loaded twice. So a task has a lease, too, beside its events:
+a copy from another submission leaves, a later attempt of the same one waits and takes over.
 """
 
 from __future__ import annotations

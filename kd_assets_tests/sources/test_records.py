@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import random
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_assets.contract import RecordRange
-from kd_assets.errors import BadRecordError, InputError, MissingInputError
+from kd_assets.errors import BadRecordError, InputError, MissingInputError, StorageUnreachableError
 from kd_assets.sources import record_files as files_module
 from kd_assets.sources.plan import ShardPlan, SourceSpec, plan_shards
 from kd_assets.sources.record_files import RawRecord, iter_jsonl, iter_parquet
@@ -357,3 +359,31 @@ def test_reading_streams_the_file(tmp_path: Path) -> None:
     endless: Any = Endless()
     lines = iter_jsonl(endless, Path("web.jsonl"))
     assert [next(lines).number for _ in range(100)] == list(range(100))
+
+
+# ---------------------------------------------------------------- storage that fails
+
+
+@pytest.mark.parametrize("name", ["web.jsonl", "web.parquet"])
+def test_a_file_system_that_fails_while_a_source_is_read_is_no_fault_of_the_source(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure in the middle of a file is a fake; that of a disk cannot be had on demand."""
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": ["a"] * 2000}), path)
+    else:
+        path.write_text('{"text": "a"}\n' * 2000)
+    plan = plan_of(path)
+
+    class FailingFile(io.BufferedReader):
+        def _fail(self, *arguments: Any) -> Any:
+            raise OSError(errno.EIO, "Input/output error")
+
+        read = readline = _fail
+
+    monkeypatch.setattr(os, "fdopen", lambda fd, *arguments, **named: FailingFile(io.FileIO(fd)))
+    with pytest.raises(StorageUnreachableError, match=rf"cannot read {path}: Input/output error"):
+        list(read_records(plan.shards[0].records, ShardHash()))
+    with pytest.raises(StorageUnreachableError, match=rf"cannot read {path}: Input/output error"):
+        plan_of(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kd_assets.contract import JobFile, Reporter, ShardsParams, WorkUnit
+from kd_assets.contract import JobFile, RecordRange, Reporter, ShardsParams, WorkUnit
 from kd_assets.errors import (
     BadRecordError,
     ContractError,
@@ -27,15 +28,19 @@ from kd_assets.errors import (
     MissingInputError,
     RecipeError,
     StorageUnavailableError,
+    StorageUnreachableError,
     TeacherChangedError,
 )
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
-from kd_assets.sources import shard_parts
+from kd_assets.sources import records, shard_parts
 from kd_assets.sources.plan import SourceSpec, plan_shards
+from kd_assets.sources.record_files import RawRecord
+from kd_assets.sources.records import parse_record as parse
 from kd_assets.sources.shards import ShardsRunner
 from kd_assets.store import Manifest, committed, plan_output, read_shard
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.sources.conftest import UNMARKED_TEMPLATE, SaveTokenizer
+from kd_assets_tests.store.failing import FailingStorage
 
 QUESTION = {"role": "user", "content": "What is a list?"}
 ANSWER = {"role": "assistant", "content": "A mutable sequence."}
@@ -149,6 +154,25 @@ def test_the_summary_says_what_became_of_the_records(tmp_path: Path, save_tokeni
     job = make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", [{"text": "a"}, {"text": ""}]), save_tokenizer())
     summary = runner_of(job).run(job.units[0])
     assert (summary["n_documents"], summary["n_empty_documents"]) == (1, 1)
+
+
+def test_each_record_is_read_and_parsed_once(
+    tmp_path: Path, save_tokenizer: SaveTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", [{"text": f"document {i}"} for i in range(25)])
+    job = make_job(tmp_path, source, save_tokenizer(), part_documents=4)
+    parsed: list[int] = []
+
+    def noting(raw: RawRecord, where: RecordRange) -> records.Record:
+        parsed.append(raw.number)
+        return parse(raw, where)
+
+    monkeypatch.setattr(records, "parse_record", noting)
+    storage = FailingStorage(monkeypatch, source)
+    (manifest,) = run(job)
+    assert manifest.n_documents == 25
+    assert parsed == list(range(25))
+    assert storage.n_calls == 1, "the file is opened once"
 
 
 def test_shards_of_one_source_hold_all_of_it_in_order(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
@@ -304,6 +328,20 @@ def test_a_source_that_vanished_since_planning_is_named(tmp_path: Path, save_tok
     source.unlink()
     with pytest.raises(MissingInputError, match=str(source)):
         run(job)
+
+
+def test_a_source_on_storage_that_does_not_answer_is_neither_missing_nor_malformed(
+    tmp_path: Path, save_tokenizer: SaveTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", [{"text": "a"}])
+    job = make_job(tmp_path, source, save_tokenizer())
+    runner = runner_of(job)
+    storage = FailingStorage(monkeypatch, source)
+    storage.fail(errno.ESTALE)
+    with pytest.raises(StorageUnreachableError, match=rf"cannot read {source}: Stale file handle"):
+        runner.run(job.units[0])
+    storage.fail(errno.ESTALE, n_failures=1)
+    runner.run(job.units[0])
 
 
 def test_a_job_that_cannot_be_is_refused_at_once(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:

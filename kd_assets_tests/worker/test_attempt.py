@@ -5,6 +5,7 @@ Other copies are real processes that hold real locks.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 
 from kd_assets.contract import Reporter, event_file, lease_file, read_events
 from kd_assets.durable import Lease, local_locks
-from kd_assets.errors import ContractError, InterruptedTaskError, StorageUnavailableError
+from kd_assets.errors import ContractError, InterruptedTaskError, ResultBusyError, StorageUnavailableError
 from kd_assets.store import count_durable_files
 from kd_assets.worker import attempt as attempts
 from kd_assets.worker.attempt import Attempt, DuplicateTaskError, gpus_of_process, hold_task, no_progress, starts_of
@@ -174,6 +175,40 @@ def test_a_disk_without_locks_is_told_of_with_its_remedy_and_the_work_goes_on(
     assert "mount it with them (Lustre: -o flock" in warning
     with pytest.raises(StorageUnavailableError, match="the file system has no locks"):
         Lease(desk.lease).acquire({})
+
+
+def test_a_lease_whose_holder_cannot_be_read_is_told_of_and_the_work_goes_on(
+    desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(desk.lease, "99")
+    FailingStorage(monkeypatch, desk.lease).fail(errno.EIO, first=1)  # it can be opened to be locked, and not after
+    assert desk.hold_task(an_attempt()) is None
+    (warning,) = desk.warnings()
+    assert warning.startswith(f"whether another copy of this task runs cannot be told: cannot read {desk.lease}: ")
+
+
+def test_asking_for_a_lease_names_its_holder_and_takes_and_makes_nothing(
+    tmp_path: Path, hold: Callable[[Path, str], subprocess.Popen[str]]
+) -> None:
+    Lease(tmp_path / "a").raise_if_busy()
+    assert list(tmp_path.iterdir()) == []
+    process = hold(tmp_path / "b", "99")
+    with pytest.raises(ResultBusyError, match='"slurm_job_id": "99"'):
+        Lease(tmp_path / "b").raise_if_busy()
+    process.kill()
+    process.wait(10)
+    Lease(tmp_path / "b").raise_if_busy()
+
+
+def test_asking_for_a_lease_of_its_own_does_not_drop_it(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "a")
+    lease.acquire({"pid": "of the test"})
+    Lease(tmp_path / "a").raise_if_busy()
+    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(tmp_path / "a"), "99"]
+    other = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert "ResultBusyError" in other.stderr
+    assert "of the test" in other.stderr
+    lease.release()
 
 
 # ---------------------------------------------------------------------- mounts whose locks stay on one node

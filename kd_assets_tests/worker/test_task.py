@@ -387,6 +387,18 @@ def test_a_worker_process_refuses_a_job_file_that_is_none_with_status_and_reason
     assert "Traceback" not in run.stderr
 
 
+def test_a_worker_process_that_cannot_see_the_jobs_folder_is_to_be_started_again(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "kd_assets.worker", str(tmp_path / "not mounted" / "job.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 75
+    assert "check that the store is mounted on this machine" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_a_worker_process_without_an_argument_says_how_it_is_used() -> None:
     run = subprocess.run([sys.executable, "-m", "kd_assets.worker"], capture_output=True, text=True, check=False)
     assert run.returncode == 2

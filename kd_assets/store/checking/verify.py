@@ -1,7 +1,7 @@
 """Every hash and every count of results on disk, compared with what their manifests say.
 
-Reads each byte once. Problems name the file and what to do; notes are what a person may want to know and nothing is
-wrong with: results that are still being made, files of nobody's.
+Problems name the file and what to do; notes are what a person may want to know and nothing is wrong with: results that
+are still being made, files that are not of the format.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ class _Verifier:
         except StorageUnavailableError as e:
             self._problem("unreadable", path, str(e))
             return
-        assert current is not None
+        if current is None:  # removed since it was found
+            return
         folder = path.parent / current[:FOLDER_FINGERPRINT_LENGTH]
         try:
             found = read_manifest(folder).fingerprint
