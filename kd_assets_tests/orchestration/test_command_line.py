@@ -99,3 +99,19 @@ def test_terminating_a_run_ends_its_job(command_line: CommandLine) -> None:
     assert run.returncode != 0
     assert "cancelling local job" in text
     assert not scheduler.is_live(submission)
+
+
+def test_a_command_line_that_the_machine_stops_leaves_its_job_to_the_next_run(command_line: CommandLine) -> None:
+    """SIGTERM is no Ctrl-C: it is what a machine or a container that goes down sends."""
+    assert command_line.run("shards_manifest", partition=("--partition", SHARDS[0]))[0] == 0
+    run = command_line.start(*CACHES, partition=("--partition", SHARDS[0]))
+    scheduler, submission = command_line.wait_for_task("teacher")
+    os.killpg(group_of(submission), signal.SIGSTOP)
+    run.send_signal(signal.SIGTERM)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert "the jobs go on, and the next run finds them" in text
+    assert scheduler.is_live(submission)
+    os.killpg(group_of(submission), signal.SIGCONT)
+    assert command_line.run(*CACHES, partition=("--partition", SHARDS[0]))[0] == 0
+    assert command_line.deployment.n_teacher_loads() == 1

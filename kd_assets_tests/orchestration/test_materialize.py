@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from kd_assets.contract import Asset
 from kd_assets.dagster_internals import CODE_VERSION_TAG, DATA_VERSION_TAG, input_data_version_tag
+from kd_assets.orchestration import planner as planner_module
+from kd_assets.orchestration import platform as platform_module
 from kd_assets.orchestration.driving.listening import progress_in_words
+from kd_assets.orchestration.materialize import PLAN_TAG, planner_of, register_partitions
+from kd_assets.orchestration.planner import PlannedWork, Planner
+from kd_assets.orchestration.platform import Platform
+from kd_assets.scheduler import LocalScheduler
+from kd_assets.store import manifest as manifest_module
 from kd_assets.store import read_manifest
-from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text
+from kd_assets_tests.orchestration.deployment import (
+    CACHES,
+    DOCUMENTS_PER_SHARD,
+    SHARDS,
+    Deployment,
+    documents,
+    failure_text,
+)
 
 ALL = (SHARDS[0], SHARDS[-1])
 
@@ -302,6 +318,135 @@ def test_a_run_that_includes_the_plan_works_from_that_plan(deployment: Deploymen
     assert (shard.tags or {})[input_data_version_tag(deployment.recipe.key("shard_plan"))] == plan_version[
         DATA_VERSION_TAG
     ]
+
+
+def test_a_plan_that_is_made_during_a_run_is_for_the_runs_after_it(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a nightly plan, after the shards of a long run are tokenised and before its teacher has begun."""
+    before = planner_of(deployment.recipe, deployment.platform).current_plan()
+    teacher_work, made = Planner.teacher_work, []
+
+    def after_a_new_plan(self: Planner, keys: Sequence[str], assets: Sequence[Asset]) -> PlannedWork:
+        if not made:
+            deployment.write(documents(len(SHARDS) * DOCUMENTS_PER_SHARD, seed=9))
+            made.append(planner_of(deployment.recipe, deployment.platform).make_plan())
+        return teacher_work(self, keys, assets)
+
+    monkeypatch.setattr(Planner, "teacher_work", after_a_new_plan)
+    result = deployment.run("shards_manifest", *CACHES, "student_smoke", partition=SHARDS[0])
+    assert result.success, failure_text(result)
+    assert made[0].plan_hash != before.plan_hash
+    found = deployment.materializations(result.run_id)
+    assert set(found) == {("student_smoke", None), *((asset, SHARDS[0]) for asset in ("shards_manifest", *CACHES))}
+    provenance = [dict(m.metadata["provenance"].value) for (m,) in found.values()]  # type: ignore[call-overload]
+    assert {p["plan_hash"] for p in provenance} == {before.plan_hash}
+    shard = found["shards_manifest", SHARDS[0]][0].tags or {}
+    assert shard[input_data_version_tag(deployment.recipe.key("shard_plan"))] == before.plan_hash
+    (run,) = deployment.instance.get_runs(dg.RunsFilter(run_ids=[result.run_id]))
+    assert run.tags[PLAN_TAG] == before.plan_hash
+    again = deployment.run("topk_cache", partition=SHARDS[0])
+    assert f"tiny/shards_manifest has no partition {SHARDS[0]} for the current plan" in failure_text(again)
+
+
+def test_a_run_reads_its_plan_its_profile_and_each_manifest_that_it_reuses_once(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a cluster profile: the local scheduler stands in for the cluster."""
+    profile = tmp_path / "site.yaml"
+    profile.write_text("setup: ''\n")
+    slurm = Platform(home=str(deployment.home), scheduler="slurm", slurm_profile=str(profile))
+    monkeypatch.setattr(
+        platform_module,
+        "SlurmScheduler",
+        lambda jobs_folder, *, profile, script, python, secrets_file: LocalScheduler(
+            jobs_folder, script=script, python=python
+        ),
+    )
+    n_profiles = counted(monkeypatch, platform_module, "read_profile", lambda path: "profile")
+    n_plans = counted(monkeypatch, planner_module.ShardPlan, "from_json", lambda text, **where: "plan")
+    n_manifests = counted(monkeypatch, manifest_module, "parse_manifest", lambda data, path: path.parent)
+    on_slurm = Deployment(deployment.home, Path("unused"), deployment.instance, platform=slurm, **deployment.attributes)
+    assert on_slurm.run("shards_manifest", *CACHES, partition_range=ALL).success
+    assert n_profiles == {"profile": 1}
+    assert n_plans == {"plan": 1}
+    n_manifests.clear()
+    assert on_slurm.run(*CACHES, partition_range=ALL).success
+    caches = {folder: n for folder, n in n_manifests.items() if folder.parts[-4] in CACHES}
+    assert len(caches) == len(SHARDS) * len(CACHES)
+    assert set(caches.values()) == {1}
+
+
+def counted(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, what: Callable[..., Hashable]
+) -> Counter[Hashable]:
+    """Count the calls of a function by what they are about."""
+    real, calls = getattr(owner, name), Counter[Hashable]()
+
+    def call(*args: object, **kwargs: object) -> object:
+        calls[what(*args, **kwargs)] += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+class FakePartitions:
+    """Stands for a Dagster instance's dynamic partitions, and counts what is asked of it."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = list(keys)
+        self.calls: Counter[str] = Counter()
+
+    def get_dynamic_partitions(self, name: str) -> list[str]:
+        self.calls["get"] += 1
+        return list(self.keys)
+
+    def add_dynamic_partitions(self, name: str, keys: Sequence[str]) -> None:
+        self.calls["add"] += 1
+        self.keys += keys
+
+    def delete_dynamic_partition(self, name: str, key: str) -> None:
+        self.calls["delete"] += 1
+        self.keys.remove(key)
+
+
+class Key(str):
+    """A partition key that counts how often it is looked up in a set or a dict."""
+
+    __slots__ = ()
+    n_lookups = 0
+
+    def __hash__(self) -> int:
+        Key.n_lookups += 1
+        return str.__hash__(self)
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "expected"),
+    [
+        (range(3), range(3), {"get": 1}),
+        (range(0), range(25_000), {"get": 1, "add": 3}),
+        (range(3), range(5), {"get": 1, "add": 1}),
+        (range(5), range(3), {"get": 1, "delete": 2}),
+        ([2, 0], range(3), {"get": 1, "delete": 2, "add": 1}),
+    ],
+)
+def test_registering_partitions_changes_what_differs_and_no_more(
+    present: Sequence[int], wanted: Sequence[int], expected: dict[str, int]
+) -> None:
+    partitions = FakePartitions([f"s-{i:05d}" for i in present])
+    keys = [f"s-{i:05d}" for i in wanted]
+    register_partitions(partitions, "tiny_shards", keys)  # type: ignore[arg-type]
+    assert partitions.keys == keys
+    assert partitions.calls == expected
+
+
+def test_registering_partitions_costs_what_they_are_many_and_not_their_square() -> None:
+    keys = [Key(f"s-{i:05d}") for i in range(2000)]
+    Key.n_lookups = 0
+    register_partitions(FakePartitions(keys[:1900]), "tiny_shards", keys)  # type: ignore[arg-type]
+    assert Key.n_lookups < 10 * len(keys)
 
 
 def test_progress_is_told_in_words() -> None:
