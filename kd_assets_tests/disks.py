@@ -18,8 +18,11 @@ _CALLS = (
 
 
 @contextmanager
-def failing(number: int, *, of: Path | None = None, of_name: str | None = None) -> Iterator[None]:
-    """A fake of a disk that fails with this errno for a file or folder and all below it, or for files of a name.
+def failing(
+    number: int, *, of: Path | None = None, of_name: str | None = None, only_writing: bool = False
+) -> Iterator[None]:
+    """A fake of a disk that fails with this errno for a file or folder and all below it, or for files of a name;
+    `only_writing`: only where they are written whole (`durable.atomic_write`), not where they are read.
 
     It stands for what cannot be had on demand: a stale handle, a bad sector, a mode that root does not heed. It fails
     the calls that the standard library makes, and only in this process.
@@ -28,9 +31,11 @@ def failing(number: int, *, of: Path | None = None, of_name: str | None = None) 
     def concerns(path: object) -> bool:
         if not isinstance(path, str | Path):
             return False  # a descriptor
+        name = Path(path).name
         # A file that is being written has a temporary name before its own: `.spec.json.x1y2z3.tmp`.
-        is_named = of_name is not None and (Path(path).name == of_name or Path(path).name.startswith(f".{of_name}."))
-        return is_named or (of is not None and (Path(path) == of or of in Path(path).parents))
+        is_written = of_name is not None and name.startswith(f".{of_name}.")
+        is_meant = name == of_name or (of is not None and (Path(path) == of or of in Path(path).parents))
+        return is_written or (is_meant and not only_writing)
 
     def fails(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(path: Any, *arguments: Any, **options: Any) -> Any:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import secrets
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kd_assets.durable import atomic_write, prepare_folder, try_locked
@@ -76,28 +76,12 @@ class SlurmSubmitter:
         covered = sum(a.n_tasks for a in job.arrays if not a.is_refused)
         if covered == job.spec.n_tasks:
             return
-        with self._alone_with(job) as is_alone:
-            if is_alone:
-                self._submit_rest(job)
+        self._alone(job, partial(self._submit_rest, job))
 
     def settle(self, job: KnownJob, queue: Queue) -> None:
-        """Find what became of an sbatch whose answer was lost."""
-        if all(array.is_answered for array in job.arrays):
-            return
-        patience_s = self._profile.command_timeout_s + REPLY_GRACE_S
-        with self._alone_with(job) as is_alone:
-            for array in job.arrays if is_alone else ():
-                if array.is_answered:
-                    continue
-                if found := queue.rows.get(array.name):
-                    job.write_acceptance(array, next(iter(found.values())).job_id, found=True)
-                elif queue.at < array.at + patience_s:
-                    continue
-                elif rows := self._accounting.rows([array]):
-                    job.write_acceptance(array, rows[0].job_id, found=True)
-                else:
-                    why = "sbatch gave no answer, and the cluster has no such job"
-                    job.write_refusal(array, why, absent=True)
+        """Find what became of an sbatch whose answer was lost, unless another process is at that."""
+        if not all(array.is_answered for array in job.arrays):
+            self._alone(job, partial(self._settle_arrays, job, queue))
 
     def preview(self, spec: JobSpec) -> list[list[str]]:
         """The command lines that `submit` would run now, with `NUMBER` and `NONCE` where each submission differs."""
@@ -121,22 +105,36 @@ class SlurmSubmitter:
             f"{self._profile.setup.rstrip()}\n"
         )
 
-    @contextmanager
-    def _alone_with(self, job: KnownJob) -> Iterator[bool]:
-        """Whether this process is the one that may submit for it, with what the one before it wrote; it never waits.
+    def _alone(self, job: KnownJob, act: Callable[[], None]) -> None:
+        """Act as the only process that submits for it, and with what the one before it wrote; never waits for another.
 
-        A disk that fails in the block ends the block: nothing is submitted that could not be found again. It is told
-        of, and everything goes on at the next look.
+        A disk that fails ends it: nothing is submitted that could not be found again. It is told of, and everything
+        goes on at the next look.
         """
         try:
             with try_locked(job.submission.submit_lock) as is_alone:
                 if is_alone:
                     job.read()
-                yield is_alone
+                    act()
         except (StorageUnavailableError, JobFilesUnavailableError) as e:
             job.tell_once("submitting", f"nothing more of {job.submission.folder} is submitted for now: {e}")
         else:
             job.tell_once("submitting", None)
+
+    def _settle_arrays(self, job: KnownJob, queue: Queue) -> None:
+        patience_s = self._profile.command_timeout_s + REPLY_GRACE_S
+        for array in job.arrays:
+            if array.is_answered:
+                continue
+            if found := queue.rows.get(array.name):
+                job.write_acceptance(array, next(iter(found.values())).job_id, found=True)
+            elif queue.at < array.at + patience_s:
+                continue
+            elif rows := self._accounting.rows([array]):
+                job.write_acceptance(array, rows[0].job_id, found=True)
+            else:
+                why = "sbatch gave no answer, and the cluster has no such job"
+                job.write_refusal(array, why, absent=True)
 
     def _submit_rest(self, job: KnownJob) -> None:
         """Submit arrays until all tasks are in, an answer is missing, or the site wants us to wait."""

@@ -6,6 +6,7 @@ a task does, how it ends and what it is told can be seen.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,10 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from kd_assets.errors import SchedulerError
+from kd_assets.errors import JobFilesUnavailableError, SchedulerError
 from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets.scheduler import Ending, LocalScheduler, Submission, TaskPhase, TaskState
 from kd_assets.scheduler.local.scheduler import process_group
+from kd_assets_tests.disks import failing, opened_files
 from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
 from kd_assets_tests.store.test_storage import run_in_mount_namespace
 
@@ -312,3 +314,42 @@ print([s.reason for s in scheduler.poll([submission]).states[submission].values(
     (tmp_path / "mount").mkdir()
     done = run_in_mount_namespace(program, str(tmp_path / "mount"), str(tmp_path / "python"), str(SCRIPT))
     assert done.stdout.strip() == "['exit status 3', 'exit status 4']", done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+def test_a_job_whose_files_cannot_be_read_keeps_its_last_known_states(jobs: Jobs, number: int) -> None:
+    scheduler = jobs.scheduler("echo ready; while [ ! -e go ]; do sleep 0.02; done")
+    submission = jobs.submit(scheduler)
+    wait_until_ready(scheduler, submission)
+    wait_for(lambda: scheduler.poll([submission]).states[submission][0].phase is TaskPhase.RUNNING)
+    known = scheduler.poll([submission])
+    for path in (submission.state_file, submission.job_lock, submission.spec_file):
+        with failing(number, of=path):
+            poll = scheduler.poll([submission])
+            assert poll.states == known.states
+            assert str(path) in str(poll.unreachable)
+    with failing(number, of=submission.job_lock), pytest.raises(JobFilesUnavailableError):
+        scheduler.live("demo", "teacher")
+    assert scheduler.poll([submission]) == known
+    (submission.folder / "go").touch()
+
+
+def test_a_full_disk_does_not_keep_a_job_that_is_cancelled_alive(jobs: Jobs) -> None:
+    scheduler = jobs.scheduler("echo ready; sleep 300")
+    submission = jobs.submit(scheduler)
+    wait_until_ready(scheduler, submission)
+    with failing(errno.ENOSPC, of=submission.cancelled_mark):
+        with pytest.raises(JobFilesUnavailableError, match="cancelled: No space left on device"):
+            scheduler.cancel([submission])
+    assert not scheduler.is_live(submission)
+
+
+def test_a_job_that_has_ended_is_looked_at_once_more_and_never_again(jobs: Jobs) -> None:
+    scheduler = jobs.scheduler("true")
+    ended(scheduler, jobs.submit(scheduler))
+    assert scheduler.live("demo", "teacher") == []
+    with scheduler.deciding("demo", "teacher"):  # makes the index: this job was started outside of a decision
+        assert scheduler.live("demo", "teacher") == []
+    with opened_files(jobs.folder / "jobs") as opened:
+        assert scheduler.live("demo", "teacher") == []
+    assert opened == []

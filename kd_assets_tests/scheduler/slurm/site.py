@@ -23,6 +23,7 @@ class Site:
         self.clock = Clock()
         self.cluster = FakeCluster(self.clock, accounting=accounting, max_array_size=max_array_size)
         self.jobs_folder = folder / "jobs"
+        folder.mkdir(exist_ok=True)
         self.script = folder / "task.sbatch"
         self.script.write_text("#!/bin/bash\n")
         self._concurrency = concurrency

@@ -16,6 +16,7 @@ from kd_assets.scheduler import Ending, Submission, TaskPhase
 from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S
 from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S
 from kd_assets.scheduler.slurm.task_states import REQUEUE_GRACE_S
+from kd_assets_tests.disks import opened_files
 from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
 from kd_assets_tests.scheduler.slurm.fake_cluster import FakeCluster, MissingCommands, SbatchAnswer
 from kd_assets_tests.scheduler.slurm.site import GRACE_S, POLL_S, Site
@@ -565,6 +566,30 @@ def test_cancelling_without_an_answer_says_what_to_do_by_hand(site: Site) -> Non
     assert site.cluster.n_asked("sbatch") == 1, "its mark stays"
 
 
+@pytest.mark.parametrize("name", ["kd-another", "somebody's own"])
+def test_a_job_that_somebody_renamed_is_followed_and_cancelled_by_its_comment(
+    without_accounting: Site, name: str
+) -> None:
+    site = without_accounting
+    submission = site.submit()
+    site.cluster.runs(0)
+    site.cluster.arrays[0].name = name
+    assert site.state(submission, after_s=2 * GRACE_S).phase is TaskPhase.RUNNING
+    assert site.state(submission, after_s=2 * GRACE_S).phase is TaskPhase.RUNNING
+    site.scheduler.cancel([submission])
+    assert site.cluster.task(0).state == "CANCELLED by 0"
+
+
+def test_a_job_whose_comment_somebody_changed_is_followed_and_cancelled_by_its_name(without_accounting: Site) -> None:
+    site = without_accounting
+    submission = site.submit()
+    site.cluster.runs(0)
+    site.cluster.arrays[0].comment = "kd_assets, ask Jo"
+    assert site.state(submission, after_s=2 * GRACE_S).phase is TaskPhase.RUNNING
+    site.scheduler.cancel([submission])
+    assert site.cluster.task(0).state == "CANCELLED by 0"
+
+
 # ------------------------------------------------------------------ accounting
 
 
@@ -604,3 +629,66 @@ def test_a_clock_that_was_set_back_makes_no_answer_last_for_ever(site: Site) -> 
     site.clock.now -= 10_000
     site.cluster.runs(0)
     assert site.scheduler.poll([submission]).states[submission][0].phase is TaskPhase.RUNNING
+
+
+def test_a_look_opens_as_many_files_for_many_tasks_and_arrays_as_for_one(tmp_path: Path) -> None:
+    opened_for: dict[int, int] = {}
+    for n_tasks in (1, 100):
+        site = Site(tmp_path / str(n_tasks), max_array_size=5)
+        submission = site.submit(n_tasks)
+        site.look(submission)
+        with opened_files(site.jobs_folder) as opened:
+            assert len(site.states(submission)) == n_tasks
+        opened_for[n_tasks] = len(opened)
+    assert opened_for[1] == opened_for[100]
+
+
+def test_nothing_is_read_to_say_where_the_log_of_a_task_is_and_what_its_job_is_called(tmp_path: Path) -> None:
+    site = Site(tmp_path, max_array_size=5)
+    submission = site.submit(n_tasks=50)
+    with opened_files(site.jobs_folder) as opened:
+        logs = [site.scheduler.log_file(submission, task).name for task in range(50)]
+        site.scheduler.describe(submission)
+        site.scheduler.submitted_at(submission)
+    assert logs == [f"slurm-{1 + task // 5}_{task % 5}.log" for task in range(50)]
+    assert opened == []
+
+
+def test_a_log_of_an_array_that_another_process_submitted_is_found(tmp_path: Path) -> None:
+    site = Site(tmp_path, max_array_size=5)
+    site.cluster.next_answers = ["accepted", "pace"]
+    submission, other = site.submit(n_tasks=10), site.process()
+    assert other.log_file(submission, 7) == submission.log_folder
+    site.look(submission, after_s=60)
+    assert other.log_file(submission, 7).name == "slurm-2_2.log"
+
+
+def test_what_is_over_costs_nothing_when_live_jobs_are_looked_for(site: Site) -> None:
+    for i in range(10):
+        ended = site.submit(key=f"{i:032x}")
+        site.cluster.ends(0)
+        site.look(ended)
+        site.cluster.forgets()
+    alive = site.submit(key="a" * 32)
+    site.clock.now += POLL_S
+    with opened_files(site.jobs_folder / "demo") as opened:
+        assert site.process().live("demo", "teacher") == [alive]
+    assert {path.relative_to(site.jobs_folder / "demo").parts[0] for path in opened} == {f"teacher-{'a' * 32}"}
+    with opened_files(site.jobs_folder / "demo") as opened:
+        assert site.process().live("demo", "shards") == []
+    assert opened == []
+
+
+def test_a_job_that_was_taken_for_over_and_turns_up_again_is_live_again(without_accounting: Site) -> None:
+    site = without_accounting
+    submission = site.submit()
+    site.cluster.runs(0)
+    site.look(submission)
+    (job,) = site.cluster.arrays
+    site.cluster.forgets()
+    site.look(submission)
+    assert site.state(submission, after_s=GRACE_S + 1).ending is Ending.LOST
+    assert site.process().live("demo", "teacher") == []
+    site.cluster.arrays.append(job)
+    assert site.state(submission).phase is TaskPhase.RUNNING
+    assert site.process().live("demo", "teacher") == [submission]

@@ -13,6 +13,8 @@ from kd_assets.scheduler.slurm.commands.states import ENDED_STATES, base_state, 
 
 OUR_PREFIX = "kd-"
 """How the names of our jobs begin (`JobSpec.name`)."""
+OUR_COMMENT = "kd_assets "
+"""How their comments begin, which stay when somebody renames a job."""
 
 # With `Field:separator`, and no size between, -O prints a field in full. Its default is to cut at 20 characters; and -o
 # knows neither restarts nor exit codes.
@@ -178,19 +180,21 @@ def read_submit_answer(answer: Answer) -> SubmitAnswer:
 
 
 def parse_queue(text: str) -> list[QueueRow]:
-    """The rows of our jobs in `Slurm.queue_text`, pending ranges as one row a task.
+    """The rows of our jobs in `Slurm.queue_text`, pending ranges as one row a task. A site may print what it likes
+    before the header.
 
     Raises SchedulerUnreachableError for a text that was cut off: tasks missing from it are not gone.
     """
-    header = re.match(r"\w+(\|[0-9a-f]{12}\|)", text)
+    header = re.search(r"^\w+(\|[0-9a-f]{12}\|)", text, re.MULTILINE)
     if header is None:
-        raise SchedulerUnreachableError(f"squeue's answer does not begin with its header: {text[:80]!r}")
-    names = len(QUEUE_FIELDS)
+        raise SchedulerUnreachableError(f"squeue's answer does not have its header: {text[:80]!r}")
+    cells = _records(text[header.start() :], header[1], len(QUEUE_FIELDS))
+    records = (dict(zip(QUEUE_FIELDS, fields, strict=True)) for fields in cells)
     return [
         row
-        for fields in _records(text, header[1], names)
-        if fields[QUEUE_FIELDS.index("Name")].startswith(OUR_PREFIX)
-        for row in _queue_rows(dict(zip(QUEUE_FIELDS, fields, strict=True)))
+        for record in records
+        if record["Name"].startswith(OUR_PREFIX) or record["Comment"].startswith(OUR_COMMENT)
+        for row in _queue_rows(record)
     ]
 
 

@@ -173,13 +173,24 @@ def test_an_empty_queue_is_an_answer() -> None:
     assert queue(HEADER) == []
 
 
+@pytest.mark.parametrize("notice", ["Maintenance on Friday.\n", "squeue: warning: a|b\n\nWelcome\n", "\n"])
+def test_what_a_site_prints_before_the_queue_is_not_of_the_queue(notice: str) -> None:
+    assert queue(notice + QUEUE) == queue(QUEUE)
+
+
+def test_a_job_that_somebody_renamed_is_known_by_its_comment() -> None:
+    comment = f"kd_assets {'0123456789abcdef' * 2} kd-demo-teacher-0123456789ab-0001.1-c0ffee00"
+    text = QUEUE.replace("¦kd-waits¦(null)¦", f"¦mine¦{comment}¦")
+    assert [(r.name, r.comment) for r in queue(text) if r.job_id == 13] == [("mine", comment)]
+
+
 def test_a_queue_that_was_cut_off_is_no_answer() -> None:
     whole = QUEUE.replace("¦", SEPARATOR)
     for length in range(len(whole) - 1):
         text = whole[:length]
         # After a whole row it could be all there is; then only squeue's exit status tells.
         if not (text.endswith(f"{SEPARATOR}\n") and text.count(SEPARATOR) % 12 == 0):
-            with pytest.raises(SchedulerUnreachableError, match=r"cut off|does not begin with its header"):
+            with pytest.raises(SchedulerUnreachableError, match=r"cut off|does not have its header"):
                 parse_queue(text)
 
 
