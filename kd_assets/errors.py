@@ -82,10 +82,6 @@ class StorageUnreachableError(StorageUnavailableError):
     exit_code = EXIT_RESUMABLE
 
 
-STORAGE_TROUBLE = (OSError, StorageUnavailableError)
-"""Files cannot be reached or written. It says nothing about what is in them, and may be over in a moment."""
-
-
 class TeacherError(KdAssetsError):
     """Base of what can be wrong with a teacher."""
 
@@ -135,3 +131,7 @@ class InterruptedTaskError(KdAssetsError):
     """USR1 or TERM arrived; everything finished is on disk and a restart resumes."""
 
     exit_code = EXIT_RESUMABLE
+
+
+NO_ANSWER = (OSError, StorageUnavailableError, SchedulerUnreachableError)
+"""Neither files nor the scheduler say anything now. Nothing follows from it, and it may be over in a moment."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from kd_assets.contract import Asset, JobFile, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
 from kd_assets.durable import atomic_write, prepare_folder, storage_errors
-from kd_assets.errors import STORAGE_TROUBLE, MissingInputError, StorageUnavailableError, StoreError
+from kd_assets.errors import NO_ANSWER, MissingInputError, StorageUnavailableError, StoreError
 from kd_assets.model_files.digests import DigestCache, Say
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
@@ -91,7 +91,7 @@ class PlannedWork:
             for output in unit.outputs:
                 try:
                     manifest = committed(Path(output.path), output.fingerprint)
-                except STORAGE_TROUBLE as e:
+                except NO_ANSWER as e:
                     unreachable[output.path] = str(e)
                 except StoreError as e:
                     damaged[unit.partition_key] = damaged_in_words(output, e)
@@ -104,7 +104,7 @@ class PlannedWork:
             for output, manifest in found if unit.partition_key not in damaged else ():
                 try:
                     on_committed(unit, output, manifest)
-                except STORAGE_TROUBLE as e:
+                except NO_ANSWER as e:
                     unreachable[output.path] = str(e)
                 else:
                     committed_outputs.append((unit, output))
@@ -335,7 +335,7 @@ class Planner:
             output = self.shards_output(planned)
             try:
                 shard = committed(Path(output.path), output.fingerprint)
-            except STORAGE_TROUBLE as e:
+            except NO_ANSWER as e:
                 unreachable[key] = str(e)
                 continue
             except StoreError as e:

@@ -17,7 +17,7 @@ import dagster as dg
 
 from kd_assets.contract import JobFile, JobKind, Output, WorkUnit
 from kd_assets.dagster_internals import InterruptSignals, interrupt_signals
-from kd_assets.errors import STORAGE_TROUBLE, KdAssetsError, SchedulerError, StorageUnavailableError
+from kd_assets.errors import NO_ANSWER, KdAssetsError, SchedulerError, StorageUnavailableError
 from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult, Log
 from kd_assets.orchestration.driving.driver import Driver
 from kd_assets.orchestration.driving.following import FollowedJob, described
@@ -183,13 +183,13 @@ class Run:
             return {}
         try:
             return task_facts(self._scheduler, result.job, result.task)
-        except (SchedulerError, *STORAGE_TROUBLE):
+        except (SchedulerError, *NO_ANSWER):
             return {}
 
     def _observe(self, job: FollowedJob, failures: Counter[FailureClass]) -> None:
         try:
             observation = job_observation(self._recipe, self._scheduler, job, failures)
-        except (SchedulerError, *STORAGE_TROUBLE) as e:  # it informs
+        except (SchedulerError, *NO_ANSWER) as e:  # it informs
             self._context.log.warning(f"no table of {described(self._scheduler, job.submission)}: {e}")
         else:
             self._context.log_event(observation)

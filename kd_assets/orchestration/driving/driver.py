@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from kd_assets.errors import STORAGE_TROUBLE
+from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.driving.callbacks import Callbacks
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.joining import FollowerMarks, Joiner, MakeJobFile
@@ -141,7 +141,7 @@ class Driver:
         try:
             poll = self._scheduler.poll(active)
             unanswered = poll.unreachable
-        except STORAGE_TROUBLE as e:  # of its own records
+        except NO_ANSWER as e:  # of its own records
             unanswered = str(e)
         n_unanswered = self._polling.n_failures
         if unanswered is not None:
@@ -193,7 +193,7 @@ class Driver:
         """Whether another run waits for a job; says what becomes of it."""
         try:
             others = [run for run, waits in followers(submission).items() if waits and run != self._callbacks.run_id]
-        except OSError as e:
+        except NO_ANSWER as e:
             self._log.warning(
                 f"{described(self._scheduler, submission)} goes on: who waits for it cannot be read ({e})"
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd_assets.contract import Event, JobFile, Output, WorkUnit, read_job
-from kd_assets.errors import STORAGE_TROUBLE, SchedulerError
+from kd_assets.errors import NO_ANSWER, SchedulerError
 from kd_assets.orchestration.driving.tails import EventTail
 from kd_assets.orchestration.driving.waiting import Storage
 from kd_assets.orchestration.retries import FailureClass, PartitionError
@@ -248,7 +248,7 @@ def described(scheduler: Scheduler, submission: Submission) -> str:
     """A job in words for people: its folder, where no more can be read of it."""
     try:
         return scheduler.describe(submission)
-    except (SchedulerError, *STORAGE_TROUBLE):
+    except (SchedulerError, *NO_ANSWER):
         return f"the job of {submission.folder}"
 
 

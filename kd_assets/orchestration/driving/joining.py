@@ -6,7 +6,6 @@ growing waits, while the run goes on recording what its other jobs commit. Knows
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,13 @@ from types import TracebackType
 
 from kd_assets.contract import JobFile
 from kd_assets.durable import atomic_write
-from kd_assets.errors import STORAGE_TROUBLE, ContractError, SchedulerError, SchedulerUnreachableError
+from kd_assets.errors import (
+    NO_ANSWER,
+    ContractError,
+    SchedulerError,
+    SchedulerUnreachableError,
+    StorageUnavailableError,
+)
 from kd_assets.orchestration.driving.callbacks import Log
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.results import Look, Results
@@ -52,7 +57,7 @@ class FollowerMarks:
         what = ("follower", submission)
         try:
             self._marks.enter_context(followed_by(submission, self._run_id))
-        except STORAGE_TROUBLE as e:  # it is followed all the same
+        except NO_ANSWER as e:  # it is followed all the same
             self._storage.failed(what, e)
             self._not_marked.add(submission)
             return
@@ -136,22 +141,24 @@ class Joiner:
             self._look(pending)
         try:
             self._put_into_hands(pending)
-        except SchedulerUnreachableError as e:
-            if not pending.waits.n_failures:
-                self._log.warning(
-                    f"the scheduler does not answer ({e}); nothing is submitted before it does, and it is asked again "
-                    "and again"
-                )
-            pending.waits.failed(self._clock())
-        except (SchedulerError, *STORAGE_TROUBLE) as e:
-            if isinstance(e, SchedulerError) and not _may_pass(e):
-                self._give_up(pending, FailureClass.IMPOSSIBLE, str(e))
+        except NO_ANSWER as e:
+            if not _is_about_files(e):
+                self._wait_for_the_scheduler(pending, e)
             elif self._storage.failed(pending, e):
                 self._give_up(pending, FailureClass.WORK, f"no job can be started: {e}")
+        except SchedulerError as e:
+            self._give_up(pending, FailureClass.IMPOSSIBLE, str(e))
         else:
             pending.waits = scheduler_waits(self._scheduler.poll_interval_s)
             self._storage.reached(pending)
             pending.looks.failed(self._clock())  # for what is left, if anything is
+
+    def _wait_for_the_scheduler(self, pending: _Pending, why: Exception) -> None:
+        if not pending.waits.n_failures:
+            self._log.warning(
+                f"the scheduler does not answer ({why}); nothing is submitted before it does, and it is asked again"
+            )
+        pending.waits.failed(self._clock())
 
     def _put_into_hands(self, pending: _Pending) -> None:
         with self._scheduler.deciding(self._recipe, self._work.kind):
@@ -248,10 +255,9 @@ class Joiner:
         )
 
 
-def _may_pass(refusal: SchedulerError) -> bool:
-    """Whether a job cannot be started for what may be over in a moment: a disk that is full, a server that is away."""
-    cause = refusal.__cause__
-    return isinstance(cause, OSError) and cause.errno in (errno.ESTALE, errno.EIO, errno.ENOSPC, errno.EDQUOT)
+def _is_about_files(error: Exception) -> bool:
+    """Whether it is files that do not answer, those of a scheduler's jobs included, and not the scheduler."""
+    return not isinstance(error, SchedulerUnreachableError) or isinstance(error.__cause__, StorageUnavailableError)
 
 
 def _count_files(job: FollowedJob) -> None:
@@ -259,5 +265,5 @@ def _count_files(job: FollowedJob) -> None:
     for task in job.reports:
         try:
             job.n_files_before[task] = n_durable_files(job, task)
-        except STORAGE_TROUBLE:  # then its first failure counts as one with progress, at most
+        except NO_ANSWER:  # then its first failure counts as one with progress, at most
             continue

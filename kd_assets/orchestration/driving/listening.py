@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_assets.contract import Event
-from kd_assets.errors import STORAGE_TROUBLE
+from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.driving.callbacks import Log
 from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.results import Look, Results
@@ -134,7 +134,7 @@ class Listener:
         for (submission, task), job in list(self._printing.items()):
             try:
                 lines = self._logs.new_lines(self._scheduler.log_file(submission, task))
-            except STORAGE_TROUBLE:  # logs inform
+            except NO_ANSWER:  # logs inform
                 continue
             for line in lines:
                 self._log.info(f"task {task} | {line}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_assets.contract import Output, WorkUnit
-from kd_assets.errors import STORAGE_TROUBLE, StoreError
+from kd_assets.errors import NO_ANSWER, StoreError
 from kd_assets.orchestration.driving.callbacks import CommittedResult
 from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.waiting import Storage
@@ -104,7 +104,7 @@ class Results:
             manifest = committed(Path(path), output.fingerprint)
             if manifest is not None:
                 self._record(CommittedResult(unit=unit, output=output, manifest=manifest, job=job, task=task))
-        except STORAGE_TROUBLE as e:
+        except NO_ANSWER as e:
             if not self._storage.failed(path, e):
                 return Look.UNREACHABLE
             self.give_up(path, FailureClass.WORK, str(e))

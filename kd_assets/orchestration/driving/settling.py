@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd_assets.errors import STORAGE_TROUBLE
+from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.driving.callbacks import Log
 from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.results import Look, Results
@@ -138,7 +138,7 @@ class Settler:
                 log_tail=log_tail(log_file),
                 is_cancelled_by_us=is_cancelled(job.submission),
             )
-        except STORAGE_TROUBLE as e:
+        except NO_ANSWER as e:
             if self._storage.failed(what, e):
                 self._storage.forget(what)
                 for paths in missing.values():

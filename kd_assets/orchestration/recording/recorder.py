@@ -23,7 +23,7 @@ from kd_assets.dagster_internals import (
     latest_storage_ids,
     one_transaction,
 )
-from kd_assets.errors import STORAGE_TROUBLE
+from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, storage_waits
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
@@ -150,7 +150,7 @@ class Recorder:
         for collected in self._to_check:
             try:
                 results.append((collected, self._check_results(collected, shards)))
-            except STORAGE_TROUBLE as e:
+            except NO_ANSWER as e:
                 unreachable.append(collected)
                 why = e
         if why is None:

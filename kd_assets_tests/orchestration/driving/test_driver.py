@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
-from kd_assets.durable import prepare_folder, storage_error
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError, StorageUnavailableError
 from kd_assets.orchestration.driving import results as results_module
 from kd_assets.orchestration.driving.waiting import LONGEST_BACKOFF_S, STORAGE_PATIENCE_S
 from kd_assets.orchestration.retries import FailureClass
-from kd_assets.scheduler import Ending, JobSpec, Submission, TaskPhase, submissions
+from kd_assets.scheduler import Ending, JobSpec, Submission, TaskPhase
 from kd_assets.scheduler.submissions import followed_by, followers, mark_cancelled
 from kd_assets.store import committed
 from kd_assets_tests.orchestration.driving.world import RUN_ID, START, World
@@ -814,25 +813,22 @@ def test_records_of_the_scheduler_that_cannot_be_read_are_an_answer_that_does_no
     assert "the scheduler answers again, after 3 questions without answer" in world.log
 
 
-@pytest.mark.parametrize(
-    ("number", "is_waited_for"),
-    [(errno.ESTALE, True), (errno.EIO, True), (errno.ENOSPC, True), (errno.EACCES, False), (errno.ENOENT, False)],
-)
-def test_a_submission_that_a_full_disk_prevents_is_tried_again_and_one_that_may_not_be_is_refused(
-    world: World, monkeypatch: pytest.MonkeyPatch, number: int, is_waited_for: bool
-) -> None:
-    left = iter(range(3))
+def test_job_files_that_cannot_be_written_are_waited_for_but_not_as_long_as_a_scheduler(world: World) -> None:
+    """A scheduler says of its own files that it cannot be reached; a cluster may be away for days, a disk may not."""
 
-    def fails(folder: Path) -> None:
-        if folder.name == "0001" and next(left, None) is not None:
-            raise storage_error(bare(number), folder, "create the folder")
-        prepare_folder(folder)
+    def full(job: Submission) -> None:
+        try:
+            raise StorageUnavailableError("cannot write arrays/0001.json: No space left on device; free some space")
+        except StorageUnavailableError as e:
+            world.end(job, Ending.CANCELLED)
+            raise SchedulerUnreachableError(str(e)) from e
 
-    monkeypatch.setattr(submissions, "prepare_folder", fails)
-    world.on_each_submission(world.work_through)
+    world.on_each_submission(*[full] * 100)
     driver = world.run()
-    assert bool(world.recorded) == is_waited_for
-    assert {f.failure for f in driver.failed} == (set() if is_waited_for else {FailureClass.IMPOSSIBLE})
+    assert {f.partition_key for f in driver.failed} == {"p0", "p1"}
+    assert all("free some space" in f.cause for f in driver.failed)
+    assert STORAGE_PATIENCE_S <= world.now - START < 1.5 * STORAGE_PATIENCE_S
+    assert "the scheduler does not answer" not in world.log
 
 
 def test_a_job_that_cannot_be_started_for_want_of_space_is_given_up_after_a_while_with_the_reason(
