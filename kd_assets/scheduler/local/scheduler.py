@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from kd_assets.contract import JobKind
@@ -124,6 +124,19 @@ class LocalScheduler:
                     return
                 time.sleep(0.05)
         raise SchedulerError(f"process group {group} of {submission.folder} survived KILL: see `ps -g {group}`")
+
+    def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
+        """TERM to every process of the jobs; KILL where they were asked to end longer ago than the kill wait."""
+        for submission in submissions:
+            number = signal.SIGTERM
+            if not is_cancelled(submission):
+                mark_cancelled(submission)
+            elif time.time() - (submission.folder / "cancelled").stat().st_mtime >= self._kill_wait_s:
+                number = signal.SIGKILL
+            group = process_group(submission)
+            if group is not None and self.is_live(submission):
+                with suppress(ProcessLookupError):
+                    os.killpg(group, number)
 
     def _start(self, spec: JobSpec, submission: Submission) -> None:
         (submission.folder / START_FILE).write_text(json.dumps({"name": spec.name, "script": str(self._script)}))
