@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from kd_assets.errors import SchedulerUnreachableError
+from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.materialize import materialize_caches, materialize_plan, materialize_student
 from kd_assets.orchestration.orphans import settle_orphans
 from kd_assets.orchestration.platform import Platform
@@ -174,9 +174,11 @@ def orphan_sensor(recipe: Recipe) -> dg.SensorDefinition:
         description="Finds jobs without a run, which get a new run or are cancelled, and runs without a process.",
     )
     def orphans(context: dg.SensorEvaluationContext, platform: Platform) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        # It submits nothing, so it writes no secrets.
+        scheduler = platform.make_scheduler(submits=False)
         try:
-            yield from settle_orphans(context.instance, recipe, platform.make_scheduler(), platform.jobs_folder)
-        except SchedulerUnreachableError as e:
-            yield dg.SkipReason(f"the scheduler does not answer, so nobody knows what lives: {e}")
+            yield from settle_orphans(context.instance, recipe, scheduler, platform.jobs_folder)
+        except NO_ANSWER as e:
+            yield dg.SkipReason(f"nobody knows what lives, since there is no answer: {e}")
 
     return orphans

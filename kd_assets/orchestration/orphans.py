@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,11 @@ import dagster as dg
 
 from kd_assets.contract import Asset, JobFile, JobKind
 from kd_assets.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
-from kd_assets.durable import is_locked, locked, prepare_folder
+from kd_assets.durable import is_locked, locked, prepare_folder, storage_errors
 from kd_assets.errors import ContractError
-from kd_assets.orchestration.driving.following import FollowedJob
+from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.schedules import ranges_of
+from kd_assets.orchestration.termination import ENDED_ON_PURPOSE
 from kd_assets.recipes.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import followers, is_cancelled
@@ -29,19 +30,21 @@ from kd_assets.scheduler.submissions import followers, is_cancelled
 KINDS: tuple[JobKind, ...] = ("shards", "teacher", "student")
 SETTLING_S = 60.0
 """A job younger than this may be about to get its run's lock."""
-ENDED_ON_PURPOSE = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 @contextmanager
 def alive(jobs_folder: Path, run_id: str) -> Iterator[None]:
     """Says, for as long as it is entered, that the process of a run lives; only a kill leaves the file behind."""
     folder = jobs_folder / ".runs"
-    prepare_folder(folder)
-    with locked(folder / run_id):
+    with ExitStack() as lock:
+        with storage_errors(folder, "write in"):
+            prepare_folder(folder)
+            lock.enter_context(locked(folder / run_id))
         try:
             yield
         finally:
-            (folder / run_id).unlink(missing_ok=True)
+            with suppress(OSError):  # then it looks as if it had been killed; but its run has ended, as Dagster knows
+                (folder / run_id).unlink(missing_ok=True)
 
 
 def is_gone(jobs_folder: Path, run_id: str) -> bool:
@@ -72,16 +75,16 @@ def orphaned_jobs(
             if any(runs.values()) or clock() - scheduler.submitted_at(submission) < SETTLING_S:
                 continue
             try:
-                followed = FollowedJob.of(submission)
+                job = FollowedJob.of(submission)
             except ContractError:  # of another version of kd_assets: not ours to judge
                 continue
-            followed.read(lambda job, event: None)
-            if all(report.is_final for report in followed.reports.values()):
+            job.read(lambda job, event: None)
+            if all(report.is_final for report in job.reports.values()):
                 continue  # it is done, though the scheduler may not have said so yet
             statuses = [run.status for run_id in runs if (run := instance.get_run_by_id(run_id)) is not None]
             yield Orphan(
                 submission=submission,
-                job=followed.job,
+                job=job.job,
                 n_followers=len(runs),
                 is_unwanted=is_cancelled(submission)
                 or (bool(statuses) and all(status in ENDED_ON_PURPOSE for status in statuses)),
@@ -97,17 +100,20 @@ def runs_without_process(instance: dg.DagsterInstance, jobs_folder: Path) -> lis
 def settle_orphans(
     instance: dg.DagsterInstance, recipe: Recipe, scheduler: Scheduler, jobs_folder: Path
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Marks dead runs as failed, cancels jobs whose run was terminated, and asks for a run for every other orphan."""
+    """Marks dead runs as failed, has jobs cancelled whose run was terminated, and asks for a run for every other
+    orphan."""
     done: list[str] = []
     for run in runs_without_process(instance, jobs_folder):
         instance.report_run_failed(run, "its process is gone: killed, or the machine restarted; its job goes on")
         done.append(f"run {run.run_id} had no process any more and is marked as failed")
     requests: list[dg.RunRequest] = []
-    for orphan in orphaned_jobs(instance, recipe, scheduler):
-        if orphan.is_unwanted:
-            scheduler.cancel([orphan.submission])
-            done.append(f"cancelled {scheduler.describe(orphan.submission)}, whose run was terminated")
-        else:
+    orphans = list(orphaned_jobs(instance, recipe, scheduler))
+    if unwanted := [orphan.submission for orphan in orphans if orphan.is_unwanted]:
+        # A tick has a minute; one that takes longer to end is found again by the next.
+        scheduler.begin_cancelling(unwanted)
+        done += [f"cancelling {described(scheduler, job)}, whose run was terminated" for job in unwanted]
+    for orphan in orphans:
+        if not orphan.is_unwanted:
             requests += requests_for(instance, recipe, orphan)
     yield from requests
     if not requests:
@@ -124,11 +130,12 @@ def requests_for(instance: dg.DagsterInstance, recipe: Recipe, orphan: Orphan) -
         return
     present = list(instance.get_dynamic_partitions(str(recipe.partitions.name)))
     wanted: dict[str, tuple[Asset, ...]] = dict.fromkeys(_partitions_of(orphan.job), tuple(assets))
-    for stretch in ranges_of(present, {k: a for k, a in wanted.items() if k in set(present)}):
+    still_there = wanted.keys() & set(present)
+    for found in ranges_of(present, {k: a for k, a in wanted.items() if k in still_there}):
         yield dg.RunRequest(
-            run_key=f"{key}#{stretch.first}",
-            asset_selection=[recipe.key(a) for a in stretch.assets],
-            tags={ASSET_PARTITION_RANGE_START_TAG: stretch.first, ASSET_PARTITION_RANGE_END_TAG: stretch.last},
+            run_key=f"{key}#{found.first}",
+            asset_selection=[recipe.key(a) for a in found.assets],
+            tags={ASSET_PARTITION_RANGE_START_TAG: found.first, ASSET_PARTITION_RANGE_END_TAG: found.last},
         )
 
 

@@ -183,6 +183,10 @@ class Scheduler(Protocol):
         """End them; returns once they are gone."""
         ...
 
+    def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
+        """Ask them to end, without waiting for it: for who may not wait, and asks again until they are gone."""
+        ...
+
     def accounting(self, submission: Submission) -> Mapping[int, Sequence[AccountedAttempt]]:
         """Task → its attempts, oldest first; empty where nobody keeps accounts, or not yet."""
         ...

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import dagster as dg
 import pytest
 
+from kd_assets.orchestration.assets import orphan_sensor
 from kd_assets.orchestration.orphans import alive, is_gone, orphaned_jobs, runs_without_process, settle_orphans
+from kd_assets.orchestration.platform import Platform
+from kd_assets.scheduler import Profile, Scheduler
 from kd_assets.scheduler.submissions import followers
 from kd_assets_tests.orchestration.command_line import CommandLine, group_of
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
@@ -83,8 +88,44 @@ def test_a_job_whose_run_was_terminated_is_cancelled(killed: Killed) -> None:
     os.killpg(killed.group, signal.SIGCONT)
     (reason,) = killed.settle()
     assert isinstance(reason, dg.SkipReason)
-    assert "cancelled local job" in str(reason.skip_message)
-    assert not killed.scheduler.is_live(killed.submission)
+    assert "cancelling local job" in str(reason.skip_message)
+    deadline = time.monotonic() + 60
+    while killed.scheduler.is_live(killed.submission):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_tick_does_not_wait_for_a_job_that_does_not_end_and_the_next_one_asks_again(killed: Killed) -> None:
+    """Its processes are stopped, so that TERM does nothing to them."""
+    run = killed.deployment.instance.get_run_by_id(killed.run_id)
+    assert run is not None
+    killed.deployment.instance.report_run_canceled(run)
+    for _ in range(2):
+        (reason,) = killed.settle()
+        assert "cancelling local job" in str(reason.skip_message)  # type: ignore[union-attr]
+        assert killed.scheduler.is_live(killed.submission)
+    os.utime(killed.submission.folder / "cancelled", (0, 0))  # asked long ago
+    killed.settle()
+    deadline = time.monotonic() + 60
+    while killed.scheduler.is_live(killed.submission):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_sensor_writes_no_secrets(deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    make_scheduler = Platform.make_scheduler
+
+    def remember(self: Platform, *, submits: bool = True, profile: Profile | None = None) -> Scheduler:
+        made.append(submits)
+        return make_scheduler(self, submits=submits, profile=profile)
+
+    monkeypatch.setattr(Platform, "make_scheduler", remember)
+    sensor = orphan_sensor(deployment.recipe)
+    context = dg.build_sensor_context(instance=deployment.instance, resources={"platform": deployment.platform})
+    (reason,) = cast(Iterator[dg.SkipReason], sensor(context))
+    assert "every live job of tiny has its run" in str(reason.skip_message)
+    assert made == [False]
 
 
 def test_a_job_that_a_living_run_follows_is_no_orphan(deployment: Deployment, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ schedule judges by are logged directly, since no job needs to run for that."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -15,6 +16,7 @@ from kd_assets.dagster_internals import (
     DATA_VERSION_TAG,
     input_data_version_tag,
 )
+from kd_assets.orchestration import schedules
 from kd_assets.orchestration.schedules import MAX_PARTITIONS_A_RUN, PartitionRange, nightly_requests, ranges_of
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
 
@@ -188,3 +190,54 @@ def test_the_schedules_ship_stopped_and_evaluate_in_dagster(night: Night) -> Non
     with dg.build_schedule_context(instance=night.instance, repository_def=definitions.get_repository_def()) as context:
         data = schedules["tiny_nightly_caches"].evaluate_tick(context)
     assert [r.tags[ASSET_PARTITION_RANGE_END_TAG] for r in data.run_requests or ()] == [SHARDS[-1]]
+
+
+class CountedInstance:
+    """A Dagster instance that counts what is read of its history."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self._instance = instance
+        self.n_queries = self.n_records = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._instance, name)
+
+    def get_latest_storage_id_by_partition(self, *args: Any) -> Any:
+        self.n_queries += 1
+        return self._instance.get_latest_storage_id_by_partition(*args)
+
+    def fetch_materializations(self, *args: Any, **kwargs: Any) -> Any:
+        self.n_queries += 1
+        page = self._instance.fetch_materializations(*args, **kwargs)
+        self.n_records += len(page.records)
+        return page
+
+
+@pytest.mark.parametrize("n_nights", [1, 4])
+def test_a_tick_reads_the_last_materialization_of_each_partition_and_no_more_of_the_history(
+    night: Night, n_nights: int
+) -> None:
+    for _ in range(n_nights):
+        night.all_fresh()
+    night.instance.add_dynamic_partitions("tiny_shards", ["tiny-00003"])  # one that was never materialized
+    counted = CountedInstance(night.instance)
+    (request,) = nightly_requests(counted, night.recipe)  # type: ignore[arg-type]
+    assert isinstance(request, dg.RunRequest)
+    assert request.tags[ASSET_PARTITION_RANGE_START_TAG] == "tiny-00003"
+    n_assets = 1 + len(CACHES)
+    assert counted.n_records == n_assets * len(SHARDS) + 1, "and the plan's"
+    assert counted.n_queries == 2 * n_assets + 1
+
+
+def test_the_tags_of_many_partitions_are_read_in_pages(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "READ_AT_ONCE", 2)
+    night.all_fresh()
+    night.shard(SHARDS[1], data="newer")
+    counted = CountedInstance(night.instance)
+    tags = schedules.latest_tags(counted, night.recipe.key("shards_manifest"), [*SHARDS, "never"])  # type: ignore[arg-type]
+    assert {key: found[DATA_VERSION_TAG] for key, found in tags.items()} == {
+        SHARDS[0]: "shard1",
+        SHARDS[1]: "newer",
+        SHARDS[2]: "shard1",
+    }
+    assert (counted.n_queries, counted.n_records) == (3, 3)

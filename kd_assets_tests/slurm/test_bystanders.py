@@ -92,6 +92,20 @@ def test_the_work_of_a_job_that_is_still_being_cancelled_is_submitted_anew(
     assert len(deployment.submissions()) == 2
 
 
+def test_a_job_is_asked_to_end_without_waiting_for_it(slurm: SlurmCluster, deploy: Deploy, tmp_path: Path) -> None:
+    """As by the orphan sensor, whose ticks have a minute."""
+    deployment = deploy(slurm, told={"gate": str(tmp_path / "gate")})
+    run = CommandLine(deployment).start("topk_cache", partition=("--partition-range", f"{ALL[0]}...{ALL[1]}"))
+    wait_until("its tasks run", lambda: "RUNNING" in " ".join(deployment.alive()), 90)
+    run.kill()
+    run.communicate(timeout=30)
+    (submission,) = deployment.submissions()
+    deployment.slurm.begin_cancelling([submission])
+    assert (submission.folder / "cancelled").exists()
+    wait_until("none of its tasks is alive", lambda: not deployment.alive(), 60)
+    deployment.slurm.begin_cancelling([submission])  # of one that is gone: nothing to do
+
+
 def test_a_finished_job_is_no_orphan_and_over_once_the_cluster_has_forgotten_it(
     make_cluster: MakeCluster, deploy: Deploy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
 from kd_assets.contract import JobKind
@@ -160,6 +160,19 @@ class LocalScheduler:
                     return
                 time.sleep(0.05)
         raise SchedulerError(f"process group {group} of {submission.folder} survived KILL: see `ps -g {group}`")
+
+    def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
+        """TERM to every process of the jobs; KILL where they were asked to end longer ago than the kill wait."""
+        for submission in submissions:
+            number = signal.SIGTERM
+            if not is_cancelled(submission):
+                mark_cancelled(submission)
+            elif time.time() - submission.cancelled_mark.stat().st_mtime >= self._kill_wait_s:
+                number = signal.SIGKILL
+            group = process_group(submission)
+            if group is not None and self.is_live(submission):
+                with suppress(ProcessLookupError):
+                    os.killpg(group, number)
 
     def _start(self, spec: JobSpec, submission: Submission, lock: int) -> None:
         try:

@@ -231,6 +231,16 @@ class SlurmScheduler:
             f"scancel --name={names}"
         )
 
+    def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
+        """scancel, once; they are marked, so that nothing more of them is submitted.
+
+        Raises SchedulerUnreachableError when the cluster does not answer.
+        """
+        for submission in submissions:
+            mark_cancelled(submission)
+        if ids := self._alive(submissions)[0]:
+            self._slurm.cancel(sorted(ids))
+
     def _alive(self, submissions: Sequence[Submission]) -> tuple[set[str], bool]:
         """Ids of the arrays that have a task alive now; and whether that is all, which it is not while an sbatch has
         not been answered, or what others submitted cannot be read."""

@@ -90,6 +90,9 @@ class FakeScheduler:
             mark_cancelled(submission)
             self.cancelled.append(submission)
 
+    def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
+        self.cancel(submissions)
+
     def accounting(self, submission: Submission) -> Mapping[int, Sequence[AccountedAttempt]]:
         return {}
 
