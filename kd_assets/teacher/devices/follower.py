@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--pipe", type=int, required=True)
     parser.add_argument("store_file", type=Path)
     arguments = parser.parse_args(argv[1:])
-    die_with(arguments.parent)
+    end_with_parent(arguments.parent)
     ignore_signals()
     connection = Connection(arguments.pipe)
     try:
@@ -39,12 +39,12 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_FAILED
     except BaseException as e:  # noqa: BLE001 - whatever it is, rank 0 has to know of it
         traceback.print_exc()
-        connection.send_bytes(pickle.dumps(last_word(e)))
+        connection.send_bytes(pickle.dumps(final_error(e)))
         return EXIT_FAILED
     return 0
 
 
-def die_with(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Be killed by the kernel when the process `parent` is gone; at once if it is already."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -76,11 +76,11 @@ def follow(connection: Connection, store_file: Path) -> None:
     leave_group()
 
 
-def last_word(e: BaseException) -> tuple[str, str]:
+def final_error(e: BaseException) -> tuple[str, str]:
     """Class and text of what this rank ends with."""
-    from kd_assets.teacher.devices.rank_group import own_words
+    from kd_assets.teacher.devices.lost_rank import as_our_error
 
-    e = own_words(e) or e
+    e = as_our_error(e) or e
     return type(e).__name__, str(e) or type(e).__name__
 
 

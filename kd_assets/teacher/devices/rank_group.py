@@ -1,14 +1,14 @@
 """The other processes of a tensor-parallel teacher: started, told what to run, watched, and ended with this one.
 
-Used by `teacher_on_devices`. The worker is rank 0: it alone has the task's lease, reports, reads shards and
-writes; ranks 1 to n - 1 are its children (`follower`), load the same teacher, run what rank 0 tells
-them by a pipe, and drop the results. torchrun's program is not used, for it keeps USR1 to itself and ends ranks
-half a minute after a signal; its environment (RANK, WORLD_SIZE, ...) and torch's process groups are.
+Used by `teacher_on_devices`. The worker is rank 0: it alone has the task's lease, reports, reads shards and writes;
+ranks 1 to n - 1 are its children (`follower`), load the same teacher, run what rank 0 tells them by a pipe, and drop
+the results. torchrun's program is not used, for it keeps USR1 to itself and ends ranks half a minute after a signal;
+its environment (RANK, WORLD_SIZE, ...) and torch's process groups are.
 
 The invariants: every rank runs the same operations in the same order, since a command is sent to all before rank 0 runs
 it; a child never outlives its parent (the kernel kills it, see prctl(2) PR_SET_PDEATHSIG); and a rank that ends before
 its time ends the task with its reason: either what the main thread does next fails with it, or, when that thread is
-stuck in an operation that the lost rank never joins, this module says the task's last words and ends the process.
+stuck in an operation that the lost rank never joins, this module reports the task's end and ends the process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -31,8 +30,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_assets import errors
-from kd_assets.errors import EXIT_FAILED, KdAssetsError, OutOfDeviceMemoryError, RankLostError
+from kd_assets.errors import EXIT_FAILED, KdAssetsError, RankLostError
+from kd_assets.teacher.devices.lost_rank import LostRank, as_our_error, is_only_a_lost_connection, lost_rank
 
 if TYPE_CHECKING:
     import torch
@@ -52,16 +51,7 @@ LAST_LINES = 12
 SIGNALS_OF_RANK_0 = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """Other ranks take no notice of them."""
 
-Command = tuple[Any, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
-    """The end of a rank before its time."""
-
-    error: KdAssetsError
-    is_cause: bool
-    """Not merely that its connection to another one broke."""
+RankCommand = tuple[Any, ...]
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -73,12 +63,12 @@ class _Child:
 
 
 class RankGroup:
-    """RankGroup 1 to n - 1, seen from rank 0. Make it, then join their group (`join_group`), then load."""
+    """Ranks 1 to n - 1, seen from rank 0. Make it, then join torch's group of all ranks (`join_group`), then load."""
 
     def __init__(
         self,
         n_ranks: int,
-        load_command: Command,
+        load_command: RankCommand,
         *,
         report_fatal: Callable[[Exception], None],
         program: Sequence[str] = (sys.executable, "-m", "kd_assets.teacher.devices.follower"),
@@ -87,7 +77,7 @@ class RankGroup:
         them. `report_fatal`: see `kd_assets.contract.events.Reporter`."""
         self.n_ranks = n_ranks
         self._report_fatal = report_fatal
-        self._losses: list[Loss] = []
+        self._lost_ranks: list[LostRank] = []
         self._noting = threading.Lock()
         self._lost, self._closing = threading.Event(), threading.Event()
         self._failure: KdAssetsError | None = None
@@ -100,7 +90,7 @@ class RankGroup:
         try:
             for rank in range(1, n_ranks):
                 self._children.append(self._start(rank, program))
-            self._tell(load_command)
+            self._send_to_all(load_command)
         except OSError as e:
             # A pipe breaks where a rank has ended already.
             reason = self._reason() if self._children and self._lost.wait(REASON_WAIT_S) else None
@@ -131,7 +121,7 @@ class RankGroup:
     # ------------------------------------------------------------------ running
 
     @contextlib.contextmanager
-    def together(self, command: Command | None) -> Iterator[None]:
+    def together(self, command: RankCommand | None) -> Iterator[None]:
         """Every rank runs `command` (None: what it was started with); the body is rank 0's part.
 
         An error in the body is an end: the ranks are no longer where rank 0 is. Where it came from another rank's end,
@@ -140,7 +130,7 @@ class RankGroup:
         self.raise_if_lost()
         try:
             if command is not None:
-                self._tell(command)
+                self._send_to_all(command)
             yield
         except Exception as e:
             self._fail(e)
@@ -158,15 +148,15 @@ class RankGroup:
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
 
-    def _tell(self, command: Command) -> None:
+    def _send_to_all(self, command: RankCommand) -> None:
         message = pickle.dumps(command, protocol=pickle.HIGHEST_PROTOCOL)
         for child in self._children:
             child.connection.send_bytes(message)
 
     def _fail(self, e: Exception) -> None:
         """Rank 0 ran into `e`, perhaps because of another rank. Raises that one's reason then; else returns."""
-        own = own_words(e)
-        if own is None or is_echo(str(e)):
+        own = as_our_error(e)
+        if own is None or is_only_a_lost_connection(str(e)):
             self._lost.wait(REASON_WAIT_S)
             if self._lost.is_set():
                 self._failure = self._reason()
@@ -176,8 +166,8 @@ class RankGroup:
     def _reason(self) -> KdAssetsError:
         """Of the ranks that were lost the one that began it, as far as can be told."""
         time.sleep(0.2)  # the others, which lose their connections, are seen at about the same time
-        losses = list(self._losses)
-        return next((loss for loss in losses if loss.is_cause), losses[0]).error
+        lost_ranks = list(self._lost_ranks)
+        return next((lost for lost in lost_ranks if lost.is_cause), lost_ranks[0]).error
 
     # ------------------------------------------------------------------ watching
 
@@ -186,10 +176,10 @@ class RankGroup:
         relay.join(timeout=1.0)
         if self._closing.is_set():
             return
-        loss = loss_of(child.rank, self.n_ranks, status, _last_word(child), list(child.last_lines))
+        lost = lost_rank(child.rank, self.n_ranks, status, _final_error(child), list(child.last_lines))
         with self._noting:
-            is_first = not self._losses
-            self._losses.append(loss)
+            is_first = not self._lost_ranks
+            self._lost_ranks.append(lost)
         self._lost.set()
         if is_first and not self._closing.wait(STUCK_S):
             reason = self._reason()
@@ -207,7 +197,7 @@ class RankGroup:
         self._closing.set()
         if not self.is_broken:  # else it would wait for ranks that are gone
             with contextlib.suppress(OSError):
-                self._tell(("close",))
+                self._send_to_all(("close",))
             # Only now: NCCL ends a group when all ranks of a node end it (ncclCommDestroy).
             leave_group()
         deadline = time.monotonic() + (0.0 if self.is_broken else CLOSE_WAIT_S)
@@ -244,47 +234,7 @@ def rank_environment(rank: int, n_ranks: int) -> dict[str, str]:
     return environment
 
 
-def loss_of(rank: int, n_ranks: int, status: int, word: tuple[str, str] | None, last_lines: Sequence[str]) -> Loss:
-    """What a rank's end means. `word`: class and text of the error that it said it ends with."""
-    who, is_cause = f"rank {rank} of {n_ranks}", True
-    if word is not None:
-        name, message = word
-        is_cause = not is_echo(message)
-        foreseen = getattr(errors, name, None)
-        if isinstance(foreseen, type) and issubclass(foreseen, KdAssetsError):
-            return Loss(error=foreseen(f"{who}: {message}"), is_cause=is_cause)
-        how = f"failed with {name}: {message}"
-    elif status < 0:
-        how = f"was killed by {signal_name(-status)}"
-    else:
-        how = f"ended with status {status}"
-    lines = "".join(f"\n  {line}" for line in last_lines)
-    text = f"{who} of the teacher {how}; the others cannot go on without it"
-    return Loss(error=RankLostError(text + (f". Its last lines:{lines}" if lines else "")), is_cause=is_cause)
-
-
-def is_echo(message: str) -> bool:
-    """Whether an error says no more than that another rank is gone, in the words of gloo or NCCL."""
-    return re.search(r"gloo|nccl|connection (closed|reset)", message, re.IGNORECASE) is not None
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def own_words(e: BaseException) -> KdAssetsError | None:
-    """The error as ours, where it is none that the loss of another rank could cause."""
-    import torch
-
-    if isinstance(e, torch.OutOfMemoryError):
-        return OutOfDeviceMemoryError(f"the GPU's memory did not suffice ({str(e).splitlines()[0][:400]})")
-    return e if isinstance(e, KdAssetsError) else None
-
-
-def _last_word(child: _Child) -> tuple[str, str] | None:
+def _final_error(child: _Child) -> tuple[str, str] | None:
     with contextlib.suppress(EOFError, OSError):
         while child.connection.poll():
             name, message = pickle.loads(child.connection.recv_bytes())  # noqa: S301 - a pipe of our own child

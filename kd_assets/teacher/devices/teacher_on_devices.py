@@ -23,7 +23,7 @@ from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.placement import ONE_DEVICE, Placement, place
 from kd_assets.model_files.size import GIB, teacher_size
 from kd_assets.teacher.batch.engine import Engine, Step, StepResult
-from kd_assets.teacher.devices.rank_group import Command, RankGroup, join_group
+from kd_assets.teacher.devices.rank_group import RankCommand, RankGroup, join_group
 from kd_assets.teacher.model.anatomy import CAUSAL_RTOL, probe_ids, tapped
 from kd_assets.teacher.model.configuration import keep_to_this_machine, read_config
 from kd_assets.teacher.model.head import relative_difference
@@ -38,7 +38,7 @@ class Rank:
     teacher: Teacher
     engine: Engine
 
-    def run(self, command: Command) -> StepResult | Reference:
+    def run(self, command: RankCommand) -> StepResult | Reference:
         """A command as rank 0 sends it."""
         match command:
             case ("step", step):
@@ -136,7 +136,7 @@ class TeacherOnDevices:
         assert isinstance(result, Reference)
         return result
 
-    def _run(self, command: Command) -> StepResult | Reference:
+    def _run(self, command: RankCommand) -> StepResult | Reference:
         if self._ranks is None:
             return self._rank.run(command)
         with self._ranks.together(command):

@@ -136,7 +136,9 @@ def load_teacher(
 
 def check_fingerprint(folder: Path, params: TeacherParams, digests: DigestCache | None) -> None:
     """Raise TeacherChangedError unless the weights (and the code, where it may run) are those of the plan."""
-    found = weights_fingerprint(folder, digests, remote_code=params.trust_remote_code)
+    found = weights_fingerprint(
+        folder, digests, remote_code=params.trust_remote_code, say=lambda line: print(line, flush=True)
+    )
     if found != params.weights_fingerprint:
         what = "weights or the code" if params.trust_remote_code else "weights"
         raise TeacherChangedError(

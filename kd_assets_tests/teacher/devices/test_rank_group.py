@@ -20,7 +20,8 @@ from kd_assets.contract import Event, TeacherParams, WorkUnit, event_file, read_
 from kd_assets.errors import EXIT_FAILED, EXIT_RESUMABLE, OutOfDeviceMemoryError, RankLostError
 from kd_assets.store import read_manifest, read_shard
 from kd_assets.teacher.devices import rank_group as ranks
-from kd_assets.teacher.devices.rank_group import loss_of, rank_environment
+from kd_assets.teacher.devices.lost_rank import lost_rank
+from kd_assets.teacher.devices.rank_group import rank_environment
 from kd_assets.teacher.model.load import load_teacher
 from kd_assets.teacher.recompute import Comparison, reference, stored_row
 from kd_assets_tests.teacher.tiny import (
@@ -318,11 +319,11 @@ def test_all_ranks_leave_their_group_together(monkeypatch: pytest.MonkeyPatch) -
 def test_a_lost_rank_is_named_with_how_it_ended(
     status: int, word: tuple[str, str] | None, expected: type[Exception], message: str
 ) -> None:
-    error = loss_of(2, 4, status, word, ["first line", "last line"]).error
+    error = lost_rank(2, 4, status, word, ["first line", "last line"]).error
     assert type(error) is expected
     assert message in str(error)
 
 
 def test_a_rank_that_only_lost_its_connection_is_not_the_cause() -> None:
-    assert not loss_of(2, 4, 1, ("RuntimeError", "Connection closed by peer [127.0.0.1]:1234"), []).is_cause
-    assert loss_of(1, 4, -9, None, []).is_cause
+    assert not lost_rank(2, 4, 1, ("RuntimeError", "Connection closed by peer [127.0.0.1]:1234"), []).is_cause
+    assert lost_rank(1, 4, -9, None, []).is_cause
