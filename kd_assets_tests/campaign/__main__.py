@@ -23,13 +23,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from kd_assets_tests.campaign.damage_rounds import DamageRounds
+from kd_assets_tests.campaign.kill_rounds import KillRounds
 from kd_assets_tests.campaign.ledger import Ledger
+from kd_assets_tests.campaign.production import warm_up
 
-CAMPAIGNS = {"damages": DamageRounds}
-SHARES = {"damages": 1.0}
+CAMPAIGNS: dict[str, type[DamageRounds | KillRounds]] = {"damages": DamageRounds, "kills": KillRounds}
+SHARES = {"damages": 0.35, "kills": 0.65}
 """Of the time."""
-TURN_S = 20.0
-"""How long a campaign goes on before the next has its turn."""
+N_TURNS = 3
+"""How often each campaign has its turn, so that one that is ended early has something of each."""
 
 
 def main() -> int:
@@ -45,9 +47,11 @@ def main() -> int:
     names = arguments.only or list(CAMPAIGNS)
     campaigns = {name: CAMPAIGNS[name](folder / name, arguments.seed) for name in names}
     if arguments.round is not None:
+        warm_up()
         for name in names:
             print(json.dumps(next(campaigns[name].rounds(iter([arguments.round]))), indent=1))
         return 0
+    warm_up()
     share = sum(SHARES[name] for name in names)
     while any(_turn(ledger, campaigns[name], 60 * arguments.minutes * SHARES[name] / share) for name in names):
         pass
@@ -59,12 +63,12 @@ def main() -> int:
     return 0 if summary["ok"] else 1
 
 
-def _turn(ledger: Ledger, campaign: DamageRounds, budget_s: float) -> bool:
+def _turn(ledger: Ledger, campaign: DamageRounds | KillRounds, budget_s: float) -> bool:
     """Rounds of one campaign until its turn or its time is over; returns whether it has time left."""
     left_s = budget_s - ledger.used_s(campaign.name)
     if left_s <= 0:
         return False
-    until = time.monotonic() + min(left_s, TURN_S)
+    until = time.monotonic() + min(left_s, budget_s / N_TURNS)
     with contextlib.closing(campaign.rounds(ledger.next_rounds(campaign.name))) as rounds:
         for record in rounds:
             ledger.add(record)

@@ -41,7 +41,7 @@ def in_children(
     work: Callable[[int, Say], dict[str, Any]],
     *,
     log: Path,
-    n_a_child: int = 200,
+    n_a_child: int = 500,
 ) -> Iterator[tuple[int, dict[str, Any] | Lost]]:
     """Does each item in a child, `n_a_child` after the other in the same one; a new one after one that was lost.
 
@@ -77,6 +77,8 @@ def fork(body: Callable[[], object], *, log: Path) -> int:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
+        # Anew: the parent's may lead elsewhere, as those of a test do.
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         body()
         status = 0
     except SystemExit as e:

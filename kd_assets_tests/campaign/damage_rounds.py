@@ -43,7 +43,7 @@ class DamageRounds:
 
     def rounds(self, numbers: Iterator[int]) -> Generator[Record]:
         """Without end, as long as there are numbers. Leave it at any time."""
-        while batch := list(islice(numbers, 100)):
+        while batch := list(islice(numbers, 1000)):
             yield from self._batch(batch)
 
     def _batch(self, numbers: Sequence[int]) -> Iterator[Record]:

@@ -23,6 +23,7 @@ COUNTS = (
     "bytes_differing",
     "made_twice",
     "lost",
+    "litter",
     "stuck",
     "damages",
     "found",
@@ -31,7 +32,7 @@ COUNTS = (
     "bare",
 )
 """What is counted; see README's section on the campaign."""
-BAD = ("bytes_differing", "made_twice", "lost", "stuck", "silent", "bare")
+BAD = ("bytes_differing", "made_twice", "lost", "litter", "stuck", "silent", "bare")
 """Those that must be 0."""
 
 

@@ -7,6 +7,7 @@ runs have the real teacher in a share of them.)
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -64,6 +65,16 @@ class Home:
 
     def teacher_work(self) -> PlannedWork:
         return self.planner().teacher_work(KEYS, self.recipe.caches)
+
+
+def warm_up() -> None:
+    """Import what a worker imports late, so that forks of this process need not."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(GOLDEN / "teacher")
+    importlib.import_module("kd_assets.sources.shards")
+    importlib.import_module("kd_assets.teacher.runner")
+    importlib.import_module("kd_assets.worker.telemetry.sampler")
 
 
 def recipe_attributes() -> dict[str, Any]:
