@@ -61,7 +61,7 @@ def in_children(
                     break
         finally:
             os.close(reading)
-            end(child)
+            end(child, group=True)
 
 
 def fork(body: Callable[[], object], *, log: Path) -> int:
@@ -92,13 +92,12 @@ def fork(body: Callable[[], object], *, log: Path) -> int:
         os._exit(status)
 
 
-def end(child: int) -> int:
-    """Kill the child if it lives; returns how it ended, as `os.waitpid` has it."""
+def end(child: int, *, group: bool = False) -> None:
+    """Kill the child if it lives; with `group` also what it started and left in its session."""
     with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
+        os.killpg(child, signal.SIGKILL) if group else os.kill(child, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
-        return os.waitpid(child, 0)[1]
-    return 0
+        os.waitpid(child, 0)
 
 
 def wait(child: int, timeout_s: float) -> int | None:
@@ -120,6 +119,7 @@ def _work_off(items: Sequence[int], work: Callable[[int, Say], dict[str, Any]], 
         while line:
             line = line[os.write(writing, line) :]
 
+    os.setsid()
     for item in items:
         tell("done", work(item, lambda words, patience_s: tell("at", [words, patience_s])))
 
@@ -130,8 +130,13 @@ def _hear(reading: int, child: int) -> dict[str, Any] | Lost:
     until = time.monotonic() + patience_s
     while True:
         left_s = until - time.monotonic()
-        if left_s <= 0 or not select.select([reading], [], [], left_s)[0]:
+        if left_s <= 0:
             return Lost(hung=True, at=at, words=f"no answer after {patience_s:g} s")
+        if not select.select([reading], [], [], min(left_s, 0.5))[0]:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:  # children of its own may live on, and hold the pipe open
+                return Lost(hung=False, at=at, words=in_words(status))
+            continue
         received = _line(reading)
         if received is None:
             return Lost(hung=False, at=at, words=in_words(os.waitpid(child, 0)[1]))

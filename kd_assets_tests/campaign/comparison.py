@@ -29,7 +29,6 @@ class Undisturbed:
     manifests: dict[str, dict[str, Any]]
     readings: dict[str, Readings]
     samples: Readings
-    n_parts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +49,11 @@ def undisturbed_facts(home: Home) -> Undisturbed:
         manifests={path: _manifest(home, path) for path in results},
         readings={asset: read_asset(home, asset) for asset in ASSETS},
         samples=read_samples(home),
-        n_parts=sum(len(result.parts) for result in results.values() if result.asset != "shards_manifest"),
     )
 
 
-def compare(home: Home, undisturbed: Undisturbed, computed: Path | None, *, n_disturbed: int) -> Comparison:
-    """`computed`: one line for each part of a cache that was computed. A kill costs at most the part that was being
-    made; another line more is work done twice."""
+def compare(home: Home, undisturbed: Undisturbed, computed: Path | None = None) -> Comparison:
+    """`computed`: the lines `begun <part>` and `finished <part>` of all attempts, in order."""
     found = results_on_disk(home)
     differing, twice, lost = [], [], []
     for path, expected in undisturbed.results.items():
@@ -72,13 +69,22 @@ def compare(home: Home, undisturbed: Undisturbed, computed: Path | None, *, n_di
     twice += [f"{path} was committed {commits[path]} times" for path in undisturbed.results if commits[path] > 1]
     lost += [f"{path} has no line in the audit log" for path in undisturbed.results if not commits[path]]
     if computed is not None and computed.exists():
-        n_computed = len(computed.read_text().splitlines())
-        if n_computed > undisturbed.n_parts + n_disturbed:
-            twice.append(f"{n_computed} parts computed, of {undisturbed.n_parts}, with {n_disturbed} disturbances")
+        twice += _begun_again(computed.read_text().splitlines())
     lost += _unreadable(home, undisturbed)
     lost += _problems(home)
     litter = [str(path.relative_to(home.store)) for path in home.store.rglob(".*.tmp")]
     return Comparison(bytes_differing=differing, made_twice=twice, lost=lost, litter=litter)
+
+
+def _begun_again(lines: Iterable[str]) -> Iterable[str]:
+    """Parts that were begun after they were finished: a kill costs the part that is being made, and no other."""
+    finished: set[str] = set()
+    for line in lines:
+        what, _, part = line.partition(" ")
+        if what == "finished":
+            finished.add(part)
+        elif part in finished:
+            yield f"part {part} was computed again"
 
 
 def _unreadable(home: Home, undisturbed: Undisturbed) -> Iterable[str]:

@@ -103,6 +103,8 @@ def judge(
     answers: dict[str, Answer] = {}
 
     def ask(name: str, question: Callable[[], Answer], timeout_s: float = ANSWER_S) -> None:
+        if any(answer.kind == "hung" for answer in answers.values()):
+            return  # the others would wait for the same
         say(name, 2 * timeout_s)  # where the alarm does not reach, the parent ends us
         answers[name] = _answer(question, timeout_s)
 
@@ -134,13 +136,19 @@ class _TooLateError(BaseException):
 
 
 def _answer(question: Callable[[], Answer], timeout_s: float) -> Answer:
+    is_late = False
+
     def too_late(number: int, frame: FrameType | None) -> None:
+        nonlocal is_late
+        is_late = True
         raise _TooLateError
 
     signal.signal(signal.SIGALRM, too_late)
     signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
-        return question()
+        answer = question()
+        # Dagster takes whatever is raised in an asset for that asset's failure.
+        return Answer(kind="hung", words=f"no answer after {timeout_s:g} s") if is_late else answer
     except _TooLateError as e:
         return Answer(kind="hung", words=f"no answer after {timeout_s:g} s at {_place(e)}")
     except KdAssetsError as e:

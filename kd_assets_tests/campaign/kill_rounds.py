@@ -130,7 +130,7 @@ class KillRounds:
             for kind in ("shards", "teacher"):
                 self._disturb_workers(ground, rng, name, kind, trouble)
             self._finish(ground, trouble)
-        found = compare(ground.home, ground.undisturbed, computed, n_disturbed=trouble.kills + trouble.faults)
+        found = compare(ground.home, ground.undisturbed, computed)
         return self._record(name, begins_with, trouble, found)
 
     def _record(self, name: str, begins_with: str, trouble: Trouble, found: Comparison) -> Record:
@@ -177,6 +177,8 @@ class KillRounds:
                 os.kill(pair[0], signal.SIGKILL)
             codes = [self._end(child, kind, trouble) for child in pair]
             n_starts += 1
+            if trouble.stuck:
+                return
             if codes[0] == 0 and plan is None:
                 self._job(ground, kind, "last")  # the next run finds everything
                 return

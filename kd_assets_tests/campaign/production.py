@@ -120,7 +120,7 @@ def outputs_of(home: Home) -> dict[tuple[str, str], Output]:
 
 class RememberingTeacher:
     """See `kd_assets.worker.task.Runner`. A fake: it writes the rows of the undisturbed home as its own, one part after
-    the other, each noted in `computed` before it is made."""
+    the other, and notes in `computed` when it begins one and when it has it on disk."""
 
     def __init__(
         self, job: JobFile, report: Reporter, stop: StopFlag, *, remembered: Mapping[str, Path], computed: Path | None
@@ -154,11 +154,12 @@ class RememberingTeacher:
             for record in manifest.parts:
                 if record.index in result.finished:
                     continue
-                if self._computed is not None:
-                    note(self._computed, f"{output.asset}/{partition_key}/{record.index}")
+                name = f"{output.asset}/{partition_key}/{record.index}"
+                self._note(f"begun {name}")
                 with PartFile(source / record.name) as part:
                     rows = part.read(part.schema.names)
                 result.write_part(record.index, rows, n_tokens=record.n_tokens, stats=record.stats)
+                self._note(f"finished {name}")
             result.commit(
                 parts=len(manifest.parts),
                 checks=manifest.checks,
@@ -166,12 +167,12 @@ class RememberingTeacher:
                 facts=manifest.facts,
             )
 
+    def _note(self, line: str) -> None:
+        """Outside the home, so that no disturbance counts it."""
+        if self._computed is not None:
+            with self._computed.open("a") as file:
+                file.write(line + "\n")
+
     def close(self) -> None:
         if self._real is not None:
             self._real.close()
-
-
-def note(path: Path, line: str) -> None:
-    """Append a line; outside the home, so that no disturbance counts it."""
-    with path.open("a") as file:
-        file.write(line + "\n")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from kd_assets.durable import HashingFile
+from kd_assets.store import partfile
 from kd_assets.store.writing import writer
+from kd_assets_tests.campaign import kill_rounds
 from kd_assets_tests.campaign.comparison import Undisturbed, compare, undisturbed_facts
 from kd_assets_tests.campaign.kill_rounds import CLASSES, KillRounds, traceback_in
 from kd_assets_tests.campaign.ledger import Record
@@ -29,48 +29,51 @@ def home(tmp_path: Path) -> Home:
 
 
 def test_an_undisturbed_home_differs_in_nothing(home: Home, undisturbed: Undisturbed) -> None:
-    found = compare(home, undisturbed, None, n_disturbed=0)
+    found = compare(home, undisturbed)
     assert (found.bytes_differing, found.made_twice, found.lost, found.litter) == ([], [], [], [])
 
 
 def test_one_other_byte_is_told(home: Home, undisturbed: Undisturbed) -> None:
     part = sorted(home.recipe_folder.rglob("part-*"))[0]
     part.write_bytes(part.read_bytes()[:-1] + b"?")
-    assert compare(home, undisturbed, None, n_disturbed=0).bytes_differing
+    assert compare(home, undisturbed).bytes_differing
 
 
 def test_other_statistics_in_a_manifest_are_told(home: Home, undisturbed: Undisturbed) -> None:
     path = next(home.recipe_folder.glob("topk_cache/*/*/*/manifest.json"))
     path.write_text(path.read_text().replace('"min_token_budget": 96.0', '"min_token_budget": 97.0'))
-    assert any("stats" in words for words in compare(home, undisturbed, None, n_disturbed=0).bytes_differing)
+    assert any("stats" in words for words in compare(home, undisturbed).bytes_differing)
 
 
 def test_a_missing_head_or_result_or_audit_line_is_lost(home: Home, undisturbed: Undisturbed) -> None:
     next(home.recipe_folder.glob("topk_cache/*/*/head.json")).unlink()
-    assert compare(home, undisturbed, None, n_disturbed=0).lost
+    assert compare(home, undisturbed).lost
     shutil.rmtree(home.folder)
     make_home(home.folder)
     audit = home.recipe_folder / "audit.jsonl"
     audit.write_text("".join(audit.read_text().splitlines(keepends=True)[1:]))
-    assert any("audit" in words for words in compare(home, undisturbed, None, n_disturbed=0).lost)
+    assert any("audit" in words for words in compare(home, undisturbed).lost)
 
 
 def test_a_result_that_was_committed_twice_is_told(home: Home, undisturbed: Undisturbed) -> None:
     audit = home.recipe_folder / "audit.jsonl"
     audit.write_text(audit.read_text() + audit.read_text().splitlines(keepends=True)[0])
-    assert len(compare(home, undisturbed, None, n_disturbed=0).made_twice) == 1
+    assert len(compare(home, undisturbed).made_twice) == 1
 
 
-def test_a_part_more_than_a_kill_explains_was_made_twice(home: Home, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_part_that_is_begun_after_it_was_finished_was_made_twice(
+    home: Home, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     computed = tmp_path / "computed"
-    computed.write_text("part\n" * (undisturbed.n_parts + 1))
-    assert not compare(home, undisturbed, computed, n_disturbed=1).made_twice
-    assert compare(home, undisturbed, computed, n_disturbed=0).made_twice
+    computed.write_text("begun a\nbegun a\nfinished a\nbegun b\n")
+    assert not compare(home, undisturbed, computed).made_twice
+    computed.write_text("begun a\nfinished a\nbegun b\nbegun a\n")
+    assert compare(home, undisturbed, computed).made_twice == ["part a was computed again"]
 
 
 def test_what_a_kill_left_behind_is_litter(home: Home, undisturbed: Undisturbed) -> None:
     (next(home.recipe_folder.glob("topk_cache/*/*")) / ".head.json.abc.tmp").write_text("{")
-    assert len(compare(home, undisturbed, None, n_disturbed=0).litter) == 1
+    assert len(compare(home, undisturbed).litter) == 1
 
 
 def test_a_traceback_is_found_in_a_log_with_its_place() -> None:
@@ -111,17 +114,23 @@ def test_a_writer_that_forgets_its_parts_makes_them_twice(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_a_write_that_is_not_atomic_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def in_place(path: Path) -> Iterator[Any]:
-        with path.open("wb") as file:
-            yield HashingFile(file)
+def test_bytes_that_depend_on_an_earlier_attempt_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resume, write = writer.ResultWriter._resume, partfile.write_table
+    goes_on = False
 
-    monkeypatch.setattr(writer, "atomic_file", in_place)
-    monkeypatch.setattr(writer, "_damage", lambda path, record: None)
-    monkeypatch.setattr(writer, "append_line", lambda path, record: None)
-    records = do(tmp_path, "worker, exact kill", n=8)
-    assert total(records, "bytes_differing") + total(records, "lost") + total(records, "made_twice")
+    def resume_and_remember(self: writer.ResultWriter) -> None:
+        nonlocal goes_on
+        resume(self)
+        goes_on = bool(self.finished)
+
+    def write_otherwise(table: pa.Table, suffix: str, sink: object) -> None:
+        write(
+            table.replace_schema_metadata({**table.schema.metadata, "again": "1"}) if goes_on else table, suffix, sink
+        )
+
+    monkeypatch.setattr(writer.ResultWriter, "_resume", resume_and_remember)
+    monkeypatch.setattr(writer, "write_table", write_otherwise)
+    assert total(do(tmp_path, "worker, exact kill", n=8), "bytes_differing")
 
 
 @pytest.mark.slow
@@ -132,12 +141,13 @@ def test_a_commit_that_sets_no_head_loses_it(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd_assets_tests.campaign.kill_rounds.ATTEMPT_S", 1.0)
-    monkeypatch.setattr("kd_assets_tests.campaign.production.RememberingTeacher.run", hang)
+    make_ground = KillRounds._make_ground
+
+    def make_ground_and_hang(self: KillRounds) -> object:
+        ground = make_ground(self)
+        monkeypatch.setattr(kill_rounds, "ATTEMPT_S", 1.0)
+        monkeypatch.setattr(kill_rounds, "worker", lambda *_, **__: time.sleep(60))
+        return ground
+
+    monkeypatch.setattr(KillRounds, "_make_ground", make_ground_and_hang)
     assert total(do(tmp_path, "worker, exact kill"), "stuck")
-
-
-def hang(self: object, unit: object) -> None:
-    import time
-
-    time.sleep(60)
