@@ -78,6 +78,7 @@ class DamageRounds:
             ground.before,
             lambda at, patience_s: say(f"{words}: {at}", patience_s),
             excused=[words.split()[0].removeprefix("store/golden/")] if name.startswith("unfinished") else [],
+            is_forged=name.endswith("hashed anew") and not name.startswith("check failed"),
             run=(lambda: run_says(ground.home, ground.before, lambda: self._run(ground))) if asks_run else None,
         )
         bad = [f"{by}: {verdict.words[by]}" for by in (*verdict.silent_by, *verdict.bare_by, *verdict.hung_by)]

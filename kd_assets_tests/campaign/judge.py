@@ -94,10 +94,12 @@ def judge(
     say: Say,
     *,
     excused: Collection[str] = (),
+    is_forged: bool = False,
     run: Callable[[], Answer] | None = None,
 ) -> Verdict:
     """Ask everybody about a damaged home. `excused`: results that are being made, which `verify` need only mention.
-    `run`: materializes everything that is not there, last of all."""
+    `is_forged`: a manifest was changed with all its hashes, so that it takes the audit log and the plan to tell, which
+    are `verify`'s to compare. `run`: materializes everything that is not there, last of all."""
     found = results_on_disk(home)
     damaged = {path for path, result in before.results.items() if found.get(path) != result}
     answers: dict[str, Answer] = {}
@@ -112,7 +114,7 @@ def judge(
     ask("verify", lambda: verify_says(home, damaged, excused))
     ask("inspect", lambda: inspect_says(home))
     for asset in assets:
-        ask(f"reader of {asset}", lambda asset=asset: _same(read_asset(home, asset), before.readings[asset]))  # type: ignore[misc]
+        ask(f"reader of {asset}", lambda asset=asset: reader_says(home, before, asset))  # type: ignore[misc]
     ask("data set", lambda: _same(read_samples(home), before.samples))
     ask("checks", lambda: checks_say(before, damaged))
     ask("planner", lambda: planner_says(home, before))
@@ -121,6 +123,8 @@ def judge(
     silent_by, bare_by, hung_by = (
         sorted(name for name, answer in answers.items() if answer.kind == kind) for kind in ("wrong", "bare", "hung")
     )
+    if is_forged and answers["verify"].kind == "named":
+        silent_by = [name for name in silent_by if name == "run"]
     harmless = all(answer == RIGHT for answer in answers.values())
     return Verdict(
         verdict="silent" if silent_by else "harmless" if harmless else "found",
@@ -171,6 +175,22 @@ def _same(found: Readings, expected: Readings) -> Answer:
         return RIGHT
     missing = [line.split()[0] for line in expected if line not in found]
     return Answer(kind="wrong", words=f"{len(found)} documents, expected {len(expected)}; other: {missing[:3]}")
+
+
+def reader_says(home: Home, before: Undamaged, asset: str) -> Answer:
+    """The documents of before, or a word; also of a result that was recorded as failed."""
+    answer = _same(read_asset(home, asset), before.readings[asset])
+    failed = [path for path in home.recipe_folder.glob(f"{asset}/*/*/*/manifest.json") if _has_failed(path)]
+    if answer == RIGHT and failed:
+        return Answer(kind="wrong", words=f"gives documents of a result whose recorded check failed: {failed[0]}")
+    return answer
+
+
+def _has_failed(path: Path) -> bool:
+    try:
+        return json.loads(path.read_bytes())["checks"]["recomputed"]["passed"] is False
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def verify_says(home: Home, damaged: Collection[str], excused: Collection[str] = ()) -> Answer:

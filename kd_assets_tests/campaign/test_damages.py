@@ -117,6 +117,21 @@ def test_a_verify_that_finds_nothing_is_silent(home: Home, before: Undamaged, mo
     assert "verify" in judged(home, before).silent_by
 
 
+def test_a_forged_manifest_is_verifys_to_tell(home: Home, before: Undamaged) -> None:
+    CLASSES["all parts dropped, hashed anew"](random.Random(1), home)
+    verdict = judge(home, before, lambda words, patience_s: None, is_forged=True)
+    assert ("verify" in verdict.silent_by) == (verdict.verdict == "silent")
+
+
+def test_a_reader_that_hands_out_what_failed_its_check_is_silent(
+    home: Home, before: Undamaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CLASSES["check failed, hashed anew"](random.Random(0), home)
+    (asset,) = {r.asset for path, r in before.results.items() if results_on_disk(home).get(path) != r}
+    monkeypatch.setattr(judging, "read_asset", lambda home, asset: before.readings[asset])
+    assert f"reader of {asset}" in judged(home, before).silent_by
+
+
 def test_checks_that_pass_whatever_the_bytes_are_silent(
     home: Home, before: Undamaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
