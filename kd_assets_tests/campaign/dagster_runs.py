@@ -18,8 +18,8 @@ import dagster as dg
 from kd_assets.contract import JobFile, Reporter
 from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform
-from kd_assets.scheduler import JobSpec, LocalScheduler, Scheduler, Submission
-from kd_assets.scheduler.local.supervisor import GROUP_FILE, STATE_FILE, task_environment, task_log_file
+from kd_assets.scheduler import JobSpec, LocalScheduler, Profile, Scheduler, Submission
+from kd_assets.scheduler.local.supervisor import task_environment
 from kd_assets.worker.main import main as worker
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.task import Runner, RunnerFactory, runner_for
@@ -49,15 +49,15 @@ class InlineScheduler(LocalScheduler):
         super().__init__(home.folder / "jobs", script=BATCH_SCRIPT)
         self._make_runner = make_runner
 
-    def _start(self, spec: JobSpec, submission: Submission) -> None:
+    def _start(self, spec: JobSpec, submission: Submission, lock: int) -> None:
         states = {}
-        (submission.folder / GROUP_FILE).write_text(str(os.getpid()))
+        submission.process_group_file.write_text(str(os.getpid()))
         for index in range(spec.n_tasks):
-            child = fork(lambda index=index: self._task(spec, submission, index), log=task_log_file(submission, index))  # type: ignore[misc]
+            child = fork(lambda index=index: self._task(spec, submission, index), log=submission.local_log(index))  # type: ignore[misc]
             status = wait(child, TASK_S)
             assert status is not None, f"task {index} of {submission.folder} goes on after {TASK_S:g} s"
             states[str(index)] = {"phase": "ended", "exit_code": os.waitstatus_to_exitcode(status), "restarts": 0}
-        (submission.folder / STATE_FILE).write_text(json.dumps(states))
+        submission.state_file.write_text(json.dumps(states))
 
     def _task(self, spec: JobSpec, submission: Submission, index: int) -> None:
         environment = task_environment(
@@ -80,7 +80,7 @@ class CampaignDeployment(Deployment):
 
     def __init__(self, home: Home, instance: dg.DagsterInstance, scheduler: Scheduler) -> None:
         class WithScheduler(Platform):
-            def make_scheduler(self, *, submits: bool = True) -> Scheduler:
+            def make_scheduler(self, *, submits: bool = True, profile: Profile | None = None) -> Scheduler:
                 return scheduler
 
         self.home, self.instance, self.recipe = home.folder, instance, home.recipe

@@ -23,7 +23,7 @@ from kd_assets.cli import main as command_line
 from kd_assets.contract import CACHES, Output
 from kd_assets.errors import KdAssetsError
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from kd_assets.store.checking.checks import check_all
+from kd_assets.store import ResultFiles, check_all
 from kd_assets_tests.campaign.children import Say
 from kd_assets_tests.campaign.production import ASSETS, KEYS, Home, outputs_of
 from kd_assets_tests.campaign.readings import Readings, Result, read_asset, read_samples, results_on_disk
@@ -227,7 +227,7 @@ def checks_say(before: Undamaged, damaged: set[str]) -> Answer:
     for asset in CACHES:
         for key in sorted(keys):
             output, shard = before.outputs[asset, key], before.outputs["shards_manifest", key]
-            results = check_all(Path(output.path), Path(shard.path))
+            results = check_all(ResultFiles(Path(output.path)), ResultFiles(Path(shard.path)))
             failed += [f"{asset}/{key}: {r.name}: {r.description}" for r in results if not r.passed]
             if all(r.passed for r in results) and _files_of(Path(output.path)) != _expected_files(before, output):
                 passed_over.append(f"{asset}/{key}")

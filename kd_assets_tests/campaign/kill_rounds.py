@@ -25,6 +25,7 @@ import dagster as dg
 from kd_assets import errors
 from kd_assets.contract import Event, JobFile, read_events
 from kd_assets.orchestration.planner import PlannedWork
+from kd_assets.scheduler import JobSpec, Submission
 from kd_assets.store import set_head
 from kd_assets.worker.main import main as worker
 from kd_assets_tests.campaign import children
@@ -380,24 +381,24 @@ class DisturbedScheduler(InlineScheduler):
         self._ground, self._done, self._plans = ground, done, plans
         self._n_left = 0 if plans is None else plans.randint(1, 3)
 
-    def _task(self, spec: object, submission: object, index: int) -> None:
+    def _task(self, spec: JobSpec, submission: Submission, index: int) -> None:
         plan = self._plan_of_this_task
         if plan is not None:
             install(plan)
-        super()._task(spec, submission, index)  # type: ignore[arg-type]
+        super()._task(spec, submission, index)
 
-    def _start(self, spec: object, submission: object) -> None:
+    def _start(self, spec: JobSpec, submission: Submission, lock: int) -> None:
         self._plan_of_this_task = None
         if self._plans is not None and self._n_left:
             self._n_left -= 1
-            operations = self._ground.operations[spec.kind, "writes"]  # type: ignore[attr-defined]
+            operations = self._ground.operations[spec.kind, "writes"]
             self._plan_of_this_task = Disturbance(
                 below=f"{self._ground.home.folder}/",
                 nth=_some(self._plans, operations),
                 how=self._plans.choice(KILLS),
                 done_file=str(self._done),
             )
-        super()._start(spec, submission)  # type: ignore[arg-type]
+        super()._start(spec, submission, lock)
 
     _plan_of_this_task: Disturbance | None = None
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kd_assets.teacher.devices.follower import die_with
+from kd_assets.teacher.devices.follower import end_with_parent
 
 ROOT = Path(__file__).parents[3]
 """Of the checkout: where the packages are imported from."""
@@ -79,7 +79,7 @@ def run_bounded(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - it makes one system call
+            preexec_fn=partial(end_with_parent, os.getpid()),  # noqa: PLW1509 - it makes one system call
         )
     try:
         in_time = _has_ended(process, ends_at=began + limit_s, look=look)
