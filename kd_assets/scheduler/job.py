@@ -139,10 +139,6 @@ class AccountedAttempt:
 
     state: str
     """In the scheduler's own word."""
-    node: str
-    exit_code: int | None
-    submitted_at: float | None
-    started_at: float | None
     elapsed_s: float
     cpu_s: float
     n_cpus: int

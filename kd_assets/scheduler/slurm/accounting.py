@@ -36,10 +36,6 @@ class Accounting:
             attempts.setdefault(first_task[row.name] + (row.index or 0), []).append(
                 AccountedAttempt(
                     state=row.state,
-                    node=row.node,
-                    exit_code=row.exit_code,
-                    submitted_at=row.submitted_at,
-                    started_at=row.started_at,
                     elapsed_s=row.elapsed_s,
                     cpu_s=row.cpu_s,
                     n_cpus=row.n_cpus,

@@ -20,14 +20,12 @@ from kd_assets.scheduler.slurm.commands.parsing import (
     UNANSWERED,
     AccountingRow,
     PartitionInfo,
-    QueueRow,
     SubmitAnswer,
     Unknown,
     excluded_nodes,
     parse_accounting,
     parse_node_states,
     parse_partitions,
-    parse_queue,
     read_submit_answer,
 )
 from kd_assets.scheduler.slurm.commands.runners import Answer, CommandMissingError, CommandRunner
@@ -64,15 +62,12 @@ class Slurm:
             return Unknown(text=str(e))
 
     def queue_text(self) -> str:
-        """One squeue call for all of this user's jobs, as a text that `parse_queue` reads in any process."""
+        """One squeue call for all of this user's jobs, as a text that `parse_queue` reads in any process. Ended ones
+        are in it until SLURM forgets them (MinJobAge)."""
         fields = ",".join(f"{field}:{separator}" for separator in (_new_separator(),) for field in QUEUE_FIELDS)
         # Without --array-unique squeue folds a task that was requeued or held into its array's row of those that never
         # started, with their restart count of 0. --array would name each task, but forgets the last one of `0-20:2`.
         return self._answer(["squeue", "--me", "--all", "--array-unique", "--states=all", f"--Format={fields}"]).stdout
-
-    def queue(self) -> list[QueueRow]:
-        """All of this user's jobs whose name is one of ours, ended ones until SLURM forgets them (MinJobAge)."""
-        return parse_queue(self.queue_text())
 
     def accounting(self, names: Sequence[str], since: float) -> list[AccountingRow] | None:
         """Every attempt of the jobs with these names that lived at `since` (epoch) or later, oldest first.
@@ -133,12 +128,6 @@ class Slurm:
             match = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
             self._max_array_size = int(match[1]) if match else 1001  # SLURM's default
         return self._max_array_size
-
-    def version(self) -> str:
-        """`22.05.8`."""
-        text = self._answer(["squeue", "--version"]).stdout
-        match = re.search(r"\d+\.\d+(\.\d+)?\S*", text)
-        return match[0] if match else text.strip()
 
     def partitions(self) -> list[PartitionInfo]:
         """What sinfo lists, one entry for each shape of node in a partition."""

