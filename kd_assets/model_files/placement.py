@@ -4,7 +4,7 @@ Anyone may import it. The control plane asks before it submits, with what the cl
 the answer decides how many processes share a task; a process on the node asks again, with the GPUs that it sees. The
 invariant: the same facts give the same answer on either side, and every answer has its reason.
 
-The order of preference is by speed: a GPU that holds the whole teacher needs no word with another, so as many
+The order of preference is by speed: a GPU that holds the whole teacher waits for no other, so as many
 processes as GPUs each take their share of the partitions; else as few GPUs as hold it, by tensor parallelism, where all
 of them work on each batch; else, for what has no plan for that, layers laid over GPUs, of which one works at a time.
 """
@@ -75,9 +75,9 @@ def place(
 ) -> Placement | None:
     """How a teacher lies on a node of `n_gpus` GPUs, each of `gpu_memory_gib`; 0 GPUs: on the CPU.
 
-    `wanted`, `n_devices`: the recipe's word. `n_processes`: how many processes share the GPUs, where that is settled;
-    None: as many as the answer leaves room for. Returns None where it takes the memory to know and nobody knows it.
-    Raises RecipeError for what cannot be.
+    `wanted`, `n_devices`: what the recipe says. `n_processes`: how many processes share the GPUs, where that is
+    settled; None: as many as the answer leaves room for. Returns None where the answer depends on the memory, which is
+    not known. Raises RecipeError for what cannot be.
     """
     if n_gpus == 0:
         return _on_cpu(size, wanted, n_devices)
@@ -96,7 +96,7 @@ def place(
 
 
 def _on_cpu(size: TeacherSize, wanted: PlacementChoice, n_devices: int | None) -> Placement:
-    """Only when asked for in so many words is a teacher split without GPUs, which is good for tests alone."""
+    """Without GPUs a teacher is split only where the recipe asks for tensor parallelism: that is for tests."""
     n = (n_devices or 2) if wanted == "tensor_parallel" else 1
     if n > 1:
         _check_split(size, n)

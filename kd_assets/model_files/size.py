@@ -37,7 +37,7 @@ class TeacherSize:
     """Numbers that tensor parallelism cuts into equal pieces: heads, key-value heads, vocabulary, inner sizes."""
     is_quantised: bool = False
     has_plan: bool | None = None
-    """Whether transformers has a tensor-parallel plan for it; None where nobody has asked transformers."""
+    """Whether transformers has a tensor-parallel plan for it; None where transformers was not asked."""
 
     @property
     def in_words(self) -> str:

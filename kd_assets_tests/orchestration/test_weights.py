@@ -51,6 +51,7 @@ def only_checks(deployment: Deployment, asset: str, partition: str) -> dg.Execut
     )
 
 
+@pytest.mark.slow
 def test_students_and_checks_need_no_weights(deployment: Deployment, teacher: Path) -> None:
     made = deployment.run("shards_manifest", *CACHES, partition_range=(SHARDS[0], SHARDS[-1]))
     assert made.success, failure_text(made)

@@ -1,8 +1,8 @@
 """Ranks 1 to n - 1 of a tensor-parallel teacher: `python -m kd_assets.teacher.devices.follower`.
 
-A follower loads the same teacher as rank 0, runs what it is told by a pipe, and drops the results. It has no word with
-anyone but rank 0: it takes no notice of signals, reports nothing, and ends with rank 0 however that ends. Nothing heavy
-is imported before that is so.
+A follower loads the same teacher as rank 0, runs what it is told by a pipe, and drops the results. It talks
+to rank 0 alone: it ignores signals, reports nothing, and ends with rank 0 however that ends. Nothing heavy is imported
+before that is so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the end of a rank means that nobody asked to end: an error of ours, and whether it is the cause of the others.
+"""What the end of a rank before its time means: an error of ours, and whether it is the cause of the other ends.
 
 Used by `rank_group` and `follower`.
 """

@@ -8,8 +8,8 @@ The invariant: the budget is a property of teacher, recipe and hardware. The gri
 on another node of the same kind, finds the same one; where it does not, what is on disk says which one a part had.
 
 With tensor parallelism every rank runs the same steps, and rank 0's memory stands for all: weights and activations are
-cut into equal pieces, and the margin is for the rest. Documents of the longest length are the worst there is: what
-grows with the square of it (a mask, attention without a fused kernel) grows only by their number then.
+cut into equal pieces, and the margin is for the rest. Documents of the longest length need the most: what grows with
+the square of it (a mask, attention without a fused kernel) grows only by their number then.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def longest_possible(params: TeacherParams, teacher: Teacher) -> int:
 
 
 def first_budget(params: TeacherParams, devices: TeacherOnDevices) -> int:
-    """Most tokens of a batch that every partition begins with: the recipe's word, or what fits."""
+    """Most tokens of a batch that every partition begins with: what the recipe says, or what fits."""
     teacher = devices.teacher
     largest = LARGEST_BUDGET_TOKENS if teacher.head is not None else FALLBACK_BUDGET_TOKENS
     if params.token_budget is not None:

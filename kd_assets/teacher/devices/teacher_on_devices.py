@@ -114,7 +114,7 @@ class TeacherOnDevices:
 
     @property
     def normaliser(self) -> str:
-        """See `step.Engine`."""
+        """See `engine.Engine`."""
         return self._rank.engine.normaliser
 
     @property
@@ -123,7 +123,7 @@ class TeacherOnDevices:
         return self._ranks is not None
 
     def run_step(self, step: Step) -> StepResult:
-        """Launch a step (see `step.Engine`)."""
+        """Launch a step (see `engine.Engine`)."""
         result = self._run(("step", step))
         assert isinstance(result, StepResult)
         return result
@@ -131,7 +131,7 @@ class TeacherOnDevices:
     def reference(
         self, input_ids_L: npt.NDArray[np.uint32], blocks: Sequence[int], positions_P: Int64Array | None = None
     ) -> Reference:
-        """A document by the plain path (see `reference.reference`)."""
+        """A document by the plain path (see `recompute.reference`)."""
         result = self._run(("reference", input_ids_L, tuple(blocks), positions_P))
         assert isinstance(result, Reference)
         return result

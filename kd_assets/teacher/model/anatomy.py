@@ -2,9 +2,9 @@
 
 Used by `kd_assets.teacher` only. Architectures give their parts different names and put them in different places, so
 nothing is trusted for its name. The invariant: what comes out of `dissected` has been seen to hold. The decoder run by
-itself gives the states that it gives inside the model; they do not feel what follows them; each block runs once, and
-block n's output is what transformers calls `hidden_states[n + 1]` (n where it leaves out the embeddings; of the last
-block it has only the state after the final norm).
+itself gives the states that it gives inside the model; they do not depend on what follows them; each block runs once,
+and block n's output is what transformers calls `hidden_states[n + 1]` (n where it leaves out the embeddings; of the
+last block it has only the state after the final norm).
 
 Names: B, T = documents and tokens of the probe, H = hidden size, V = vocabulary.
 """

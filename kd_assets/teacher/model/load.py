@@ -1,9 +1,9 @@
 """Loading a teacher: any decoder that transformers can load, from local safetensors, and what must hold of it.
 
 Used by `kd_assets.teacher` only; the one module that calls `from_pretrained`. The invariant: a `Teacher` is the one the
-job was planned with (its fingerprint is checked), complete (no weight was left to chance), and what the pass takes it
-for: its parts are proved on the loaded weights (see `anatomy` and `head`). Code that comes with a model, where it may
-run at all (see `configuration`), is part of the fingerprint and is checked before it runs.
+job was planned with (its fingerprint is checked), complete (no weight was filled in at random), and what the pass takes
+it for: its parts are proved on the loaded weights (see `anatomy` and `head`). Code that comes with a model, where it
+may run at all (see `configuration`), is part of the fingerprint and is checked before it runs.
 
 Names: B, T = documents and tokens of a batch, H = hidden size, V = vocabulary.
 """
@@ -38,7 +38,7 @@ from kd_assets.teacher.model.configuration import (
     rotary_limit,
 )
 from kd_assets.teacher.model.head import Head, configured_head
-from kd_assets.teacher.model.quantised import Quantisation, loaded_quantisation, quantisation_config, stored_words
+from kd_assets.teacher.model.quantised import Quantisation, loaded_quantisation, quantisation_config, stored_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -114,7 +114,7 @@ def load_teacher(
     check_recipe(params, config)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     quantization = quantisation_config(params.quantization, config, on_gpu=device.type == "cuda")
-    words = stored_words(config) or params.quantization  # from_pretrained changes the configuration
+    settings = stored_settings(config) or params.quantization  # from_pretrained changes the configuration
     if not params.trust_remote_code:
         check_fingerprint(folder, params, digests)
     model = read_model(
@@ -126,7 +126,7 @@ def load_teacher(
         placement=placement,
         quantization=quantization,
     )
-    quantisation = loaded_quantisation(words, model)
+    quantisation = loaded_quantisation(settings, model)
     teacher = as_teacher(model, device=device, warn=warn, started=started, quantisation=quantisation)
     if teacher.dtype != dtype:
         warn(f"{folder} computes in {teacher.dtype}, as its quantisation ({quantisation}) does, and not in {dtype}")

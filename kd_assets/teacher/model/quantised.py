@@ -6,11 +6,10 @@ before the weights are read, and a quantised teacher never passes for a plain on
 provenance and facts, and says what the checks may expect of it.
 
 Two things about a quantisation matter to the caches. Quantised weights are only other weights: the teacher's numbers
-are as repeatable as those of a plain one. Quantised activations are not: where a number falls, on one side or the other
-of a rounding boundary, hangs on its last bits, so that any two ways of computing the same (another batch, another
-kernel) end up a quantisation step apart, whatever the precision (see `ACTIVATION_RTOL`). And where the scale of
-activations is taken over a whole batch, a document's numbers depend on its neighbours: such a teacher runs every
-document by itself.
+are as repeatable as those of a plain one. Quantised activations are not: on which side of a rounding boundary a number
+falls depends on its last bits, so that any two ways of computing the same (another batch, another kernel) end up a
+quantisation step apart, whatever the precision (see `ACTIVATION_RTOL`). And where the scale of activations is taken
+over a whole batch, a document's numbers depend on its neighbours: such a teacher runs every document by itself.
 """
 
 from __future__ import annotations
@@ -90,20 +89,20 @@ def tolerance(rtol: float, quantisation: Quantisation | None) -> float:
 def quantisation_config(asked: Mapping[str, Any] | None, config: Any, *, on_gpu: bool) -> Any | None:
     """What `from_pretrained` takes as `quantization_config`; None where the checkpoint decides, or nothing is asked.
 
-    `asked`: the recipe's words; `config`: the model's configuration. Raises RecipeError for what transformers does not
-    know or cannot do with this model, and MissingInputError for a package or a GPU that is not there.
+    `asked`: what the recipe asks for; `config`: the model's configuration. Raises RecipeError for what transformers
+    does not know or cannot do with this model, and MissingInputError for a package or a GPU that is not there.
     """
-    stored = stored_words(config)
+    stored = stored_settings(config)
     if stored is not None and asked is not None:
         _refuse_another(asked, stored)
-    words = stored if stored is not None else asked
-    if words is None:
+    settings = stored if stored is not None else asked
+    if settings is None:
         return None
-    ours = _checked(words, stored is not None, on_gpu=on_gpu)
+    ours = _checked(settings, stored is not None, on_gpu=on_gpu)
     return None if stored is not None else ours
 
 
-def stored_words(config: Any) -> dict[str, Any] | None:
+def stored_settings(config: Any) -> dict[str, Any] | None:
     """The quantisation that the checkpoint's configuration states, as transformers' dict; None: it states none."""
     for part in (config, config.get_text_config(decoder=True)):
         found = getattr(part, "quantization_config", None)
@@ -112,18 +111,18 @@ def stored_words(config: Any) -> dict[str, Any] | None:
     return None
 
 
-def loaded_quantisation(words: Mapping[str, Any] | None, model: Any) -> Quantisation | None:
-    """What a loaded model is. `words`: those of its checkpoint or of the recipe; None: it is not quantised."""
-    if words is None:
+def loaded_quantisation(settings: Mapping[str, Any] | None, model: Any) -> Quantisation | None:
+    """What a loaded model is. `settings`: those of its checkpoint or of the recipe; None: it is not quantised."""
+    if settings is None:
         return None
     # transformers takes the configuration away from a model that it widened again.
-    return described(words, dequantised=stored_words(model.config) is None)
+    return described(settings, dequantised=stored_settings(model.config) is None)
 
 
-def described(words: Mapping[str, Any], *, dequantised: bool = False) -> Quantisation:
+def described(settings: Mapping[str, Any], *, dequantised: bool = False) -> Quantisation:
     """What a quantisation configuration means, in our terms."""
-    method = str(getattr(words.get("quant_method"), "value", words.get("quant_method")) or "bitsandbytes")
-    scheme, activations = _DESCRIPTIONS.get(method, _any_other)(words)
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "bitsandbytes")
+    scheme, activations = _DESCRIPTIONS.get(method, _any_other)(settings)
     return Quantisation(method=method, scheme=scheme, activations=activations, dequantised=dequantised)
 
 
@@ -137,18 +136,18 @@ def _refuse_another(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None
         )
 
 
-def _checked(words: Mapping[str, Any], pre_quantised: bool, *, on_gpu: bool) -> Any:
-    """transformers' object for these words, which it takes apart; its own checks of packages and devices are made."""
+def _checked(settings: Mapping[str, Any], pre_quantised: bool, *, on_gpu: bool) -> Any:
+    """transformers' object for these settings; its own checks of packages and devices are made."""
     from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
     whose = "the checkpoint's quantisation" if pre_quantised else "teacher.quantization"
     try:
-        config = AutoQuantizationConfig.from_dict(dict(words))
+        config = AutoQuantizationConfig.from_dict(dict(settings))
         quantizer = AutoHfQuantizer.from_config(config, pre_quantized=pre_quantised)
         quantizer.validate_environment(device_map={"": "cuda" if on_gpu else "cpu"}, weights_only=True)
     except (ImportError, RuntimeError, NotImplementedError) as e:
         raise MissingInputError(
-            f"{whose} ({words.get('quant_method')}) needs what this machine does not have: {e}; install the package "
+            f"{whose} ({settings.get('quant_method')}) needs what this machine does not have: {e}; install the package "
             "into the compute environment, or choose another quantisation"
         ) from e
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as e:
@@ -161,9 +160,9 @@ def _checked(words: Mapping[str, Any], pre_quantised: bool, *, on_gpu: bool) -> 
     return config
 
 
-def _torchao(words: Mapping[str, Any]) -> tuple[str, Activations]:
+def _torchao(settings: Mapping[str, Any]) -> tuple[str, Activations]:
     """By the name of torchao's configuration class, as it writes it."""
-    quant_type = words.get("quant_type")
+    quant_type = settings.get("quant_type")
     default = quant_type.get("default") if isinstance(quant_type, Mapping) else None
     if not isinstance(default, Mapping):
         return "", "unknown"
@@ -180,26 +179,26 @@ def _torchao(words: Mapping[str, Any]) -> tuple[str, Activations]:
     return scheme, "by_batch" if by_batch else "by_token"
 
 
-def _bitsandbytes(words: Mapping[str, Any]) -> tuple[str, Activations]:
+def _bitsandbytes(settings: Mapping[str, Any]) -> tuple[str, Activations]:
     """Its 8-bit products take columns with outliers, anywhere in the batch, in 16 bits (LLM.int8(), section 3.2)."""
-    if words.get("load_in_4bit"):
-        return f"4 bit {words.get('bnb_4bit_quant_type', 'fp4')} weight only", "plain"
-    return "int8", "by_batch" if words.get("llm_int8_threshold", 6.0) else "by_token"
+    if settings.get("load_in_4bit"):
+        return f"4 bit {settings.get('bnb_4bit_quant_type', 'fp4')} weight only", "plain"
+    return "int8", "by_batch" if settings.get("llm_int8_threshold", 6.0) else "by_token"
 
 
-def _fp8(words: Mapping[str, Any]) -> tuple[str, Activations]:
-    if words.get("dequantize"):
+def _fp8(settings: Mapping[str, Any]) -> tuple[str, Activations]:
+    if settings.get("dequantize"):
         return "fp8 weights", "plain"
-    static = words.get("activation_scheme", "dynamic") == "static"
+    static = settings.get("activation_scheme", "dynamic") == "static"
     return f"weights in blocks, {'static' if static else 'dynamic'} activations", "static" if static else "by_token"
 
 
-def _compressed_tensors(words: Mapping[str, Any]) -> tuple[str, Activations]:
-    groups = words.get("config_groups")
+def _compressed_tensors(settings: Mapping[str, Any]) -> tuple[str, Activations]:
+    groups = settings.get("config_groups")
     schemes = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
     inputs = [g["input_activations"] for g in schemes if g.get("input_activations")]
     bits = sorted({int(g["weights"]["num_bits"]) for g in schemes if g.get("weights")})
-    scheme = f"{words.get('format', '')} {' and '.join(map(str, bits))} bit".strip()
+    scheme = f"{settings.get('format', '')} {' and '.join(map(str, bits))} bit".strip()
     if not schemes:
         return scheme, "unknown"
     if not inputs:
@@ -211,8 +210,8 @@ def _compressed_tensors(words: Mapping[str, Any]) -> tuple[str, Activations]:
     return f"{scheme}, dynamic activations", "by_batch" if by_batch else "by_token"
 
 
-def _any_other(words: Mapping[str, Any]) -> tuple[str, Activations]:
-    method, bits = words.get("quant_method"), words.get("bits", words.get("nbits"))
+def _any_other(settings: Mapping[str, Any]) -> tuple[str, Activations]:
+    method, bits = settings.get("quant_method"), settings.get("bits", settings.get("nbits"))
     scheme = f"{bits} bit" if bits else ""
     if method in WEIGHTS_ONLY:
         return f"{scheme} weight only".strip(), "plain"

@@ -152,7 +152,7 @@ class Sampler:
         try:
             while self._sampled():
                 pass
-        finally:  # nobody is to wait for a thread that an error ended
+        finally:  # no one may wait for a thread that an error ended
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()

@@ -25,7 +25,7 @@ needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 
 
 def torchao(name: str, **data: Any) -> dict[str, Any]:
-    """A recipe's words, as `TorchAoConfig(...).to_dict()` gives them."""
+    """The settings of a recipe, as `TorchAoConfig(...).to_dict()` gives them."""
     return {"quant_method": "torchao", "quant_type": {"default": {"_type": name, "_version": 2, "_data": data}}}
 
 
@@ -38,7 +38,7 @@ WITH_MIXED_BATCHES = torchao("Float8DynamicActivationFloat8WeightConfig", granul
 
 
 @pytest.mark.parametrize(
-    ("words", "expected", "activations"),
+    ("settings", "expected", "activations"),
     [
         (INT8_WEIGHTS, "torchao int8 weight only", "plain"),
         (torchao("Int4WeightOnlyConfig", group_size=128), "torchao int4 weight only", "plain"),
@@ -80,8 +80,8 @@ WITH_MIXED_BATCHES = torchao("Float8DynamicActivationFloat8WeightConfig", granul
         ),
     ],
 )
-def test_a_quantisation_is_named_in_words(words: dict[str, Any], expected: str, activations: str) -> None:
-    found = described(words)
+def test_a_quantisation_is_named_in_words(settings: dict[str, Any], expected: str, activations: str) -> None:
+    found = described(settings)
     assert (str(found), found.activations) == (expected, activations)
 
 
@@ -108,7 +108,7 @@ def test_a_quantised_checkpoint_of_an_unknown_method_is_refused_not_taken_for_a_
 
 
 @pytest.mark.parametrize(
-    ("words", "package"),
+    ("settings", "package"),
     [
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
         ({"quant_method": "hqq", "nbits": 4}, "hqq"),
@@ -117,14 +117,14 @@ def test_a_quantised_checkpoint_of_an_unknown_method_is_refused_not_taken_for_a_
     ],
 )
 def test_a_missing_package_is_named_before_the_weights_are_read(
-    tmp_path: Path, words: dict[str, Any], package: str
+    tmp_path: Path, settings: dict[str, Any], package: str
 ) -> None:
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     folder = save_teacher(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(MissingInputError, match=f"needs what this machine does not have: .*{package}"):
-        load_teacher(tiny_params(folder, quantization=words), digests=None, warn=print)
+        load_teacher(tiny_params(folder, quantization=settings), digests=None, warn=print)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -175,18 +175,18 @@ def test_a_recipe_that_asks_for_another_quantisation_than_the_checkpoint_has_is_
 
 @needs_torchao
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("words", [INT8_WEIGHTS, INT8_DYNAMIC, torchao("Float8WeightOnlyConfig")])
+@pytest.mark.parametrize("settings", [INT8_WEIGHTS, INT8_DYNAMIC, torchao("Float8WeightOnlyConfig")])
 def test_caches_of_a_teacher_quantised_on_loading_pass_their_recomputation(
-    tmp_path: Path, words: dict[str, Any], dtype: str
+    tmp_path: Path, settings: dict[str, Any], dtype: str
 ) -> None:
     folder = save_teacher(tmp_path / "model")
     desk = Desk(tmp_path)
     shard_folder = desk.commit_shard(tiny_documents([30, 12, 1, 50, 7, 41, 22]))
-    params = tiny_params(folder, quantization=words, dtype=dtype)
+    params = tiny_params(folder, quantization=settings, dtype=dtype)
     unit = desk.unit(shard_folder, params)
     desk.run(params, unit)
     (loaded,) = desk.events("teacher_loaded")
-    expected = str(described(words))
+    expected = str(described(settings))
     assert loaded["quantization"] == expected
     for output in unit.outputs:
         manifest = read_manifest(Path(output.path))
@@ -208,10 +208,10 @@ def test_a_quantised_teacher_gives_other_numbers_than_the_plain_one(tmp_path: Pa
 
 @needs_torchao
 def test_a_quantised_head_is_called_not_multiplied_with(tmp_path: Path) -> None:
-    words = {**INT8_WEIGHTS, "include_input_output_embeddings": True}
+    settings = {**INT8_WEIGHTS, "include_input_output_embeddings": True}
     warnings: list[str] = []
     folder = save_teacher(tmp_path / "model")
-    teacher = load_teacher(tiny_params(folder, quantization=words), digests=None, warn=warnings.append)
+    teacher = load_teacher(tiny_params(folder, quantization=settings), digests=None, warn=warnings.append)
     assert teacher.head is not None
     assert not is_plain(teacher.head.linear)
     assert warnings == []
@@ -233,12 +233,12 @@ def test_a_checkpoint_that_was_saved_quantised_is_used_as_it_is(tmp_path: Path) 
 @needs_torchao
 def test_a_teacher_whose_scales_are_of_the_batch_runs_every_document_alone(tmp_path: Path) -> None:
     """Its neighbours change a document's numbers: alone, it gives the same whatever the batch would have been."""
-    words = torchao("Int8DynamicActivationInt8WeightConfig", granularity=PER_TENSOR)
+    settings = torchao("Int8DynamicActivationInt8WeightConfig", granularity=PER_TENSOR)
     desk = Desk(tmp_path)
     shard_folder = desk.commit_shard(tiny_documents([30, 12, 50]))
     params = tiny_params(
         save_teacher(tmp_path / "model"),
-        quantization=words,
+        quantization=settings,
         topk=TopkParams(k=4, max_length=64),
         hidden_states=HiddenStateParams(blocks=(0,), max_length=64),
         embeddings=EmbeddingParams(max_length=64),
