@@ -221,14 +221,14 @@ def test_a_range_that_squeue_cut_off_is_no_answer() -> None:
 
 def test_one_query_covers_all_jobs_and_its_text_can_be_read_elsewhere() -> None:
     client, commands = slurm(squeue=QUEUE)
-    text = client.queue_text()
-    assert len(parse_queue(text)) == 10
-    assert commands.asked[0][:-1] == ["squeue", "--me", "--all", "--array-unique", "--states=all"]
+    texts = client.queue_texts()
+    assert len(parse_queue(*texts)) == 10
+    assert commands.asked[0][:-1] == ["squeue", "--me", "--all", "--array", "--states=all"]
     assert [field.partition(":")[0] for field in commands.asked[0][-1].removeprefix("--Format=").split(",")] == [
         "ArrayJobID", "ArrayTaskID", "State", "Reason", "NodeList", "RestartCnt", "exit_code", "SubmitTime",
         "StartTime", "EndTime", "Name", "Comment",
     ]  # fmt: skip
-    assert client.queue() == parse_queue(text)
+    assert client.queue() == parse_queue(*texts)
     assert commands.asked[0] != commands.asked[1]  # another separator
 
 
