@@ -118,6 +118,11 @@ class SchedulerUnreachableError(SchedulerError):
     """The scheduler gave no answer in time. Nothing follows from it: neither that a job lives nor that it is gone."""
 
 
+class SchedulerMisusedError(SchedulerError):
+    """The scheduler's commands do not understand what they are asked: a version that this program does not know, and
+    nothing that waiting changes. It says nothing of any job."""
+
+
 class JobFilesUnavailableError(SchedulerUnreachableError):
     """The files of jobs cannot be read or written now: a full disk, a share that is away. Nothing follows from it
     either, and they are asked for again."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from kd_assets.contract import JobKind
 from kd_assets.diagnose.finding import Finding, fail, ok, warn
 from kd_assets.diagnose.preview import UNKNOWN_KEY, resources_in_words
-from kd_assets.errors import SchedulerUnreachableError
+from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnreachableError
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import JobSpec, Profile, Resources, SlurmScheduler
 from kd_assets.scheduler.slurm.commands.client import Slurm
@@ -17,6 +17,11 @@ from kd_assets.scheduler.slurm.commands.parsing import PartitionInfo
 from kd_assets.scheduler.slurm.commands.runners import CommandMissingError, CommandRunner
 
 KINDS: tuple[JobKind, ...] = get_args(JobKind)
+
+NO_JOB, NO_NODE = "4000000000", "kd-doctor"
+"""What no cluster has: an answer that they are unknown shows that the question was understood."""
+
+NOT_UNDERSTOOD = "this version of SLURM is not supported, see the README for those that are"
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "sacct")
 
@@ -57,12 +62,38 @@ def check_commands(runner: CommandRunner, profile: Profile) -> Iterator[Finding]
         yield warn("controller", f"answers, of version {controller}, the commands are {client}", fix)
     else:
         yield ok("controller", f"answers, version {controller}")
+    yield from _queries(Slurm(runner, timeout_s=profile.command_timeout_s))
     yield from _accounting(runner, profile)
+
+
+def _queries(slurm: Slurm) -> Iterator[Finding]:
+    """Ask SLURM what a run asks, by the very same command lines: whether a version knows them, only it can say."""
+    queries: dict[str, Callable[[], object]] = {
+        "squeue": lambda: (slurm.queue(), slurm.folded_queue_text()),
+        "scontrol show config": slurm.max_array_size,
+        "scontrol show job": lambda: slurm.excluded_nodes(NO_JOB),
+        "sinfo": lambda: (slurm.node_states([NO_NODE]), slurm.partitions()),
+    }
+    for name, ask in queries.items():
+        try:
+            ask()
+        except SchedulerMisusedError as e:
+            yield fail(name, str(e), NOT_UNDERSTOOD)
+            continue
+        except SchedulerUnreachableError as e:
+            yield fail(name, str(e), "is slurmctld up (scontrol ping)?")
+            continue
+        except SchedulerError:  # it was understood: there is no such job
+            pass
+        yield ok(name, "understands what runs ask")
 
 
 def _accounting(runner: CommandRunner, profile: Profile) -> Iterator[Finding]:
     try:
         rows = Slurm(runner, timeout_s=profile.command_timeout_s).accounting(["kd-doctor"], 0.0)
+    except SchedulerMisusedError as e:
+        yield fail("accounting", str(e), NOT_UNDERSTOOD)
+        return
     except SchedulerUnreachableError as e:
         yield warn("accounting", f"sacct does not answer: {e}", "runs go on without it")
         return

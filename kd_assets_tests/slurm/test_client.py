@@ -13,7 +13,7 @@ import pytest
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.job import Ending, JobSpec, Resources
 from kd_assets.scheduler.slurm.commands.client import Slurm, sbatch_argv
-from kd_assets.scheduler.slurm.commands.parsing import Accepted, QueueRow, Refused, Unknown, parse_queue
+from kd_assets.scheduler.slurm.commands.parsing import Accepted, QueueRow, Refused, Unknown
 from kd_assets.scheduler.slurm.commands.runners import CommandRunner, LocalRunner, SshRunner
 from kd_assets.scheduler.slurm.commands.states import ending_of, is_held_launch, is_impossible_wait
 from kd_assets.scheduler.slurm.profile import Profile
@@ -64,7 +64,7 @@ def submit(slurm: Slurm, words: list[str]) -> int:
 
 
 def rows_of(slurm: Slurm, job_id: int) -> dict[int | None, QueueRow]:
-    return {r.index: r for r in parse_queue(slurm.queue_text()) if r.job_id == job_id}
+    return {r.index: r for r in slurm.queue() if r.job_id == job_id}
 
 
 def wait_for_end(slurm: Slurm, job_id: int) -> dict[int | None, QueueRow]:
@@ -110,7 +110,7 @@ def test_hostile_jobs_of_others_break_nothing(slurm: SlurmCluster, tmp_path: Pat
     ours = client(slurm)
     job = submit(ours, argv(tmp_path, "true"))
     assert list(wait_for_end(ours, job)) == [0]
-    assert {r.name for r in parse_queue(ours.queue_text())} == {"kd-demo-teacher-0", "kd-ü→中"}
+    assert {r.name for r in ours.queue()} == {"kd-demo-teacher-0", "kd-ü→中"}
 
 
 @pytest.mark.parametrize("array", ["0-999", "0-1998:2", "1,3,5-700,704,1000-1200%4"])
@@ -309,18 +309,18 @@ def test_a_controller_that_does_not_answer(make_cluster: MakeCluster, tmp_path: 
     ours, hasty = client(cluster), client(cluster, timeout_s=0.5)
     cluster.pause("slurmctld")
     with pytest.raises(SchedulerUnreachableError, match=r"squeue gave no answer within 0.5 s and was killed"):
-        hasty.queue_text()
+        hasty.queue_texts()
     assert isinstance(hasty.submit(argv(tmp_path, "true", name="kd-hasty")), Unknown)
     assert isinstance(ours.submit(argv(tmp_path, "true", name="kd-patient")), Unknown)
     cluster.unpause("slurmctld")
     # Refused by nobody: sbatch said "Socket timed out", and the job runs.
     wait_until(
         "the job that nobody confirmed is there",
-        lambda: "kd-patient" in {r.name for r in parse_queue(ours.queue_text())},
+        lambda: "kd-patient" in {r.name for r in ours.queue()},
     )
     cluster.kill("slurmctld")
     with pytest.raises(SchedulerUnreachableError, match="Unable to contact slurm controller"):
-        ours.queue_text()
+        ours.queue_texts()
     assert isinstance(ours.submit(argv(tmp_path, "true")), Unknown)
 
 
@@ -347,10 +347,10 @@ def test_all_of_it_over_ssh(
 def test_ssh_that_reaches_nobody_is_unreachable(sshd: SshLogin, slurm: SlurmCluster) -> None:
     nobody = SshRunner(sshd.target, (*sshd.options, "-p", "1"))
     with pytest.raises(SchedulerUnreachableError, match="Connection refused"):
-        client(slurm, nobody).queue_text()
+        client(slurm, nobody).queue_texts()
     stranger = SshRunner(sshd.target, (*sshd.options, "-i", "/dev/null", "-o", "IdentityAgent=none", "-l", "nobody"))
     with pytest.raises(SchedulerUnreachableError, match="gave no answer"):
-        client(slurm, stranger).queue_text()
+        client(slurm, stranger).queue_texts()
 
 
 def test_hostile_words_pass_a_real_sshd(sshd: SshLogin, slurm: SlurmCluster) -> None:

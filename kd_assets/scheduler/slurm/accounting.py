@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kd_assets.errors import SchedulerError
+from kd_assets.errors import SchedulerError, SchedulerMisusedError
 from kd_assets.scheduler.job import AccountedAttempt
 from kd_assets.scheduler.slurm.commands.client import Slurm
 from kd_assets.scheduler.slurm.commands.parsing import AccountingRow
@@ -23,6 +23,8 @@ class Accounting:
             return []
         try:
             rows = self._slurm.accounting(sorted(a.name for a in arrays), since=min(a.at for a in arrays))
+        except SchedulerMisusedError:
+            raise
         except SchedulerError:  # no answer, or one that does not help
             return []
         self._is_there = rows is not None

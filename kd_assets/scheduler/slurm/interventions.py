@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from kd_assets.durable import storage_errors
-from kd_assets.errors import SchedulerError, SchedulerUnreachableError, StorageUnavailableError
+from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnreachableError, StorageUnavailableError
 from kd_assets.scheduler.job import Ending, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.commands.client import Slurm
 from kd_assets.scheduler.slurm.commands.states import is_bad_node, is_held_launch, is_impossible_wait
@@ -55,7 +55,7 @@ class Interventions:
     def _release(self, job: KnownJob, task: int, task_id: str) -> None:
         try:
             self._slurm.release(task_id)
-        except SchedulerUnreachableError:
+        except (SchedulerUnreachableError, SchedulerMisusedError):
             raise
         except SchedulerError:  # somebody else released or cancelled it; or it may not be, and then stays held
             pass
@@ -77,6 +77,8 @@ class Interventions:
         if requeued:
             try:
                 words = self._slurm.node_states(sorted({before.node for _, _, before in requeued}))
+            except SchedulerMisusedError:
+                raise
             except SchedulerError:
                 requeued.clear()  # asked again at the next look
         for job, task, before in requeued:
@@ -90,8 +92,12 @@ class Interventions:
     def _leave(self, job: KnownJob, task: int, state: TaskState, before: TaskState, word: str) -> None:
         job.failed_nodes[task] = (*job.failed_nodes.get(task, ()), before.node)
         if state.phase is TaskPhase.PENDING:
-            with suppress(SchedulerError):  # it has been started meanwhile
+            try:
                 self._slurm.exclude(state.task_id, job.failed_nodes[task])
+            except SchedulerMisusedError:
+                raise
+            except SchedulerError:  # it has been started meanwhile
+                pass
         job.notices.append(
             f"task {task} ({before.task_id}) was requeued: its node {before.node} is {word} and is excluded from now on"
         )

@@ -1,4 +1,4 @@
-"""One squeue for all jobs and all processes of a deployment.
+"""One question to squeue for all jobs and all processes of a deployment.
 
 The file that shares it only saves questions: where it cannot be locked, read or written, squeue is asked all the same.
 """
@@ -43,16 +43,16 @@ class SharedQueue:
         self._file, self._lock = folder / f"{name}.json", folder / f"{name}.lock"
 
     def ask(self, *, max_age_s: float) -> Queue:
-        """An answer of at most this age. Raises SchedulerUnreachableError."""
+        """An answer of at most this age. Raises SchedulerUnreachableError, or SchedulerMisusedError."""
         with self._one_asks():
             answer = self._shared_answer(max_age_s)
             if answer is None:
                 at = self._clock()
-                answer = at, self._slurm.queue_text()
+                answer = at, self._slurm.queue_texts()
                 self._share(*answer)
-        at, text = answer
+        at, texts = answer
         rows: dict[str, dict[int | None, QueueRow]] = {}
-        for row in parse_queue(text):
+        for row in parse_queue(*texts):
             rows.setdefault(array_name(row), {})[row.index] = row
         return Queue(at=at, rows=rows)
 
@@ -65,18 +65,18 @@ class SharedQueue:
                 held.enter_context(locked(self._lock))
             yield
 
-    def _shared_answer(self, max_age_s: float) -> tuple[float, str] | None:
+    def _shared_answer(self, max_age_s: float) -> tuple[float, list[str]] | None:
         try:
             asked = json.loads(self._file.read_bytes())
-            at, text = float(asked["at"]), str(asked["text"])
+            at, texts = float(asked["at"]), [str(text) for text in asked["texts"]]
         except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
             return None
         # A clock that was set back must not make an answer last for ever.
-        return (at, text) if 0 <= self._clock() - at < max_age_s else None
+        return (at, texts) if 0 <= self._clock() - at < max_age_s else None
 
-    def _share(self, at: float, text: str) -> None:
+    def _share(self, at: float, texts: list[str]) -> None:
         with suppress(StorageUnavailableError):
-            atomic_write(self._file, json.dumps({"at": at, "text": text}).encode())
+            atomic_write(self._file, json.dumps({"at": at, "texts": texts}).encode())
 
 
 def array_name(row: QueueRow) -> str:

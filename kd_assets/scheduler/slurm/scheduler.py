@@ -24,6 +24,7 @@ from kd_assets.durable import storage_errors, try_locked
 from kd_assets.errors import (
     JobFilesUnavailableError,
     SchedulerError,
+    SchedulerMisusedError,
     SchedulerUnreachableError,
     StorageUnavailableError,
 )
@@ -208,7 +209,8 @@ class SlurmScheduler:
         """scancel; returns once the queue shows none of their tasks alive.
 
         Raises SchedulerUnreachableError when the cluster does not answer for CANCEL_PATIENCE_S, or when what must be
-        written cannot be. The submissions stay marked, so that nothing more of them is submitted.
+        written cannot be, and SchedulerMisusedError at once. The submissions stay marked, so that nothing more of them is
+        submitted.
         """
         deadline = self._clock() + CANCEL_PATIENCE_S
         unmarked, pause_s, next_scancel = list(submissions), CANCEL_POLL_S[0], 0.0
@@ -223,12 +225,13 @@ class SlurmScheduler:
                     return
             except SchedulerUnreachableError as e:
                 trouble = f": {e}"
+            except SchedulerMisusedError as e:
+                raise SchedulerMisusedError(f"the jobs may go on: {e}. {self._by_hand(submissions)}") from e
             self._sleep(pause_s)
             pause_s = min(1.5 * pause_s, CANCEL_POLL_S[1])
-        names = ",".join(array.name for s in submissions for array in self._known(s).arrays)
         raise SchedulerUnreachableError(
-            f"the jobs were asked to end and are not gone after {CANCEL_PATIENCE_S:.0f} s{trouble}. By hand: "
-            f"scancel --name={names}"
+            f"the jobs were asked to end and are not gone after {CANCEL_PATIENCE_S:.0f} s{trouble}. "
+            f"{self._by_hand(submissions)}"
         )
 
     def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
@@ -240,6 +243,10 @@ class SlurmScheduler:
             mark_cancelled(submission)
         if ids := self._alive(submissions)[0]:
             self._slurm.cancel(sorted(ids))
+
+    def _by_hand(self, submissions: Sequence[Submission]) -> str:
+        names = ",".join(array.name for s in submissions for array in self._known(s).arrays)
+        return f"By hand: scancel --name={names}"
 
     def _alive(self, submissions: Sequence[Submission]) -> tuple[set[str], bool]:
         """Ids of the arrays that have a task alive now; and whether that is all, which it is not while an sbatch has

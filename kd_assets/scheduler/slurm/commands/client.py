@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 import secrets
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_assets.errors import SchedulerError, SchedulerUnreachableError
+from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnreachableError
 from kd_assets.scheduler.folder import SLURM_LOG_PATTERN
 from kd_assets.scheduler.job import JobSpec, Resources
 from kd_assets.scheduler.slurm.commands.parsing import (
@@ -20,12 +21,15 @@ from kd_assets.scheduler.slurm.commands.parsing import (
     UNANSWERED,
     AccountingRow,
     PartitionInfo,
+    QueueRow,
     SubmitAnswer,
     Unknown,
     excluded_nodes,
+    hides_an_index,
     parse_accounting,
     parse_node_states,
     parse_partitions,
+    parse_queue,
     read_submit_answer,
 )
 from kd_assets.scheduler.slurm.commands.runners import Answer, CommandMissingError, CommandRunner
@@ -46,9 +50,19 @@ _REFUSALS = (
 )
 """In the text of the other commands: an answer, and waiting does not change it."""
 
+_NOT_UNDERSTOOD = re.compile(
+    r"unrecognized option|invalid option -- |option .*requires an argument|option .*is ambiguous|invalid keyword|"
+    r"invalid entity|Invalid field requested|Invalid (job|node) format specification|Invalid job state specified|"
+    r"Invalid time specification|invalid entry for --|Update of this parameter is not supported",
+    re.IGNORECASE,
+)
+"""In their standard error: the question is wrong, whoever answers. Of a wrong field squeue and sinfo only say so there,
+and end with 0."""
+
 
 class Slurm:
-    """A cluster's commands. Each raises SchedulerUnreachableError when there is no answer within `timeout_s`."""
+    """A cluster's commands. Each raises SchedulerUnreachableError when there is no answer within `timeout_s`, and
+    SchedulerMisusedError when SLURM does not understand what it is asked."""
 
     def __init__(self, run: CommandRunner, *, timeout_s: float) -> None:
         self._runner, self._timeout_s = run, timeout_s
@@ -61,13 +75,27 @@ class Slurm:
         except SchedulerUnreachableError as e:
             return Unknown(text=str(e))
 
-    def queue_text(self) -> str:
-        """One squeue call for all of this user's jobs, as a text that `parse_queue` reads in any process. Ended ones
-        are in it until SLURM forgets them (MinJobAge)."""
-        fields = ",".join(f"{field}:{separator}" for separator in (_new_separator(),) for field in QUEUE_FIELDS)
-        # Without --array-unique squeue folds a task that was requeued or held into its array's row of those that never
-        # started, with their restart count of 0. --array would name each task, but forgets the last one of `0-20:2`.
-        return self._answer(["squeue", "--me", "--all", "--array-unique", "--states=all", f"--Format={fields}"]).stdout
+    def queue_texts(self) -> list[str]:
+        """One squeue call for all of this user's jobs, or two, as texts that `parse_queue` reads in any process."""
+        # Without --array squeue folds a task that was requeued or held into its array's row of those that never
+        # started, with their restart count of 0. (Only 22.05 knows --array-unique, which would not.)
+        texts = [self._squeue("--array", "--states=all")]
+        if hides_an_index(parse_queue(texts[0])):
+            texts.append(self.folded_queue_text())
+        return texts
+
+    def queue(self) -> list[QueueRow]:
+        """All of this user's jobs whose name is one of ours, ended ones until SLURM forgets them (MinJobAge)."""
+        return parse_queue(*self.queue_texts())
+
+    def folded_queue_text(self) -> str:
+        """squeue's answer for what waits, arrays as ranges: the only one that has every index (`hides_an_index`)."""
+        return self._squeue("--states=PENDING")
+
+    def _squeue(self, *options: str) -> str:
+        separator = _new_separator()
+        fields = ",".join(f"{field}:{separator}" for field in QUEUE_FIELDS)
+        return self._answer(["squeue", "--me", "--all", *options, f"--Format={fields}"]).stdout
 
     def accounting(self, names: Sequence[str], since: float) -> list[AccountingRow] | None:
         """Every attempt of the jobs with these names that lived at `since` (epoch) or later, oldest first.
@@ -112,9 +140,12 @@ class Slurm:
 
     def exclude(self, task_id: str, nodes: Sequence[str]) -> None:
         """Keep a task that waits from these nodes, too. Raises SchedulerError when it no longer waits."""
-        shown = self._answer(["scontrol", "--oneliner", "show", "job", task_id]).stdout
-        update = f"ExcNodeList={','.join([*excluded_nodes(shown), *nodes])}"
+        update = f"ExcNodeList={','.join([*self.excluded_nodes(task_id), *nodes])}"
         self._answer(["scontrol", "update", f"JobId={task_id}", update])
+
+    def excluded_nodes(self, task_id: str) -> list[str]:
+        """Which nodes a task is kept from, as SLURM folds them. Raises SchedulerError for one that it does not know."""
+        return excluded_nodes(self._answer(["scontrol", "--oneliner", "show", "job", task_id]).stdout)
 
     def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
         """Node → sinfo's word for it (see `states.is_bad_node`); without those that SLURM does not know."""
@@ -142,7 +173,14 @@ class Slurm:
         return answer
 
     def _run(self, argv: Sequence[str]) -> Answer:
-        return self._runner.run(argv, timeout_s=self._timeout_s)
+        answer = self._runner.run(argv, timeout_s=self._timeout_s)
+        if argv[0] != "sbatch" and _NOT_UNDERSTOOD.search(answer.stderr):
+            raise SchedulerMisusedError(
+                f"SLURM does not understand `{shlex.join(argv)}` (exit status {answer.status}): "
+                f"{' '.join(answer.stderr.split())[:500]}. This version of SLURM is not one that kd_assets knows: "
+                "see `kd-assets doctor`"
+            )
+        return answer
 
 
 def sbatch_argv(

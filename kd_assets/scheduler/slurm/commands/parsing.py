@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,12 +180,42 @@ def read_submit_answer(answer: Answer) -> SubmitAnswer:
     return Unknown(text=text or f"sbatch ended with exit status {answer.status} and no word")
 
 
-def parse_queue(text: str) -> list[QueueRow]:
-    """The rows of our jobs in `Slurm.queue_text`, pending ranges as one row a task. A site may print what it likes
-    before the header.
+def parse_queue(text: str, folded: str | None = None) -> list[QueueRow]:
+    """The rows of our jobs in `Slurm.queue_texts`, one a task. A site may print what it likes before the header.
 
+    Of `folded`, only what `text` hides: the rest of its rows is less exact.
     Raises SchedulerUnreachableError for a text that was cut off: tasks missing from it are not gone.
     """
+    rows = _our_rows(text)
+    if folded is not None:
+        seen = {(r.job_id, r.index) for r in rows}
+        waiting = {r.job_id: r for r in sorted(filter(_never_started, rows), key=lambda r: r.index or 0)}
+        # As its neighbours are: of a folded row, the reasons are those of all the tasks in it.
+        rows += [
+            dataclasses.replace(waiting[r.job_id], index=r.index)
+            for r in _our_rows(folded)
+            if r.job_id in waiting and (r.job_id, r.index) not in seen
+        ]
+    return rows
+
+
+def hides_an_index(rows: Sequence[QueueRow]) -> bool:
+    """Whether squeue may have kept a waiting task to itself.
+
+    With --array it leaves out the last index of a list that SLURM writes with a step: `0-20:2` is 0, 2, ... 18. So the
+    tasks of an array that wait and never started tell it, when there is a gap between them.
+    """
+    indices: dict[int, set[int]] = {}
+    for row in filter(_never_started, rows):
+        indices.setdefault(row.job_id, set()).add(row.index or 0)
+    return any(max(found) - min(found) >= len(found) for found in indices.values())
+
+
+def _never_started(row: QueueRow) -> bool:
+    return row.index is not None and base_state(row.state) == "PENDING" and row.restarts == 0
+
+
+def _our_rows(text: str) -> list[QueueRow]:
     header = re.search(r"^\w+(\|[0-9a-f]{12}\|)", text, re.MULTILINE)
     if header is None:
         raise SchedulerUnreachableError(f"squeue's answer does not have its header: {text[:80]!r}")

@@ -63,12 +63,11 @@ _FAILED_BECAUSE = {
     "OutOfMemory": Ending.HOST_MEMORY,
     "TimeLimit": Ending.TIME_LIMIT,
     "DeadLine": Ending.TIME_LIMIT,
-    "RaisedSignal": Ending.KILLED,  # `RaisedSignal:9(Killed)`
 }
 
 # Not signals of the kernel's but SLURM's marks for what happened around the script.
 _FAILED_BY_SIGNAL = {
-    53: Ending.LAUNCH_FAILURE,  # `0:53`: its log could not be opened
+    53: Ending.LAUNCH_FAILURE,  # `0:53`, `RaisedSignal:53(Real-time signal 19)`: its log could not be opened
     125: Ending.HOST_MEMORY,  # `0:125`: the kernel killed something in its cgroup
 }
 
@@ -103,8 +102,11 @@ def ending_of(state: str, reason: str, exit_code: int | None) -> Ending | None:
         return ENDED_STATES.get(word)
     if cause in _FAILED_BECAUSE:
         return _FAILED_BECAUSE[cause]
+    if (raised := re.match(r"RaisedSignal:(\d+)", reason)) is not None:  # `RaisedSignal:9(Killed)`
+        return _FAILED_BY_SIGNAL.get(int(raised[1]), Ending.KILLED)
     if exit_code is not None and exit_code < 0:
-        return _FAILED_BY_SIGNAL.get(-exit_code, Ending.KILLED)  # squeue's reason is JobLaunchFailure for these as well
+        # 22.05's squeue calls them JobLaunchFailure, too.
+        return _FAILED_BY_SIGNAL.get(-exit_code, Ending.KILLED)
     return Ending.LAUNCH_FAILURE if cause == "JobLaunchFailure" else Ending.EXITED
 
 

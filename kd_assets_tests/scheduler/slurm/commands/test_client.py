@@ -221,14 +221,14 @@ def test_a_range_that_squeue_cut_off_is_no_answer() -> None:
 
 def test_one_query_covers_all_jobs_and_its_text_can_be_read_elsewhere() -> None:
     client, commands = slurm(squeue=QUEUE)
-    text = client.queue_text()
-    assert len(parse_queue(text)) == 10
-    assert commands.asked[0][:-1] == ["squeue", "--me", "--all", "--array-unique", "--states=all"]
+    texts = client.queue_texts()
+    assert len(parse_queue(*texts)) == 10
+    assert commands.asked[0][:-1] == ["squeue", "--me", "--all", "--array", "--states=all"]
     assert [field.partition(":")[0] for field in commands.asked[0][-1].removeprefix("--Format=").split(",")] == [
         "ArrayJobID", "ArrayTaskID", "State", "Reason", "NodeList", "RestartCnt", "exit_code", "SubmitTime",
         "StartTime", "EndTime", "Name", "Comment",
     ]  # fmt: skip
-    client.queue_text()
+    client.queue_texts()
     assert commands.asked[0] != commands.asked[1]  # another separator
 
 
@@ -243,7 +243,7 @@ def test_one_query_covers_all_jobs_and_its_text_can_be_read_elsewhere() -> None:
 def test_a_queue_that_cannot_be_asked_is_unreachable(stderr: str) -> None:
     client, _ = slurm(squeue=said("", "squeue", stderr=stderr, status=1))
     with pytest.raises(SchedulerUnreachableError, match="squeue failed"):
-        client.queue_text()
+        client.queue_texts()
 
 
 # sacct
