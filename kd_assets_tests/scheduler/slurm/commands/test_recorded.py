@@ -250,7 +250,11 @@ def test_an_option_that_a_version_does_not_know_is_a_wrong_question_and_said_wit
         ("squeue", 1, "squeue: invalid option -- 'Y'\nTry \"squeue --help\" for more information\n"),
         ("squeue", 1, "squeue: option requires an argument -- 'o'\nTry \"squeue --help\" for more information\n"),
         ("squeue", 0, "squeue: error: Invalid job format specification: Bogus\n"),
-        ("squeue", 1, "squeue: error: Invalid job state specified: bogus\nsqueue: error: Valid job states include: …\n"),
+        (
+            "squeue",
+            1,
+            "squeue: error: Invalid job state specified: bogus\nsqueue: error: Valid job states include: …\n",
+        ),
         ("squeue", 1, "Usage: squeue [-A account]\nsqueue: error: Unrecognized option: extra\n"),
         ("sacct", 1, "sacct: unrecognized option '--bogus'\n"),
         ("sacct", 1, 'sacct: error: Invalid field requested: "Bogus"\n'),
