@@ -209,7 +209,8 @@ class SlurmScheduler:
         """scancel; returns once the queue shows none of their tasks alive.
 
         Raises SchedulerUnreachableError when the cluster does not answer for CANCEL_PATIENCE_S, or when what must be
-        written cannot be, and SchedulerMisusedError at once. The submissions stay marked, so that nothing more of them is submitted.
+        written cannot be, and SchedulerMisusedError at once. The submissions stay marked, so that nothing more of them
+        is submitted.
         """
         deadline = self._clock() + CANCEL_PATIENCE_S
         unmarked, pause_s, next_scancel = list(submissions), CANCEL_POLL_S[0], 0.0

@@ -56,8 +56,8 @@ _NOT_UNDERSTOOD = re.compile(
     r"Invalid time specification|invalid entry for --|Update of this parameter is not supported",
     re.IGNORECASE,
 )
-"""In their standard error: the question is wrong, whoever answers. Of a wrong field squeue and sinfo only say so there, and
-end with 0."""
+"""In their standard error: the question is wrong, whoever answers. Of a wrong field squeue and sinfo only say so there,
+and end with 0."""
 
 
 class Slurm:
@@ -77,8 +77,8 @@ class Slurm:
 
     def queue_texts(self) -> list[str]:
         """One squeue call for all of this user's jobs, or two, as texts that `parse_queue` reads in any process."""
-        # Without --array squeue folds a task that was requeued or held into its array's row of those that never started,
-        # with their restart count of 0. (Only 22.05 knows --array-unique, which would not.)
+        # Without --array squeue folds a task that was requeued or held into its array's row of those that never
+        # started, with their restart count of 0. (Only 22.05 knows --array-unique, which would not.)
         texts = [self._squeue("--array", "--states=all")]
         if hides_an_index(parse_queue(texts[0])):
             texts.append(self.folded_queue_text())
