@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate
@@ -52,6 +53,14 @@ def one_token_a_word(texts: Mapping[str, str]) -> Documents:
         input_ids=input_ids,
         loss_mask=np.ones(len(input_ids), dtype=np.bool_),
     )
+
+
+def _written_at(submission: Submission) -> float:
+    """When its spec was, which is written once, before it is submitted; one without it is the newest."""
+    try:
+        return submission.spec_file.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 class SlurmDeployment(Deployment):
@@ -142,8 +151,8 @@ class SlurmDeployment(Deployment):
 
     def submissions(self) -> list[Submission]:
         """Of teacher jobs, oldest first."""
-        folders = (self.home / "jobs" / "tiny").glob("teacher-*/[0-9]*")
-        return [Submission(folder=f) for f in sorted(folders, key=lambda f: f.stat().st_ctime)]
+        found = [Submission(folder=f) for f in (self.home / "jobs" / "tiny").glob("teacher-*/[0-9]*")]
+        return sorted(found, key=_written_at)
 
     def recorded(self, run_id: str) -> list[str]:
         """Partitions of the top-k cache that a run recorded, in order; one twice if it was recorded twice."""

@@ -58,15 +58,13 @@ class Recorder:
         return said
 
     def write_queue(self, case: str, *, array: bool = True) -> None:
-        """For an array in all the ways in which squeue can be asked; newer ones know no --array-unique."""
+        """An array also as --array tells it."""
         self.write(f"{case}.squeue", *QUEUE, f"--name=kd-{case}")
         if array:
             self.write(f"{case}.squeue-array", *QUEUE, "--array", f"--name=kd-{case}")
-            if self.cluster.run("squeue", "--array-unique").returncode == 0:
-                self.write(f"{case}.squeue-array-unique", *QUEUE, "--array-unique", f"--name=kd-{case}")
 
     def write_all(self, case: str, job: str, *accounted: str) -> None:
-        """Once sacct has these states, all that is said of the job; its name must be the case's."""
+        """Once sacct has these states, what squeue and sacct say of the job; its name must be the case's."""
         known: list[str] = []
 
         def complete() -> bool:
@@ -78,9 +76,8 @@ class Recorder:
         except ClusterError:  # versions differ; a reader of the files judges
             print(f"{case}: sacct has {known}, expected {sorted(accounted)}", flush=True)
         time.sleep(5)  # asked for by name, sacct shows a job some seconds later than by id
-        self.write_queue(case, array="ArrayTaskId" in self.cluster.scontrol("show", "job", job))
+        self.write_queue(case, array=False)
         self.write(f"{case}.sacct", *ACCOUNTING, f"--name=kd-{case}")
-        self.write(f"{case}.scontrol", "scontrol", "--oneliner", "show", "job", job)
 
 
 def record_pending_arrays(r: Recorder) -> None:
@@ -92,17 +89,15 @@ def record_pending_arrays(r: Recorder) -> None:
         "pending-two-steps": "0-8:2,30-60:10",
         "pending-mixed": "0-3,7,9-11",
     }.items():
-        job = r.submit(case, "true", later, f"--array={indices}")
+        r.submit(case, "true", later, f"--array={indices}")
         r.write_queue(case)
-        r.write(f"{case}.scontrol", "scontrol", "--oneliner", "show", "job", job)
     # Contiguous when it was submitted: what somebody cancelled leaves a step.
     job = r.submit("pending-every-second-cancelled", "true", later, "--array=0-9")
     r.cluster.run("scancel", *(f"{job}_{i}" for i in range(1, 10, 2)))
     r.write_queue("pending-every-second-cancelled")
     job = r.submit("limited", "sleep 600", "--array=0-20:2%2")
     r.cluster.wait_for(f"{job}_2", "RUNNING")
-    time.sleep(6)  # sacct lags
-    r.write_all("limited", job, "PENDING", "RUNNING", "RUNNING")
+    r.write_queue("limited")
     # The first task fails, the second is requeued, the third held: all while others never started.
     job = r.submit("mixed", '[ "$SLURM_ARRAY_TASK_ID" != 0 ] || exit 3; sleep 600', "--array=0-7%2")
     r.cluster.wait_for(f"{job}_0", "FAILED")
@@ -111,7 +106,6 @@ def record_pending_arrays(r: Recorder) -> None:
     r.cluster.scontrol("hold", f"{job}_4")
     wait_until("requeued", lambda: r.cluster.state(f"{job}_1") == "PENDING")
     r.write_queue("mixed")
-    r.write("mixed.scontrol", "scontrol", "--oneliner", "show", "job", job)
     r.cluster.clear()
 
 
@@ -120,15 +114,12 @@ def record_requeued_and_held(r: Recorder) -> None:
         job = r.submit(case, "sleep 600", "--array=0-3", "--mem=10")
         for i in range(4):
             r.cluster.wait_for(f"{job}_{i}", "RUNNING")
-        time.sleep(6)  # a run shorter than sacct's lag might not be written down
         r.cluster.scontrol(words, f"{job}_1")
         wait_until("requeued", lambda task=f"{job}_1": r.cluster.state(task) == "PENDING")  # type: ignore[misc]
-        r.write_all(case, job, "PENDING", "REQUEUED", *["RUNNING"] * 3)
+        r.write_queue(case)
     job = r.submit("held", "true", "--array=0-3", "--begin=now+3600")
     r.cluster.scontrol("hold", f"{job}_2")
-    r.write_all("held", job, "PENDING", "PENDING")
-    job = r.submit("submitted-held", "true", "--array=0-3", "--hold")
-    r.write_all("submitted-held", job, "PENDING")
+    r.write_queue("held")
     r.cluster.clear()
 
 
@@ -140,7 +131,6 @@ def record_endings(r: Recorder) -> None:
     r.write_all("signal-9", _ended(r, "signal-9", "kill -9 $$"), "FAILED")
     r.write_all("no-log", _ended(r, "no-log", "true", "-o", "/proc/no/such/log"), "FAILED")
     r.write_all("no-log-folder", _ended(r, "no-log-folder", "true", "-o", "no/such/folder/log"), _last_state(r))
-    r.write_all("no-workdir", _ended(r, "no-workdir", "true", "--chdir=/proc/no/such"), _last_state(r))
     if r.cluster.cgroup:
         take = "head -c 500M /dev/zero | tail -c 400M >/dev/null"
         r.write_all("out-of-memory", _ended(r, "out-of-memory", take, "--mem=50"), "OUT_OF_MEMORY")
@@ -152,9 +142,7 @@ def record_endings(r: Recorder) -> None:
     r.cluster.run("scancel", f"{job}_1")
     r.cluster.run("scancel", "--user", r.cluster.user)
     r.cluster.wait_for(job, "CANCELLED")
-    r.write_all("cancelled-pending", job, "CANCELLED")
-    job = _running(r, "running-without-limit")
-    r.write_all("running-without-limit", job, "RUNNING")
+    r.write_queue("cancelled-pending")
     r.cluster.clear()
 
 
@@ -170,9 +158,9 @@ def _ended(r: Recorder, case: str, script: str, *options: str) -> str:
     return job
 
 
-def _running(r: Recorder, case: str, *options: str, script: str = "sleep 600") -> str:
+def _running(r: Recorder, case: str, *options: str) -> str:
     """A job that sacct knows to run."""
-    job = r.submit(case, script, *options)
+    job = r.submit(case, "sleep 600", *options)
     r.cluster.wait_for(job, "RUNNING")
     wait_until("sacct knows it", lambda: r.cluster.accounted_states(job) == ["RUNNING"])
     return job
@@ -207,13 +195,7 @@ def record_node_failures_and_preemption(r: Recorder) -> None:
 def record_time_limits(r: Recorder) -> None:
     """All at the same of slurmctld's ticks, half a minute apart."""
     usr1 = "--signal=B:USR1@60"
-    flush_75 = "trap 'exit 75' USR1; sleep 600 & wait; wait"
-    cases = {
-        "timeout": _running(r, "timeout"),
-        "timeout-usr1": _running(r, "timeout-usr1", usr1),
-        "timeout-usr1-exit-75": _running(r, "timeout-usr1-exit-75", usr1, script=flush_75),
-        "timeout-usr1-ignored": _running(r, "timeout-usr1-ignored", usr1, script="trap '' USR1; sleep 600"),
-    }
+    cases = {"timeout": _running(r, "timeout"), "timeout-usr1": _running(r, "timeout-usr1", usr1)}
     for job in cases.values():
         r.cluster.end_job(job)
     for case, job in cases.items():
@@ -229,8 +211,6 @@ def record_refusals(r: Recorder) -> None:
         "gpus": ["--gpus-per-node=100"],
         "gpu-type": ["--gpus-per-node=none:1"],
         "partition": ["--partition=none"],
-        "account": ["--account=none"],
-        "qos": ["--qos=none"],
         "constraint": ["--constraint=none"],
         "node": ["--nodelist=none"],
         "array-too-large": ["--array=0-10001"],
@@ -239,16 +219,11 @@ def record_refusals(r: Recorder) -> None:
     }.items():
         r.write(f"refused.{name}.sbatch", "sbatch", "--parsable", *options, "--wrap", "true")
     r.write("array-unique.squeue", "squeue", "--array-unique")
-    r.write("unknown.squeue", "squeue", "--jobs=99999")
     r.write("unknown.scontrol", "scontrol", "--oneliner", "show", "job", "99999")
     r.write("unknown.scancel", "scancel", "99999")
     r.write("unknown.release", "scontrol", "release", "99999")
-    r.write("unknown.requeue", "scontrol", "requeue", "99999")
-    r.write("pending.requeue", "scontrol", "requeue", r.submit("waits", "true", "--begin=now+3600"))
     r.write("sinfo", "sinfo", "--noheader", "--exact", "--format=%a|%D|%l|%c|%m|%G|%R")
     r.write("version.squeue", "squeue", "--version")
-    r.write("version-without-configuration.squeue", "env", "SLURM_CONF=/no/such/slurm.conf", "squeue", "--version")
-    r.write("version-without-configuration.slurmctld", "env", "SLURM_CONF=/no/such/slurm.conf", "slurmctld", "-V")
     r.cluster.clear()
 
 
@@ -257,10 +232,8 @@ def record_launch_failure(r: Recorder) -> None:
     r.cluster.fail_prolog(True)
     job = r.submit("launch-failed", "true", "--array=0-1")
     wait_until("held", lambda: r.cluster.reason(f"{job}_0") == "launch failed requeued held")
-    time.sleep(6)  # sacct lags, and how many attempts were made depends on luck
+    wait_until("both are held", lambda: r.cluster.reason(f"{job}_1") == "launch failed requeued held")
     r.write_queue("launch-failed")
-    r.write("launch-failed.sacct", *ACCOUNTING, "--name=kd-launch-failed")
-    r.write("launch-failed.scontrol", "scontrol", "--oneliner", "show", "job", job)
     r.cluster.fail_prolog(False)
     r.cluster.clear()
 

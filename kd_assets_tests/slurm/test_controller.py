@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.slurm.background import Background
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment
+from kd_assets_tests.slurm.fakes import put_first
 
 Deploy = Callable[..., SlurmDeployment]
 MakeCluster = Callable[..., SlurmCluster]
@@ -71,6 +73,42 @@ def test_a_controller_that_hangs_costs_nothing(make_cluster: MakeCluster, deploy
     assert deployment.recorded(result.run_id) == list(KEYS)
     assert deployment.n_teacher_loads() == 3
     assert [(m["interruptions"], m["failures"]) for m in run.job_metadata()] == [("none", "none")]
+
+
+# A SLURM that does not understand what it is asked: no version that is supported
+
+
+NOT_UNDERSTOOD = """{ echo "squeue: unrecognized option '--array'" >&2; exit 1; }"""
+
+
+def test_a_question_that_slurm_does_not_understand_fails_the_run_at_once_and_submits_nothing(
+    slurm: SlurmCluster, deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(slurm)
+    put_first(tmp_path / "fakes", "squeue", NOT_UNDERSTOOD, monkeypatch)
+    with Background(deployment) as run:
+        said = run.fails(timeout_s=60)
+    assert "SLURM does not understand `squeue --me --all --array " in said
+    assert "unrecognized option '--array'" in said
+    assert "does not answer" not in run.log()
+
+
+def test_a_question_that_slurm_no_longer_understands_ends_the_run_and_not_its_jobs(
+    slurm: SlurmCluster, deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.5})
+    updated = tmp_path / "updated"
+    put_first(tmp_path / "fakes", "squeue", f"[ ! -e '{updated}' ] || {NOT_UNDERSTOOD}", monkeypatch)
+    with Background(deployment, (KEYS[0], KEYS[1])) as run:
+        run.started()
+        updated.touch()
+        said = run.fails(timeout_s=60)
+    assert "SLURM does not understand `squeue --me --all --array " in said
+    updated.unlink()
+    with Background(deployment, (KEYS[0], KEYS[1])) as run:
+        run.succeeds()
+    assert len(deployment.submissions()) == 1
+    assert deployment.n_made() == {KEYS[0]: 1, KEYS[1]: 1}
 
 
 # A controller that has forgotten

@@ -18,6 +18,7 @@ from kd_assets.scheduler import SlurmScheduler, Submission
 from kd_assets_tests.orchestration.deployment import Deployment
 from kd_assets_tests.slurm.cluster import SlurmCluster
 from kd_assets_tests.slurm.conftest import SshLogin
+from kd_assets_tests.slurm.fakes import put_first
 
 SITE = {"kinds": {"shards": {"partition": "batch", "cpus": 2, "memory_gib": 2, "time": "01:00:00"}}}
 TOKEN = "hf_token_of_this_test"
@@ -55,12 +56,43 @@ def test_a_cluster_without_gpus_asked_for_is_sound(slurm: SlurmCluster, site: Ca
     assert that_say(lines, "accounting").startswith("warn accounting: none")
     that_say(lines, "ok   SLURM commands: version ")
     that_say(lines, "ok   controller: answers, version ")
+    for query in ("squeue", "scontrol show config", "scontrol show job", "sinfo"):
+        that_say(lines, f"ok   {query}: understands what runs ask")
     that_say(lines, "ok   partition for shards: batch: 4 nodes fit partition batch, 2 CPUs, 2 GiB of memory, 1 h")
     that_say(lines, "ok   partition for teacher: batch: 4 nodes fit what the site gives by default")
     that_say(lines, "ok   request for shards: SLURM would take it: Job ")
     seen = [line for line in lines if "and what it writes is seen here" in line]
     assert [line.partition(": ")[0] for line in seen] == ["ok   node for shards", "ok   node for teacher, student"]
     that_say(lines, f"{sys.executable} has torch ")
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "said", "what"),
+    [
+        ("squeue", "--array", "squeue: unrecognized option '--array'", "squeue"),
+        ("squeue", "--states=PENDING", "squeue: error: Invalid job state specified: PENDING", "squeue"),
+        ("sacct", "--duplicates", 'sacct: error: Invalid field requested: "Comment"', "accounting"),
+        ("sinfo", "--Node", "Invalid node format specification: N", "sinfo"),
+        ("scontrol", "job", "invalid entity:job for keyword:show", "scontrol show job"),
+    ],
+)
+def test_what_a_version_does_not_understand_of_the_questions_of_a_run_fails_with_the_question(
+    command: str,
+    asked: str,
+    said: str,
+    what: str,
+    slurm_accounting: SlurmCluster,
+    site: Callable[..., Platform],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    platform = site(slurm_accounting, kinds={})
+    body = f"[[ \" $* \" != *' {asked} '* ]] || {{ echo {shlex.quote(said)} >&2; exit 1; }}"
+    put_first(tmp_path / "fakes", command, body, monkeypatch)
+    failed = [line for line in lines_of(platform, test_job=False) if line.startswith("FAIL")]
+    assert len(failed) == 1, failed
+    assert failed[0].startswith(f"FAIL {what}: SLURM does not understand `{command} ")
+    assert said in failed[0]
 
 
 def test_accounting_is_found_where_there_is_one(slurm_accounting: SlurmCluster, site: Callable[..., Platform]) -> None:

@@ -5,14 +5,15 @@ What the fake cluster stands for is proved on real ones (`kd_assets_tests/slurm`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from kd_assets.errors import SchedulerError, SchedulerUnreachableError
+from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnreachableError
 from kd_assets.scheduler import Ending, Submission, TaskPhase
+from kd_assets.scheduler.slurm.commands.runners import Answer
 from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S
 from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S
 from kd_assets.scheduler.slurm.task_states import REQUEUE_GRACE_S
@@ -499,6 +500,39 @@ def test_nobody_knows_what_lives_while_the_cluster_does_not_answer(site: Site) -
     site.clock.now += POLL_S
     with pytest.raises(SchedulerUnreachableError):
         site.process().live("demo", "teacher")
+
+
+class Misunderstands:
+    """A fake of a cluster whose version of one command does not know an option."""
+
+    def __init__(self, cluster: FakeCluster, command: str) -> None:
+        self._cluster, self._command = cluster, command
+
+    def run(self, argv: Sequence[str], *, timeout_s: float) -> Answer:
+        if argv[0] != self._command:
+            return self._cluster.run(argv, timeout_s=timeout_s)
+        stderr = f"{argv[0]}: unrecognized option '{argv[1]}'\n"
+        return Answer(argv=tuple(argv), status=1, stdout="", stderr=stderr)
+
+
+@pytest.mark.parametrize("command", ["squeue", "sacct", "sinfo"])
+def test_a_question_that_slurm_does_not_understand_is_not_the_absence_of_an_answer(site: Site, command: str) -> None:
+    submission = site.submit(n_tasks=2)
+    site.cluster.runs(0)
+    scheduler = site.process(Misunderstands(site.cluster, command))
+    if command != "squeue":
+        site.look(submission, scheduler=scheduler)
+    site.cluster.waits(0, "BeginTime", restarts=1)  # so sinfo is asked for its node
+    site.cluster.forgets(task=1)  # and sacct for its end
+    with pytest.raises(SchedulerMisusedError, match=f"`{command} .*unrecognized option"):
+        site.look(submission, scheduler=scheduler)
+
+
+def test_cancelling_what_cannot_be_asked_for_says_at_once_what_to_do_by_hand(site: Site) -> None:
+    submission, before = site.submit(), site.clock.now
+    with pytest.raises(SchedulerMisusedError, match=r"the jobs may go on: .*By hand: scancel --name=kd-demo-teacher-"):
+        site.process(Misunderstands(site.cluster, "squeue")).cancel([submission])
+    assert site.clock.now == before
 
 
 def test_the_same_work_submitted_again_is_the_next_number_and_alone_may_live(site: Site) -> None:

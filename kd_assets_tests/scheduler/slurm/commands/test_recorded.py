@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -101,6 +101,8 @@ def test_every_task_of_an_array_is_seen_by_as_few_calls_as_that_takes(
     seen = [row.index for row in client.queue()]
     assert sorted(seen, key=lambda i: i or 0) == list(indices)
     assert len(commands.asked) == n_calls
+    folded = parse_queue(recorded(version, f"{case}.squeue").stdout)
+    assert sorted((row.index for row in folded), key=lambda i: i or 0) == list(indices)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -142,10 +144,11 @@ ENDINGS: dict[str, tuple[Ending, int | None]] = {
     "out-of-memory": (Ending.HOST_MEMORY, -125),
     "node-fail": (Ending.NODE_FAILURE, None),  # its exit status is `1:0` in 24.11, and nobody's
     "preempted": (Ending.PREEMPTED, None),
+    "cancelled": (Ending.CANCELLED, -15),
     "timeout": (Ending.TIME_LIMIT, -15),
     "timeout-usr1": (Ending.TIME_LIMIT, -10),
 }
-IN_SACCT = {"exit-137": 9, "timeout": 0, "timeout-usr1": 0}
+IN_SACCT = {"exit-137": 9, "timeout": 0, "timeout-usr1": 0, "cancelled": 0}
 """Exit codes that sacct tells otherwise."""
 
 
@@ -167,20 +170,27 @@ def test_an_end_is_the_same_in_both_versions_by_squeue_and_by_sacct(version: str
 )
 def test_only_22_05_cannot_start_a_job_whose_log_folder_is_missing(version: str, ending: Ending) -> None:
     row = queue_row(version, "no-log-folder")
-    assert ending_of(row.state, row.reason, row.exit_code) is ending
+    (attempt,) = attempts(version, "no-log-folder")
+    assert {ending_of(r.state, r.reason, r.exit_code) for r in (row, attempt)} == {ending}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_job_whose_node_failed_waits_again_and_its_first_attempt_is_accounted(version: str) -> None:
-    row = queue_row(version, "node-fail-requeued")
+@pytest.mark.parametrize(
+    ("case", "ending"), [("node-fail-requeued", Ending.NODE_FAILURE), ("preempted-requeued", Ending.PREEMPTED)]
+)
+def test_a_job_that_slurm_took_back_waits_and_its_first_attempt_is_accounted(
+    version: str, case: str, ending: Ending
+) -> None:
+    row = queue_row(version, case)
     assert (row.state, row.restarts, row.exit_code, row.started_at, row.ended_at) == ("PENDING", 1, None, None, None)
-    first, *later = attempts(version, "node-fail-requeued")
-    assert ending_of(first.state, first.reason, first.exit_code) is Ending.NODE_FAILURE
+    first, *later = attempts(version, case)
+    assert ending_of(first.state, first.reason, first.exit_code) is ending
     assert [ending_of(a.state, a.reason, a.exit_code) for a in later] == [None] * len(later)
 
 
 @pytest.mark.parametrize(("version", "n_cpus"), [("22.05", 1), ("24.11", 0)])
 def test_a_job_that_waits_is_accounted_without_an_end(version: str, n_cpus: int) -> None:
+    assert queue_row(version, "node-down").reason.startswith("ReqNodeNotAvail, UnavailableNodes:")
     (row,) = attempts(version, "node-down")
     assert (row.state, row.n_cpus, row.started_at, row.ended_at) == ("PENDING", n_cpus, None, None)
     assert ending_of(row.state, row.reason, row.exit_code) is None
@@ -210,7 +220,7 @@ def test_what_22_05_lets_wait_for_ever_24_11_refuses() -> None:
 def test_a_controller_that_is_away_is_no_answer(version: str) -> None:
     names = {name: f"no-controller.{name}" for name in ("scancel", "scontrol", "sinfo")}
     client, _ = slurm(version, squeue_array="no-controller.squeue", sacct="no-slurmdbd.sacct", **names)
-    asks = [
+    asks: list[Callable[[], object]] = [
         client.queue,
         lambda: client.cancel(["58"]),
         client.max_array_size,
@@ -236,13 +246,13 @@ def test_a_job_that_slurm_does_not_know_is_an_answer(version: str) -> None:
 
 
 def test_an_option_that_a_version_does_not_know_is_a_wrong_question_and_said_with_it() -> None:
+    assert recorded("22.05", "array-unique.squeue").status == 0
     client, _ = slurm("24.11", squeue_array="array-unique.squeue")
     with pytest.raises(SchedulerMisusedError, match=r"`squeue .*--array.*unrecognized option '--array-unique'"):
         client.queue()
 
 
-# As both versions say them, and end with these statuses. What follows a wrong field of squeue's and sinfo's is an
-# answer with a column less.
+# As both versions say them, and end with these statuses: of a wrong field squeue and sinfo tell all others.
 @pytest.mark.parametrize(
     ("command", "status", "stderr"),
     [
@@ -253,7 +263,7 @@ def test_an_option_that_a_version_does_not_know_is_a_wrong_question_and_said_wit
         (
             "squeue",
             1,
-            "squeue: error: Invalid job state specified: bogus\nsqueue: error: Valid job states include: …\n",
+            "squeue: error: Invalid job state specified: bogus\nsqueue: error: Valid job states are …\n",
         ),
         ("squeue", 1, "Usage: squeue [-A account]\nsqueue: error: Unrecognized option: extra\n"),
         ("sacct", 1, "sacct: unrecognized option '--bogus'\n"),
@@ -273,7 +283,7 @@ def test_a_wrong_question_is_no_absence(command: str, status: int, stderr: str) 
             return Answer(argv=tuple(argv), status=status, stdout="", stderr=stderr)
 
     client = Slurm(Said(), timeout_s=20)
-    asks = {
+    asks: dict[str, Callable[[], object]] = {
         "squeue": client.queue,
         "sacct": lambda: client.accounting(["kd-demo"], since=0.0),
         "sinfo": lambda: client.node_states(["n0"]),

@@ -52,6 +52,8 @@ def test_a_word_that_nobody_knows_yet_is_live(state: str) -> None:
         ("FAILED", "JobLaunchFailure", -9, Ending.KILLED),  # kill -9 of the batch script
         ("FAILED", "RaisedSignal:9(Killed)", -9, Ending.KILLED),
         ("FAILED", "", -9, Ending.KILLED),  # the same in sacct
+        ("FAILED", "RaisedSignal:53(Real-time signal 19)", -53, Ending.LAUNCH_FAILURE),  # 24.11, no log
+        ("FAILED", "RaisedSignal:53(Real-time signal 19)", None, Ending.LAUNCH_FAILURE),
         ("FAILED", "JobLaunchFailure", -53, Ending.LAUNCH_FAILURE),  # no folder for the log
         ("FAILED", "JobLaunchFailure", 0, Ending.LAUNCH_FAILURE),
         ("FAILED", "JobLaunchFailure", None, Ending.LAUNCH_FAILURE),
