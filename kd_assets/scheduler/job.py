@@ -147,7 +147,8 @@ class AccountedAttempt:
 
 class Scheduler(Protocol):
     """What orchestration asks of a scheduler. Raises SchedulerError for a refusal that waiting will not change, and
-    SchedulerUnreachableError where there is no answer at all."""
+    SchedulerUnreachableError where there is no answer at all, be it of the scheduler or of the disk with the files of
+    its jobs. `poll`, `describe`, `log_file` and `accounting` never raise the second."""
 
     @property
     def poll_interval_s(self) -> float:

@@ -20,7 +20,7 @@ from kd_assets.scheduler.slurm.task_states import arrays_by_task, ended_state
 
 
 class Interventions:
-    """See above."""
+    """Changes what SLURM does with tasks, and tells of it by the notices of their job."""
 
     def __init__(self, slurm: Slurm, *, clock: Callable[[], float], poll_interval_s: float) -> None:
         self._slurm, self._clock = slurm, clock

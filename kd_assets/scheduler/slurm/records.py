@@ -62,6 +62,8 @@ class KnownJob:
         # On disk.
         self._spec: JobSpec | None = None
         self._arrays: dict[int, Array] = {}
+        self._accepted: dict[int, Array] = {}
+        """Task → the array with it that was accepted last."""
         self.endings: dict[int, TaskState] = {}
         """How tasks ended, as far as any process has seen it."""
         self._endings_version: tuple[int, ...] | None = None
@@ -105,14 +107,10 @@ class KnownJob:
             self.unseen_since = dict(self._unseen_on_disk)
 
     def array_with(self, task: int) -> Array | None:
-        """The array that was submitted last with a task; of what is known, or else of what is on disk by now."""
-        if (array := self._submitted_with(task)) is None:
+        """The array with a task that was accepted last, as far as is known; else as far as is on disk by now."""
+        if task not in self._accepted:
             self._read_arrays()
-            array = self._submitted_with(task)
-        return array
-
-    def _submitted_with(self, task: int) -> Array | None:
-        return next((a for a in reversed(self.arrays) if a.job_id is not None and task in a.tasks), None)
+        return self._accepted.get(task)
 
     @job_files()
     def _read_arrays(self) -> None:
@@ -120,7 +118,14 @@ class KnownJob:
         for number in (int(stem) for stem in stems if stem.isdigit()):
             known = self._arrays.get(number)
             if known is None or not known.is_answered:
-                self._arrays[number] = self._read_array(number)
+                self._take_in(self._read_array(number))
+
+    def _take_in(self, array: Array) -> None:
+        self._arrays[array.number] = array
+        for task in array.tasks if array.job_id is not None else ():
+            before = self._accepted.get(task)
+            if before is None or before.number < array.number:
+                self._accepted[task] = array
 
     def _read_array(self, number: int) -> Array:
         path = self.submission.intent_file(number)
@@ -150,7 +155,7 @@ class KnownJob:
         """Before sbatch runs: what is not on disk cannot be found again. Raises StorageUnavailableError."""
         intent = {f: getattr(array, f) for f in ("number", "name", "first_task", "n_tasks", "at")}
         write_json(self.submission.intent_file(array.number), intent | {"argv": list(argv)})
-        self._arrays[array.number] = array
+        self._take_in(array)
 
     def write_acceptance(self, array: Array, job_id: int, *, found: bool = False) -> None:
         """That an array is in the queue: SLURM's answer, or `found` out later, by its name.
@@ -158,7 +163,7 @@ class KnownJob:
         Raises StorageUnavailableError; the array then counts as one whose answer was lost.
         """
         write_json(self.submission.answer_file(array.number), {"job_id": job_id, "found": found})
-        self._arrays[array.number] = dataclasses.replace(array, job_id=job_id)
+        self._take_in(dataclasses.replace(array, job_id=job_id))
 
     def write_refusal(self, array: Array, why: str, *, impossible: bool = False, absent: bool = False) -> None:
         """That an array is not in the queue: in SLURM's words, or `absent`, as we conclude.
@@ -167,7 +172,7 @@ class KnownJob:
         """
         refusal: dict[str, Any] = {"refused": why, "impossible": impossible, "absent": absent}
         write_json(self.submission.answer_file(array.number), refusal)
-        self._arrays[array.number] = dataclasses.replace(array, **refusal)
+        self._take_in(dataclasses.replace(array, **refusal))
 
     def remember(self, states: Mapping[int, TaskState]) -> None:
         """Keep the states, and on disk what SLURM forgets.

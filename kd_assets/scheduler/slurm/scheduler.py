@@ -213,25 +213,27 @@ class SlurmScheduler:
         is submitted.
         """
         deadline = self._clock() + CANCEL_PATIENCE_S
-        unmarked, pause_s, next_scancel = list(submissions), CANCEL_POLL_S[0], 0.0
+        pause_s, next_scancel = CANCEL_POLL_S[0], 0.0
+        unmarked: Sequence[Submission] = submissions
         while self._clock() < deadline:
             unmarked, trouble = _mark_cancelled(unmarked)
             try:
-                ids, is_sure = self._alive(submissions)
+                ids, doubt = self._alive(submissions)
+                trouble = trouble or doubt
                 if ids and self._clock() >= next_scancel:
                     next_scancel = self._clock() + SCANCEL_AGAIN_S
                     self._slurm.cancel(sorted(ids))
-                elif is_sure and not ids and not unmarked:
+                elif not (ids or trouble):
                     return
             except SchedulerUnreachableError as e:
-                trouble = f": {e}"
+                trouble = str(e)
             except SchedulerMisusedError as e:
                 raise SchedulerMisusedError(f"the jobs may go on: {e}. {self._by_hand(submissions)}") from e
             self._sleep(pause_s)
             pause_s = min(1.5 * pause_s, CANCEL_POLL_S[1])
         raise SchedulerUnreachableError(
-            f"the jobs were asked to end and are not gone after {CANCEL_PATIENCE_S:.0f} s{trouble}. "
-            f"{self._by_hand(submissions)}"
+            f"the jobs were asked to end and are not gone after {CANCEL_PATIENCE_S:.0f} s"
+            f"{f': {trouble}' if trouble else ''}. {self._by_hand(submissions)}"
         )
 
     def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
@@ -248,26 +250,27 @@ class SlurmScheduler:
         names = ",".join(array.name for s in submissions for array in self._known(s).arrays)
         return f"By hand: scancel --name={names}"
 
-    def _alive(self, submissions: Sequence[Submission]) -> tuple[set[str], bool]:
-        """Ids of the arrays that have a task alive now; and whether that is all, which it is not while an sbatch has
-        not been answered, or what others submitted cannot be read."""
+    def _alive(self, submissions: Sequence[Submission]) -> tuple[set[str], str]:
+        """Ids of the arrays that have a task alive now; and why there may be more; empty where there are not."""
         queue = self._queue.ask(max_age_s=0.0)
         alive: set[str] = set()
-        is_sure = True
+        doubt = ""
         for job in map(self._known, submissions):
             try:
                 job.read()
                 self._submitter.settle(job, queue)
-                with try_locked(job.submission.submit_lock) as is_alone:  # nobody is past the mark and submits more
-                    is_sure &= is_alone
+                with try_locked(job.submission.submit_lock) as is_alone:
+                    # It may be past the mark.
+                    doubt = doubt if is_alone else f"another process is submitting tasks of {job.submission.folder}"
                 job.read()
-            except (JobFilesUnavailableError, StorageUnavailableError):
-                is_sure = False
+            except (JobFilesUnavailableError, StorageUnavailableError) as e:
+                doubt = str(e)
             for array in job.arrays:
                 rows = queue.rows.get(array.name, {}).values()
                 alive |= {str(r.job_id) for r in rows if ending_of(r.state, r.reason, r.exit_code) is None}
-                is_sure &= array.is_answered and (array.is_refused or queue.at > array.at)
-        return alive, is_sure
+                if not (array.is_refused or (array.is_answered and queue.at > array.at)):
+                    doubt = f"whether sbatch has submitted {array.name} is not known yet"
+        return alive, doubt
 
     # ------------------------------------------------------------------ words and files
 
@@ -310,12 +313,12 @@ class SlurmScheduler:
 
 
 def _mark_cancelled(submissions: Sequence[Submission]) -> tuple[list[Submission], str]:
-    """Those that could not be marked, and why."""
+    """Those that cannot be marked now, and why; empty where all could be."""
     unmarked, trouble = [], ""
     for submission in submissions:
         try:
             mark_cancelled(submission)
         except JobFilesUnavailableError as e:
             unmarked.append(submission)
-            trouble = f": {e}"
+            trouble = str(e)
     return unmarked, trouble

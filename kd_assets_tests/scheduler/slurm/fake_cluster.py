@@ -27,7 +27,6 @@ _REFUSALS = {
     "submit limit": "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job "
     "violates accounting/QOS policy (job submit limit, user's size and/or time limits)\n",
 }
-_WAIT_STATUS = {"FAILED": 1 << 8}
 
 
 class Clock:
@@ -220,6 +219,7 @@ class FakeCluster:
             for job in (j for j in self.arrays if j.job_id == int(job_id)):
                 for i, task in job.tasks.items():
                     if (not index or i == int(index)) and task.state in ("PENDING", "RUNNING"):
+                        task.wait_status = 15 if task.state == "RUNNING" else 0
                         task.state = "COMPLETING" if self.kills_slowly else "CANCELLED by 0"
         return _answer(argv)
 

@@ -230,7 +230,7 @@ ENDINGS = [
     ("PREEMPTED", "None", 0, Ending.PREEMPTED, None),
     ("NODE_FAIL", "NodeDown", 0, Ending.NODE_FAILURE, None),
     ("BOOT_FAIL", "None", 0, Ending.NODE_FAILURE, None),
-    ("CANCELLED by 1000", "None", 0, Ending.CANCELLED, 0),
+    ("CANCELLED by 1000", "None", 15, Ending.CANCELLED, -15),
 ]
 
 
