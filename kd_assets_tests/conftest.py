@@ -44,3 +44,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line(
             "filterwarnings", "ignore:.parse_obj_as. is deprecated:pydantic.warnings.PydanticDeprecatedSince20"
         )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A GPU machine has other versions than those pinned: what they warn of (TF32, their own packages) is no error."""
+    if item.get_closest_marker("gpu") is not None:
+        item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(autouse=True)
+def cuda_for_gpu_tests(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

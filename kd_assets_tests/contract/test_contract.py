@@ -64,8 +64,8 @@ def test_a_job_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_job_file_of_another_contract_version_is_refused_with_both_versions(tmp_path: Path) -> None:
     raw = written(tmp_path / "job.json", a_job())
-    (tmp_path / "job.json").write_text(json.dumps(raw | {"contract_version": 2}))
-    with pytest.raises(ContractError, match=r"version 2, this worker reads version 1"):
+    (tmp_path / "job.json").write_text(json.dumps(raw | {"contract_version": 1}))
+    with pytest.raises(ContractError, match=r"version 1, this worker reads version 2"):
         read_job(tmp_path / "job.json")
 
 
@@ -141,7 +141,7 @@ def test_numbers_that_json_lacks_become_null_in_an_event() -> None:
     assert parse_event(line).data == {"loss": None, "x": [None]}
 
 
-@pytest.mark.parametrize("line", ["", "[]", "null", '{"v": 99}', '{"v": 1, "type": "unheard_of"}', "\x00", "{" * 5000])
+@pytest.mark.parametrize("line", ["", "[]", "null", '{"v": 99}', '{"v": 2, "type": "unheard_of"}', "\x00", "{" * 5000])
 def test_a_line_that_is_no_event_is_refused_and_nothing_worse(line: str) -> None:
     with pytest.raises(ContractError):
         parse_event(line)

@@ -1,5 +1,4 @@
-"""One thread for tiny models (threads that wait for each other are what is slow on a busy machine), and GPU tests only
-where there is a GPU."""
+"""One thread for tiny models: threads that wait for each other are what is slow on a busy machine."""
 
 from __future__ import annotations
 
@@ -16,18 +15,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """A GPU machine has other versions than those pinned: what they warn of (TF32, their own packages) is no error."""
-    if item.get_closest_marker("gpu") is not None:
-        item.add_marker(pytest.mark.filterwarnings("default"))
-
-
-@pytest.fixture(autouse=True)
-def cuda_for_gpu_tests(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -404,7 +404,6 @@ import sys, time
 from pathlib import Path
 from kd_assets.errors import InterruptedTaskError
 from kd_assets.worker.main import main
-from kd_assets.worker.task import runner_for
 from kd_assets.worker.attempt import Attempt, starts_of
 from kd_assets.store import commit_file_result
 
@@ -427,8 +426,7 @@ class Runner:
     def close(self):
         pass
 
-runner_for.__code__ = (lambda job, report, stop: __import__("__main__").Runner(job, report, stop)).__code__
-sys.exit(main(sys.argv))
+sys.exit(main(sys.argv, make_runner=Runner))
 """
 
 

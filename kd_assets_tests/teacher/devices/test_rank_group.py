@@ -120,7 +120,7 @@ def of_rank_1(process: subprocess.Popen[str]) -> int:
 
     def is_there() -> bool:
         found[:] = [
-            p for p in children_of(process.pid) if b"teacher.follower" in Path(f"/proc/{p}/cmdline").read_bytes()
+            p for p in children_of(process.pid) if b"devices.follower" in Path(f"/proc/{p}/cmdline").read_bytes()
         ]
         return len(found) == 1
 
