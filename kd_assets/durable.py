@@ -253,13 +253,16 @@ class HashingFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[HashingFile]:
-    """A file to write, which takes the place of `path` when the block ends well and vanishes when it does not."""
+def atomic_file(path: Path, *, mode: int = FILE_MODE) -> Iterator[HashingFile]:
+    """A file to write, which takes the place of `path` when the block ends well and vanishes when it does not.
+
+    Only this user can read it before it has its `mode`.
+    """
     with storage_errors(path, "write"):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(descriptor, FILE_MODE)
+                os.fchmod(descriptor, mode)
                 yield HashingFile(file)
                 file.flush()
                 os.fsync(descriptor)
@@ -271,9 +274,9 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
         _sync_folder(path.parent)
 
 
-def atomic_write(path: Path, data: bytes) -> str:
+def atomic_write(path: Path, data: bytes, *, mode: int = FILE_MODE) -> str:
     """Put `data` under `path`, whole or not at all; returns its SHA-256."""
-    with atomic_file(path) as file:
+    with atomic_file(path, mode=mode) as file:
         file.write(data)
     return file.sha256
 

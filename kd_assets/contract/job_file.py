@@ -86,15 +86,12 @@ class EmbeddingParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherParams:
-    """Which teacher runs, how, and what each cache keeps. A cache that is None is not of this recipe."""
+class TeacherOptions:
+    """Which teacher runs, and how: the options of a recipe that reach the worker as they are, with their defaults."""
 
     model: str
-    """A folder or hub id that `AutoModelForCausalLM.from_pretrained` accepts."""
+    """A folder or hub id; for the worker one that `AutoModelForCausalLM.from_pretrained` accepts."""
     revision: str | None = None
-    weights_fingerprint: str
-    """What `model_files.fingerprints.weights_fingerprint` gave when the job was planned; checked again on loading."""
-    tokenizer_fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the forward pass. Logits are always reduced in float32."""
     token_budget: int | None = None
@@ -111,13 +108,26 @@ class TeacherParams:
     """Devices that one teacher is spread over; None: as `kd_assets.model_files.placement` decides."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Whether decoder blocks are compiled (`torch.compile`); auto: on a GPU, once proved equal."""
+    recompute_documents: int = 2
+    """Documents of each partition that are computed again by the plain reference path."""
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """Name → value of each of these options, also of a dataclass that has more fields."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(TeacherOptions)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherParams(TeacherOptions):
+    """What a worker is told of its teacher, and what each cache keeps. A cache that is None is not of this recipe."""
+
+    weights_fingerprint: str
+    """What `model_files.fingerprints.weights_fingerprint` gave when the job was planned; checked again on loading."""
+    tokenizer_fingerprint: str
     part_documents: int = 256
     """Most documents of a part file, and so of the window that is sorted by length."""
     part_tokens: int = 131072
     """A part is closed once it holds this many tokens."""
-    recompute_documents: int = 2
-    """Documents of each partition that are computed again by the plain reference path."""
-    seed: int = 0
     topk: TopkParams | None = None
     hidden_states: HiddenStateParams | None = None
     embeddings: EmbeddingParams | None = None

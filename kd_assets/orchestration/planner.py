@@ -401,23 +401,13 @@ class Planner:
         )
 
     def teacher_params(self) -> TeacherParams:
-        recipe, teacher = self._recipe, self.teacher()
+        recipe, files = self._recipe, self.teacher()
         return TeacherParams(
-            model=str(teacher.folder),
-            revision=recipe.teacher.revision,
-            weights_fingerprint=teacher.weights,
-            tokenizer_fingerprint=teacher.tokenizer,
-            dtype=recipe.teacher.dtype,
-            token_budget=recipe.teacher.token_budget,
-            trust_remote_code=recipe.teacher.trust_remote_code,
-            quantization=None if recipe.teacher.quantization is None else dict(recipe.teacher.quantization),
-            placement=recipe.teacher.placement,
-            n_devices=recipe.teacher.n_devices,
-            compile=recipe.teacher.compile,
+            **recipe.teacher.options() | {"model": str(files.folder)},
+            weights_fingerprint=files.weights,
+            tokenizer_fingerprint=files.tokenizer,
             part_documents=recipe.part_documents,
             part_tokens=recipe.part_tokens,
-            recompute_documents=recipe.teacher.recompute_documents,
-            seed=recipe.teacher.seed,
             topk=recipe.topk,
             hidden_states=recipe.hidden_states,
             embeddings=recipe.embeddings,

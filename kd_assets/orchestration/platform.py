@@ -11,7 +11,6 @@ import pwd
 import shlex
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,8 @@ from pathlib import Path
 import dagster as dg
 
 from kd_assets.contract import JobKind
-from kd_assets.errors import RecipeError, SchedulerError
+from kd_assets.durable import atomic_write
+from kd_assets.errors import RecipeError, SchedulerError, StorageUnavailableError
 from kd_assets.model_files.digests import DigestCache
 from kd_assets.recipes.cluster_profile import find_profile, read_profile
 from kd_assets.recipes.recipe import Recipe
@@ -118,13 +118,14 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
         if not values:
             return None
         path = self.secrets_path()
+        lines = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             path.parent.chmod(0o700)
-            _write_secrets(path, values)
-        except OSError as e:
+            atomic_write(path, os.fsencode(lines), mode=0o600)
+        except (OSError, StorageUnavailableError) as e:
             # Without its cause, which is harmless, but whose traceback some tools print with local variables.
-            why = e.strerror
+            why = str(e)
         else:
             return path
         raise SchedulerError(
@@ -156,21 +157,6 @@ def code_commit() -> str:
 def secrets_set(profile: Profile) -> dict[str, str]:
     """The profile's secrets that are set here, by name."""
     return {name: value for name in profile.secrets if (value := os.environ.get(name))}
-
-
-def _write_secrets(path: Path, values: dict[str, str]) -> None:
-    """At once and whole: a task that starts meanwhile reads the old file or the new one."""
-    lines = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")  # 0600 from its beginning
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(os.fsencode(lines))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _user_name() -> str:

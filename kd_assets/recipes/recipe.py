@@ -9,11 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import dagster as dg
 
-from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, JobKind, StudentParams, TopkParams
+from kd_assets.contract import (
+    CACHES,
+    Asset,
+    EmbeddingParams,
+    HiddenStateParams,
+    JobKind,
+    StudentParams,
+    TeacherOptions,
+    TopkParams,
+)
 from kd_assets.errors import RecipeError
 from kd_assets.scheduler.job import Resources
 from kd_assets.sources.plan import SourceSpec
@@ -35,21 +44,11 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherSettings:
+class TeacherSettings(TeacherOptions):
     """Which model runs and how. `model` is a hub id, or a folder (may hold `$NAME`)."""
 
-    model: str
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    token_budget: int | None = None
-    trust_remote_code: bool = False
-    quantization: Mapping[str, Any] | None = None
-    placement: Literal["auto", "one_device", "tensor_parallel", "device_map"] = "auto"
-    n_devices: int | None = None
-    compile: Literal["auto", "always", "never"] = "auto"
-    recompute_documents: int = 2
-    seed: int = 0
     made_by: str | None = None
+    """Key of the asset that makes the model, where one does."""
 
     @property
     def changes_to_the_model(self) -> dict[str, object]:

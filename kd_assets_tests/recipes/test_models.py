@@ -1,0 +1,93 @@
+"""The YAML's schema says a second time which options there are and what they are by default: it says the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from kd_assets.components import TeacherCaches
+from kd_assets.contract import EmbeddingParams, HiddenStateParams, StudentParams, TeacherParams, TopkParams
+from kd_assets.recipes.models import (
+    EmbeddingsModel,
+    HiddenStatesModel,
+    NightlyModel,
+    SourceModel,
+    StudentModel,
+    TasksModel,
+    TeacherModel,
+    TopkModel,
+)
+from kd_assets.recipes.recipe import Recipe, Tasks, TeacherSettings
+from kd_assets.sources.plan import SourceSpec
+
+Defaults = dict[str, Any]
+REQUIRED = "required"
+
+
+def defaults_of_model(model: type[BaseModel], renamed: Mapping[str, str]) -> Defaults:
+    return {
+        renamed.get(name, name): REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+        for name, field in model.model_fields.items()
+    }
+
+
+def defaults_of_dataclass(cls: type) -> Defaults:
+    found: Defaults = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+        else:
+            found[field.name] = REQUIRED
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "cls", "renamed"),
+    [
+        (TeacherModel, TeacherSettings, {"model_id": "model"}),
+        (TopkModel, TopkParams, {}),
+        (HiddenStatesModel, HiddenStateParams, {}),
+        (EmbeddingsModel, EmbeddingParams, {}),
+        (StudentModel, StudentParams, {}),
+    ],
+)
+def test_a_models_options_and_their_defaults_are_those_of_its_dataclass(
+    model: type[BaseModel], cls: type, renamed: Mapping[str, str]
+) -> None:
+    assert defaults_of_model(model, renamed) == defaults_of_dataclass(cls)
+
+
+def test_the_choices_of_a_teachers_options_are_those_of_its_dataclass() -> None:
+    hints = typing.get_type_hints(TeacherSettings)
+    choices = {name: hint for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+    assert set(choices) == {"dtype", "placement", "compile"}
+    assert {name: TeacherModel.model_fields[name].annotation for name in choices} == choices
+
+
+@pytest.mark.parametrize(
+    ("model", "cls", "names"),
+    [
+        (TeacherCaches, Recipe, {"on_bad_record", "part_documents", "part_tokens"}),
+        (TeacherCaches, TeacherParams, {"part_documents", "part_tokens"}),
+        (SourceModel, SourceSpec, {"text_field", "messages_field", "revision"}),
+        (TasksModel, Tasks, {"n_tasks", "concurrency"}),
+    ],
+)
+def test_what_a_model_and_a_dataclass_share_has_one_default(model: type[BaseModel], cls: type, names: set[str]) -> None:
+    ours, theirs = defaults_of_model(model, {}), defaults_of_dataclass(cls)
+    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+def test_the_schedules_have_one_default() -> None:
+    of_recipe = defaults_of_dataclass(Recipe)
+    assert defaults_of_model(NightlyModel, {}) == {
+        "plan": of_recipe["nightly_plan_cron"],
+        "caches": of_recipe["nightly_caches_cron"],
+    }
