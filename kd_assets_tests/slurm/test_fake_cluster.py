@@ -14,7 +14,7 @@ import pytest
 
 from kd_assets.errors import SchedulerError
 from kd_assets.scheduler.slurm.commands.client import Slurm
-from kd_assets.scheduler.slurm.commands.parsing import AccountingRow, QueueRow, Refused, excluded_nodes, parse_queue
+from kd_assets.scheduler.slurm.commands.parsing import AccountingRow, QueueRow, Refused, excluded_nodes
 from kd_assets.scheduler.slurm.commands.runners import LocalRunner
 from kd_assets_tests.scheduler.slurm.fake_cluster import Clock, FakeCluster
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
@@ -38,10 +38,10 @@ class Both:
         assert submit(self.fake_client, words) == 1
 
     def real_rows(self) -> dict[int | None, QueueRow]:
-        return {r.index: r for r in parse_queue(self.real_client.queue_text()) if r.job_id == self.job}
+        return {r.index: r for r in self.real_client.queue() if r.job_id == self.job}
 
     def fake_rows(self) -> dict[int | None, QueueRow]:
-        return {r.index: r for r in parse_queue(self.fake_client.queue_text())}
+        return {r.index: r for r in self.fake_client.queue()}
 
     def waits_until(self, *states: str) -> None:
         """The real tasks are in these states."""

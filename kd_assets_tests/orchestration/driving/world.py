@@ -139,6 +139,7 @@ class World:
         self.now = START
         self.partitions = list(partitions)
         self.store = folder / "store" / RECIPE
+        self.store.mkdir(parents=True)  # where it is missing, a share is away
         self.scheduler = FakeScheduler(folder / "jobs")
         self.log = Log()
         self.recorded: list[tuple[str, Submission | None, int | None]] = []
