@@ -289,6 +289,7 @@ ROWS = (
         words="tried again, with batches of 2048 tokens",
     ),
     Row(FailureClass.KILLED, ending(Ending.KILLED), words="tried again"),
+    Row(FailureClass.STORAGE, failing("StorageUnreachableError"), words="tried again"),
     Row(
         FailureClass.LAUNCH_FAILURE,
         ending(Ending.LAUNCH_FAILURE, node="node9"),
