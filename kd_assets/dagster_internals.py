@@ -1,7 +1,7 @@
 """The few names of Dagster that it does not export, in one place. Pinned by version, tested by what they do.
 
-Only `kd_assets.orchestration` may import it. `kd_assets_tests/test_dagster_internals.py` fails when a new
-Dagster changes any of these.
+Only `kd_assets.orchestration` and `kd_assets.recipes` may import it. `kd_assets_tests/test_dagster_internals.py` fails
+when a new Dagster changes any of these; of its YAML, `kd_assets_tests/recipes/test_cluster_profile.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
     PARTITION_NAME_TAG,
 )
+from dagster_shared.yaml_utils import parse_yamls_with_source_position
 
 __all__ = [
     "ASSET_PARTITION_RANGE_END_TAG",
@@ -49,6 +50,7 @@ __all__ = [
     "interrupts_held_back",
     "latest_storage_ids",
     "one_transaction",
+    "parse_yamls_with_source_position",
 ]
 
 

@@ -206,7 +206,7 @@ def read_answer(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as f:  # opened anew each time: a network file system looks again then
             lines = f.read().decode(errors="replace").splitlines(keepends=True)
-    except FileNotFoundError:
+    except OSError:  # not there yet, or on a share that is away for a moment: looked at again
         return {}
     words = (line.rstrip("\n").partition("=") for line in lines if line.endswith("\n"))
     return {name: value for name, _, value in words}

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import dagster as dg
-from dagster_shared.yaml_utils import parse_yamls_with_source_position
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
+from kd_assets.dagster_internals import parse_yamls_with_source_position
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.scheduler.job import Resources
 from kd_assets.scheduler.slurm.profile import Profile

@@ -52,10 +52,9 @@ class LocalScheduler:
         script: Path,
         python: str = sys.executable,
         kill_wait_s: float = KILL_WAIT_S,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folders, self._script, self._python = SubmissionFolders(jobs_folder), script, python
-        self._kill_wait_s, self._clock = kill_wait_s, clock
+        self._kill_wait_s = kill_wait_s
         self._last_states: dict[Submission, dict[int, TaskState]] = {}
 
     def deciding(self, recipe: str, kind: JobKind) -> AbstractContextManager[None]:
@@ -147,7 +146,7 @@ class LocalScheduler:
 
     def _cancel(self, submission: Submission) -> None:
         for number, patience_s in ((signal.SIGTERM, self._kill_wait_s), (signal.SIGKILL, 10.0)):
-            deadline = self._clock() + patience_s
+            deadline = time.monotonic() + patience_s
             group = process_group(submission)
             if group is None or not self.is_live(submission):
                 return
@@ -155,7 +154,7 @@ class LocalScheduler:
                 os.killpg(group, number)
             except ProcessLookupError:
                 return
-            while self._clock() < deadline:
+            while time.monotonic() < deadline:
                 if not self.is_live(submission):
                     return
                 time.sleep(0.05)
