@@ -1,8 +1,9 @@
 """Jobs: what is submitted, what a scheduler answers about it, and how work is spread over its tasks.
 
 May be imported by the control plane; imports the standard library, `kd_assets.contract` and `kd_assets.durable` only.
-The invariant of every scheduler here: a job is named by a submission key made from the work itself, equal work finds the live job instead of
-starting another, and nothing a scheduler says ever proves success; only a committed result does.
+The invariant of every scheduler here: a job is named by a submission key made from the work itself, equal work finds
+the live job instead of starting another, and nothing a scheduler says ever proves success; only a committed result
+does.
 """
 
 from kd_assets.scheduler.folder import Submission
