@@ -2,8 +2,8 @@
 
 Used by the schedulers, and by orchestration for who follows a job and what it asked for. The invariants: a submission
 whose `spec.json` is there was decided upon by exactly one caller; the newest number of a key is the only one that may
-be live; and every one that may be live is in the index, so that looking for live jobs costs nothing for those that are
-over.
+be live; and every one that may be live is in the index (an empty file `<recipe>/<kind>.live/<key>.<number>`), so that
+looking for live jobs costs nothing for those that are over.
 
 A file that cannot be read or written now is a JobFilesUnavailableError: like a scheduler that gives no answer it says
 nothing about a job.

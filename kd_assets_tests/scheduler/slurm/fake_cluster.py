@@ -82,6 +82,8 @@ class FakeCluster:
     def __init__(self, clock: Clock, *, accounting: bool = True, max_array_size: int = 1001) -> None:
         self._clock, self._accounting, self._max_array_size = clock, accounting, max_array_size
         self.is_reachable = True
+        self.silent: set[str] = set()
+        """Commands that get no answer, whatever the others get."""
         self.next_answers: list[SbatchAnswer] = []
         """How the next sbatch commands are answered, in order; then all are accepted."""
         self.arrays: list[FakeArray] = []
@@ -151,7 +153,7 @@ class FakeCluster:
 
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Answer:
         self.asked.append(list(argv))
-        if not self.is_reachable:
+        if not self.is_reachable or argv[0] in self.silent:
             raise SchedulerUnreachableError(f"{argv[0]} gave no answer within {timeout_s:g} s and was killed")
         answers = {
             "sbatch": self._sbatch,

@@ -374,6 +374,18 @@ def test_a_queue_that_nobody_can_ask_leaves_accounting_alone(site: Site) -> None
     assert site.cluster.n_asked("sacct") == 1
 
 
+def test_accounting_that_does_not_answer_explains_nothing_and_ends_nothing(site: Site) -> None:
+    submission = site.submit()
+    site.cluster.runs(0)
+    site.look(submission)
+    site.cluster.ends(0)
+    site.cluster.forgets()
+    site.cluster.silent = {"sacct"}
+    assert site.state(submission).phase is TaskPhase.RUNNING
+    site.cluster.silent = set()
+    assert site.state(submission).ending is Ending.EXITED
+
+
 # ------------------------------------------------------------------ nodes that fail
 
 
@@ -394,6 +406,20 @@ def test_a_requeued_task_is_kept_from_the_node_that_failed_besides_those_it_is_k
     assert poll.states[submission][0].failed_nodes == ("n7",)
     assert "its node n7 is down* and is excluded from now on" in poll.notices[0]
     site.cluster.runs(0, node="n1", restarts=1)
+    assert site.state(submission).failed_nodes == ("n7",)
+
+
+def test_a_node_whose_state_nobody_tells_is_asked_after_again(site: Site) -> None:
+    submission = requeued_from(site, "down")
+    site.cluster.silent = {"sinfo"}
+    assert site.state(submission).failed_nodes == ()
+    site.cluster.silent = set()
+    assert site.state(submission).failed_nodes == ("n7",)
+
+
+def test_a_node_that_a_task_could_not_be_kept_from_is_named_all_the_same(site: Site) -> None:
+    submission = requeued_from(site, "down")
+    site.cluster.silent = {"scontrol"}
     assert site.state(submission).failed_nodes == ("n7",)
 
 
@@ -434,6 +460,15 @@ def test_a_task_that_is_held_again_is_given_up_and_leaves_the_queue(site: Site, 
     assert (found.ending, found.reason) == (Ending.HELD, "SLURM cannot start it: JobHoldMaxRequeue")
     assert site.cluster.task(0).state == "CANCELLED by 0"
     assert site.state(submission).ending is Ending.HELD, "and not cancelled"
+
+
+def test_a_task_that_cannot_be_released_for_want_of_an_answer_is_released_later(site: Site) -> None:
+    submission = site.submit()
+    site.cluster.waits(0, "JobHoldMaxRequeue")
+    site.cluster.silent = {"scontrol"}
+    assert site.look(submission).unreachable is not None
+    site.cluster.silent = set()
+    assert "released once" in site.look(submission, after_s=60).notices[0]
 
 
 def test_what_somebody_holds_stays_held(site: Site) -> None:
