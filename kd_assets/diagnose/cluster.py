@@ -13,7 +13,7 @@ from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnr
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import JobSpec, Profile, Resources, SlurmScheduler
 from kd_assets.scheduler.slurm.commands.client import Slurm
-from kd_assets.scheduler.slurm.commands.parsing import PartitionInfo
+from kd_assets.scheduler.slurm.commands.parsing import PartitionInfo, parse_queue
 from kd_assets.scheduler.slurm.commands.runners import CommandMissingError, CommandRunner
 
 KINDS: tuple[JobKind, ...] = get_args(JobKind)
@@ -69,7 +69,7 @@ def check_commands(runner: CommandRunner, profile: Profile) -> Iterator[Finding]
 def _queries(slurm: Slurm) -> Iterator[Finding]:
     """Ask SLURM what a run asks, by the very same command lines: whether a version knows them, only it can say."""
     queries: dict[str, Callable[[], object]] = {
-        "squeue": lambda: (slurm.queue(), slurm.folded_queue_text()),
+        "squeue": lambda: (slurm.queue(), parse_queue(slurm.folded_queue_text())),
         "scontrol show config": slurm.max_array_size,
         "scontrol show job": lambda: slurm.excluded_nodes(NO_JOB),
         "sinfo": lambda: (slurm.node_states([NO_NODE]), slurm.partitions()),
@@ -79,13 +79,15 @@ def _queries(slurm: Slurm) -> Iterator[Finding]:
             ask()
         except SchedulerMisusedError as e:
             yield fail(name, str(e), NOT_UNDERSTOOD)
-            continue
         except SchedulerUnreachableError as e:
             yield fail(name, str(e), "is slurmctld up (scontrol ping)?")
-            continue
-        except SchedulerError:  # it was understood: there is no such job
-            pass
-        yield ok(name, "understands what runs ask")
+        except SchedulerError as e:
+            if "Invalid job id" in str(e):  # of `NO_JOB`
+                yield ok(name, "understands what runs ask")
+            else:
+                yield fail(name, str(e), "may this user ask it?")
+        else:
+            yield ok(name, "understands what runs ask")
 
 
 def _accounting(runner: CommandRunner, profile: Profile) -> Iterator[Finding]:
