@@ -18,7 +18,8 @@ from kd_assets.errors import NO_ANSWER, ContractError, MissingInputError, Recipe
 from kd_assets.model_files.placement import Placement
 from kd_assets.orchestration.driving.following import described
 from kd_assets.orchestration.materialize import planner_of
-from kd_assets.orchestration.planner import PlannedWork, Planner, Survey
+from kd_assets.orchestration.planned_work import PlannedWork, Survey
+from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform, secrets_set
 from kd_assets.orchestration.task_resources import task_resources
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, STUDENT_SMOKE, Recipe

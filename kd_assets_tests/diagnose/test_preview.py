@@ -21,7 +21,7 @@ from kd_assets.diagnose.preview import (
     text_lines,
 )
 from kd_assets.errors import MissingInputError, RecipeError, StorageUnavailableError
-from kd_assets.orchestration import planner
+from kd_assets.orchestration import planned_work
 from kd_assets.scheduler import Resources, Submission
 from kd_assets.scheduler.submissions import read_spec
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
@@ -152,7 +152,7 @@ def test_results_that_cannot_be_reached_are_shown_with_the_reason(
     def stale(folder: Path, fingerprint: str) -> None:
         raise StorageUnavailableError(f"cannot read {folder}: Stale file handle")
 
-    monkeypatch.setattr(planner, "committed", stale)
+    monkeypatch.setattr(planned_work, "committed", stale)
     assert jobs_of(deployment)["shards"].n_partitions == 3
     assert "shards: nobody can tell whether it is there: cannot read " in notes_of(deployment)
 

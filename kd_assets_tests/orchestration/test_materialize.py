@@ -15,7 +15,8 @@ from kd_assets.dagster_internals import CODE_VERSION_TAG, DATA_VERSION_TAG, inpu
 from kd_assets.orchestration import platform as platform_module
 from kd_assets.orchestration.driving.listening import progress_in_words
 from kd_assets.orchestration.materialize import PLAN_TAG, planner_of, register_partitions
-from kd_assets.orchestration.planner import PlannedWork, Planner
+from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import LocalScheduler
 from kd_assets.sources.plan import ShardPlan
