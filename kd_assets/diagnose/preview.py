@@ -14,14 +14,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd_assets.contract import Asset, JobKind, read_job
-from kd_assets.errors import MissingInputError, RecipeError
+from kd_assets.errors import NO_ANSWER, ContractError, MissingInputError, RecipeError
 from kd_assets.model_files.placement import Placement
+from kd_assets.orchestration.driving.following import described
 from kd_assets.orchestration.materialize import planner_of
-from kd_assets.orchestration.planner import PlannedWork, Planner
+from kd_assets.orchestration.planned_work import PlannedWork, Survey
+from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform, secrets_set
 from kd_assets.orchestration.task_resources import task_resources
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
-from kd_assets.scheduler import JobSpec, Resources, Scheduler, SlurmScheduler, Submission, spread, submission_key
+from kd_assets.scheduler import (
+    JobSpec,
+    Profile,
+    Resources,
+    SlurmScheduler,
+    Submission,
+    spread,
+    submission_key,
+)
 from kd_assets.scheduler.folder import key_folder
 
 UNKNOWN_KEY = "0" * 32
@@ -97,14 +107,15 @@ def select_partitions(known: Sequence[str], selection: str | None) -> list[str]:
     """
     if selection is None:
         return list(known)
+    position = {key: index for index, key in enumerate(known)}
     keys: list[str] = []
     for word in selection.split(","):
         first, dots, last = word.replace("...", "..").partition("..")
         ends = [first, last] if dots else [first]
-        if unknown := [key for key in ends if key not in known]:
+        if unknown := [key for key in ends if key not in position]:
             there = f"{known[0]} to {known[-1]}" if known else "none"
             raise RecipeError(f"the current shard plan has no shard {unknown[0]!r}; there are {len(known)}: {there}")
-        start, end = known.index(ends[0]), known.index(ends[-1])
+        start, end = position[ends[0]], position[ends[-1]]
         if end < start:
             raise RecipeError(f"the range {word} is reversed: {ends[0]} comes after {ends[-1]}")
         keys += known[start : end + 1]
@@ -136,9 +147,9 @@ def preview(recipe: Recipe, platform: Platform, *, partitions: str | None, asset
     """
     planner = planner_of(recipe, platform)
     keys = select_partitions([s.partition_key for s in planner.current_plan().shards], partitions)
-    previewer = _Previewer(recipe, platform, planner, platform.make_scheduler(submits=False))
-    previewer.look_at(keys, select_assets(recipe, assets))
     profile = platform.profile()
+    previewer = _Previewer(recipe, platform, profile, planner)
+    previewer.look_at(keys, select_assets(recipe, assets))
     return Preview(
         recipe=recipe.name,
         scheduler="local" if profile is None else f"slurm, profile {profile.name}",
@@ -152,39 +163,47 @@ def preview(recipe: Recipe, platform: Platform, *, partitions: str | None, asset
 class _Previewer:
     """Collects the jobs of one selection, in the order a run would come to them."""
 
-    def __init__(self, recipe: Recipe, platform: Platform, planner: Planner, scheduler: Scheduler) -> None:
-        self._recipe, self._platform, self._planner, self.scheduler = recipe, platform, planner, scheduler
+    def __init__(self, recipe: Recipe, platform: Platform, profile: Profile | None, planner: Planner) -> None:
+        self._recipe, self._platform, self._profile, self._planner = recipe, platform, profile, planner
+        self.scheduler = platform.make_scheduler(submits=False, profile=profile)
         self.jobs: list[JobPreview] = []
         self.notes: list[str] = []
 
     def look_at(self, keys: Sequence[str], assets: Sequence[Asset]) -> None:
-        not_tokenised = self._not_tokenised(keys)
+        shards = self._planner.shards_work(keys).survey()
+        not_tokenised = {unit.partition_key: unit.n_tokens for unit in shards.missing.units}
         if SHARDS_MANIFEST in assets:
-            self._add_job(self._missing(self._planner.shards_work(keys)))
+            self._add_job(self._not_in_hand(shards))
         caches = [asset for asset in self._recipe.caches if asset in assets]
         if caches:
             self._add_caches(keys, caches, not_tokenised if SHARDS_MANIFEST in assets else {})
         if STUDENT_SMOKE in assets:
             self._add_student()
 
-    def _not_tokenised(self, keys: Sequence[str]) -> dict[str, int]:
-        """Partition → its estimated tokens, of those whose shard is not there."""
-        missing = self._planner.shards_work(keys).survey().missing
-        return {unit.partition_key: unit.n_tokens for unit in missing.units}
-
     def _missing(self, work: PlannedWork) -> PlannedWork:
         """What of `work` is neither committed nor in a live job's hands; the rest becomes notes."""
-        survey = work.survey()
-        impossible = [f"{work.kind}: {key} is impossible: {why}" for key, why in survey.impossible.items()]
+        for key, why in work.unreachable.items():
+            self.notes.append(f"{work.kind}: nobody can tell what {key} needs: {why}")
+        return self._not_in_hand(work.survey())
+
+    def _not_in_hand(self, survey: Survey) -> PlannedWork:
+        missing, kind = survey.missing, survey.missing.kind
+        impossible = [f"{kind}: {key} is impossible: {why}" for key, why in survey.impossible.items()]
         self.notes += _shortened(impossible, MOST_NOTES)
-        missing = survey.missing
+        unreachable = [f"{kind}: nobody can tell whether it is there: {why}" for why in survey.unreachable.values()]
+        self.notes += _shortened(unreachable, MOST_NOTES)
         if n_there := len({u.partition_key for u, _ in survey.committed} - {u.partition_key for u in missing.units}):
-            self.notes.append(f"{work.kind}: {_partitions(n_there)} committed already; reused")
-        for submission in self.scheduler.live(self._recipe.name, work.kind) if missing.units else []:
-            theirs = {o.path for unit in read_job(submission.job_file).units for o in unit.outputs}
+            self.notes.append(f"{kind}: {_partitions(n_there)} committed already; reused")
+        for submission in self.scheduler.live(self._recipe.name, kind) if missing.units else []:
+            try:
+                units = read_job(submission.job_file).units
+            except (ContractError, *NO_ANSWER) as e:
+                self.notes.append(f"{kind}: {described(self.scheduler, submission)} cannot be joined: {e}")
+                continue
+            theirs = {o.path for unit in units for o in unit.outputs}
             rest = missing.only(lambda o, theirs=theirs: o.path not in theirs)  # type: ignore[misc]
             if rest != missing:
-                self.notes.append(f"{work.kind}: {self.scheduler.describe(submission)} is at some of it; joined")
+                self.notes.append(f"{kind}: {described(self.scheduler, submission)} is at some of it; joined")
             missing = rest
         return missing
 
@@ -236,7 +255,7 @@ class _Previewer:
             TaskPreview(partition_keys=tuple(keys[i] for i in task), n_tokens=sum(sizes[i] for i in task))
             for task in spread(sizes, wanted.n_tasks)
         )
-        task = task_resources(self._recipe, self._platform, self._planner, kind)
+        task = task_resources(self._recipe, self._platform, self._planner, kind, profile=self._profile)
         spec = JobSpec(
             key=key,
             recipe=self._recipe.name,

@@ -23,7 +23,8 @@ from kd_assets.orchestration.driving.driver import Driver
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.results import FailedResult
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, storage_waits
-from kd_assets.orchestration.planner import PlannedWork, Planner
+from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform, code_commit
 from kd_assets.orchestration.recording.job_table import failures_in_words, job_observation, task_facts
 from kd_assets.orchestration.recording.recorder import Recorder

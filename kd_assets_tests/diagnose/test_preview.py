@@ -19,8 +19,9 @@ from kd_assets.diagnose.preview import (
     text_lines,
 )
 from kd_assets.durable import locked
-from kd_assets.errors import MissingInputError, RecipeError
+from kd_assets.errors import MissingInputError, RecipeError, StorageUnavailableError
 from kd_assets.model_files import digests
+from kd_assets.orchestration import planned_work
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.scheduler import Resources, Submission
 from kd_assets.scheduler.submissions import read_spec
@@ -131,6 +132,27 @@ def test_work_in_the_hands_of_a_live_job_is_joined_and_not_submitted(deployment:
         assert jobs_of(deployment)["shards"].n_partitions == 2
         assert f"{theirs.folder} is at some of it; joined" in notes_of(deployment)
     assert jobs_of(deployment)["shards"].n_partitions == 3
+
+
+def test_a_live_job_of_another_version_is_not_joined_and_does_not_fail_a_preview(deployment: Deployment) -> None:
+    assert deployment.run("shards_manifest", partition=SHARDS[0]).success
+    (theirs,) = submitted(deployment, "shards")
+    theirs.job_file.write_text(theirs.job_file.read_text().replace('"contract_version": 2', '"contract_version": 1'))
+    for result in (deployment.home / "store" / "tiny" / "shards_manifest").glob("*/*/*/manifest.json"):
+        result.unlink()
+    with locked(theirs.job_lock):
+        assert jobs_of(deployment)["shards"].n_partitions == 3
+
+
+def test_results_that_cannot_be_reached_are_shown_with_the_reason(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(folder: Path, fingerprint: str) -> None:
+        raise StorageUnavailableError(f"cannot read {folder}: Stale file handle")
+
+    monkeypatch.setattr(planned_work, "committed", stale)
+    assert jobs_of(deployment)["shards"].n_partitions == 3
+    assert "shards: nobody can tell whether it is there: cannot read " in notes_of(deployment)
 
 
 def test_the_text_says_tasks_resources_logs_and_command_lines(deployment: Deployment) -> None:

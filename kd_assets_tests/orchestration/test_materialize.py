@@ -6,16 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 
-from kd_assets.contract import Asset
 from kd_assets.dagster_internals import CODE_VERSION_TAG, DATA_VERSION_TAG, input_data_version_tag
 from kd_assets.orchestration import platform as platform_module
 from kd_assets.orchestration.driving.listening import progress_in_words
 from kd_assets.orchestration.materialize import PLAN_TAG, planner_of, register_partitions
-from kd_assets.orchestration.planner import PlannedWork, Planner
+from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import LocalScheduler
 from kd_assets.sources.plan import ShardPlan
@@ -327,11 +328,11 @@ def test_a_plan_that_is_made_during_a_run_is_for_the_runs_after_it(
     before = planner_of(deployment.recipe, deployment.platform).current_plan()
     teacher_work, made = Planner.teacher_work, list[ShardPlan]()
 
-    def after_a_new_plan(self: Planner, keys: Sequence[str], assets: Sequence[Asset]) -> PlannedWork:
+    def after_a_new_plan(self: Planner, *args: Any, **kwargs: Any) -> PlannedWork:
         if not made:
             deployment.write(documents(len(SHARDS) * DOCUMENTS_PER_SHARD, seed=9))
             made.append(planner_of(deployment.recipe, deployment.platform).make_plan())
-        return teacher_work(self, keys, assets)
+        return teacher_work(self, *args, **kwargs)
 
     monkeypatch.setattr(Planner, "teacher_work", after_a_new_plan)
     result = deployment.run("shards_manifest", *CACHES, "student_smoke", partition=SHARDS[0])

@@ -25,7 +25,7 @@ from kd_assets.orchestration.driving.listening import Listener
 from kd_assets.orchestration.driving.results import FailedResult, Results
 from kd_assets.orchestration.driving.settling import Settler
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, Storage, scheduler_waits
-from kd_assets.orchestration.planner import PlannedWork
+from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.orchestration.retries import Asked, FailureClass
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import followers

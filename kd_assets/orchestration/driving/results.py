@@ -16,7 +16,7 @@ from kd_assets.errors import NO_ANSWER, StoreError
 from kd_assets.orchestration.driving.callbacks import CommittedResult
 from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.waiting import Storage
-from kd_assets.orchestration.planner import PlannedWork, damaged_in_words
+from kd_assets.orchestration.planned_work import PlannedWork, damaged_in_words
 from kd_assets.orchestration.retries import FailureClass
 from kd_assets.scheduler import Submission
 from kd_assets.store import committed

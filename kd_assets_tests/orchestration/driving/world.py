@@ -13,7 +13,7 @@ from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult
 from kd_assets.orchestration.driving.driver import Driver
 from kd_assets.orchestration.driving.following import FollowedJob
-from kd_assets.orchestration.planner import PlannedWork
+from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.orchestration.retries import Asked, FailureClass
 from kd_assets.scheduler import (
     AccountedAttempt,
@@ -314,3 +314,8 @@ class World:
     def specs(self) -> Iterator[JobSpec]:
         """Of what this run has submitted, in order."""
         return (FollowedJob.of(submission).spec for submission in self.scheduler.submitted)
+
+
+def interrupt() -> None:
+    """What Ctrl-C does, and a termination by Dagster."""
+    raise KeyboardInterrupt
