@@ -22,7 +22,8 @@ import yaml  # type: ignore[import-untyped]
 from kd_assets.components import TeacherCaches
 from kd_assets.contract import CACHES, JobFile, Output, Reporter, WorkUnit
 from kd_assets.model_files.digests import DigestCache
-from kd_assets.orchestration.planned_work import PlannedWork, Planner
+from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planner import Planner
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.store import ResultWriter, read_manifest, read_shard
 from kd_assets.store.partfile import PartFile
