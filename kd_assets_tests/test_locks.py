@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_assets.durable import is_locked, locked, try_locked
 from kd_assets.errors import StorageUnavailableError
+from kd_assets.locks import is_locked, locked, try_locked
 
 
 def test_one_at_a_time_has_a_lock_even_within_a_process(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from kd_assets.diagnose.compute_python import check_local_python
 from kd_assets.diagnose.disk import check_space, check_weights
 from kd_assets.diagnose.finding import Finding, Status, fail, ok, safely, warn
 from kd_assets.diagnose.nodes import check_nodes
-from kd_assets.durable import atomic_write, prepare_folder, try_locked
+from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import KdAssetsError, StorageUnavailableError
+from kd_assets.locks import try_locked
 from kd_assets.orchestration.platform import Platform, secrets_set
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import Profile, Resources

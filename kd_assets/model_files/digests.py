@@ -6,7 +6,6 @@ Anyone may import it; standard library only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from kd_assets.durable import atomic_write
 from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
+from kd_assets.locks import locked
 
 CHUNK_BYTES = 1 << 22
 
@@ -68,7 +68,10 @@ class DigestCache:
         entry = {**_status(status), "sha256": sha256}
         with contextlib.suppress(OSError, StorageUnavailableError):  # read-only or full: the next process hashes again
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-            with self._locked():
+            with contextlib.ExitStack() as held:
+                # One writer at a time, so that no merge loses another's entry; without locks at worst a digest is lost.
+                with contextlib.suppress(StorageUnavailableError):
+                    held.enter_context(locked(self._path.with_name(f".{self._path.name}.lock")))
                 self._entries = _with(self._read(), str(path), entry)
                 text = json.dumps({"version": 2, "files": self._entries}, indent=1, sort_keys=True)
                 atomic_write(self._path, text.encode())
@@ -85,17 +88,6 @@ class DigestCache:
             return {path: found for path, found in ours.items() if found}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return {}
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One writer at a time, so that no merge loses another's entry (where the file system has locks at all)."""
-        fd = os.open(self._path.with_name(f".{self._path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        try:
-            with contextlib.suppress(OSError):  # ENOLCK: some network file systems; at worst a digest is lost
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
 
 
 def known_sha256(path: Path, cache: DigestCache | None) -> str | None:

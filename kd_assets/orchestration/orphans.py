@@ -18,8 +18,9 @@ import dagster as dg
 
 from kd_assets.contract import Asset, JobFile, JobKind
 from kd_assets.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
-from kd_assets.durable import is_locked, locked, prepare_folder, storage_errors
+from kd_assets.durable import prepare_folder, storage_errors
 from kd_assets.errors import ContractError
+from kd_assets.locks import is_locked, locked
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.schedules import ranges_of
 from kd_assets.orchestration.termination import ENDED_ON_PURPOSE

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import CONTRACT_VERSION, JobKind, contract_version_of, decode
-from kd_assets.durable import atomic_write, is_locked, locked, prepare_folder, storage_errors
+from kd_assets.durable import atomic_write, prepare_folder, storage_errors
 from kd_assets.errors import ContractError, JobFilesUnavailableError, SchedulerError, StorageUnavailableError
+from kd_assets.locks import is_locked, locked
 from kd_assets.scheduler.folder import Submission, key_folder
 from kd_assets.scheduler.job import JobSpec
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import Event, Reporter, parse_event
-from kd_assets.durable import Lease, prepare_folder
+from kd_assets.durable import prepare_folder
 from kd_assets.errors import (
     ContractError,
     InterruptedTaskError,
@@ -25,6 +25,7 @@ from kd_assets.errors import (
     ResultBusyError,
     StorageUnavailableError,
 )
+from kd_assets.locks import Lease
 from kd_assets.worker.stop_flag import StopFlag
 
 LEASE_POLL_S = 1.0

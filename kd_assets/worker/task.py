@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kd_assets.contract import Event, JobFile, Output, Reporter, WorkUnit
-from kd_assets.durable import local_locks
 from kd_assets.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -29,6 +28,7 @@ from kd_assets.errors import (
     StorageUnavailableError,
     StorageUnreachableError,
 )
+from kd_assets.locks import local_locks
 from kd_assets.store import committed, count_durable_files, raise_if_busy, set_head
 from kd_assets.store.computing_versions import require_same_versions
 from kd_assets.worker.attempt import Attempt, no_progress

@@ -18,8 +18,8 @@ from kd_assets.diagnose.preview import (
     select_partitions,
     text_lines,
 )
-from kd_assets.durable import locked
 from kd_assets.errors import MissingInputError, RecipeError, StorageUnavailableError
+from kd_assets.locks import locked
 from kd_assets.model_files import digests
 from kd_assets.orchestration import planned_work
 from kd_assets.orchestration.materialize import planner_of

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from kd_assets.contract import Reporter, event_file, lease_file, read_events
-from kd_assets.durable import Lease, local_locks
 from kd_assets.errors import ContractError, InterruptedTaskError, ResultBusyError, StorageUnavailableError
+from kd_assets.locks import Lease, local_locks
 from kd_assets.store import count_durable_files
 from kd_assets.worker import attempt as attempts
 from kd_assets.worker.attempt import Attempt, DuplicateTaskError, gpus_of_process, hold_task, no_progress, starts_of
@@ -32,7 +32,8 @@ from kd_assets_tests.store.failing import FailingStorage
 HOLD = """
     import sys, time
     from pathlib import Path
-    from kd_assets.durable import Lease, prepare_folder
+    from kd_assets.durable import prepare_folder
+    from kd_assets.locks import Lease
     path = Path(sys.argv[1])
     prepare_folder(path.parent)
     Lease(path).acquire({"slurm_job_id": sys.argv[2], "host": "n0", "pid": 77, "slurm_restart_count": 0})

@@ -21,8 +21,9 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
 from kd_assets.contract import JobKind
-from kd_assets.durable import is_locked, locked, storage_errors
+from kd_assets.durable import storage_errors
 from kd_assets.errors import EXIT_RESUMABLE, JobFilesUnavailableError, SchedulerError
+from kd_assets.locks import is_locked, locked
 from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import AccountedAttempt, Ending, JobSpec, Poll, TaskPhase, TaskState
 from kd_assets.scheduler.submissions import (

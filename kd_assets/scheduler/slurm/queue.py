@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_assets.durable import atomic_write, locked, prepare_folder
+from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import StorageUnavailableError
+from kd_assets.locks import locked
 from kd_assets.scheduler.slurm.commands.client import Slurm
 from kd_assets.scheduler.slurm.commands.parsing import QueueRow, parse_queue
 from kd_assets.scheduler.slurm.records import Array

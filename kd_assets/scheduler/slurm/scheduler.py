@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from kd_assets.contract import JobKind
-from kd_assets.durable import storage_errors, try_locked
+from kd_assets.durable import storage_errors
 from kd_assets.errors import (
     JobFilesUnavailableError,
     SchedulerError,
@@ -28,6 +28,7 @@ from kd_assets.errors import (
     SchedulerUnreachableError,
     StorageUnavailableError,
 )
+from kd_assets.locks import try_locked
 from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import AccountedAttempt, JobSpec, Poll, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.accounting import Accounting

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kd_assets.durable import atomic_write, prepare_folder, try_locked
+from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import JobFilesUnavailableError, SchedulerError, StorageUnavailableError
+from kd_assets.locks import try_locked
 from kd_assets.scheduler.folder import Submission, key_folder
 from kd_assets.scheduler.job import JobSpec, TaskPhase
 from kd_assets.scheduler.slurm.accounting import Accounting

@@ -23,7 +23,6 @@ from kd_assets.contract import Output
 from kd_assets.durable import (
     TEMPORARY_SUFFIX,
     HashingFile,
-    Lease,
     atomic_file,
     atomic_write,
     file_sha256,
@@ -33,6 +32,7 @@ from kd_assets.durable import (
     size_if_there,
 )
 from kd_assets.errors import ContractError, CorruptPartError, NotCommittedError, ResultBusyError
+from kd_assets.locks import Lease
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint, variant_of
 from kd_assets.store.layout import (
     JOURNAL_NAME,
