@@ -1,7 +1,7 @@
 """The few names of Dagster that it does not export, in one place. Pinned by version, tested by what they do.
 
 Only `kd_assets.orchestration` and `kd_assets.recipes` may import it. `kd_assets_tests/test_dagster_internals.py` fails
-when a new Dagster changes any of these; of its YAML, `kd_assets_tests/recipes/test_cluster_profile.py`.
+when a new Dagster changes any of these; for the YAML, `kd_assets_tests/recipes/test_cluster_profile.py`.
 """
 
 from __future__ import annotations

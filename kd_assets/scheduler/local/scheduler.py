@@ -29,6 +29,7 @@ from kd_assets.scheduler.job import AccountedAttempt, Ending, JobSpec, Poll, Tas
 from kd_assets.scheduler.submissions import (
     SubmissionFolders,
     is_cancelled,
+    is_there,
     job_files,
     mark_cancelled,
     read_json,
@@ -62,13 +63,14 @@ class LocalScheduler:
         """See `Scheduler`."""
         return self._folders.deciding(recipe, kind)
 
+    @job_files()
     def live(self, recipe: str, kind: JobKind) -> list[Submission]:
         """All submissions of a recipe's jobs of a kind that still live."""
         alive = []
         for submission in self._folders.may_live(recipe, kind):
             if self.is_live(submission):
                 alive.append(submission)
-            else:
+            elif is_there(submission.job_lock):  # not one of SLURM's
                 self._folders.mark_over(submission)
         return alive
 

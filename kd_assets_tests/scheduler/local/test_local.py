@@ -21,7 +21,7 @@ import pytest
 
 from kd_assets.errors import JobFilesUnavailableError, SchedulerError
 from kd_assets.orchestration.platform import PROJECT_FOLDER
-from kd_assets.scheduler import Ending, LocalScheduler, Submission, TaskPhase, TaskState
+from kd_assets.scheduler import Ending, LocalScheduler, Profile, SlurmScheduler, Submission, TaskPhase, TaskState
 from kd_assets.scheduler.local.scheduler import process_group
 from kd_assets_tests.disks import failing, opened_files
 from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
@@ -314,6 +314,16 @@ print([s.reason for s in scheduler.poll([submission]).states[submission].values(
     (tmp_path / "mount").mkdir()
     done = run_in_mount_namespace(program, str(tmp_path / "mount"), str(tmp_path / "python"), str(SCRIPT))
     assert done.stdout.strip() == "['exit status 3', 'exit status 4']", done.stderr
+
+
+def test_a_job_is_not_over_because_slurm_looked_for_its_own(jobs: Jobs) -> None:
+    scheduler = jobs.scheduler("while [ ! -e go ]; do sleep 0.02; done")
+    with scheduler.deciding("demo", "teacher"):
+        submission = jobs.submit(scheduler)
+    slurm = SlurmScheduler(jobs.folder / "jobs", profile=Profile(name="site"), script=SCRIPT, python="python3")
+    assert slurm.live("demo", "teacher") == []
+    assert scheduler.live("demo", "teacher") == [submission]
+    (submission.folder / "go").touch()
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.EIO], ids=errno.errorcode.get)

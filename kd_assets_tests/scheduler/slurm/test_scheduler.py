@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnreachableError
-from kd_assets.scheduler import Ending, Submission, TaskPhase
+from kd_assets.scheduler import Ending, LocalScheduler, Submission, TaskPhase
 from kd_assets.scheduler.slurm.commands.runners import Answer
 from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S
 from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S
@@ -514,6 +514,12 @@ def test_whether_a_job_lives(without_accounting: Site, becomes: Callable[[FakeCl
     becomes(site.cluster)
     site.clock.now += POLL_S
     assert site.process().live("demo", "teacher") == ([submission] if is_live else [])
+
+
+def test_a_job_is_not_over_because_the_local_scheduler_looked_for_its_own(site: Site) -> None:
+    submission = site.submit()
+    assert LocalScheduler(site.jobs_folder, script=site.script).live("demo", "teacher") == []
+    assert site.process().live("demo", "teacher") == [submission]
 
 
 def test_looking_for_live_jobs_submits_and_releases_nothing(site: Site) -> None:
