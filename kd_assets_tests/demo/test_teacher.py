@@ -14,18 +14,11 @@ import pytest
 import torch
 
 from kd_assets.demo import teacher as demo_teacher
+from kd_assets.demo import training
 from kd_assets.demo.corpus import CHATS_FILE, DOCUMENTS_FILE, passage_of, write_corpus
-from kd_assets.demo.teacher import (
-    NOTE_FILE,
-    TrainingPlan,
-    TrainingSummary,
-    main,
-    make_teacher,
-    packed_batches,
-    rate_factor,
-    split_documents,
-    training_fingerprint,
-)
+from kd_assets.demo.teacher import NOTE_FILE, TrainingSummary, main, make_teacher, training_fingerprint
+from kd_assets.demo.tokenizer import SPECIAL_TOKENS, split_documents
+from kd_assets.demo.training import TrainingPlan, packed_batches, rate_factor
 from kd_assets.errors import InputError, MissingInputError
 
 PLAN = TrainingPlan(
@@ -35,7 +28,7 @@ PLAN = TrainingPlan(
     n_heads=2,
     n_key_value_heads=1,
     intermediate_size=128,
-    steps=40,
+    steps=80,
     batch_sequences=4,
     sequence_tokens=64,
     learning_rate=1e-2,
@@ -79,14 +72,14 @@ def test_it_learns_more_than_which_tokens_are_frequent(made: Made) -> None:
     assert summary.uniform_loss == pytest.approx(math.log(512))
     assert summary.unigram_loss < summary.uniform_loss
     assert summary.held_out_loss < summary.unigram_loss
-    assert summary.steps == 40
+    assert summary.steps == 80
     assert not summary.cut_short
     assert summary.n_held_out_tokens > 0.02 * summary.n_train_tokens
 
 
 def test_progress_counts_steps_and_ends_at_the_last(made: Made) -> None:
     last = made.events[-1]
-    assert last["step"] == last["steps"] == 40
+    assert last["step"] == last["steps"] == 80
     assert {"event", "loss", "tokens_per_s", "seconds"} <= set(last)
 
 
@@ -114,7 +107,7 @@ def test_tokenizer_gives_back_every_text_and_marks_the_beginning(tokenizer: Any)
 
 
 def test_special_tokens_are_single_ones(tokenizer: Any) -> None:
-    for token in demo_teacher.SPECIAL_TOKENS:
+    for token in SPECIAL_TOKENS:
         assert len(tokenizer(token, add_special_tokens=False)["input_ids"]) == 1
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
 
@@ -172,6 +165,17 @@ def test_another_plan_or_corpus_replaces_an_older_teacher(made: Made, tmp_path: 
     assert not any(p.is_dir() for p in folder.iterdir())
 
 
+def test_a_cpu_that_only_emulates_bfloat16_trains_by_another_optimizer(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "bfloat16_is_faster", lambda: False)
+    monkeypatch.setattr(torch.optim, "Muon", lambda *_, **__: pytest.fail("it would take many times as long"))
+    summary, _ = make_teacher(made.corpus, tmp_path / "teacher", plan=PLAN)
+    assert summary.precision == "float32"
+    assert summary.held_out_loss < summary.unigram_loss
+    assert summary.fingerprint == made.summary.fingerprint, "a teacher that is there is kept, whatever trained it"
+
+
 def test_the_wall_clock_ends_the_training_and_the_teacher_is_whole(made: Made, tmp_path: Path) -> None:
     started = time.monotonic()
     endless = dataclasses.replace(PLAN, steps=10**6)
@@ -180,6 +184,12 @@ def test_the_wall_clock_ends_the_training_and_the_teacher_is_whole(made: Made, t
     assert summary.cut_short
     assert 0 < summary.steps < 10**6
     assert make_teacher(made.corpus, tmp_path / "teacher", plan=endless)[1]
+
+
+def test_a_machine_with_no_time_for_a_step_takes_one(made: Made, tmp_path: Path) -> None:
+    summary, _ = make_teacher(made.corpus, tmp_path / "teacher", plan=PLAN, max_seconds=0.0)
+    assert (summary.steps, summary.cut_short) == (1, True)
+    assert math.isfinite(summary.held_out_loss)
 
 
 def test_a_failure_leaves_no_half_teacher(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

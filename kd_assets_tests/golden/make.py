@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_assets.demo.teacher import train_tokenizer
+from kd_assets.demo.tokenizer import train_tokenizer
 from kd_assets_tests.golden.deployment import GoldenDeployment, write_project
 from kd_assets_tests.golden.facts import EXPECTED_FILE, KEPT, facts_of
 from kd_assets_tests.orchestration.deployment import failure_text
