@@ -25,7 +25,7 @@ from kd_assets.contract import (
     TopkParams,
     WorkUnit,
 )
-from kd_assets.demo.teacher import train_tokenizer
+from kd_assets.demo.tokenizer import train_tokenizer
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from kd_assets.sources.plan import SourceSpec, plan_shards
 from kd_assets.store import FORMAT_VERSION, INPUT_KEY, plan_output, read_manifest
