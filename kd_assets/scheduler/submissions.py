@@ -28,7 +28,7 @@ from kd_assets.locks import is_locked, locked
 from kd_assets.scheduler.folder import Submission, key_folder
 from kd_assets.scheduler.job import JobSpec
 
-_NOT_BY_WAITING = frozenset(
+_WAITING_DOES_NOT_HELP = frozenset(
     {
         errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
         errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS,
@@ -38,7 +38,7 @@ _NOT_BY_WAITING = frozenset(
 
 
 @contextmanager
-def job_files() -> Iterator[None]:
+def storage_as_no_answer() -> Iterator[None]:
     """Storage that fails in the block is like a scheduler that gives no answer: nothing follows, one asks again."""
     try:
         yield
@@ -63,7 +63,7 @@ class SubmissionFolders:
                 self._make_index(recipe, kind)
             yield
 
-    @job_files()
+    @storage_as_no_answer()
     def may_live(self, recipe: str, kind: JobKind) -> list[Submission]:
         """The newest submission of each key of a recipe's jobs of a kind, without those that were seen to be over, and
         without those of other versions of kd_assets, whose results hold their leases all the same."""
@@ -136,11 +136,11 @@ class SubmissionFolders:
 
     @contextmanager
     def _starting_jobs(self) -> Iterator[None]:
-        with job_files():
+        with storage_as_no_answer():
             try:
                 yield
             except StorageUnavailableError as e:
-                if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in _NOT_BY_WAITING:
+                if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in _WAITING_DOES_NOT_HELP:
                     raise
                 raise SchedulerError(
                     f"no job can be started under {self.root} ({e}): KD_HOME must be a folder that this user can "
@@ -185,13 +185,13 @@ def _is_of_this_version(submission: Submission) -> bool:
 def followed_by(submission: Submission, run_id: str) -> Iterator[None]:
     """Makes it known that a run waits for this job, for as long as this process lives."""
     with ExitStack() as held:
-        with job_files():
+        with storage_as_no_answer():
             prepare_folder(submission.followers_folder)
             held.enter_context(locked(submission.followers_folder / run_id))
         yield
 
 
-@job_files()
+@storage_as_no_answer()
 def followers(submission: Submission) -> dict[str, bool]:
     """Run id → whether its process still waits for this job; of every run that ever did."""
     folder = submission.followers_folder
@@ -201,7 +201,7 @@ def followers(submission: Submission) -> dict[str, bool]:
 # ------------------------------------------------------------------ what a submission's files say
 
 
-@job_files()
+@storage_as_no_answer()
 def read_spec(submission: Submission) -> JobSpec:
     """Raises SchedulerError when it is gone or damaged, JobFilesUnavailableError when it cannot be read now."""
     raw = read_json(submission.spec_file)
@@ -215,14 +215,14 @@ def read_spec(submission: Submission) -> JobSpec:
         raise SchedulerError(f"{submission.spec_file} cannot be read ({e}): move {submission.folder} away") from e
 
 
-@job_files()
+@storage_as_no_answer()
 def mark_cancelled(submission: Submission) -> None:
     """From now on nothing more of it is submitted, and its end is a cancellation, whatever its processes say."""
     with storage_errors(submission.cancelled_mark, "write"):
         submission.cancelled_mark.touch(mode=0o640)
 
 
-@job_files()
+@storage_as_no_answer()
 def is_cancelled(submission: Submission) -> bool:
     return is_there(submission.cancelled_mark)
 

@@ -222,7 +222,7 @@ def plain_jobs_s(deployment: SlurmDeployment, folder: Path, asked: Asked) -> flo
     """Seconds from the first sbatch to the end of the last job."""
     planner = planner_of(deployment.recipe, deployment.platform)
     keys = [key(asked.n_partitions + i) for i in range(asked.n_plain_jobs)]
-    job_files = []
+    storage_as_no_answer = []
     for unit in planner.teacher_work(keys, asked.caches).units:
         job_folder = folder / unit.partition_key
         job_folder.mkdir(parents=True)
@@ -237,13 +237,13 @@ def plain_jobs_s(deployment: SlurmDeployment, folder: Path, asked: Asked) -> flo
             teacher=planner.teacher_params(),
             provenance=planner.provenance("teacher"),
         )
-        job_files.append(job_folder / "job.json")
-        job_files[-1].write_text(job.to_json())
+        storage_as_no_answer.append(job_folder / "job.json")
+        storage_as_no_answer[-1].write_text(job.to_json())
     environment = folder / "environment.sh"
     environment.write_text(f"export KD_PYTHON={shlex.quote(deployment.platform.compute_python)}\n")
 
     started = time.perf_counter()
-    for path in job_files:
+    for path in storage_as_no_answer:
         deployment.cluster.sbatch(
             f"--cpus-per-task={TASK['cpus']}",
             f"--mem={TASK['memory_gib']}G",

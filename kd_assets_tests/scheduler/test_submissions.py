@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -206,3 +207,18 @@ def test_an_index_that_cannot_be_written_when_a_job_is_over_fails_nobody(
     with failing(number, of=folders.root / "demo" / "teacher.live"):
         folders.mark_over(submission)
     assert folders.may_live("demo", "teacher") == [submission]
+
+
+def test_jobs_are_not_started_where_nobody_can_be_excluded(
+    folders: SubmissionFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake: no file system here is without locks."""
+
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(SchedulerError, match="the file system has no locks: mount it with them") as raised:
+        create(folders)
+    assert not isinstance(raised.value, JobFilesUnavailableError)
+    assert str(folders.root / "demo" / "teacher.lock") in str(raised.value)

@@ -30,10 +30,10 @@ from kd_assets.scheduler.submissions import (
     SubmissionFolders,
     is_cancelled,
     is_there,
-    job_files,
     mark_cancelled,
     read_json,
     read_spec,
+    storage_as_no_answer,
     write_json,
 )
 
@@ -63,7 +63,7 @@ class LocalScheduler:
         """See `Scheduler`."""
         return self._folders.deciding(recipe, kind)
 
-    @job_files()
+    @storage_as_no_answer()
     def live(self, recipe: str, kind: JobKind) -> list[Submission]:
         """All submissions of a recipe's jobs of a kind that still live."""
         alive = []
@@ -90,7 +90,7 @@ class LocalScheduler:
             self._start(spec, submission, locks[0])
         return submission
 
-    @job_files()
+    @storage_as_no_answer()
     def is_live(self, submission: Submission) -> bool:
         """Whether any process of the job is still there."""
         return is_locked(submission.job_lock)
@@ -105,7 +105,7 @@ class LocalScheduler:
                 unreachable = str(e)
         return Poll(states={s: self._last_states.get(s, {}) for s in submissions}, unreachable=unreachable)
 
-    @job_files()
+    @storage_as_no_answer()
     def _states(self, submission: Submission) -> dict[int, TaskState]:
         live = self.is_live(submission)  # asked first: a state written after a "no" is complete
         written: Mapping[str, dict[str, object]] = read_json(submission.state_file) or {}
@@ -127,7 +127,7 @@ class LocalScheduler:
     def log_file(self, submission: Submission, task_index: int) -> Path:
         return submission.local_log(task_index)
 
-    @job_files()
+    @storage_as_no_answer()
     def submitted_at(self, submission: Submission) -> float:
         with storage_errors(submission.spec_file, "look at"):
             return submission.spec_file.stat().st_mtime
@@ -226,7 +226,7 @@ def _ending(phase: TaskPhase, exit_code: int | None) -> tuple[Ending, str]:
     return Ending.EXITED, f"exit status {exit_code}" if exit_code else "ended"
 
 
-@job_files()
+@storage_as_no_answer()
 def process_group(submission: Submission) -> int | None:
     """That of the job's processes, which is also its SLURM_ARRAY_JOB_ID; None before it has begun."""
     with storage_errors(submission.process_group_file, "read"):

@@ -25,7 +25,7 @@ class Interventions:
     def __init__(self, slurm: Slurm, *, clock: Callable[[], float], poll_interval_s: float) -> None:
         self._slurm, self._clock = slurm, clock
         # A task that was just released may be shown held for one more look: it has to have been started since.
-        self._released_for_s = max(5.0, 1.5 * poll_interval_s)
+        self._time_to_start_s = max(5.0, 1.5 * poll_interval_s)
 
     # ------------------------------------------------------------------ tasks that wait for ever
 
@@ -45,7 +45,7 @@ class Interventions:
                     self._release(job, task, row.task_id)
                     job.notices.append(f"task {task} ({row.task_id}) is held by SLURM ({row.reason}): released once")
                     continue
-                held_again = self._clock() - released_at > self._released_for_s
+                held_again = self._clock() - released_at > self._time_to_start_s
             if held_again or is_impossible_wait(row.reason):
                 self._slurm.cancel([row.task_id])
                 ending = Ending.HELD if held_again else Ending.IMPOSSIBLE

@@ -19,7 +19,7 @@ from kd_assets.durable import storage_errors
 from kd_assets.errors import StorageUnavailableError
 from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import Ending, JobSpec, TaskPhase, TaskState
-from kd_assets.scheduler.submissions import job_files, names_in, read_json, read_spec, write_json
+from kd_assets.scheduler.submissions import names_in, read_json, read_spec, storage_as_no_answer, write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ class KnownJob:
         """In the order they were submitted, each with its answer where there is one; as `read` found them last."""
         return [self._arrays[number] for number in sorted(self._arrays)]
 
-    @job_files()
+    @storage_as_no_answer()
     def read(self) -> None:
         """Take in what others wrote since the last time."""
         self._read_arrays()
@@ -112,7 +112,7 @@ class KnownJob:
             self._read_arrays()
         return self._accepted.get(task)
 
-    @job_files()
+    @storage_as_no_answer()
     def _read_arrays(self) -> None:
         stems = [name.removesuffix(".json") for name in names_in(self.submission.arrays_folder)]
         for number in (int(stem) for stem in stems if stem.isdigit()):

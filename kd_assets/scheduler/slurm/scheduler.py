@@ -41,7 +41,13 @@ from kd_assets.scheduler.slurm.queue import SharedQueue
 from kd_assets.scheduler.slurm.records import Array, KnownJob
 from kd_assets.scheduler.slurm.submitter import SlurmSubmitter
 from kd_assets.scheduler.slurm.task_states import explain_by_accounting, states_by_queue
-from kd_assets.scheduler.submissions import SubmissionFolders, is_cancelled, is_there, job_files, mark_cancelled
+from kd_assets.scheduler.submissions import (
+    SubmissionFolders,
+    is_cancelled,
+    is_there,
+    mark_cancelled,
+    storage_as_no_answer,
+)
 
 CANCEL_PATIENCE_S = 240.0
 """How long `cancel` tries: below Dagster's own patience with a run that is terminated (`cancel_timeout_seconds`)."""
@@ -131,7 +137,7 @@ class SlurmScheduler:
 
     # ------------------------------------------------------------------ finding and following
 
-    @job_files()
+    @storage_as_no_answer()
     def live(self, recipe: str, kind: JobKind) -> list[Submission]:
         """Those of which a task may still run or be submitted. It only looks: what is to be done about a job is for
         those who follow it. Raises SchedulerUnreachableError: then nobody knows."""
@@ -155,7 +161,7 @@ class SlurmScheduler:
         notices = [n for s in submissions if s in self._jobs for n in self._jobs[s].take_notices()]
         return Poll(states=states, unreachable=unreachable, notices=notices)
 
-    @job_files()
+    @storage_as_no_answer()
     def _look_at(self, submissions: Sequence[Submission], *, acts: bool) -> dict[Submission, dict[int, TaskState]]:
         """`acts`: also submit what is left, release what is held, keep away from failed nodes."""
         queue = self._queue.ask(max_age_s=0.9 * self.poll_interval_s)
@@ -294,7 +300,7 @@ class SlurmScheduler:
             return submission.log_folder
         return submission.slurm_log(array.job_id, task_index - array.first_task)
 
-    @job_files()
+    @storage_as_no_answer()
     def submitted_at(self, submission: Submission) -> float:
         if arrays := self._arrays_of(submission):
             return min(a.at for a in arrays)

@@ -365,7 +365,7 @@ def test_an_answer_older_than_a_submission_says_nothing_about_it(site: Site) -> 
     assert site.cluster.n_asked("squeue") == 1, "the answer of half an interval ago does for both"
 
 
-def test_a_queue_that_nobody_can_ask_leaves_accounting_alone(site: Site) -> None:
+def test_accounting_is_asked_only_for_what_the_queue_no_longer_shows(site: Site) -> None:
     submission = site.submit()
     site.look(submission)
     assert site.cluster.n_asked("sacct") == 0
