@@ -153,13 +153,11 @@ class SlurmScheduler:
 
     def poll(self, submissions: Sequence[Submission]) -> Poll:
         """The states of all tasks by one squeue, and one sacct for those that it no longer shows."""
-        unreachable = None
         try:
             states = self._look_at(submissions, acts=True)
         except SchedulerUnreachableError as e:
-            states, unreachable = {s: self._last_known(s) for s in submissions}, str(e)
-        notices = [n for s in submissions if s in self._jobs for n in self._jobs[s].take_notices()]
-        return Poll(states=states, unreachable=unreachable, notices=notices)
+            return Poll(states={s: self._last_known(s) for s in submissions}, unreachable=str(e))
+        return Poll(states=states, notices=[n for s in submissions for n in self._known(s).take_notices()])
 
     @storage_as_no_answer()
     def _look_at(self, submissions: Sequence[Submission], *, acts: bool) -> dict[Submission, dict[int, TaskState]]:

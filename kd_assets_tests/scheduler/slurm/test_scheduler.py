@@ -101,6 +101,18 @@ def test_a_site_that_takes_no_more_jobs_is_asked_again_after_longer_and_longer_p
     assert site.state(submission).reason == "Priority"
 
 
+def test_what_there_is_to_say_waits_for_an_answer(site: Site) -> None:
+    site.cluster.next_answers = ["pace"]
+    submission = site.submit()
+    site.cluster.is_reachable = False
+    assert site.look(submission).notices == ()
+    site.cluster.is_reachable = True
+    (notice,) = site.look(submission).notices
+    assert notice.startswith("SLURM takes no more jobs now (sbatch: error: Batch job submission failed: Resource")
+    assert "1 tasks wait, next try in 30 s" in notice
+    assert site.look(submission).notices == []
+
+
 def test_a_limit_on_submitted_tasks_makes_smaller_arrays_that_follow_each_other(tmp_path: Path) -> None:
     site = Site(tmp_path, concurrency=4)
     site.cluster.next_answers = ["submit limit"]
