@@ -242,17 +242,16 @@ class SlurmScheduler:
         )
 
     def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
-        """scancel, once; they are marked, so that nothing more of them is submitted.
+        """scancel, once; they are marked where they can be, so that nothing more of them is submitted.
 
         Raises SchedulerUnreachableError when the cluster does not answer.
         """
-        for submission in submissions:
-            mark_cancelled(submission)
+        _mark_cancelled(submissions)
         if ids := self._alive(submissions)[0]:
             self._slurm.cancel(sorted(ids))
 
     def _by_hand(self, submissions: Sequence[Submission]) -> str:
-        names = ",".join(array.name for s in submissions for array in self._known(s).arrays)
+        names = ",".join(array.name for s in submissions for array in self._arrays_of(s))
         return f"By hand: scancel --name={names}"
 
     def _alive(self, submissions: Sequence[Submission]) -> tuple[set[str], str]:

@@ -438,7 +438,7 @@ def test_a_scheduler_that_does_not_answer_while_jobs_run_costs_nothing(world: Wo
         world.say(job, "task_started")
         answers_again(world, 300)
         world.at(50, lambda: world.commit_and_say(job, "p0"))
-        world.at(400, lambda: world.work_through(job))
+        world.at(300 + 2 * LONGEST_BACKOFF_S, lambda: world.work_through(job))
 
     world.on_each_submission(script)
     driver = world.run()

@@ -13,10 +13,13 @@ import pytest
 
 from kd_assets.errors import SchedulerUnreachableError, StorageUnavailableError
 from kd_assets.orchestration.driving import results as results_module
+from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S
+from kd_assets.orchestration.retries import FailureClass
 from kd_assets.scheduler import Ending, Submission
+from kd_assets.scheduler.submissions import followers
 from kd_assets.store import committed
-from kd_assets_tests.orchestration.driving.world import START, World
+from kd_assets_tests.orchestration.driving.world import RUN_ID, START, World
 
 
 class Trouble:
@@ -75,6 +78,37 @@ def test_results_that_cannot_be_reached_when_their_task_ends_are_not_its_failure
     assert (driver.failed, driver.failures) == ([], Counter())
     assert sorted(world.keys_recorded) == ["p0", "p1"]
     assert len(world.scheduler.submitted) == 1
+
+
+def test_a_partition_is_decided_on_as_a_whole_once_all_of_it_can_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two caches that a killed task left behind one is missing, and of the other nobody can tell for a while."""
+    world = World(tmp_path, ["p0"], ["topk_cache", "embedding_cache"])
+    embeddings = Path(world.output("p0", "embedding_cache").path)
+
+    def stale(folder: Path, fingerprint: str) -> Any:
+        if folder == embeddings and world.scheduler.submitted and world.now < START + 100:
+            raise StorageUnavailableError(f"cannot read {folder}: Stale file handle")
+        return committed(folder, fingerprint)
+
+    monkeypatch.setattr(results_module, "committed", stale)
+
+    def killed(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.end(job, Ending.KILLED)
+
+    def works(job: Submission) -> None:
+        again = FollowedJob.of(job)
+        assert [output.asset for output in again.outputs_of(0)] == ["topk_cache", "embedding_cache"]
+        failing = {"partition_key": "p0", "error": "TeacherError", "message": "enough"}
+        world.say(job, "task_started")
+        world.say(job, "partition_failed", **failing)  # type: ignore[arg-type]
+        world.say(job, "task_finished", status="failed")
+
+    world.on_each_submission(killed, works)
+    driver = world.run()
+    assert driver.failures == {FailureClass.KILLED: 1, FailureClass.WORK: 1}
 
 
 def test_results_that_cannot_be_reached_for_too_long_are_given_up_in_the_storages_words(
@@ -171,6 +205,17 @@ def test_no_error_of_the_file_system_ends_a_run_that_follows_jobs(
     assert driver.failed == []
     assert sorted(world.keys_recorded) == ["p0", "p1"]
     assert len(world.scheduler.submitted) == 1
+
+
+def test_a_job_that_could_not_be_marked_as_waited_for_is_marked_later(world: World, fails_at_first: Errors) -> None:
+    fails_at_first("joining.followed_by", bare(errno.ENOSPC), 2)
+    theirs = world.job_of_another_run(["p0", "p1"])
+    seen: list[dict[str, bool]] = []
+    for after_s in (0.5, 30):
+        world.at(after_s, lambda: seen.append(followers(theirs)))
+    world.at(40, lambda: world.work_through(theirs))
+    world.run()
+    assert seen == [{}, {RUN_ID: True}]
 
 
 def test_a_listing_of_event_files_that_fails_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

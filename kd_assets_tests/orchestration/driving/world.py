@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import Event, EventType, JobFile, JobKind, Output, TeacherParams, WorkUnit, event_file
+from kd_assets.contract import Asset, Event, EventType, JobFile, JobKind, Output, TeacherParams, WorkUnit, event_file
 from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult
 from kd_assets.orchestration.driving.driver import Driver
@@ -133,9 +133,11 @@ class Log:
 
 
 class World:
-    """A recipe whose partitions have one cache each, a cluster for them, and a run that wants them."""
+    """A recipe whose partitions have these caches each, a cluster for them, and a run that wants them."""
 
-    def __init__(self, folder: Path, partitions: Sequence[str] = ("p0", "p1")) -> None:
+    def __init__(
+        self, folder: Path, partitions: Sequence[str] = ("p0", "p1"), assets: Sequence[Asset] = ("topk_cache",)
+    ) -> None:
         self.now = START
         self.partitions = list(partitions)
         self.store = folder / "store" / RECIPE
@@ -149,15 +151,16 @@ class World:
         self.observed: list[tuple[Submission, Counter[FailureClass]]] = []
         self.is_terminated = True
         self.units = tuple(
-            WorkUnit(partition_key=key, n_tokens=1, outputs=(self.output(key),)) for key in self.partitions
+            WorkUnit(partition_key=key, n_tokens=1, outputs=tuple(self.output(key, asset) for asset in assets))
+            for key in self.partitions
         )
         self._actions: list[tuple[float, Callable[[], object]]] = []
 
     # ------------------------------------------------------------------ what is wanted
 
-    def output(self, partition_key: str) -> Output:
-        identity = {"asset": "topk_cache", "input": f"shard of {partition_key}"}
-        return plan_output("topk_cache", identity, recipe_folder=self.store, partition_key=partition_key)
+    def output(self, partition_key: str, asset: Asset = "topk_cache") -> Output:
+        identity = {"asset": asset, "input": f"shard of {partition_key}"}
+        return plan_output(asset, identity, recipe_folder=self.store, partition_key=partition_key)
 
     def folder_of(self, partition_key: str) -> Path:
         return Path(self.output(partition_key).path)
