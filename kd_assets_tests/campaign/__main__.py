@@ -1,6 +1,6 @@
 """Disturbs a production for so many minutes, and says what came of it:
 
-    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages|cluster]
+    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages]
 
 The folder keeps what was done: started again, a campaign that was ended or killed goes on until its minutes are
 used up, and one that is over says its summary once more. `--round N`, with `--only`, does one round and says what it

@@ -31,7 +31,7 @@ COUNTS = (
     "silent",
     "bare",
 )
-"""What is counted; see README's section on the campaign."""
+"""What is counted."""
 BAD = ("bytes_differing", "made_twice", "lost", "litter", "stuck", "silent", "bare")
 """Those that must be 0."""
 
