@@ -18,11 +18,11 @@ import dagster as dg
 from kd_assets.contract import JobFile, JobKind, Output, WorkUnit
 from kd_assets.dagster_internals import InterruptSignals, interrupt_signals
 from kd_assets.errors import NO_ANSWER, KdAssetsError, SchedulerError, StorageUnavailableError
-from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult, Log
+from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult
 from kd_assets.orchestration.driving.driver import Driver
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.results import FailedResult
-from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, storage_waits
+from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, Log, storage_waits
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform, code_commit

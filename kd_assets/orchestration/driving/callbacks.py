@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kd_assets.contract import Output, WorkUnit
+from kd_assets.orchestration.driving.waiting import Log
 from kd_assets.orchestration.retries import FailureClass
 from kd_assets.store import Manifest
 
 if TYPE_CHECKING:
     from kd_assets.orchestration.driving.following import FollowedJob
-
-
-class Log(Protocol):
-    """The run's log, for people."""
-
-    def info(self, message: str, /) -> None: ...
-
-    def warning(self, message: str, /) -> None: ...
-
-    def error(self, message: str, /) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,11 +20,10 @@ from kd_assets.errors import (
     SchedulerUnreachableError,
     StorageUnavailableError,
 )
-from kd_assets.orchestration.driving.callbacks import Log
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.results import Look, Results
 from kd_assets.orchestration.driving.settling import n_durable_files
-from kd_assets.orchestration.driving.waiting import Storage, Waits, scheduler_waits, storage_waits
+from kd_assets.orchestration.driving.waiting import Log, Storage, Waits, scheduler_waits, storage_waits
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.orchestration.retries import Asked, FailureClass
 from kd_assets.scheduler import JobSpec, Scheduler, Submission, spread, submission_key

@@ -13,11 +13,10 @@ from typing import Any
 
 from kd_assets.contract import Event
 from kd_assets.errors import NO_ANSWER
-from kd_assets.orchestration.driving.callbacks import Log
 from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.results import Look, Results
 from kd_assets.orchestration.driving.tails import LogTail
-from kd_assets.orchestration.driving.waiting import Storage, Waits
+from kd_assets.orchestration.driving.waiting import Log, Storage, Waits
 from kd_assets.orchestration.retries import FailureClass
 from kd_assets.scheduler import Scheduler, Submission
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd_assets.errors import NO_ANSWER
-from kd_assets.orchestration.driving.callbacks import Log
 from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.results import Look, Results
 from kd_assets.orchestration.driving.tails import log_tail
-from kd_assets.orchestration.driving.waiting import Storage
+from kd_assets.orchestration.driving.waiting import Log, Storage
 from kd_assets.orchestration.retries import Asked, Attempts, FailureClass, Retry, classify, decide
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import is_cancelled

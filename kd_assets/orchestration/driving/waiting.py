@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-
-from kd_assets.orchestration.driving.callbacks import Log
+from typing import Protocol
 
 LONGEST_BACKOFF_S = 120.0
 """Between two questions to a scheduler that does not answer."""
@@ -14,6 +13,16 @@ FIRST_STORAGE_WAIT_S, LONGEST_STORAGE_WAIT_S = 1.0, 60.0
 """Between two looks at a file that could not be reached."""
 STORAGE_PATIENCE_S = 600.0
 """How long a file may be out of reach (a server that fails over, a full disk) before that is a result's failure."""
+
+
+class Log(Protocol):
+    """The run's log, for people."""
+
+    def info(self, message: str, /) -> None: ...
+
+    def warning(self, message: str, /) -> None: ...
+
+    def error(self, message: str, /) -> None: ...
 
 
 @dataclass(slots=True)
