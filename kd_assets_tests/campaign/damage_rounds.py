@@ -17,7 +17,7 @@ from kd_assets_tests.campaign.damages import CLASSES, SparedError
 from kd_assets_tests.campaign.judge import ANSWER_S, Undamaged, judge, run_says, undamaged
 from kd_assets_tests.campaign.ledger import Record
 from kd_assets_tests.campaign.mirror import Mirror
-from kd_assets_tests.campaign.production import Home, make_home, outputs_of
+from kd_assets_tests.campaign.production import Home, make_home, outputs_of, remember_digests
 
 N_ROUNDS_A_RUN = 8
 """Every so many rounds, a whole run of Dagster is asked, too."""
@@ -104,7 +104,7 @@ class DamageRounds:
         for name in ("home", "undisturbed"):
             shutil.rmtree(self._folder / name, ignore_errors=True)
         undisturbed, home = make_home(self._folder / "undisturbed"), make_home(self._folder / "home")
-        home.planner().teacher()  # from here on its digests are remembered
+        remember_digests(home)
         before = undamaged(home)
         return _Ground(
             home=home,

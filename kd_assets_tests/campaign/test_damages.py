@@ -13,14 +13,14 @@ from kd_assets_tests.campaign import judge as judging
 from kd_assets_tests.campaign.damages import CLASSES, SparedError
 from kd_assets_tests.campaign.judge import Undamaged, Verdict, judge, undamaged
 from kd_assets_tests.campaign.mirror import Mirror
-from kd_assets_tests.campaign.production import Home, make_home
+from kd_assets_tests.campaign.production import Home, make_home, remember_digests
 from kd_assets_tests.campaign.readings import results_on_disk
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     made = make_home(tmp_path_factory.mktemp("campaign") / "home")
-    made.planner().teacher()
+    remember_digests(made)
     return made
 
 
