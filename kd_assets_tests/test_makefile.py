@@ -29,10 +29,19 @@ def checkout(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
+def without_ours() -> dict[str, str]:
+    """The environment without what `make test` puts into it."""
+    return {name: value for name, value in os.environ.items() if name not in ("KD_HOME", "MAKEFLAGS", "MAKELEVEL")}
+
+
 def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("KD_HOME", "MAKEFLAGS", "MAKELEVEL")}
     return subprocess.run(
-        ["make", *arguments], cwd=folder, env={**kept, **environment}, text=True, capture_output=True, timeout=60
+        ["make", *arguments],
+        cwd=folder,
+        env={**without_ours(), **environment},
+        text=True,
+        capture_output=True,
+        timeout=60,
     )
 
 
@@ -48,7 +57,10 @@ def test_a_checkout_may_have_any_name_and_none_of_it_is_run(checkout: Path, targ
 @pytest.mark.parametrize("checkout", ["plain"], indirect=True)
 def test_dagsters_folder_is_private_whatever_the_umask(checkout: Path) -> None:
     (checkout / ".venv" / "bin" / "python").write_text('#!/bin/sh\n>"$DAGSTER_HOME/database"\n')
-    done = subprocess.run(["sh", "-c", "umask 000; exec make ui"], cwd=checkout, capture_output=True, timeout=60)
+    environment = without_ours()
+    done = subprocess.run(
+        ["sh", "-c", "umask 000; exec make ui"], cwd=checkout, env=environment, capture_output=True, timeout=60
+    )
     assert done.returncode == 0
     modes = [path.stat().st_mode & 0o777 for path in (checkout / "var/dagster", checkout / "var/dagster/database")]
     assert modes == [0o750, 0o640]

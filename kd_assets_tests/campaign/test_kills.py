@@ -11,6 +11,7 @@ import pytest
 
 from kd_assets.store import partfile
 from kd_assets.store.writing import writer
+from kd_assets.store.writing.journal import Journal
 from kd_assets_tests.campaign import kill_rounds
 from kd_assets_tests.campaign.comparison import Undisturbed, compare, undisturbed_facts
 from kd_assets_tests.campaign.kill_rounds import CLASSES, KillRounds, traceback_in
@@ -109,7 +110,7 @@ def test_a_round_of_each_class_leaves_everything_as_if_undisturbed(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_writer_that_forgets_its_parts_makes_them_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer.ResultWriter, "_read_journal", lambda self: ([], True))
+    monkeypatch.setattr(Journal, "read", lambda self: ([], True))
     assert total(do(tmp_path, "worker, exact kill", n=8), "made_twice")
 
 
