@@ -134,6 +134,7 @@ class Run:
                 flush=self._flush,
                 observe=self._observe,
                 is_terminated=lambda: is_terminated(self._context.instance.get_run_by_id(run_id), interrupts.last),
+                interrupts=(KeyboardInterrupt, dg.DagsterExecutionInterruptedError),
             ),
             asked=Asked(
                 resources=resources, token_budget=recipe.teacher.token_budget if work.kind == "teacher" else None

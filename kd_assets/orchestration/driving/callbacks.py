@@ -41,3 +41,5 @@ class Callbacks:
     """Called for each followed job at the end, with why partitions were left without a result by its tasks."""
     is_terminated: Callable[[], bool]
     """Whether an interrupt of this process means the run, and so its jobs."""
+    interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
+    """How an interrupt shows. Any other end of this process leaves its jobs running, to be found again."""

@@ -102,9 +102,8 @@ class Driver:
                         self._sleep(min(EVENT_INTERVAL_S, self._scheduler.poll_interval_s))
                 self._hear_last_words()
                 self._listener.pass_on_logs(at_once=True)
-            except BaseException as e:
-                if not isinstance(e, Exception):  # an interrupt: of the keyboard, or Dagster's own
-                    self._stop()
+            except self._callbacks.interrupts:
+                self._stop()
                 raise
             finally:
                 self._callbacks.flush()

@@ -74,7 +74,9 @@ def write_source(path: Path) -> None:
 def job_of(
     folder: Path, units: Sequence[WorkUnit], *, shards: ShardsParams | None = None, teacher: TeacherParams | None = None
 ) -> JobFile:
-    """One task with everything in it."""
+    """One task with everything in it, and the recipe's folder, which the plan is in before any job: without it a share
+    is away."""
+    (folder / "store" / RECIPE).mkdir(parents=True, exist_ok=True)
     return JobFile(
         kind="shards" if teacher is None else "teacher",
         recipe=RECIPE,

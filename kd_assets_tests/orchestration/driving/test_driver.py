@@ -545,6 +545,22 @@ def test_a_refusal_gives_up_what_was_to_be_submitted_with_the_schedulers_words(w
 # Termination
 
 
+@pytest.mark.parametrize("end", [SystemExit, GeneratorExit, RuntimeError])
+def test_an_end_of_the_process_that_is_no_interrupt_leaves_its_jobs(world: World, end: type[BaseException]) -> None:
+    def dies(job: Submission) -> None:
+        world.say(job, "task_started")
+
+        def die() -> None:
+            raise end("in the middle")
+
+        world.at(10, die)
+
+    world.on_each_submission(dies)
+    with pytest.raises(end):
+        world.run()
+    assert world.scheduler.cancelled == []
+
+
 def test_a_termination_cancels_the_jobs_that_nobody_else_waits_for(world: World) -> None:
     theirs = world.job_of_another_run(["p0"])
     world.say(theirs, "task_started")
