@@ -384,23 +384,24 @@ class SlurmCluster:
     def _make_database(self) -> None:
         if (self.root / "db").exists():
             return
-        with (self.root / "log/db-install.out").open("ab") as out:
-            subprocess.run(
-                [
-                    "mariadb-install-db",
-                    "--no-defaults",
-                    f"--datadir={self.root}/db",
-                    f"--user={self.user}",
-                    "--auth-root-authentication-method=normal",
-                    "--skip-test-db",
-                    "--skip-name-resolve",
-                    "--innodb-log-file-size=8M",
-                ],
-                check=True,
-                stdout=out,
-                stderr=out,
-                env={**_own_environment(), **self.env},
-            )
+        command = [
+            "mariadb-install-db",
+            "--no-defaults",
+            f"--datadir={self.root}/db",
+            f"--user={self.user}",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+            "--skip-name-resolve",
+            "--innodb-log-file-size=8M",
+        ]
+        log = self.root / "log/db-install.out"
+        for _ in range(2):  # seen to fail once in hundreds of starts, on a machine with four of them at a time
+            with log.open("ab") as out:
+                done = subprocess.run(command, stdout=out, stderr=out, env={**_own_environment(), **self.env})
+            if done.returncode == 0:
+                return
+            shutil.rmtree(self.root / "db", ignore_errors=True)
+        raise ClusterError(f"no database could be made:\n{log.read_text(errors='replace')[-1000:]}")
 
     def _mariadbd(self) -> list[str]:
         # mariadbd refuses to be root unless told to. The lock-wait time-out is what slurmdbd asks for.
