@@ -2,7 +2,8 @@
 
 A file appears under its name by rename after its bytes are on disk, and the folder is synced after that. Modes are set
 explicitly, so they do not depend on the umask. Every OSError becomes a StorageUnavailableError that names the path; one
-that usually passes is a StorageUnreachableError, and reading is tried again before it is raised. Locks are in `locks`.
+that usually passes is a StorageUnreachableError, and reading is tried again before it is raised; what is no file is an
+ObstructedError. Locks are in `locks`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import hashlib
 import io
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from kd_assets.errors import StorageUnavailableError, StorageUnreachableError
+from kd_assets.errors import ObstructedError, StorageUnavailableError, StorageUnreachableError, StoreError
 
 T = TypeVar("T")
 
@@ -51,6 +53,7 @@ _REMEDIES = {
     errno.ENOENT: "check that the store is mounted on this machine",
 }
 _NO_PERMISSION = (errno.EACCES, errno.EPERM)
+_OBSTRUCTED = (errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
 _PASSING = frozenset(
     {
@@ -84,9 +87,11 @@ def is_passing(e: OSError) -> bool:
     return e.errno in _PASSING
 
 
-def storage_error(e: OSError, path: Path, doing: str, *, n_tries: int = 1) -> StorageUnavailableError:
+def storage_error(e: OSError, path: Path, doing: str, *, n_tries: int = 1) -> StoreError:
     """The error that names `path` and what to do; `doing` completes "cannot …", such as "write"."""
     number = e.errno or 0
+    if number in _OBSTRUCTED:
+        return ObstructedError(f"cannot {doing} {path}: {e.strerror or e}; it is in the way of a file: move it away")
     tries = f" ({n_tries} tries)" if n_tries > 1 else ""
     what = f"cannot {doing} {path}: {e.strerror or e}{tries}"
     if is_passing(e):
@@ -101,7 +106,7 @@ def storage_error(e: OSError, path: Path, doing: str, *, n_tries: int = 1) -> St
 
 @contextlib.contextmanager
 def storage_errors(path: Path, doing: str) -> Iterator[None]:
-    """Turn an OSError of the block into the StorageUnavailableError of `storage_error`."""
+    """Turn an OSError of the block into the error of `storage_error`."""
     try:
         yield
     except OSError as e:
@@ -114,8 +119,8 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
 def read_patiently(read: Callable[[], T], path: Path, *, sleep: Callable[[float], None] = time.sleep) -> T:
     """What `read` returns, called again while the file system fails in a way that passes: see READ_WAITS_S.
 
-    Raises StorageUnreachableError when it still fails so at last, StorageUnavailableError at once for what no waiting
-    mends. `read` begins anew each time, and returns what it takes a file that is not there for.
+    Raises StorageUnreachableError when it still fails so at last, StorageUnavailableError or ObstructedError at once
+    for what no waiting mends. `read` begins anew each time, and returns what it takes a file that is not there for.
     """
     for wait_s in READ_WAITS_S:
         try:
@@ -130,8 +135,25 @@ def read_patiently(read: Callable[[], T], path: Path, *, sleep: Callable[[float]
         raise storage_error(e, path, "read", n_tries=len(READ_WAITS_S) + 1) from e
 
 
+def open_file(path: Path) -> io.BufferedReader:
+    """The file, open for reading. OSError for anything else under this name: a pipe would be waited at for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _require_file(os.fstat(descriptor).st_mode)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_file(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENODEV, f"it is no file ({stat.filemode(mode)})")
+
+
 def read_if_there(path: Path, *, known: Path | None = None) -> bytes | None:
-    """The file's bytes; None where there is no such file. Raises StorageUnavailableError.
+    """The file's bytes; None where there is no such file. Raises StorageUnavailableError, and ObstructedError where
+    something else has its name.
 
     `known`: what is there as long as the store is. Where that is gone, too, nothing is known of the file: a mount that
     is away must not pass for missing files.
@@ -139,7 +161,8 @@ def read_if_there(path: Path, *, known: Path | None = None) -> bytes | None:
 
     def read() -> bytes | None:
         try:
-            return path.read_bytes()
+            with open_file(path) as file:
+                return file.read()
         except (FileNotFoundError, NotADirectoryError):
             if known is not None:
                 known.stat()
@@ -150,11 +173,14 @@ def read_if_there(path: Path, *, known: Path | None = None) -> bytes | None:
 
 def size_if_there(path: Path) -> int | None:
     """Bytes of a file in a folder that is known to be there; None where the file is not. Raises
-    StorageUnavailableError, also where the folder is gone, for the reason that `read_if_there` gives."""
+    StorageUnavailableError, also where the folder is gone, for the reason that `read_if_there` gives, and
+    ObstructedError where something else has its name."""
 
     def read() -> int | None:
         try:
-            return path.stat().st_size
+            status = path.stat()
+            _require_file(status.st_mode)
+            return status.st_size
         except FileNotFoundError:
             path.parent.stat()
             return None
@@ -176,23 +202,31 @@ def mode_if_there(path: Path) -> int | None:
 
 
 def listing(folder: Path) -> dict[str, bool]:
-    """Name → whether it is a folder, sorted; empty where there is no such folder. Raises StorageUnavailableError."""
+    """Name → whether it is a folder or a link to one, sorted; empty where there is no such folder. Raises
+    StorageUnavailableError."""
 
     def read() -> dict[str, bool]:
         try:
             with os.scandir(folder) as entries:
-                return dict(sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries))
+                return dict(sorted((entry.name, _is_folder(entry)) for entry in entries))
         except (FileNotFoundError, NotADirectoryError):
             return {}
 
     return read_patiently(read, folder)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to nowhere that can be told
+        return False
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of the file's bytes, 64 hexadecimal digits. Raises StorageUnavailableError."""
 
     def read() -> str:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     return read_patiently(read, path)
@@ -276,6 +310,29 @@ def atomic_write(path: Path, data: bytes, *, mode: int = FILE_MODE) -> str:
     with atomic_file(path, mode=mode) as file:
         file.write(data)
     return file.sha256
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """`atomic_write` of a small file that several processes may write at once, and that none of them owns.
+
+    Also removes what killed writers left beside it. That may be the file of one who is about to rename it; so who
+    finds it gone begins anew.
+    """
+    for _ in range(_REPLACEMENTS):
+        try:
+            atomic_write(path, data)
+            break
+        except StorageUnreachableError as e:
+            if not isinstance(e.__cause__, FileNotFoundError) or not path.parent.is_dir():
+                raise
+    else:
+        atomic_write(path, data)
+    for name in listing(path.parent):
+        if name.startswith(f".{path.name}.") and name.endswith(TEMPORARY_SUFFIX):
+            remove_file(path.parent / name)
+
+
+_REPLACEMENTS = 20
 
 
 def remove_file(path: Path) -> None:

@@ -75,6 +75,11 @@ class StorageUnavailableError(StoreError):
     """
 
 
+class ObstructedError(StoreError):
+    """Something that is no file is in a file's place: a folder, a named pipe, a link that leads to itself. No waiting
+    mends it, and nothing is written over it."""
+
+
 class StorageUnreachableError(StorageUnavailableError):
     """The file system gave no true answer, which usually passes: a stale handle, a server that restarts, a mount that
     comes back. What was asked is asked again later."""

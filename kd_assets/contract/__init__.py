@@ -4,7 +4,7 @@ Standard library only: a node needs no dagster, the service node no torch, and b
 one side writes the other reads whole, or refuses with a clear error.
 """
 
-from kd_assets.contract.decode import decode
+from kd_assets.contract.decode import decode, parse_json
 from kd_assets.contract.events import (
     Event,
     EventType,
@@ -59,6 +59,7 @@ __all__ = [
     "event_file",
     "lease_file",
     "parse_event",
+    "parse_json",
     "read_events",
     "read_job",
     "task_name",

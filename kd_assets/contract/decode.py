@@ -7,6 +7,7 @@ a field to ignore.
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,19 @@ from kd_assets.errors import ContractError
 T = TypeVar("T")
 
 _MISFIT = object()
+
+
+def parse_json(data: str | bytes) -> Any:
+    """A JSON value. Raises ValueError for anything else: also for NaN and infinity, which JSON lacks, and for what is
+    nested too deep to be ours."""
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError as e:
+        raise ValueError("it is nested too deep") from e
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number in JSON")
 
 
 def decode(cls: type[T], raw: Any, where: str) -> T:

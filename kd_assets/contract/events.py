@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
-from kd_assets.contract.decode import decode
+from kd_assets.contract.decode import decode, parse_json
 from kd_assets.contract.job_file import CONTRACT_VERSION
 from kd_assets.errors import ContractError
 
@@ -77,7 +77,7 @@ class Event:
 def parse_event(line: str) -> Event:
     """The event on one complete line. Raises ContractError for anything else, another version included."""
     try:
-        raw = json.loads(line)
+        raw = parse_json(line)
     except ValueError as e:
         raise ContractError(f"not an event line ({e}): {line[:200]!r}") from e
     if not isinstance(raw, dict) or raw.pop("v", None) != CONTRACT_VERSION:

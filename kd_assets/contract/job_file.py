@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_assets.contract.decode import decode
+from kd_assets.contract.decode import decode, parse_json
 from kd_assets.durable import read_if_there
 from kd_assets.errors import ContractError
 
@@ -217,7 +217,7 @@ def read_job(path: Path) -> JobFile:
     if data is None:
         raise ContractError(f"no job file at {path}: it is written by the control plane before it submits")
     try:
-        raw = json.loads(data)
+        raw = parse_json(data)
     except ValueError as e:
         raise ContractError(f"{path} is not JSON: {e}") from e
     version = raw.get("contract_version") if isinstance(raw, dict) else None

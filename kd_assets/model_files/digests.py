@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 import re
-import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_assets.durable import atomic_write
+from kd_assets.durable import open_file, replace_file
 from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
 from kd_assets.locks import locked
 
@@ -73,15 +72,20 @@ class DigestCache:
                 with contextlib.suppress(StorageUnavailableError):
                     held.enter_context(locked(self._path.with_name(f".{self._path.name}.lock")))
                 self._entries = _with(self._read(), str(path), entry)
-                text = json.dumps({"version": 2, "files": self._entries}, indent=1, sort_keys=True)
-                atomic_write(self._path, text.encode())
+                record = {"version": 3, "files": self._entries, "files_sha256": _sha256_of(self._entries)}
+                replace_file(self._path, json.dumps(record, indent=1, sort_keys=True).encode())
             return
         self._entries = _with(self._entries or {}, str(path), entry)
 
     def _read(self) -> dict[str, list[Entry]]:
         """What is in the file; nothing where it is missing, unreadable or not ours."""
         try:
-            files = json.loads(self._path.read_bytes())["files"]
+            with open_file(self._path) as file:
+                record = json.load(file)
+            files = record["files"]
+            # A damaged digest would be believed of weights; versions 1 and 2 had no hash, and were believed.
+            if record.keys() - {"version", "files"} and record["files_sha256"] != _sha256_of(files):
+                return {}
             # Version 1 had one entry a path, and no ctime.
             listed = {path: [found] if isinstance(found, dict) else found for path, found in files.items()}
             ours = {path: [e for e in found if _is_sha256(e.get("sha256"))] for path, found in listed.items()}
@@ -115,10 +119,8 @@ def hashed_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int]
     """`cached_sha256`, by reading the file whatever is known of it."""
     with _reading_errors(path):
         real = path.resolve(strict=True)
-        with real.open("rb") as f:
+        with open_file(real) as f:
             before = os.fstat(f.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise MissingInputError(f"{path} is not a file")
             digest = hashlib.sha256()
             while chunk := f.read(CHUNK_BYTES):
                 digest.update(chunk)
@@ -192,6 +194,10 @@ def _is_of(entry: Entry, status: os.stat_result) -> bool:
     return all(
         entry.get(name) == value for name, value in _status(status).items() if name in entry or name != "ctime_ns"
     )
+
+
+def _sha256_of(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _is_sha256(value: Any) -> bool:

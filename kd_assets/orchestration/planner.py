@@ -13,8 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import Asset, JobFile, JobKind, Output, ShardsParams, StudentParams, TeacherParams, WorkUnit
-from kd_assets.durable import atomic_write, prepare_folder, storage_errors
+from kd_assets.contract import (
+    Asset,
+    JobFile,
+    JobKind,
+    Output,
+    ShardsParams,
+    StudentParams,
+    TeacherParams,
+    WorkUnit,
+    parse_json,
+)
+from kd_assets.durable import prepare_folder, read_if_there, replace_file
 from kd_assets.errors import NO_ANSWER, MissingInputError, StorageUnavailableError, StoreError
 from kd_assets.model_files.digests import DigestCache, Say
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -85,8 +95,8 @@ class Planner:
         folder = self._folder / SHARD_PLAN
         prepare_folder(folder)
         text = plan.to_json().encode()
-        atomic_write(folder / plan_file(plan.plan_hash), text)
-        atomic_write(folder / PLAN_FILE, text)
+        replace_file(folder / plan_file(plan.plan_hash), text)
+        replace_file(folder / PLAN_FILE, text)
         self._plan = plan
         return plan
 
@@ -111,11 +121,8 @@ class Planner:
 
     def _read_plan(self, name: str) -> ShardPlan | None:
         path = self._folder / SHARD_PLAN / name
-        with storage_errors(path, "read"):
-            try:
-                text = path.read_text()
-            except FileNotFoundError:
-                return None
+        if (text := read_if_there(path)) is None:
+            return None
         return ShardPlan.from_json(text, where=str(path))
 
     # ------------------------------------------------------------------ the teacher's files
@@ -130,7 +137,7 @@ class Planner:
             if self.planned_weights() != weights:
                 prepare_folder(self._folder)
                 record = json.dumps(self._teacher_record(weights), indent=1, sort_keys=True)
-                atomic_write(self._folder / TEACHER_FILE, record.encode())
+                replace_file(self._folder / TEACHER_FILE, record.encode())
         return self._teacher
 
     def known_weights(self) -> str | None:
@@ -144,9 +151,9 @@ class Planner:
         For who asks what is there and makes no caches: the weights themselves need not be there, nor be hashed.
         """
         try:
-            record = json.loads((self._folder / TEACHER_FILE).read_bytes())
+            record = parse_json(read_if_there(self._folder / TEACHER_FILE) or b"")
             weights = str(record["weights_fingerprint"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (StoreError, ValueError, LookupError, TypeError):
             return None
         return weights if record == self._teacher_record(weights) else None
 

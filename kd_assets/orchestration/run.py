@@ -110,7 +110,7 @@ class Run:
         """Run the selected checks on what is committed of `work`; nothing is computed."""
         assert self._recorder is not None
         with self._flushing():
-            survey = work.survey(self._recorder.record_checks)
+            survey = work.survey(self._check)
         self._give_up_on(survey.impossible, work.kind)
         nothing = {
             unit.partition_key: survey.unreachable.get(output.path, "there is nothing to check: materialize it")
@@ -167,9 +167,14 @@ class Run:
     def _reuse(self, unit: WorkUnit, output: Output, manifest: Manifest) -> None:
         self._record(CommittedResult(unit=unit, output=output, manifest=manifest))
 
+    def _check(self, unit: WorkUnit, output: Output, manifest: Manifest) -> None:
+        assert self._recorder is not None
+        set_head(Path(output.path), manifest)
+        self._recorder.record_checks(unit, output, manifest)
+
     def _record(self, result: CommittedResult) -> None:
-        if result.job is None:
-            set_head(Path(result.output.path), result.manifest)
+        # Also of what a task has just committed: it may have been killed between its manifest and its head.
+        set_head(Path(result.output.path), result.manifest)
         if self._recorder is not None:
             self._recorder.record(
                 result.unit,

@@ -21,8 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import CONTRACT_VERSION, JobKind, contract_version_of, decode
-from kd_assets.durable import atomic_write, prepare_folder, storage_errors
+from kd_assets.contract import CONTRACT_VERSION, JobKind, contract_version_of, decode, parse_json
+from kd_assets.durable import atomic_write, prepare_folder, read_if_there, storage_errors
 from kd_assets.errors import ContractError, JobFilesUnavailableError, SchedulerError, StorageUnavailableError
 from kd_assets.locks import is_locked, locked
 from kd_assets.scheduler.folder import Submission, key_folder
@@ -240,13 +240,11 @@ def read_json(path: Path) -> Any | None:
 
     Raises StorageUnavailableError when it cannot be read, SchedulerError when it is damaged.
     """
-    with storage_errors(path, "read"):
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            return None
+    raw = read_if_there(path)
+    if raw is None:
+        return None
     try:
-        return json.loads(raw)
+        return parse_json(raw)
     except ValueError as e:
         raise SchedulerError(f"{path} is damaged ({e}): move {path} away and run again") from e
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_assets.contract import RecordRange, decode
+from kd_assets.contract import RecordRange, decode, parse_json
 from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
 from kd_assets.sources.record_files import ID_FIELD, RawRecord, iter_jsonl, iter_parquet, open_source
 from kd_assets.sources.records import ShardHash
+
+_SELF_HASH = "plan_sha256"
 
 MAX_SHARDS = 100_000
 """Five digits of a partition key: beyond them, sorted keys would no longer be in order."""
@@ -83,16 +85,23 @@ class ShardPlan:
     """SHA-256 over keys, input hashes and pinned sources; not over paths."""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+        """With the hash of itself: a plan that was changed by a failing disk must not name other records."""
+        raw = dataclasses.asdict(self)
+        return json.dumps(raw | {_SELF_HASH: _self_hash(raw)}, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "shard plan") -> ShardPlan:
-        """The plan that `to_json` wrote. Raises ContractError, naming `where`, for anything else."""
+        """The plan that `to_json` wrote, now or before plans had a hash of themselves. Raises ContractError, naming
+        `where`, for anything else."""
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
         except ValueError as e:
             raise ContractError(f"{where} is not JSON ({e}): materialize shard_plan again") from e
-        return decode(cls, raw, where=where)
+        claimed = raw.pop(_SELF_HASH, None) if isinstance(raw, dict) else None
+        plan = decode(cls, raw, where=where)
+        if claimed not in (None, _self_hash(raw)) or plan.plan_hash != _plan_hash(plan.shards, plan.sources):
+            raise ContractError(f"{where} was changed after it was written: materialize shard_plan again")
+        return plan
 
 
 def resolve_path(
@@ -244,6 +253,12 @@ def _check_recipe(sources: Sequence[SourceSpec], *, documents_per_shard: int, sh
                 f"source {spec.name!r}: text_field {spec.text_field!r}, messages_field {spec.messages_field!r} and "
                 f"{ID_FIELD!r} must be three different fields"
             )
+
+
+def _self_hash(raw: Mapping[str, Any]) -> str:
+    """Over all that a plan says, paths included: the `plan_hash` is over what decides content."""
+    canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _plan_hash(shards: Sequence[PlannedShard], sources: Sequence[PinnedSource]) -> str:

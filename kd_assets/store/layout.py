@@ -6,13 +6,14 @@ of the project asks this module and never joins such a path itself.
 
 from __future__ import annotations
 
+import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kd_assets.durable import listing, mode_if_there
-from kd_assets.errors import InputError, MissingInputError
+from kd_assets.errors import InputError, MissingInputError, StoreError
 
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
@@ -85,31 +86,49 @@ def require_folder(path: Path) -> None:
         raise MissingInputError(f"{path} is not a folder")
 
 
+def folders_below(
+    path: Path, unreadable: Callable[[Path, StoreError], None]
+) -> Iterator[tuple[Path, Mapping[str, bool]]]:
+    """`path` and every folder below it down to the results', each with its listing, in their order.
+
+    Links are followed, as readers follow them, but not back up. `unreadable` is told of folders that cannot be listed.
+    """
+    waiting: list[tuple[Path, frozenset[str]]] = [(path, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in above:
+            continue
+        try:
+            names = listing(folder)
+        except StoreError as e:
+            unreadable(folder, e)
+            continue
+        yield folder, names
+        if not is_result_folder(folder, names):
+            folders = [folder / name for name, is_folder in names.items() if is_folder]
+            waiting += [(below, above | {real}) for below in reversed(folders)]
+
+
 def result_folders(path: Path) -> Iterator[Path]:
-    """Every folder at or below `path` that is a result's by its name or by its manifest, in their order."""
-    names = listing(path)
-    if MANIFEST_NAME in names or (
+    """Every folder at or below `path` that is a result's, in their order. Raises StorageUnavailableError."""
+
+    def unreadable(path: Path, e: StoreError) -> None:
+        raise e
+
+    return (folder for folder, names in folders_below(path, unreadable) if is_result_folder(folder, names))
+
+
+def is_result_folder(path: Path, names: Mapping[str, bool]) -> bool:
+    """By its place and name, or by its manifest. `names`: its listing."""
+    return MANIFEST_NAME in names or (
         is_result_folder_name(path.name) and is_variant_name(path.absolute().parent.parent.name)
-    ):
-        yield path
-        return
-    for folder in _folders_of(path, names):
-        yield from result_folders(folder)
+    )
 
 
-def head_files(path: Path) -> Iterator[Path]:
-    """Every `head.json` at or below `path`, in their order."""
-    if is_result_folder_name(path.name):
-        return
-    names = listing(path)
-    if HEAD_NAME in names and is_variant_name(path.absolute().parent.name):
-        yield path / HEAD_NAME
-    for folder in _folders_of(path, names):
-        yield from head_files(folder)
-
-
-def _folders_of(path: Path, names: Mapping[str, bool]) -> list[Path]:
-    return [path / name for name, is_folder in names.items() if is_folder]
+def is_partition_folder(path: Path) -> bool:
+    """By its place: it is in the folder of a variant."""
+    return is_variant_name(path.absolute().parent.name)
 
 
 def is_result_folder_name(name: str) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import decode
-from kd_assets.durable import append_line, atomic_write, read_if_there, read_patiently, size_if_there
+from kd_assets.contract import decode, parse_json
+from kd_assets.durable import append_line, open_file, read_if_there, read_patiently, replace_file, size_if_there
 from kd_assets.errors import ContractError, CorruptManifestError, NotCommittedError
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint
 from kd_assets.store.layout import AUDIT_NAME, FOLDER_FINGERPRINT_LENGTH, HEAD_NAME, MANIFEST_NAME, recipe_folder_of
@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(data: bytes, path: Path) -> Manifest:
     """The manifest in `data`, checked against itself. Raises CorruptManifestError, which names `path`."""
     try:
-        raw = json.loads(data)
+        raw = parse_json(data)
     except ValueError as e:
         raise CorruptManifestError(f"{path} is not JSON: {e}") from e
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
@@ -117,7 +117,11 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             f"{path} is of format version {found!r:.40}, this version of kd_assets reads {FORMAT_VERSION}"
         )
     claimed = raw.pop(_SELF_HASH, None)
-    if claimed != fingerprint(raw):
+    try:
+        found = fingerprint(raw)
+    except RecursionError as e:  # shallow enough to be read, and too deep to be written
+        raise CorruptManifestError(f"{path} is nested too deep to be a manifest of ours") from e
+    if claimed != found:
         raise CorruptManifestError(
             f"{path} was changed after it was written: its {_SELF_HASH} is not that of its content"
         )
@@ -181,7 +185,7 @@ def head_fingerprint(partition_folder: Path) -> str | None:
     if data is None:
         return None
     try:
-        current = json.loads(data)["fingerprint"]
+        current = parse_json(data)["fingerprint"]
         if not isinstance(current, str) or len(current) != 64:
             raise ValueError(f"fingerprint is {current!r:.80}")
     except (ValueError, KeyError, TypeError) as e:
@@ -196,7 +200,7 @@ def write_head(folder: Path, fingerprint: str) -> None:
             return
     except CorruptManifestError:
         pass  # it is replaced
-    atomic_write(folder.parent / HEAD_NAME, json.dumps({"fingerprint": fingerprint}).encode() + b"\n")
+    replace_file(folder.parent / HEAD_NAME, json.dumps({"fingerprint": fingerprint}).encode() + b"\n")
 
 
 def append_audit(recipe_folder: Path, record: Mapping[str, Any]) -> None:
@@ -206,32 +210,39 @@ def append_audit(recipe_folder: Path, record: Mapping[str, Any]) -> None:
 
 def audit_commit(folder: Path, manifest: Manifest) -> None:
     """Append the line of this commit to the audit log of its recipe."""
+    append_audit(recipe_folder_of(folder), audit_record(folder, manifest))
+
+
+def audit_record(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The line of this commit."""
     path, time = _commit_of(folder, manifest)
     record: dict[str, Any] = {"event": "commit", "time": time, "path": path}
-    append_audit(recipe_folder_of(folder), record | {name: getattr(manifest, name) for name in _AUDITED})
+    return record | {name: getattr(manifest, name) for name in _AUDITED}
 
 
 def is_audited(folder: Path, manifest: Manifest) -> bool:
     """Whether the audit log has the line of this commit. Reads all of the log: for what a kill left open, and never for
     a commit that this process has just made, whose line cannot be there."""
-    return _commit_of(folder, manifest) in audited_commits(recipe_folder_of(folder), mentioning=folder.name)
+    lines = audited_commits(recipe_folder_of(folder), mentioning=folder.name)
+    return _commit_of(folder, manifest) in {(line["path"], line["time"]) for line in lines}
 
 
-def audited_commits(recipe_folder: Path, *, mentioning: str = "") -> set[tuple[str, str]]:
-    """(path of the result, time of its commit) of the lines of the audit log that mention this text (ASCII); torn lines
-    are passed over."""
+def audited_commits(recipe_folder: Path, *, mentioning: str = "") -> list[dict[str, Any]]:
+    """The lines of commits of the audit log that mention this text (ASCII), each with `path` and `time`; what is no
+    such line, torn ones among them, is passed over."""
     path = recipe_folder / AUDIT_NAME
 
-    def read() -> set[tuple[str, str]]:
-        found = set()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as lines:
+    def read() -> list[dict[str, Any]]:
+        found = []
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), open_file(path) as lines:
             for line in lines:
                 if mentioning.encode() not in line:
                     continue
                 try:
-                    record = json.loads(line)
-                    found.add((record["path"], record["time"]))
-                except (ValueError, KeyError, TypeError):
+                    record = parse_json(line)
+                    if isinstance(record["path"], str) and isinstance(record["time"], str):
+                        found.append(record)
+                except (ValueError, LookupError, TypeError):
                     continue
         return found
 

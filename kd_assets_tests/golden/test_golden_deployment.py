@@ -261,8 +261,9 @@ def is_same(field: str, value: Any, value_of_then: Any) -> bool:
 
 
 def without_paths(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan whose paths are only the names of their files."""
+    """A plan whose paths are only the names of their files; without its hash of itself, which the first had not."""
     copied: dict[str, Any] = json.loads(json.dumps(plan))
+    copied.pop("plan_sha256", None)
     for holder in (*copied["sources"], *(records for shard in copied["shards"] for records in shard["records"])):
         holder["path"] = Path(holder["path"]).name
     return copied

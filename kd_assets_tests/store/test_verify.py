@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from kd_assets.durable import atomic_file, file_sha256
 from kd_assets.errors import MissingInputError, NotCommittedError
 from kd_assets.store import CacheReader, Manifest, commit_file_result, committed, plan_output, read_manifest, verify
 from kd_assets.store.fingerprint import data_version
+from kd_assets.store.layout import recipe_folder_of
+from kd_assets.store.manifest import audit_record, without_non_finite
 from kd_assets.store.partfile import part_suffix, write_table
 from kd_assets_tests.store import examples
 
@@ -203,8 +207,8 @@ def test_head_that_points_nowhere_is_found(filled: Path) -> None:
     folder = folder_of(filled)
     head = folder.parent / "head.json"
     shutil.rmtree(folder)
-    assert found(filled) == [("dangling_head", head)]
-    assert str(folder) in verify(filled).problems[0].message
+    assert found(filled) == [("dangling_head", head), ("missing_result", folder)]
+    assert all(str(folder) in problem.message for problem in verify(filled).problems)
 
 
 def test_head_whose_fingerprint_only_begins_right_is_found(filled: Path) -> None:
@@ -233,6 +237,109 @@ def test_result_without_a_line_in_the_audit_log_is_a_note(filled: Path) -> None:
     (filled / "tiny" / "audit.jsonl").unlink()
     report = verify(folder_of(filled))
     assert (report.ok, [note.kind for note in report.notes]) == (True, ["not_audited"])
+
+
+# What is gone
+
+
+def test_partition_without_its_head_is_found(filled: Path) -> None:
+    partition = folder_of(filled).parent
+    (partition / "head.json").unlink()
+    assert found(filled) == [("no_head", partition)]
+
+
+@pytest.mark.parametrize("n_up", [0, 1, 2, 3])
+def test_deleted_result_partition_variant_or_asset_is_found(filled: Path, n_up: int) -> None:
+    folder = folder_of(filled)
+    gone = [folder, *folder.parents][n_up]
+    shutil.rmtree(gone)
+    missing = [path for kind, path in found(filled) if kind == "missing_result"]
+    keys = ("tiny-00000", "tiny-00001")[: 1 if n_up < 2 else 2]
+    assert missing == [Path(examples.output(filled, "topk_cache", partition_key=key).path) for key in keys]
+
+
+@pytest.mark.parametrize("n_up", [0, 1, 2, 3])
+def test_file_in_the_place_of_a_folder_is_found(filled: Path, n_up: int) -> None:
+    folder = folder_of(filled)
+    gone = [folder, *folder.parents][n_up]
+    shutil.rmtree(gone)
+    gone.write_text("in the way")
+    assert ("missing_result", folder) in found(filled)
+
+
+def test_what_is_missing_outside_the_folder_that_is_verified_is_not_told(filled: Path) -> None:
+    shutil.rmtree(folder_of(filled, "embedding_cache").parent)
+    assert found(filled / "tiny" / "topk_cache") == []
+
+
+def test_part_that_is_dropped_with_the_manifest_hashed_anew_is_found(filled: Path) -> None:
+    folder = folder_of(filled)
+    manifest = read_manifest(folder)
+    audit = (filled / "tiny" / "audit.jsonl").read_text()
+    write_manifest(folder, dataclasses.replace(manifest, parts=manifest.parts[:1]))
+    (filled / "tiny" / "audit.jsonl").write_text(audit)
+    (folder / manifest.parts[1].name).unlink()
+    assert found(filled) == [("not_as_audited", folder / "manifest.json")]
+    assert "the audit log has" in verify(filled).problems[0].message
+
+
+def test_manifest_of_another_time_than_its_commits_is_found(filled: Path) -> None:
+    folder = folder_of(filled)
+    manifest = dataclasses.replace(read_manifest(folder), created_at="2001-01-01T00:00:00+00:00")
+    (folder / "manifest.json").write_text(manifest.to_json())
+    assert found(filled) == [("not_as_audited", folder / "manifest.json")]
+
+
+@pytest.mark.parametrize("n_up", [0, 1, 2, 3, 4])
+def test_folders_that_are_links_are_verified_as_they_are_read(filled: Path, tmp_path: Path, n_up: int) -> None:
+    folder = folder_of(filled)
+    linked = [folder, *folder.parents][n_up]
+    linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    assert verify(filled).ok
+    assert verify(filled).n_results == 8
+    part = sorted(folder.glob("part-*"))[0]
+    examples.flip_byte(part)
+    assert found(filled) == [("changed_part", part)]
+
+
+def test_link_that_leads_back_up_ends(filled: Path) -> None:
+    (folder_of(filled).parents[2] / "again").symlink_to(filled)
+    (folder_of(filled).parents[2] / "itself").symlink_to("itself")
+    assert verify(filled).ok
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "part-00000.parquet", "head.json", "audit.jsonl"])
+@pytest.mark.parametrize("what", ["pipe", "folder", "link to itself", "socket"])
+def test_what_is_no_file_is_named_and_the_rest_goes_on(filled: Path, name: str, what: str) -> None:
+    folder = folder_of(filled)
+    path = {"head.json": folder.parent, "audit.jsonl": filled / "tiny"}.get(name, folder) / name
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "link to itself":
+        path.symlink_to(path.name)
+    else:
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    examples.flip_byte(sorted(folder_of(filled, "embedding_cache").glob("part-*"))[0])
+    by_path = {problem.path: problem for problem in verify(filled).problems}
+    assert len(by_path) >= 2
+    assert "move it away" in by_path[path].message
+
+
+DEEP = b"[" * 900 + b"]" * 900
+"""Shallow enough to be read, too deep to be written."""
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"format_version": NaN}', b"[" * 5000 + b"]" * 5000, b'{"format_version": 1, "x": ' + DEEP + b"}"]
+)
+def test_manifest_that_is_no_json_of_ours_is_named(filled: Path, data: bytes) -> None:
+    path = folder_of(filled) / "manifest.json"
+    path.write_bytes(data)
+    assert found(filled) == [("corrupt_manifest", path)]
 
 
 def test_file_results_are_verified_by_their_hashes(store: Path) -> None:
@@ -304,6 +411,7 @@ def adopt_files(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """As a task that is wrong would have committed it."""
     parts = manifest.parts
     whole = dataclasses.replace(
         manifest,
@@ -313,3 +421,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         data_version=data_version(manifest.asset, [part.sha256 for part in parts]),
     )
     (folder / "manifest.json").write_text(whole.to_json())
+    audit = recipe_folder_of(folder) / "audit.jsonl"
+    kept = [line for line in audit.read_text().splitlines() if f'{folder.name}"' not in line]
+    record = without_non_finite(audit_record(folder, whole))
+    audit.write_text("\n".join([*kept, json.dumps(record, sort_keys=True)]) + "\n")

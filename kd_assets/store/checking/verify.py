@@ -1,4 +1,5 @@
-"""Every hash and every count of results on disk, compared with what their manifests say.
+"""Every hash and every count of results on disk, compared with what their manifests say, and all that is there compared
+with what was committed (`missing`).
 
 Problems name the file and what to do; notes are what a person may want to know and nothing is wrong with: results that
 are still being made, files that are not of the format.
@@ -6,16 +7,17 @@ are still being made, files that are not of the format.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kd_assets.durable import file_sha256, listing, size_if_there
 from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
     NotCommittedError,
-    StorageUnavailableError,
+    ObstructedError,
     StoreError,
 )
 from kd_assets.store.checking.rows import (
@@ -27,18 +29,28 @@ from kd_assets.store.checking.rows import (
     schema_difference,
 )
 from kd_assets.store.layout import (
+    AUDIT_NAME,
     FOLDER_FINGERPRINT_LENGTH,
+    HEAD_NAME,
     JOURNAL_NAME,
     LEASE_NAME,
     MANIFEST_NAME,
     count_durable_files,
-    head_files,
+    folders_below,
+    is_partition_folder,
+    is_result_folder,
     is_variant_name,
     recipe_folder_of,
     require_folder,
-    result_folders,
 )
-from kd_assets.store.manifest import Manifest, PartRecord, audited_commits, head_fingerprint, read_manifest
+from kd_assets.store.manifest import (
+    Manifest,
+    PartRecord,
+    audit_record,
+    audited_commits,
+    head_fingerprint,
+    read_manifest,
+)
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import hidden_size_of
 
@@ -57,6 +69,9 @@ ProblemKind = Literal[
     "misplaced_result",  # a manifest under a folder name of another result
     "corrupt_head",  # a head.json that is none
     "dangling_head",  # a head.json that points to no committed result
+    "no_head",  # a partition with committed results, none of which is current: readers see none
+    "missing_result",  # committed, as the audit log says, and gone
+    "not_as_audited",  # its manifest is not the one that was committed
     "unreadable",  # the file system does not let us look
 ]
 NoteKind = Literal[
@@ -110,13 +125,33 @@ def verify(path: Path) -> VerifyReport:
     """
     require_folder(path)
     verifier = _Verifier()
-    for folder in result_folders(path):
-        verifier.result(folder)
-    for head in head_files(path):
-        verifier.head(head)
+    recipe_folders = _recipe_folders_above(path)
+    for folder, names in folders_below(path, verifier.unreadable):
+        if AUDIT_NAME in names:
+            recipe_folders.append(folder)
+        if is_result_folder(folder, names):
+            verifier.result(folder)
+        elif HEAD_NAME in names and is_partition_folder(folder):
+            verifier.head(folder / HEAD_NAME)
+    verifier.partitions()
+    for recipe_folder in recipe_folders:
+        verifier.missing(recipe_folder, below=path)
     if not verifier.n_seen and not verifier.problems:
         raise NotCommittedError(f"{path} holds no results: give a result folder, a recipe's folder or a store's root")
     return verifier.report(path)
+
+
+def _recipe_folders_above(path: Path) -> list[Path]:
+    """The recipe's folder that `path` is in, if it is."""
+    above = [folder for folder in path.absolute().parents[:4] if _size_of(folder / AUDIT_NAME) is not None]
+    return above[:1]
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return size_if_there(path)
+    except StoreError:
+        return None
 
 
 class _Verifier:
@@ -127,7 +162,14 @@ class _Verifier:
         self.notes: list[Note] = []
         self.n_seen = 0
         self._manifests: list[Manifest] = []
-        self._audited: dict[Path, set[tuple[str, str]]] = {}
+        self._audited: dict[Path, dict[str, list[dict[str, Any]]]] = {}
+        """Recipe's folder → a result's path from there → the lines of its commits, in order."""
+        self._seen: dict[str, bool] = {}
+        """Result's folder → whether it is committed, or is damaged and has been said to be."""
+        self._partitions: set[Path] = set()
+        """Folders of partitions in which something is committed."""
+        self._heads: set[Path] = set()
+        """Folders of partitions that have one, and be it a damaged one."""
 
     def report(self, path: Path) -> VerifyReport:
         manifests = self._manifests
@@ -142,11 +184,16 @@ class _Verifier:
             notes=tuple(self.notes),
         )
 
+    def unreadable(self, path: Path, e: StoreError) -> None:
+        self._problem("unreadable", path, str(e))
+
     def result(self, folder: Path) -> None:
         self.n_seen += 1
+        self._seen[str(folder.absolute())] = True
         try:
             manifest = read_manifest(folder)
         except NotCommittedError:
+            self._seen[str(folder.absolute())] = False
             n_parts = count_durable_files([folder])
             self._note(
                 "unfinished", folder, f"unfinished: {n_parts} part files and no manifest; a rerun goes on from here"
@@ -155,11 +202,12 @@ class _Verifier:
         except CorruptManifestError as e:
             self._problem("corrupt_manifest", folder / MANIFEST_NAME, f"{e}; remove it and materialize again")
             return
-        except StorageUnavailableError as e:
+        except StoreError as e:
             self._problem("unreadable", folder / MANIFEST_NAME, str(e))
             return
         self._manifests.append(manifest)
-        self._place(folder, manifest)
+        if self._place(folder, manifest):
+            self._partitions.add(folder.absolute().parent)
         try:
             expected_schema(manifest, 0)
         except MissingParameterError as e:
@@ -169,17 +217,18 @@ class _Verifier:
             self._part(folder, manifest, record)
         try:
             self._surroundings(folder, manifest)
-        except StorageUnavailableError as e:
+        except StoreError as e:
             self._problem("unreadable", folder, str(e))
 
     def head(self, path: Path) -> None:
         self.n_seen += 1
+        self._heads.add(path.parent.absolute())
         try:
             current = head_fingerprint(path.parent)
         except CorruptManifestError as e:
             self._problem("corrupt_head", path, f"{e}; materialize the partition again")
             return
-        except StorageUnavailableError as e:
+        except StoreError as e:
             self._problem("unreadable", path, str(e))
             return
         if current is None:  # removed since it was found
@@ -196,8 +245,43 @@ class _Verifier:
             if found != current:
                 self._problem("dangling_head", path, f"{path} points to {current}, and {folder} holds {found}")
 
-    def _place(self, folder: Path, manifest: Manifest) -> None:
-        """The manifest must be of the result that the folders above it name: readers believe the folders."""
+    def partitions(self) -> None:
+        """Whether each partition in which something is committed has a current result."""
+        for partition in sorted(self._partitions):
+            has_head = partition in self._heads or _size_of(partition / HEAD_NAME) is not None
+            if is_partition_folder(partition) and not has_head:
+                self._problem(
+                    "no_head",
+                    partition,
+                    f"{partition} has committed results and no {HEAD_NAME}: readers see none of them; materialize the "
+                    "partition again, which computes nothing",
+                )
+
+    def missing(self, recipe_folder: Path, *, below: Path) -> None:
+        """What the audit log says was committed at or below a folder and is not there."""
+        root = recipe_folder.absolute()
+        for path, lines in self._audit_of(root).items():
+            folder = root / path
+            if self._seen.get(str(folder)) or not folder.is_relative_to(below.absolute()):
+                continue
+            self._problem(
+                "missing_result",
+                folder,
+                f"{folder} was committed on {lines[-1]['time']} and is not there (any more); materialize partition "
+                f"{folder.parent.name} again",
+            )
+
+    def _audit_of(self, recipe_folder: Path) -> dict[str, list[dict[str, Any]]]:
+        if recipe_folder not in self._audited:
+            try:
+                self._audited[recipe_folder] = _by_path(audited_commits(recipe_folder))
+            except StoreError as e:
+                self._audited[recipe_folder] = {}
+                self._problem("unreadable", recipe_folder / AUDIT_NAME, str(e))
+        return self._audited[recipe_folder]
+
+    def _place(self, folder: Path, manifest: Manifest) -> bool:
+        """Whether the manifest is of the result that the folders above it name: readers believe the folders."""
         absolute = folder.absolute()
         expected = [
             manifest.fingerprint[:FOLDER_FINGERPRINT_LENGTH],
@@ -211,6 +295,7 @@ class _Verifier:
         if expected != found:
             place = "/".join(reversed(expected))
             self._problem("misplaced_result", folder, f"{folder} holds the result {place}; move it there")
+        return expected == found
 
     def _part(self, folder: Path, manifest: Manifest, record: PartRecord) -> None:
         path = folder / record.name
@@ -229,7 +314,9 @@ class _Verifier:
                 self._problem("changed_part", path, f"{path} has sha256 {digest}, expected {record.sha256}; {remedy}")
                 return
             self._rows(path, manifest, record)
-        except StorageUnavailableError as e:
+        except ObstructedError as e:
+            self._problem("missing_part", path, f"{e}; then materialize the partition again")
+        except StoreError as e:
             self._problem("unreadable", path, str(e))
 
     def _rows(self, path: Path, manifest: Manifest, record: PartRecord) -> None:
@@ -279,14 +366,38 @@ class _Verifier:
         if len(folder.absolute().parents) < 4 or not is_variant_name(folder.absolute().parent.parent.name):
             return
         recipe_folder = recipe_folder_of(folder.absolute())
-        if recipe_folder not in self._audited:
-            self._audited[recipe_folder] = audited_commits(recipe_folder)
-        line = (str(folder.absolute().relative_to(recipe_folder)), manifest.created_at)
-        if line not in self._audited[recipe_folder]:
+        lines = self._audit_of(recipe_folder).get(str(folder.absolute().relative_to(recipe_folder)))
+        if lines is None:
             self._note("not_audited", folder, f"{folder} has no line in the audit log of {recipe_folder}")
+        elif difference := _difference(lines, audit_record(folder.absolute(), manifest)):
+            self._problem(
+                "not_as_audited",
+                folder / MANIFEST_NAME,
+                f"{folder / MANIFEST_NAME} is not what was committed: {difference}; move {folder} away and materialize "
+                "the partition again",
+            )
 
     def _problem(self, kind: ProblemKind, path: Path, message: str) -> None:
         self.problems.append(Problem(kind=kind, path=path, message=message))
 
     def _note(self, kind: NoteKind, path: Path, message: str) -> None:
         self.notes.append(Note(kind=kind, path=path, message=message))
+
+
+def _by_path(lines: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["path"], []).append(line)
+    return found
+
+
+def _difference(lines: list[dict[str, Any]], record: dict[str, Any]) -> str | None:
+    """What a committed result has otherwise than the line of its commit; None where one of its lines is this record."""
+    of_then = [line for line in lines if line["time"] == record["time"]]
+    if not of_then:
+        return f"it is of {record['time']}, and was last committed on {lines[-1]['time']}"
+    line = of_then[-1]
+    for name in sorted(record.keys() & line.keys()):
+        if record[name] != line[name]:
+            return f"{name} is {record[name]!r:.80}, the audit log has {line[name]!r:.80}"
+    return None

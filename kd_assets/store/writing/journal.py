@@ -7,20 +7,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import decode
+from kd_assets.contract import decode, parse_json
 from kd_assets.durable import append_line, atomic_write, read_if_there
 from kd_assets.errors import ContractError, CorruptManifestError
+from kd_assets.store.fingerprint import fingerprint
 from kd_assets.store.manifest import PartRecord
+
+_SELF_HASH = "line_sha256"
 
 
 class Journal:
-    """The file `path`, of the result with this fingerprint."""
+    """The file `path`, of the result with the fingerprint `result`."""
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self._path, self._fingerprint = path, fingerprint
+    def __init__(self, path: Path, result: str) -> None:
+        self._path, self._fingerprint = path, result
 
     def read(self) -> tuple[list[PartRecord], bool]:
-        """Its records, the last one of each part, and whether every line is a record: a kill leaves half a line.
+        """Its records, the last one of each part, and whether every line is a record: a kill leaves half a line, and a
+        line that is not as it was written would hand wrong statistics on to the manifest.
 
         Raises CorruptManifestError for records of another result.
         """
@@ -28,15 +32,21 @@ class Journal:
         is_whole = True
         for line in (read_if_there(self._path) or b"").splitlines(keepends=True):
             try:
-                raw = json.loads(line)
+                raw = parse_json(line)
+                claimed = raw.pop(_SELF_HASH, None)  # journals of earlier versions have none
+                if claimed is not None and claimed != fingerprint(raw):
+                    raise ValueError("it was changed after it was written")
                 record = decode(PartRecord, raw["part"], where=str(self._path))
                 if not line.endswith(b"\n"):
                     raise ValueError("no newline")
-            except (ValueError, KeyError, TypeError, ContractError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ContractError):
                 is_whole = False
                 continue
             if raw.get("fingerprint") != self._fingerprint:
                 raise occupied(self._path, str(raw.get("fingerprint")), self._fingerprint)
+            if claimed is None:
+                is_whole = False
+                continue
             records[record.index] = record
         return list(records.values()), is_whole
 
@@ -50,7 +60,8 @@ class Journal:
 
     def _line(self, record: PartRecord) -> dict[str, Any]:
         part = {name: getattr(record, name) for name in PartRecord.__dataclass_fields__}
-        return {"fingerprint": self._fingerprint, "part": part}
+        line = {"fingerprint": self._fingerprint, "part": part}
+        return line | {_SELF_HASH: fingerprint(line)}
 
 
 def occupied(path: Path, found: str, expected: str) -> CorruptManifestError:
