@@ -315,8 +315,8 @@ def atomic_write(path: Path, data: bytes, *, mode: int = FILE_MODE) -> str:
 def replace_file(path: Path, data: bytes) -> None:
     """`atomic_write` of a small file that several processes may write at once, and that none of them owns.
 
-    Also removes what killed writers left beside it. That may be the file of one who is about to rename it; so who
-    finds it gone begins anew.
+    Also sweeps (`sweep_beside`), which may take the file of one who is about to rename it; so who finds it gone begins
+    anew.
     """
     for _ in range(_REPLACEMENTS):
         try:
@@ -327,12 +327,17 @@ def replace_file(path: Path, data: bytes) -> None:
                 raise
     else:
         atomic_write(path, data)
-    for name in listing(path.parent):
-        if name.startswith(f".{path.name}.") and name.endswith(TEMPORARY_SUFFIX):
-            remove_file(path.parent / name)
+    sweep_beside(path)
 
 
 _REPLACEMENTS = 20
+
+
+def sweep_beside(path: Path) -> None:
+    """Remove what killed writers of this file left beside it; only for files that `replace_file` writes."""
+    for name in listing(path.parent):
+        if name.startswith(f".{path.name}.") and name.endswith(TEMPORARY_SUFFIX):
+            remove_file(path.parent / name)
 
 
 def remove_file(path: Path) -> None:

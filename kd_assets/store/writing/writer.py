@@ -30,11 +30,13 @@ from kd_assets.durable import (
     prepare_folder,
     remove_file,
     size_if_there,
+    sweep_beside,
 )
 from kd_assets.errors import ContractError, CorruptPartError, NotCommittedError, ResultBusyError
 from kd_assets.locks import Lease
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint, variant_of
 from kd_assets.store.layout import (
+    HEAD_NAME,
     JOURNAL_NAME,
     LEASE_NAME,
     MANIFEST_NAME,
@@ -317,6 +319,8 @@ def _finish_commit(folder: Path, manifest: Manifest, *, is_new: bool) -> None:
     if size_if_there(folder / JOURNAL_NAME) is not None:
         if is_new or not is_audited(folder, manifest):
             audit_commit(folder, manifest)
+        if not is_new:
+            sweep_beside(folder.parent / HEAD_NAME)
         remove_file(folder / JOURNAL_NAME)
 
 
