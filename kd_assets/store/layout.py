@@ -68,6 +68,12 @@ def part_name(index: int, suffix: str) -> str:
     return f"part-{index:05d}{suffix}"
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a part of a result may have this name: it stays in its folder, and is none of the store's own files."""
+    own = (MANIFEST_NAME, JOURNAL_NAME, LEASE_NAME)
+    return bool(name) and name.isprintable() and "/" not in name and not name.startswith(".") and name not in own
+
+
 def count_durable_files(folders: Iterable[Path]) -> int:
     """How many part files and manifests these result folders hold; a folder that is not there holds none.
 

@@ -18,7 +18,14 @@ from kd_assets.contract import decode, parse_json
 from kd_assets.durable import append_line, open_file, read_if_there, read_patiently, replace_file, size_if_there
 from kd_assets.errors import ContractError, CorruptManifestError, NotCommittedError
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint
-from kd_assets.store.layout import AUDIT_NAME, FOLDER_FINGERPRINT_LENGTH, HEAD_NAME, MANIFEST_NAME, recipe_folder_of
+from kd_assets.store.layout import (
+    AUDIT_NAME,
+    FOLDER_FINGERPRINT_LENGTH,
+    HEAD_NAME,
+    MANIFEST_NAME,
+    is_file_name,
+    recipe_folder_of,
+)
 
 _SELF_HASH = "manifest_sha256"
 
@@ -139,6 +146,10 @@ def _contradiction(manifest: Manifest) -> str | None:
     parts = manifest.parts
     if [part.index for part in parts] != list(range(len(parts))):
         return f"parts {[part.index for part in parts]} are not 0 to {len(parts) - 1}"
+    if odd := [part.name for part in parts if not is_file_name(part.name)]:
+        return f"a part is named {odd[0]!r:.80}"
+    if len({part.name for part in parts}) < len(parts):
+        return "two parts have one name"
     for name in ("n_documents", "n_tokens", "n_bytes"):
         total, summed = getattr(manifest, name), sum(getattr(part, name) for part in parts)
         if total != summed:

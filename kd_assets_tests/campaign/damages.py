@@ -6,7 +6,6 @@ could not be done this time (there is no such file in this home).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_assets.store.manifest import PartRecord, read_manifest
+from kd_assets.store.manifest import read_manifest
+from kd_assets.store.writing.journal import Journal
 from kd_assets_tests.campaign.production import ASSETS, KEYS, Home
 
 Damage = Callable[[random.Random, Home], str]
@@ -555,21 +555,13 @@ def made_unfinished(rng: random.Random, home: Home) -> Path:
     n_kept = rng.randrange(1, len(manifest.parts) + 1)
     (folder / "manifest.json").unlink()
     (folder.parent / "head.json").unlink()
-    lines = []
-    for part in manifest.parts:
-        if part.index < n_kept:
-            lines.append(json.dumps({"fingerprint": manifest.fingerprint, "part": _record(part)}, sort_keys=True))
-        else:
-            (folder / part.name).unlink()
-    (folder / "journal.jsonl").write_text("".join(line + "\n" for line in lines))
+    for part in manifest.parts[n_kept:]:
+        (folder / part.name).unlink()
+    Journal(folder / "journal.jsonl", manifest.fingerprint).rewrite(manifest.parts[:n_kept])
     audit = home.recipe_folder / "audit.jsonl"
     kept = [line for line in audit.read_text().splitlines(keepends=True) if manifest.fingerprint not in line]
     audit.write_text("".join(kept))
     return folder
-
-
-def _record(part: PartRecord) -> dict[str, Any]:
-    return dataclasses.asdict(part)
 
 
 FILES["journal"] = journals
@@ -596,10 +588,7 @@ def interrupted_commit(rng: random.Random, home: Home) -> str:
     """As a kill between manifest and clean-up leaves it: a journal beside the manifest; head and audit line or not."""
     path = one_of(rng, manifests(home), "no manifest")
     folder, manifest = path.parent, read_manifest(path.parent)
-    lines = [
-        json.dumps({"fingerprint": manifest.fingerprint, "part": _record(p)}, sort_keys=True) for p in manifest.parts
-    ]
-    (folder / "journal.jsonl").write_text("".join(line + "\n" for line in lines))
+    Journal(folder / "journal.jsonl", manifest.fingerprint).rewrite(manifest.parts)
     words = "journal left"
     if rng.random() < 0.7:
         (folder.parent / "head.json").unlink()

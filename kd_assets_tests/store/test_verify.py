@@ -211,6 +211,29 @@ def test_head_that_points_nowhere_is_found(filled: Path) -> None:
     assert all(str(folder) in problem.message for problem in verify(filled).problems)
 
 
+def test_head_that_is_a_link_to_nowhere_is_none(filled: Path) -> None:
+    head = folder_of(filled).parent / "head.json"
+    head.unlink()
+    head.symlink_to("nowhere")
+    assert found(filled) == [("no_head", head.parent)]
+
+
+@pytest.mark.parametrize(
+    "name", ["../part", "/etc/passwd", "part\0", "part\x1b[2J", "", ".", "..", "manifest.json", ".lease"]
+)
+def test_manifest_whose_part_would_lie_elsewhere_is_corrupt(filled: Path, name: str) -> None:
+    folder = folder_of(filled)
+    rewrite(folder, lambda part: {"name": name} if part["index"] == 1 else {})
+    assert [problem.kind for problem in verify(folder).problems] == ["corrupt_manifest"]
+    assert "a part is named" in verify(folder).problems[0].message
+
+
+def test_manifest_with_two_parts_of_one_name_is_corrupt(filled: Path) -> None:
+    folder = folder_of(filled)
+    rewrite(folder, lambda part: {"name": "part-00000.parquet"})
+    assert "two parts have one name" in verify(folder).problems[0].message
+
+
 def test_head_whose_fingerprint_only_begins_right_is_found(filled: Path) -> None:
     folder = folder_of(filled)
     head = folder.parent / "head.json"
@@ -230,6 +253,7 @@ def test_unfinished_results_and_foreign_files_are_notes(filled: Path) -> None:
         ("foreign_file", folder / "notes.txt"),
         ("unfinished", Path(out.path)),
     ]
+    assert all(str(note.path) in note.message for note in report.notes)
     assert report.n_results == 8
 
 

@@ -196,7 +196,7 @@ class _Verifier:
             self._seen[str(folder.absolute())] = False
             n_parts = count_durable_files([folder])
             self._note(
-                "unfinished", folder, f"unfinished: {n_parts} part files and no manifest; a rerun goes on from here"
+                "unfinished", folder, f"{folder} has {n_parts} part files and no manifest; a rerun goes on from here"
             )
             return
         except CorruptManifestError as e:
@@ -231,7 +231,8 @@ class _Verifier:
         except StoreError as e:
             self._problem("unreadable", path, str(e))
             return
-        if current is None:  # removed since it was found
+        if current is None:  # a link to nowhere, or removed since it was found
+            self._heads.discard(path.parent.absolute())
             return
         folder = path.parent / current[:FOLDER_FINGERPRINT_LENGTH]
         try:

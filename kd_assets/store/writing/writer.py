@@ -40,6 +40,7 @@ from kd_assets.store.layout import (
     JOURNAL_NAME,
     LEASE_NAME,
     MANIFEST_NAME,
+    is_file_name,
     part_name,
     result_folder,
 )
@@ -132,7 +133,7 @@ class ResultWriter:
 
     def write_file(self, index: int, name: str, data: bytes) -> PartRecord:
         """Write `data` as part `index` under a name of its own, for results that are no tables."""
-        if Path(name).name != name or name.startswith(".") or name in (MANIFEST_NAME, JOURNAL_NAME):
+        if not is_file_name(name):
             raise ValueError(f"{name!r} cannot be a file of a result")
         with self._new_part(index, name, n_documents=0, n_tokens=0, stats={}) as file:
             if file is not None:
