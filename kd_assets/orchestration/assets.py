@@ -6,7 +6,7 @@ import dagster as dg
 
 from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.materialize import materialize_caches, materialize_plan, materialize_student
-from kd_assets.orchestration.orphans import settle_orphans
+from kd_assets.orchestration.orphans import settle_dead_runs, settle_orphans
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.recorder import check_specs
 from kd_assets.orchestration.schedules import nightly_requests
@@ -159,7 +159,10 @@ def caches_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
         default_status=dg.DefaultScheduleStatus.STOPPED,
         description="Back-fills what is missing or stale; never what a live run already holds.",
     )
-    def nightly_caches(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    def nightly_caches(
+        context: dg.ScheduleEvaluationContext, platform: Platform
+    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        settle_dead_runs(context.instance, recipe, platform.jobs_folder)
         yield from nightly_requests(context.instance, recipe)
 
     return nightly_caches
@@ -169,8 +172,8 @@ def orphan_sensor(recipe: Recipe) -> dg.SensorDefinition:
     @dg.sensor(
         name=f"{recipe.name}_orphans",
         target=dg.AssetSelection.groups(recipe.name),
-        minimum_interval_seconds=300,
-        default_status=dg.DefaultSensorStatus.STOPPED,
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.RUNNING,
         description="Finds jobs without a run, which get a new run or are cancelled, and runs without a process.",
     )
     def orphans(context: dg.SensorEvaluationContext, platform: Platform) -> Iterator[dg.RunRequest | dg.SkipReason]:

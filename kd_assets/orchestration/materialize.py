@@ -7,7 +7,7 @@ either recorded or named in its failure.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -16,6 +16,7 @@ from kd_assets.contract import Asset
 from kd_assets.dagster_internals import already_recorded
 from kd_assets.durable import storage_errors
 from kd_assets.model_files.digests import Say
+from kd_assets.orchestration.driving.waiting import Log
 from kd_assets.orchestration.orphans import alive
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
@@ -23,7 +24,9 @@ from kd_assets.orchestration.recording.loss_picture import loss_picture_markdown
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.orchestration.recording.recorder import Recorder, latest_data_version
 from kd_assets.orchestration.run import Run, as_failure, patiently
+from kd_assets.orchestration.schedules import partitions_held_by_live_runs
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
+from kd_assets.sources.plan import ShardPlan
 from kd_assets.store import read_manifest
 
 PLAN_TAG = "kd_assets/plan"
@@ -45,10 +48,13 @@ def materialize_plan(
     context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform
 ) -> dg.MaterializeResult[None]:
     """Pin the sources and register one dynamic partition a shard, in sorted order."""
-    with as_failure():
+    with as_failure(), alive(platform.jobs_folder, context.run.run_id):
         plan = planner_of(recipe, platform).make_plan()
     keys = [shard.partition_key for shard in plan.shards]
-    register_partitions(context.instance, str(recipe.partitions.name), keys)
+    name = str(recipe.partitions.name)
+    present = context.instance.get_dynamic_partitions(name)
+    held = partitions_held_by_live_runs(context.instance, recipe, present)
+    register_partitions(context.instance, name, keys, held=held)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(plan.plan_hash),
         metadata={
@@ -76,14 +82,20 @@ def materialize_plan(
     )
 
 
-def register_partitions(instance: dg.DagsterInstance, name: str, keys: Sequence[str]) -> None:
-    """Make the dynamic partitions exactly `keys`, in this order.
+def register_partitions(
+    instance: dg.DagsterInstance, name: str, keys: Sequence[str], *, held: Collection[str] = ()
+) -> None:
+    """Make the dynamic partitions exactly `keys`, in this order; `held` ones that are no longer wanted stay after them
+    until the next plan, since Dagster fails a run whose partitions are gone.
 
     Dagster keeps them in the order they were added, and a range means "between these two in that order"; so unless
     the new keys only go on at the end, all are added anew. Removing a key removes no data and no history. Dagster
     offers no removal of many at once; a plan seldom loses any.
     """
-    present, wanted = list(instance.get_dynamic_partitions(name)), set(keys)
+    present = list(instance.get_dynamic_partitions(name))
+    kept_for_runs = set(held) - set(keys)
+    keys = [*keys, *(key for key in present if key in kept_for_runs)]
+    wanted = set(keys)
     kept = [key for key in present if key in wanted]
     if kept != list(keys[: len(kept)]):
         kept = []
@@ -99,14 +111,24 @@ def materialize_caches(
     context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform
 ) -> Iterator[dg.MaterializeResult[None]]:
     """Tokenise and cache the selected partitions, whichever of the four assets are selected."""
+    with as_failure(), alive(platform.jobs_folder, context.run.run_id):
+        selected = _make_caches(context, recipe, platform)
+    for asset in selected:
+        yield already_recorded(recipe.key(asset))
+
+
+def _make_caches(context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform) -> list[Asset]:
+    """See to it that all that is selected is there and recorded; returns the selected assets."""
     selected = [a for a in (SHARDS_MANIFEST, *recipe.caches) if recipe.key(a) in context.selected_asset_keys]
     checked = assets_only_checked(context, recipe)
     keys = partitions_asked_for(context, recipe, checked)
     if not keys:
         raise dg.Failure(description="the selection holds no partition: is the range reversed?", allow_retries=False)
-    with as_failure():
-        planner = planner_of(recipe, platform, say=context.log.info)
-        plan_hash = patiently(planner.current_plan, context.log).plan_hash
+    planner = planner_of(recipe, platform, say=context.log.info)
+    plan = patiently(planner.current_plan, context.log)
+    plan_hash = plan.plan_hash
+    if context.has_partition_key_range:
+        keys = resolved(keys, plan, context.log)
     # For the steps after this one: a plan that is made meanwhile is for the runs after this one.
     context.instance.add_run_tags(context.run.run_id, {PLAN_TAG: plan_hash})
     recorder = Recorder(
@@ -119,20 +141,27 @@ def materialize_caches(
         collect_s=COLLECT_S,
     )
     run = Run(context, recipe, platform, planner, recorder)
-    with as_failure(), alive(platform.jobs_folder, context.run.run_id):
-        if SHARDS_MANIFEST in selected:
-            run.carry_out(run.planned(planner.shards_work, keys))
-        if caches := [a for a in selected if a != SHARDS_MANIFEST]:
-            without_shard = {f.partition_key for f in run.failed}
-            with_shard = [k for k in keys if k not in without_shard]
-            run.carry_out(run.planned(lambda some: planner.teacher_work(some, caches), with_shard))
-        if checked:
-            weights = planner.planned_weights()
-            run.check(run.planned(lambda some: planner.teacher_work(some, checked, weights=weights), keys))
-        recorder.finish()
+    if SHARDS_MANIFEST in selected:
+        run.carry_out(run.planned(planner.shards_work, keys))
+    if caches := [a for a in selected if a != SHARDS_MANIFEST]:
+        without_shard = {f.partition_key for f in run.failed}
+        with_shard = [k for k in keys if k not in without_shard]
+        run.carry_out(run.planned(lambda some: planner.teacher_work(some, caches), with_shard))
+    if checked:
+        weights = planner.planned_weights()
+        run.check(run.planned(lambda some: planner.teacher_work(some, checked, weights=weights), keys))
+    recorder.finish()
     run.raise_if_anything_failed()
-    for asset in selected:
-        yield already_recorded(recipe.key(asset))
+    return selected
+
+
+def resolved(keys: Sequence[str], plan: ShardPlan, log: Log) -> list[str]:
+    """A range's partitions that the plan has: others may have been in an older one, when the run was queued."""
+    planned = {shard.partition_key for shard in plan.shards}
+    if gone := [key for key in keys if key not in planned]:
+        named = ", ".join(gone) if len(gone) <= 5 else f"{gone[0]} … {gone[-1]}"
+        log.warning(f"{len(gone)} partitions of the range are not in the plan any more, and are left out: {named}")
+    return [key for key in keys if key in planned] or list(keys)
 
 
 def assets_only_checked(context: dg.AssetExecutionContext, recipe: Recipe) -> list[Asset]:
@@ -154,12 +183,11 @@ def materialize_student(
 ) -> dg.MaterializeResult[None]:
     """Train the small student on every complete partition, and show the curve."""
     planner = planner_of(recipe, platform, say=context.log.info)
-    with as_failure():
+    run = Run(context, recipe, platform, planner, recorder=None)
+    with as_failure(), alive(platform.jobs_folder, context.run.run_id):
         if (plan_hash := plan_of_run(context)) is not None:
             planner.use_plan(plan_hash)
         work, shards = patiently(planner.student_work, context.log)
-    run = Run(context, recipe, platform, planner, recorder=None)
-    with as_failure(), alive(platform.jobs_folder, context.run.run_id):
         run.carry_out(work)
     run.raise_if_anything_failed()
     ((unit,), n_planned) = work.units, len(planner.current_plan().shards)

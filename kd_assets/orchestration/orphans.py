@@ -1,4 +1,5 @@
-"""Jobs that no run waits for, and runs whose process is gone: found and settled by a sensor that ships stopped.
+"""Jobs that no run waits for, and runs whose process is gone: found and settled by a sensor, and by the nightly
+schedule before it asks what live runs hold.
 
 A run's process holds a lock for as long as it lives, and one for each job it follows; so "is anybody there" is asked of
 the file system, as everywhere here, and not of a status that nobody was left to change. GPU hours are paid for, so a
@@ -22,7 +23,7 @@ from kd_assets.durable import prepare_folder, storage_errors
 from kd_assets.errors import ContractError
 from kd_assets.locks import is_locked, locked
 from kd_assets.orchestration.driving.following import FollowedJob, described
-from kd_assets.orchestration.schedules import ranges_of
+from kd_assets.orchestration.schedules import is_of_recipe, partitions_held_by_live_runs, ranges_of
 from kd_assets.orchestration.termination import ENDED_ON_PURPOSE
 from kd_assets.recipes.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
@@ -31,6 +32,10 @@ from kd_assets.scheduler.submissions import followers, is_cancelled
 KINDS: tuple[JobKind, ...] = ("shards", "teacher", "student")
 SETTLING_S = 60.0
 """A job younger than this may be about to get its run's lock."""
+
+
+QUIET_S = 300.0
+"""A run between two steps for so long has no process: steps follow each other within moments."""
 
 
 @contextmanager
@@ -92,28 +97,61 @@ def orphaned_jobs(
             )
 
 
-def runs_without_process(instance: dg.DagsterInstance, jobs_folder: Path) -> list[dg.DagsterRun]:
-    """Runs that Dagster holds for started and whose process is gone; only such as have reached our code."""
+def runs_without_process(
+    instance: dg.DagsterInstance, recipe: Recipe, jobs_folder: Path, *, clock: Callable[[], float] = time.time
+) -> list[dg.DagsterRun]:
+    """Runs that Dagster holds for started and whose process is gone: such as have reached our code, and of the recipe's
+    runs also such as have not, or have left it."""
     filters = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])
-    return [run for run in instance.get_runs(filters) if is_gone(jobs_folder, run.run_id)]
+    return [
+        run
+        for run in instance.get_runs(filters)
+        if is_gone(jobs_folder, run.run_id)
+        or (
+            is_of_recipe(run, recipe)
+            and not (jobs_folder / ".runs" / run.run_id).exists()
+            and _is_between_steps(instance, run, clock() - QUIET_S)
+        )
+    ]
+
+
+def _is_between_steps(instance: dg.DagsterInstance, run: dg.DagsterRun, since: float) -> bool:
+    """Whether no step of the run is at work and nothing has happened since then."""
+    entries = instance.all_logs(run.run_id)
+    if max((entry.timestamp for entry in entries), default=since) >= since:
+        return False
+    kinds = [entry.dagster_event.event_type for entry in entries if entry.dagster_event is not None]
+    return kinds.count(dg.DagsterEventType.STEP_START) <= sum(map(kinds.count, _STEP_ENDS))
+
+
+_STEP_ENDS = (dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.STEP_SKIPPED)
+
+
+def settle_dead_runs(
+    instance: dg.DagsterInstance, recipe: Recipe, jobs_folder: Path, *, clock: Callable[[], float] = time.time
+) -> list[str]:
+    """Mark runs whose process is gone as failed, which frees their pool and, with `run_retries` in dagster.yaml, starts
+    them again; says of each that it did."""
+    dead = runs_without_process(instance, recipe, jobs_folder, clock=clock)
+    for run in dead:
+        instance.report_run_failed(run, "its process is gone: killed, or the machine restarted; its job goes on")
+    return [f"run {run.run_id} had no process any more and is marked as failed" for run in dead]
 
 
 def settle_orphans(
     instance: dg.DagsterInstance, recipe: Recipe, scheduler: Scheduler, jobs_folder: Path
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """Marks dead runs as failed, has jobs cancelled whose run was terminated, and asks for a run for every other
-    orphan."""
-    done: list[str] = []
-    for run in runs_without_process(instance, jobs_folder):
-        instance.report_run_failed(run, "its process is gone: killed, or the machine restarted; its job goes on")
-        done.append(f"run {run.run_id} had no process any more and is marked as failed")
+    orphan whose partitions no live run holds."""
+    done = settle_dead_runs(instance, recipe, jobs_folder)
     requests: list[dg.RunRequest] = []
     orphans = list(orphaned_jobs(instance, recipe, scheduler))
     if unwanted := [orphan.submission for orphan in orphans if orphan.is_unwanted]:
         # A tick has a minute; one that takes longer to end is found again by the next.
         scheduler.begin_cancelling(unwanted)
         done += [f"cancelling {described(scheduler, job)}, whose run was terminated" for job in unwanted]
-    for orphan in orphans:
+    # Dagster starts a run again that was just marked, and that run finds its job: what it does not, the next tick does.
+    for orphan in orphans if not done else []:
         if not orphan.is_unwanted:
             requests += requests_for(instance, recipe, orphan)
     yield from requests
@@ -131,7 +169,7 @@ def requests_for(instance: dg.DagsterInstance, recipe: Recipe, orphan: Orphan) -
         return
     present = list(instance.get_dynamic_partitions(str(recipe.partitions.name)))
     wanted: dict[str, tuple[Asset, ...]] = dict.fromkeys(_partitions_of(orphan.job), tuple(assets))
-    still_there = wanted.keys() & set(present)
+    still_there = wanted.keys() & set(present) - partitions_held_by_live_runs(instance, recipe, present)
     for found in ranges_of(present, {k: a for k, a in wanted.items() if k in still_there}):
         yield dg.RunRequest(
             run_key=f"{key}#{found.first}",

@@ -145,14 +145,18 @@ def latest_tags(
     return found
 
 
+def is_of_recipe(run: dg.DagsterRun, recipe: Recipe) -> bool:
+    """Whether a run makes partitions of this recipe."""
+    ours = {recipe.key(a) for a in (SHARDS_MANIFEST, *recipe.caches)}
+    return bool(ours & set(run.asset_selection or ())) or run.job_name == f"{recipe.name}_caches"
+
+
 def partitions_held_by_live_runs(instance: dg.DagsterInstance, recipe: Recipe, keys: Sequence[str]) -> set[str]:
     """Partitions of this recipe that a queued or running run is going to materialize."""
-    ours = {recipe.key(a) for a in (SHARDS_MANIFEST, *recipe.caches)}
     position = {key: i for i, key in enumerate(keys)}
     held: set[str] = set()
     for run in instance.get_runs(dg.RunsFilter(statuses=LIVE)):
-        of_this_recipe = bool(ours & set(run.asset_selection or ())) or run.job_name == f"{recipe.name}_caches"
-        if not of_this_recipe:
+        if not is_of_recipe(run, recipe):
             continue
         single = run.tags.get(PARTITION_NAME_TAG)
         first, last = run.tags.get(ASSET_PARTITION_RANGE_START_TAG), run.tags.get(ASSET_PARTITION_RANGE_END_TAG)

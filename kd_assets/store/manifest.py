@@ -146,10 +146,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     parts = manifest.parts
     if [part.index for part in parts] != list(range(len(parts))):
         return f"parts {[part.index for part in parts]} are not 0 to {len(parts) - 1}"
-    if odd := [part.name for part in parts if not is_file_name(part.name)]:
-        return f"a part is named {odd[0]!r:.80}"
-    if len({part.name for part in parts}) < len(parts):
-        return "two parts have one name"
+    if odd_name := _odd_name(parts):
+        return odd_name
     for name in ("n_documents", "n_tokens", "n_bytes"):
         total, summed = getattr(manifest, name), sum(getattr(part, name) for part in parts)
         if total != summed:
@@ -159,6 +157,12 @@ def _contradiction(manifest: Manifest) -> str | None:
     if manifest.data_version != data_version(manifest.asset, [part.sha256 for part in parts]):
         return "data_version is not that of its parts"
     return None
+
+
+def _odd_name(parts: Sequence[PartRecord]) -> str | None:
+    if odd := [part.name for part in parts if not is_file_name(part.name)]:
+        return f"a part is named {odd[0]!r:.80}"
+    return "two parts have one name" if len({part.name for part in parts}) < len(parts) else None
 
 
 def committed(folder: Path, fingerprint: str) -> Manifest | None:

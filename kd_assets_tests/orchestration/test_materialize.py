@@ -11,7 +11,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from kd_assets.dagster_internals import CODE_VERSION_TAG, DATA_VERSION_TAG, input_data_version_tag
+from kd_assets.dagster_internals import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+    CODE_VERSION_TAG,
+    DATA_VERSION_TAG,
+    input_data_version_tag,
+)
 from kd_assets.orchestration import platform as platform_module
 from kd_assets.orchestration.driving.listening import progress_in_words
 from kd_assets.orchestration.materialize import PLAN_TAG, planner_of, register_partitions
@@ -439,6 +445,36 @@ def test_registering_partitions_changes_what_differs_and_no_more(
     register_partitions(partitions, "tiny_shards", keys)  # type: ignore[arg-type]
     assert partitions.keys == keys
     assert partitions.calls == expected
+
+
+def test_partitions_that_live_runs_hold_stay_until_a_plan_after_their_end() -> None:
+    keys = [f"s-{i:05d}" for i in range(5)]
+    partitions = FakePartitions(keys)
+    register_partitions(partitions, "tiny_shards", keys[:2], held={keys[0], keys[3]})  # type: ignore[arg-type]
+    assert partitions.keys == [*keys[:2], keys[3]]
+    register_partitions(partitions, "tiny_shards", keys[:2])  # type: ignore[arg-type]
+    assert partitions.keys == keys[:2]
+
+
+def test_a_plan_that_shrinks_leaves_the_partitions_of_live_and_queued_runs(deployment: Deployment) -> None:
+    deployment.plan()
+    job = deployment.definitions.resolve_job_def("tiny_caches")
+    tags = {ASSET_PARTITION_RANGE_START_TAG: SHARDS[1], ASSET_PARTITION_RANGE_END_TAG: SHARDS[2]}
+    queued = deployment.instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED, tags=tags)
+    deployment.write(documents(8))
+    deployment.plan()
+    assert list(deployment.instance.get_dynamic_partitions("tiny_shards")) == list(SHARDS)
+    result = deployment.run("shards_manifest", partition_range=(SHARDS[1], SHARDS[2]))
+    assert result.success, failure_text(result)
+    assert set(deployment.materializations(result.run_id)) == {("shards_manifest", SHARDS[1])}
+    said = "\n".join(entry.user_message for entry in deployment.instance.all_logs(result.run_id))
+    assert f"1 partitions of the range are not in the plan any more, and are left out: {SHARDS[2]}" in said
+    alone = deployment.run("shards_manifest", partition=SHARDS[2])
+    assert not alone.success
+    assert SHARDS[2] in failure_text(alone)
+    deployment.instance.report_run_canceled(queued)
+    deployment.plan()
+    assert list(deployment.instance.get_dynamic_partitions("tiny_shards")) == list(SHARDS[:2])
 
 
 def test_registering_partitions_costs_what_they_are_many_and_not_their_square() -> None:

@@ -11,9 +11,11 @@ from typing import cast
 
 import dagster as dg
 import pytest
+from dagster._core.events import DagsterEvent
+from dagster._core.execution.plan.objects import StepSuccessData
 
-from kd_assets.orchestration.assets import orphan_sensor
-from kd_assets.orchestration.orphans import alive, is_gone, orphaned_jobs, runs_without_process, settle_orphans
+from kd_assets.orchestration.assets import caches_schedule, orphan_sensor
+from kd_assets.orchestration.orphans import QUIET_S, alive, is_gone, orphaned_jobs, runs_without_process, settle_orphans
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import Profile, Scheduler
 from kd_assets.scheduler.submissions import followers
@@ -54,7 +56,8 @@ def killed(command_line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def test_a_job_whose_run_was_killed_gets_a_run_that_records_it(killed: Killed) -> None:
-    requests = killed.settle()
+    killed.settle()
+    requests = killed.settle()  # the tick that marks a run leaves its job to the run that Dagster starts again
     assert killed.deployment.instance.get_run_by_id(killed.run_id).status is dg.DagsterRunStatus.FAILURE  # type: ignore[union-attr]
     (request,) = requests
     assert isinstance(request, dg.RunRequest)
@@ -71,6 +74,7 @@ def test_a_job_whose_run_was_killed_gets_a_run_that_records_it(killed: Killed) -
 
 
 def test_the_same_orphan_is_asked_for_under_the_same_key_until_another_run_has_followed_it(killed: Killed) -> None:
+    killed.settle()
     first, second = killed.settle(), killed.settle()
     assert isinstance(first[0], dg.RunRequest)
     assert isinstance(second[0], dg.RunRequest)
@@ -145,14 +149,74 @@ def test_a_run_is_gone_when_its_process_was_killed_and_not_when_it_ended(tmp_pat
     assert not is_gone(tmp_path, "never-heard-of")
 
 
-def test_runs_that_never_reached_our_code_are_left_alone(deployment: Deployment) -> None:
+def started_run(deployment: Deployment, *steps: dg.DagsterEventType) -> dg.DagsterRun:
+    """A run of the recipe that Dagster holds for started, with these events of steps, all now."""
+    recipe = deployment.recipe
     run = deployment.instance.create_run_for_job(
-        deployment.definitions.resolve_implicit_global_asset_job_def(), status=dg.DagsterRunStatus.STARTED
+        deployment.definitions.resolve_job_def(f"{recipe.name}_caches"), status=dg.DagsterRunStatus.STARTED
     )
-    assert runs_without_process(deployment.instance, deployment.platform.jobs_folder) == []
+    deployment.instance.report_engine_event("begun", run)
+    for step in steps:
+        data = StepSuccessData(1.0) if step is dg.DagsterEventType.STEP_SUCCESS else None  # type: ignore[no-untyped-call]
+        event = DagsterEvent(step.value, job_name=run.job_name, step_key="caches", event_specific_data=data)
+        deployment.instance.report_dagster_event(event, run.run_id)
+    return run
+
+
+def gone_after(deployment: Deployment, seconds: float) -> list[str]:
+    found = runs_without_process(
+        deployment.instance, deployment.recipe, deployment.platform.jobs_folder, clock=lambda: time.time() + seconds
+    )
+    return [run.run_id for run in found]
+
+
+def test_a_run_whose_process_was_killed_before_or_after_our_code_is_gone_after_a_while(deployment: Deployment) -> None:
+    before = started_run(deployment)
+    after = started_run(deployment, dg.DagsterEventType.STEP_START, dg.DagsterEventType.STEP_SUCCESS)
+    started_run(deployment, dg.DagsterEventType.STEP_START)
+    assert gone_after(deployment, QUIET_S - 60) == []
+    assert set(gone_after(deployment, QUIET_S + 60)) == {before.run_id, after.run_id}
+
+
+def test_a_run_of_others_is_left_alone(deployment: Deployment) -> None:
+    run = deployment.instance.create_run_for_job(
+        deployment.definitions.resolve_job_def(f"{deployment.recipe.name}_plan"), status=dg.DagsterRunStatus.STARTED
+    )
+    deployment.instance.report_engine_event("begun", run)
+    assert gone_after(deployment, QUIET_S + 60) == []
     folder = deployment.platform.jobs_folder / ".runs"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / run.run_id).touch()
-    assert [r.run_id for r in runs_without_process(deployment.instance, deployment.platform.jobs_folder)] == [
-        run.run_id
-    ]
+    assert gone_after(deployment, 0) == [run.run_id], "unless its process was in our code"
+
+
+def test_the_sensor_is_on_by_default(deployment: Deployment) -> None:
+    assert orphan_sensor(deployment.recipe).default_status is dg.DefaultSensorStatus.RUNNING
+
+
+def test_the_nightly_schedule_does_not_wait_for_a_run_without_a_process(deployment: Deployment) -> None:
+    deployment.plan()
+    run = started_run(deployment, dg.DagsterEventType.STEP_START)
+    deployment.instance.add_run_tags(
+        run.run_id, {"dagster/asset_partition_range_start": SHARDS[0], "dagster/asset_partition_range_end": SHARDS[-1]}
+    )
+    schedule = caches_schedule(deployment.recipe)
+
+    def asked_for() -> list[type]:
+        context = dg.build_schedule_context(instance=deployment.instance, resources={"platform": deployment.platform})
+        return [type(request) for request in cast(Iterator[object], schedule(context))]
+
+    with alive(deployment.platform.jobs_folder, run.run_id):
+        assert asked_for() == [dg.SkipReason]
+    (deployment.platform.jobs_folder / ".runs" / run.run_id).touch()
+    assert asked_for() == [dg.RunRequest]
+    assert deployment.instance.get_run_by_id(run.run_id).status is dg.DagsterRunStatus.FAILURE  # type: ignore[union-attr]
+
+
+def test_a_job_whose_partitions_a_live_run_holds_gets_no_other_run(killed: Killed) -> None:
+    killed.settle()
+    tags = {"dagster/asset_partition_range_start": SHARDS[0], "dagster/asset_partition_range_end": SHARDS[2]}
+    again = started_run(killed.deployment, dg.DagsterEventType.STEP_START)
+    killed.deployment.instance.add_run_tags(again.run_id, tags)
+    (reason,) = killed.settle()
+    assert isinstance(reason, dg.SkipReason)

@@ -187,7 +187,11 @@ def test_the_schedules_ship_stopped_and_evaluate_in_dagster(night: Night) -> Non
     schedules = {s.name: s for s in definitions.schedules or () if isinstance(s, dg.ScheduleDefinition)}
     assert set(schedules) == {"tiny_nightly_plan", "tiny_nightly_caches"}
     assert all(s.default_status is dg.DefaultScheduleStatus.STOPPED for s in schedules.values())
-    with dg.build_schedule_context(instance=night.instance, repository_def=definitions.get_repository_def()) as context:
+    with dg.build_schedule_context(
+        instance=night.instance,
+        repository_def=definitions.get_repository_def(),
+        resources={"platform": night.deployment.platform},
+    ) as context:
         data = schedules["tiny_nightly_caches"].evaluate_tick(context)
     assert [r.tags[ASSET_PARTITION_RANGE_END_TAG] for r in data.run_requests or ()] == [SHARDS[-1]]
 
