@@ -1,6 +1,8 @@
 """Disturbs a production for so many minutes, and says what came of it:
 
-    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages]
+    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages|cluster]
+
+`cluster` needs SLURM, and is done only where it is named.
 
 The folder keeps what was done: started again, a campaign that was ended or killed goes on until its minutes are
 used up, and one that is over says its summary once more. `--round N`, with `--only`, does one round and says what it
@@ -22,13 +24,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from kd_assets_tests.campaign.cluster_rounds import ClusterRounds
 from kd_assets_tests.campaign.damage_rounds import DamageRounds
 from kd_assets_tests.campaign.kill_rounds import KillRounds
 from kd_assets_tests.campaign.ledger import Ledger
 from kd_assets_tests.campaign.production import warm_up
 
-CAMPAIGNS: dict[str, type[DamageRounds | KillRounds]] = {"damages": DamageRounds, "kills": KillRounds}
-SHARES = {"damages": 0.35, "kills": 0.65}
+Rounds = DamageRounds | KillRounds | ClusterRounds
+CAMPAIGNS: dict[str, type[Rounds]] = {"damages": DamageRounds, "kills": KillRounds, "cluster": ClusterRounds}
+BY_DEFAULT = ("damages", "kills")
+SHARES = {"damages": 0.35, "kills": 0.65, "cluster": 1.0}
 """Of the time."""
 N_TURNS = 3
 """How often each campaign has its turn, so that one that is ended early has something of each."""
@@ -44,7 +49,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
     ledger = Ledger(folder, arguments.seed)
-    names = arguments.only or list(CAMPAIGNS)
+    names = arguments.only or list(BY_DEFAULT)
     campaigns = {name: CAMPAIGNS[name](folder / name, arguments.seed) for name in names}
     if arguments.round is not None:
         warm_up()
@@ -63,7 +68,7 @@ def main() -> int:
     return 0 if summary["ok"] else 1
 
 
-def _turn(ledger: Ledger, campaign: DamageRounds | KillRounds, budget_s: float) -> bool:
+def _turn(ledger: Ledger, campaign: Rounds, budget_s: float) -> bool:
     """Rounds of one campaign until its turn or its time is over; returns whether it has time left."""
     left_s = budget_s - ledger.used_s(campaign.name)
     if left_s <= 0:

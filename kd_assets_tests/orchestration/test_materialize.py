@@ -460,7 +460,7 @@ def test_a_plan_that_shrinks_leaves_the_partitions_of_live_and_queued_runs(deplo
     deployment.plan()
     job = deployment.definitions.resolve_job_def("tiny_caches")
     tags = {ASSET_PARTITION_RANGE_START_TAG: SHARDS[1], ASSET_PARTITION_RANGE_END_TAG: SHARDS[2]}
-    queued = deployment.instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED, tags=tags)
+    queued = deployment.instance.create_run_for_job(job, status=dg.DagsterRunStatus.NOT_STARTED, tags=tags)
     deployment.write(documents(8))
     deployment.plan()
     assert list(deployment.instance.get_dynamic_partitions("tiny_shards")) == list(SHARDS)
