@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from kd_assets.errors import EXIT_FAILED, KdAssetsError, MissingInputError
+from kd_assets.errors import EXIT_FAILED, KdAssetsError, MissingInputError, printable
 from kd_assets.store.checking.verify import VerifyReport, verify
 from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
 
@@ -336,22 +336,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(*lines: str, stream: TextIO | None = None) -> None:
-    """Print lines, with escapes in the place of all that is no printable character.
-
-    Ids, texts, paths and messages come from files that anybody may have written: none of them is to move the cursor,
-    to begin a line of its own, or to turn the direction of what is read.
-    """
+    """Print lines, with escapes in the place of all that is no printable character."""
     print("\n".join(printable(line) for line in lines), file=stream or sys.stdout, flush=True)
 
 
 def _show_json(record: Any) -> None:
     """Print one JSON object, in ASCII for the same reason."""
     print(json.dumps(record, indent=1, default=str))
-
-
-def printable(text: str) -> str:
-    """`text` with a Python escape for every control character, bidirectional mark and lone surrogate in it."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _count(text: str) -> int:

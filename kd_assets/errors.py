@@ -4,6 +4,16 @@ Anyone may import it. A message says what was expected, what was found, which fi
 `exit_code` is what the worker and the command line end with when the error reaches them.
 """
 
+
+def printable(text: str) -> str:
+    """`text` with a Python escape for every control character, bidirectional mark and lone surrogate in it.
+
+    Ids, texts and paths come from files that anybody may have written: in what people read, none of them is to move the
+    cursor, to begin a line of its own, or to turn the direction of what is read.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_RESUMABLE = 75

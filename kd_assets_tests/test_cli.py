@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kd_assets import cli
+from kd_assets.errors import printable
 from kd_assets.store import ResultWriter, commit_file_result, part_stats, plan_output
 from kd_assets_tests.store import examples
 
@@ -347,8 +348,8 @@ HOSTILE = "id\x1b[2J\x9b31m\u202ereversed\u2066\nverify: all is well\udcff"
 
 
 def test_what_is_printed_has_escapes_in_the_place_of_control_characters() -> None:
-    assert cli.printable(HOSTILE) == r"id\x1b[2J\x9b31m\u202ereversed\u2066\nverify: all is well\udcff"
-    assert cli.printable("naïve 日本語 “quotes” … ×") == "naïve 日本語 “quotes” … ×"
+    assert printable(HOSTILE) == r"id\x1b[2J\x9b31m\u202ereversed\u2066\nverify: all is well\udcff"
+    assert printable("naïve 日本語 “quotes” … ×") == "naïve 日本語 “quotes” … ×"
 
 
 @pytest.mark.parametrize("arguments", [["--json"], []])

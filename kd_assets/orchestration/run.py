@@ -5,6 +5,7 @@ Here driving meets Dagster: the run's log, its recorder, its tags, and how it is
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import dagster as dg
 
 from kd_assets.contract import JobFile, JobKind, Output, WorkUnit
 from kd_assets.dagster_internals import InterruptSignals, interrupt_signals
-from kd_assets.errors import NO_ANSWER, KdAssetsError, SchedulerError, StorageUnavailableError
+from kd_assets.errors import NO_ANSWER, KdAssetsError, SchedulerError, StorageUnavailableError, printable
 from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult
 from kd_assets.orchestration.driving.driver import Driver
 from kd_assets.orchestration.driving.following import FollowedJob, described
@@ -231,7 +232,7 @@ class Run:
         failed_partitions = sorted({f.partition_key for f in self.failed} | set(checks))
         metadata: dict[str, Any] = {
             "failed_partitions": dg.MetadataValue.json(failed_partitions),
-            "causes": dg.MetadataValue.md("\n".join(f"- {line}" for line in lines)),
+            "causes": dg.MetadataValue.md("\n".join(f"- {as_markdown(line)}" for line in lines)),
         }
         if self._failures:
             metadata["failures_by_class"] = failures_in_words(self._failures)
@@ -253,8 +254,14 @@ def failed_in_words(failed: Iterable[FailedResult]) -> list[str]:
     for cause, results in grouped.items():
         keys = sorted({r.partition_key for r in results})
         named = ", ".join(keys) if len(keys) <= 5 else f"{keys[0]} … {keys[-1]} ({len(keys)} partitions)"
-        lines.append(f"{named} ({', '.join(dict.fromkeys(r.asset for r in results))}): {cause}")
+        safe_cause = "\n".join(map(printable, cause.splitlines()))
+        lines.append(f"{named} ({', '.join(dict.fromkeys(r.asset for r in results))}): {safe_cause}")
     return lines
+
+
+def as_markdown(text: str) -> str:
+    """Text that Markdown shows as it is: what a file says is no link, no picture and no HTML of ours."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+\-.!|~&$])", r"\\\1", text)
 
 
 @contextmanager

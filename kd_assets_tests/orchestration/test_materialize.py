@@ -20,10 +20,13 @@ from kd_assets.dagster_internals import (
 )
 from kd_assets.orchestration import platform as platform_module
 from kd_assets.orchestration.driving.listening import progress_in_words
+from kd_assets.orchestration.driving.results import FailedResult
 from kd_assets.orchestration.materialize import PLAN_TAG, planner_of, register_partitions
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
+from kd_assets.orchestration.retries import FailureClass
+from kd_assets.orchestration.run import as_markdown, failed_in_words
 from kd_assets.scheduler import LocalScheduler
 from kd_assets.sources.plan import ShardPlan
 from kd_assets.store import manifest as manifest_module
@@ -482,6 +485,25 @@ def test_registering_partitions_costs_what_they_are_many_and_not_their_square() 
     Key.n_lookups = 0
     register_partitions(FakePartitions(keys[:1900]), "tiny_shards", keys)  # type: ignore[arg-type]
     assert Key.n_lookups < 10 * len(keys)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("<img src=x onerror=alert(1)>", r"\<img src=x onerror=alert\(1\)\>"),
+        ("[here](http://x)", r"\[here\]\(http://x\)"),
+        ("**bold** `code` | # x", r"\*\*bold\*\* \`code\` \| \# x"),
+        ("plain words, of 12 %", "plain words, of 12 %"),
+    ],
+)
+def test_causes_are_shown_as_they_are_and_not_as_markdown(said: str, shown: str) -> None:
+    assert as_markdown(said) == shown
+
+
+def test_a_cause_moves_no_cursor_and_turns_no_direction() -> None:
+    cause = "bad id \x1b[2J\u202e\nsecond line"
+    failed = FailedResult(partition_key="p", asset="topk_cache", failure=FailureClass.WORK, cause=cause)
+    assert failed_in_words([failed]) == ["p (topk_cache): bad id \\x1b[2J\\u202e\nsecond line"]
 
 
 def test_progress_is_told_in_words() -> None:
