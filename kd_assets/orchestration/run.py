@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
+import sqlalchemy as sa
 
 from kd_assets.contract import JobFile, JobKind, Output, WorkUnit
 from kd_assets.dagster_internals import InterruptSignals, interrupt_signals
@@ -271,6 +272,11 @@ def as_failure() -> Iterator[None]:
         yield
     except KdAssetsError as e:
         raise dg.Failure(description=f"{type(e).__name__}: {e}", allow_retries=False) from e
+    except sa.exc.OperationalError as e:
+        raise dg.Failure(
+            description=f"Dagster's own database does not do what it was asked: {e.orig}. See to the disk of DAGSTER_HOME "
+            "or the server of its `storage`, and materialize again: what is committed is kept, and recorded then"
+        ) from e
 
 
 T = TypeVar("T")

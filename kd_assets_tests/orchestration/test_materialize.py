@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 
 from kd_assets.dagster_internals import (
     ASSET_PARTITION_RANGE_END_TAG,
@@ -26,7 +28,7 @@ from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.retries import FailureClass
-from kd_assets.orchestration.run import as_markdown, failed_in_words
+from kd_assets.orchestration.run import as_failure, as_markdown, failed_in_words
 from kd_assets.scheduler import LocalScheduler
 from kd_assets.sources.plan import ShardPlan
 from kd_assets.store import manifest as manifest_module
@@ -504,6 +506,12 @@ def test_a_cause_moves_no_cursor_and_turns_no_direction() -> None:
     cause = "bad id \x1b[2J\u202e\nsecond line"
     failed = FailedResult(partition_key="p", asset="topk_cache", failure=FailureClass.WORK, cause=cause)
     assert failed_in_words([failed]) == ["p (topk_cache): bad id \\x1b[2J\\u202e\nsecond line"]
+
+
+def test_a_full_disk_of_dagsters_own_is_said_to_be_that() -> None:
+    full = sqlite3.OperationalError("database or disk is full")
+    with pytest.raises(dg.Failure, match="disk of DAGSTER_HOME"), as_failure():
+        raise sa.exc.OperationalError("INSERT", {}, full)
 
 
 def test_progress_is_told_in_words() -> None:
