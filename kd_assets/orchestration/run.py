@@ -60,6 +60,8 @@ class Run:
         self._clock, self._sleep = clock, sleep
         self.failed: list[FailedResult] = []
         self._failures: Counter[FailureClass] = Counter()
+        self._being_finished: list[CommittedResult] = []
+        """Recorded while their task was between the manifest and the end of the commit: it may be killed there."""
 
     @cached_property
     def _profile(self) -> Profile | None:
@@ -101,6 +103,9 @@ class Run:
             driver = self._driver(survey.missing, interrupts)
             try:
                 driver.run()
+                for result in self._being_finished:
+                    set_head(Path(result.output.path), result.manifest)
+                self._being_finished.clear()
             finally:
                 self.failed += driver.failed
                 self._failures += driver.failures
@@ -176,7 +181,8 @@ class Run:
 
     def _record(self, result: CommittedResult) -> None:
         # Also of what a task has just committed: it may have been killed between its manifest and its head.
-        set_head(Path(result.output.path), result.manifest)
+        if not set_head(Path(result.output.path), result.manifest):
+            self._being_finished.append(result)
         if self._recorder is not None:
             self._recorder.record(
                 result.unit,
@@ -274,8 +280,9 @@ def as_failure() -> Iterator[None]:
         raise dg.Failure(description=f"{type(e).__name__}: {e}", allow_retries=False) from e
     except sa.exc.OperationalError as e:
         raise dg.Failure(
-            description=f"Dagster's own database does not do what it was asked: {e.orig}. See to the disk of DAGSTER_HOME "
-            "or the server of its `storage`, and materialize again: what is committed is kept, and recorded then"
+            description=f"Dagster's own database does not do what it was asked: {e.orig}. See to the disk of "
+            "DAGSTER_HOME or the server of its `storage`, and materialize again: what is committed is kept, and is "
+            "recorded then"
         ) from e
 
 

@@ -319,7 +319,10 @@ class SlurmCluster:
             seen = self.state(job)
             return seen in states
 
-        wait_until(f"job {job} is {' or '.join(states)}", there, timeout_s)
+        try:
+            wait_until(f"job {job} is {' or '.join(states)}", there, timeout_s)
+        except ClusterError as e:
+            raise ClusterError(f"{e}; it is {seen} ({self.reason(job)})") from e
         assert seen is not None
         return seen
 

@@ -139,6 +139,29 @@ test_kill.write_everything(Path(sys.argv[1]))
     assert verify(tmp_path).notes == ()
 
 
+def test_who_finds_a_commit_that_its_task_is_still_finishing_is_told_so(tmp_path: Path) -> None:
+    """The task is stopped between its manifest and its audit line, and then killed there."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from kd_assets.store.writing import writer
+from kd_assets_tests.store import test_kill
+print("ready", flush=True)
+sys.stdin.readline()
+writer.audit_commit = lambda *arguments: os.kill(os.getpid(), signal.SIGSTOP)
+test_kill.write_everything(Path(sys.argv[1]))
+"""
+    process = start(script, tmp_path)
+    go_on(process)
+    folder = Path(examples.output(tmp_path, "topk_cache").path)
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+    assert not set_head(folder)
+    kill(process)
+    assert set_head(folder)
+    assert (verify(tmp_path).problems, verify(tmp_path).notes) == ((), ())
+
+
 def test_lease_names_its_holder_and_ends_with_a_kill(tmp_path: Path) -> None:
     process = start(HOLDER, tmp_path)
     with pytest.raises(ResultBusyError, match=f'"pid": {process.pid}'):

@@ -287,25 +287,26 @@ def commit_file_result(
         return writer.commit_files(files, checks=checks, provenance=provenance, facts=facts)
 
 
-def set_head(folder: Path, manifest: Manifest | None = None) -> None:
+def set_head(folder: Path, manifest: Manifest | None = None) -> bool:
     """Make a committed result its partition's current one: what reuse does instead of computing.
 
-    Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it.
-    `manifest` is that of `folder`, where the caller has just read it.
+    Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it;
+    returns whether all is done. `manifest` is that of `folder`, where the caller has just read it.
     """
     manifest = manifest or read_manifest(folder)
     write_head(folder, manifest.fingerprint)
     if size_if_there(folder / JOURNAL_NAME) is None:
-        return
+        return True
     lease = Lease(folder / LEASE_NAME)
     try:
         lease.acquire(_lease_holder())
     except ResultBusyError:
-        return
+        return False
     try:
         _finish_commit(folder, manifest, is_new=False)
     finally:
         lease.release()
+    return True
 
 
 def raise_if_busy(output: Output) -> None:
