@@ -24,6 +24,7 @@ from kd_assets.contract import CACHES, Asset
 from kd_assets.durable import append_line
 from kd_assets.errors import (
     CorruptManifestError,
+    FailedCheckError,
     InputError,
     NotCommittedError,
     ResultBusyError,
@@ -66,6 +67,17 @@ def test_every_sentence_of_the_format_has_a_test_and_every_test_a_sentence() -> 
     ]
     assert sentences == [f"F{i + 1}" for i in range(len(sentences))]
     assert set(cited) == set(sentences)
+
+
+def test_result_that_failed_a_check_is_committed_and_not_made_current_and_readers_refuse_it(store: Path) -> None:
+    """[F53] The other ways to fail are in the tests of the checks."""
+    failed = examples.RECOMPUTED | {"passed": False}
+    folder, manifest = examples.commit(store, "topk_cache", checks={"recomputed": failed})
+    assert (folder / "manifest.json").exists()
+    assert not (folder.parent / "head.json").exists()
+    with pytest.raises(FailedCheckError, match="check recomputed failed"):
+        CacheReader.from_folders([folder])
+    assert CacheReader.from_folders([folder], allow_failed=True).manifests == (manifest,)
 
 
 # ------------------------------------------------------------------------------------------------------------ names

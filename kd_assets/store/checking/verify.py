@@ -21,7 +21,6 @@ from kd_assets.errors import (
 from kd_assets.store.checking.rows import (
     MissingParameterError,
     draws_difference,
-    draws_of,
     expected_schema,
     part_documents,
     schema_difference,
@@ -40,6 +39,7 @@ from kd_assets.store.layout import (
 )
 from kd_assets.store.manifest import Manifest, PartRecord, audited_commits, head_fingerprint, read_manifest
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.recorded_checks import draws_of
 from kd_assets.store.schema import hidden_size_of
 
 ProblemKind = Literal[
