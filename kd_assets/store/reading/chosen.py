@@ -37,6 +37,8 @@ Missing = Literal["refuse", "skip"]
 NOT_THERE = "it has no committed result"
 UNPLANNED = "the current plan has no such partition"
 _SHARDS = "shards_manifest"
+PLANNED_ASSETS = (_SHARDS, *CACHES)
+"""Whose partitions are those of the plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ def choose(
     for a partition that is missing unless `missing` is "skip" or when nothing is left, CorruptPlanError, and
     CorruptManifestError for a result that is not where it belongs.
     """
-    plan = planned_partitions(recipe_folder) if asset in (_SHARDS, *CACHES) else None
+    plan = planned_partitions(recipe_folder) if asset in PLANNED_ASSETS else None
     folder = _variant_folder(recipe_folder / asset, variant)
     there = _partitions_in(folder)
     wanted = _wanted(plan, partition_keys, there)
