@@ -14,7 +14,7 @@ import pytest
 from kd_assets import cli
 from kd_assets.store import ResultWriter, commit_file_result, part_stats, plan_output
 from kd_assets_tests.store import examples
-from kd_assets_tests.store.test_chosen import commit_partition, write_plan
+from kd_assets_tests.store.planned import commit_partition, write_plan
 
 WORDS = ["the", " cat", " sat", " on", " a", " mat", ".", " and", " slept", " well", "!"]
 

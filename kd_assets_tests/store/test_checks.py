@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from kd_assets.contract import CACHES, Asset
@@ -193,6 +195,23 @@ def test_other_columns_fail_schema(store: Path, change: Any, reason: str) -> Non
     folder, _ = examples.commit(store, "topk_cache")
     replace_part(folder, change(examples.table("topk_cache", examples.documents((5, 1)))))
     fails(check_schema(folder), reason)
+
+
+def test_metadata_that_is_no_text_fails_schema_in_words(store: Path) -> None:
+    folder, _ = examples.commit(store, "topk_cache")
+    rows = examples.table("topk_cache", examples.documents((5, 1)))
+    fields = [*rows.schema]
+    fields[4] = fields[4].with_metadata({b"\x8a": b"\xff"})
+    replace_part(folder, rows.cast(pa.schema(fields, metadata=rows.schema.metadata)))
+    fails(check_schema(folder), r"column topk_ids: expected .*found .*8a")
+
+
+def test_a_part_whose_name_no_file_can_have_fails_every_check(store: Path) -> None:
+    folders = examples.commit_all(store)
+    manifest = read_manifest(folders["topk_cache"])
+    forged = dataclasses.replace(manifest, parts=(dataclasses.replace(manifest.parts[0], name="part\0"),))
+    for result in check_all(ResultFiles(folders["topk_cache"], forged), ResultFiles(folders["shards_manifest"])):
+        fails(result, "cannot be a file: its manifest was forged")
 
 
 def test_hidden_sizes_that_differ_between_parts_fail_schema(store: Path) -> None:

@@ -2,90 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kd_assets.contract import CACHES, Asset, RecordRange
+from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import CorruptPlanError, FailedCheckError, NotCommittedError, VariantConflictError
-from kd_assets.orchestration.planner import PLAN_FILE
-from kd_assets.recipes.recipe import SHARD_PLAN
-from kd_assets.sources.plan import PinnedSource, PlannedShard, ShardPlan, _plan_hash
-from kd_assets.store import CacheReader, Documents, choose, part_stats, plan_output, planned_partitions
-from kd_assets.store.reading.planned import PLAN_FOLDER, PLAN_NAME
+from kd_assets.store import CacheReader, choose, planned_partitions
 from kd_assets_tests.store import examples
+from kd_assets_tests.store.planned import commit, commit_partition, hash_of, write_plan
 
 KEYS = ("tiny-00000", "tiny-00001", "tiny-00002")
-
-
-def hash_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_plan(recipe_folder: Path, contents: Mapping[str, str]) -> ShardPlan:
-    """The plan of these partitions, each of some content, as `shard_plan` writes it."""
-    shards = [
-        PlannedShard(
-            partition_key=key,
-            records=(
-                RecordRange(
-                    source="s",
-                    path="/s.jsonl",
-                    file_format="jsonl",
-                    first_record=0,
-                    n_records=4,
-                    byte_offset=0,
-                    first_line=1,
-                    text_field="text",
-                    messages_field="messages",
-                ),
-            ),
-            input_hash=hash_of(content),
-            n_records=4,
-            n_bytes=100,
-        )
-        for key, content in contents.items()
-    ]
-    sources = [PinnedSource(name="s", path="/s.jsonl", sha256=hash_of("s"), n_records=4, n_bytes=9, licence="CC0-1.0")]
-    plan = ShardPlan(shards=tuple(shards), sources=tuple(sources), plan_hash=_plan_hash(shards, sources))
-    folder = recipe_folder / SHARD_PLAN
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLAN_FILE).write_text(plan.to_json())
-    return plan
-
-
-def commit(
-    store: Path, asset: Asset, key: str, made_of: str, *, docs: Documents | None = None, passed: bool = True
-) -> str:
-    """A result made of this input; its data version."""
-    identity = {
-        "asset": asset,
-        "format_version": 1,
-        "params": examples.PARAMS[asset],
-        "input": made_of,
-    }
-    out = plan_output(asset, identity, recipe_folder=store / examples.RECIPE, partition_key=key)
-    whole = docs or examples.documents()
-    kept = whole.slice(0, whole.n_documents, None if asset == "shards_manifest" else examples.MAX_LENGTH)
-    rows = examples.table(asset, kept)
-    with examples.writer(store, out, partition_key=key) as writer:
-        writer.write_part(0, rows, n_tokens=kept.n_tokens, stats=part_stats(asset, rows))
-        checks: dict[str, Any] = {"recomputed": examples.RECOMPUTED | {"passed": passed}}
-        manifest = writer.commit(parts=1, checks={} if asset == "shards_manifest" else checks, provenance={})
-    return manifest.data_version
-
-
-def commit_partition(store: Path, key: str, content: str, *, assets: Sequence[Asset] = CACHES) -> None:
-    """A shard of some content and its caches; other content is other documents."""
-    docs = examples.documents(seed=int(hash_of(content)[:6], 16))
-    shard = commit(store, "shards_manifest", key, hash_of(content), docs=docs)
-    for asset in assets:
-        commit(store, asset, key, shard, docs=docs)
 
 
 @pytest.fixture
@@ -98,7 +28,6 @@ def recipe(store: Path) -> Path:
 
 
 def test_the_plan_is_read_as_it_was_written(recipe: Path) -> None:
-    assert (PLAN_FOLDER, PLAN_NAME) == (SHARD_PLAN, PLAN_FILE)
     plan = planned_partitions(recipe)
     assert plan is not None
     assert dict(plan.input_hashes) == {key: hash_of(f"content of {key}") for key in KEYS}

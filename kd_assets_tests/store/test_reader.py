@@ -164,6 +164,8 @@ def test_missing_partition_is_named(filled: Path) -> None:
         CacheReader(filled, "topk_cache", partition_keys=["tiny-00000", "tiny-00007"])
     with pytest.raises(NotCommittedError, match=r"no committed results in .*/other_cache"):
         CacheReader(filled, "other_cache")
+    with pytest.raises(VariantConflictError, match="'tiny-00000' is given twice"):
+        CacheReader(filled, "topk_cache", partition_keys=["tiny-00000", "tiny-00000"])
     with pytest.raises(NotCommittedError, match="of variant 000000000000"):
         CacheReader(filled, "topk_cache", variant="0" * 12)
 

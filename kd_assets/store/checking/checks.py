@@ -21,7 +21,7 @@ from kd_assets.store import schema as schemas
 from kd_assets.store.checking.rows import expected_schema, part_documents, schema_difference
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.reading.chosen import require_place
-from kd_assets.store.reading.parts import open_part, require_unchanged
+from kd_assets.store.reading.parts import damage_named, open_part, require_unchanged
 from kd_assets.store.recorded_checks import finite_failure, recomputed_failure
 from kd_assets.store.writing.documents import Int64Array
 
@@ -105,13 +105,14 @@ def check_schema(result: ResultFiles) -> CheckResult:
         if expected is None:
             return "the files of this asset are no tables"
         for record in manifest.parts:
-            found = result.schema_of(record)
-            if record.index == 0:
-                expected = expected_schema(manifest, schemas.hidden_size_of(found))
-                assert expected is not None
-                numbers["n_columns"] = len(expected)
-            if difference := schema_difference(expected, found):
-                raise _FailedError(f"{result.folder / record.name}: {difference}")
+            found, path = result.schema_of(record), result.folder / record.name
+            with damage_named(path):  # names and metadata that are no text
+                if record.index == 0:
+                    expected = expected_schema(manifest, schemas.hidden_size_of(found))
+                    assert expected is not None
+                    numbers["n_columns"] = len(expected)
+                if difference := schema_difference(expected, found):
+                    raise _FailedError(f"{path}: {difference}")
         return f"all parts have the {numbers['n_columns']} columns of {manifest.asset}"
 
     return _run("schema", check)

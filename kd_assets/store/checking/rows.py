@@ -112,7 +112,11 @@ def _lists_difference(ids: Ragged, counts: Ragged, draws: int, vocabulary: int |
     return None
 
 
+def _text(data: bytes) -> str:
+    return data.decode(errors="backslashreplace")
+
+
 def _in_words(field: pa.Field) -> str:
     null = " null" if field.nullable else ""
     metadata: dict[Any, Any] = field.metadata or {}
-    return f"{field.type}{null} {({k.decode(): v.decode() for k, v in metadata.items()}) or ''}".strip()
+    return f"{field.type}{null} {({_text(k): _text(v) for k, v in metadata.items()}) or ''}".strip()

@@ -8,7 +8,8 @@ caller says that they may be left out, and then they are named.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,8 +80,7 @@ def choose(
     CorruptManifestError for a result that is not where it belongs.
     """
     plan = planned_partitions(recipe_folder) if asset in PLANNED_ASSETS else None
-    folder = _variant_folder(recipe_folder / asset, variant)
-    there = _partitions_in(folder)
+    folder, there = _variant_folder(recipe_folder / asset, variant)
     wanted = _wanted(plan, partition_keys, there)
     found: dict[str, tuple[Path, Manifest]] = {}
     left_out: dict[str, str] = {}
@@ -90,7 +90,7 @@ def choose(
             left_out[key] = UNPLANNED
             continue
         inputs = None if plan is None else _planned_inputs(recipe_folder, asset, plan, key)
-        result = _result_of(folder / key, asset, folder.name, key, inputs, allow_failed=allow_failed)
+        result = _result_of(folder / key, there.get(key), inputs, allow_failed=allow_failed)
         if isinstance(result, _None):
             left_out[key] = result.why
             failed |= {key} if result.failed else set()
@@ -99,7 +99,7 @@ def choose(
     if left_out and (missing == "refuse" or not found):
         raise _missing(folder, left_out, failed, n_wanted=len(wanted))
     if partition_keys is None:
-        left_out |= {key: UNPLANNED for key in there if key not in wanted}
+        left_out |= {key: UNPLANNED for key in there if key not in found and key not in left_out}
     _say(recipe_folder / asset, plan, left_out, n_read=len(found))
     return Chosen(
         folders=tuple(folder for folder, _ in found.values()),
@@ -162,46 +162,47 @@ class _None:
     failed: bool = False
 
 
-def _variant_folder(asset_folder: Path, variant: str | None) -> Path:
-    """The folder of the variant to read. Raises as `choose` does."""
+def _variant_folder(asset_folder: Path, variant: str | None) -> tuple[Path, Mapping[str, str | None]]:
+    """The folder of the variant to read, and its partitions (see `_partitions_in`). Raises as `choose` does."""
     names = [name for name in listing(asset_folder) if is_variant_name(name)]
-    filled: Mapping[str, Collection[str]] = variants_of(asset_folder) or {
-        n: keys for n in names if (keys := _partitions_in(asset_folder / n))
-    }
-    if variant is None and len(filled) > 1:
-        listed = "; ".join(f"{name}: {len(keys)} partitions" for name, keys in filled.items())
+    committed = {name: there for name in names if (there := _partitions_in(asset_folder / name))}
+    if variant is not None:
+        filled = {name: there for name, there in committed.items() if name == variant}
+    else:  # a variant of which nothing is current, as all of it failed, stands in nobody's way
+        filled = {name: there for name, there in committed.items() if any(there.values())} or committed
+    if len(filled) > 1:
+        listed = "; ".join(f"{name}: {len(there)} partitions" for name, there in filled.items())
         raise VariantConflictError(
             f"{asset_folder} holds several variants, which are never mixed: name one with variant=… ({listed})"
         )
-    chosen = next(iter(filled), None) if variant is None else variant
-    if chosen is None or chosen not in names or not _partitions_in(asset_folder / chosen):
-        there = f"; committed are {', '.join(filled)}" if filled else ""
+    if not filled:
+        others = f"; committed are {', '.join(committed)}" if committed else ""
         named = "" if variant is None else f" of variant {variant}"
-        raise NotCommittedError(f"no committed results{named} in {asset_folder}{there}: materialize them")
-    return asset_folder / chosen
+        raise NotCommittedError(f"no committed results{named} in {asset_folder}{others}: materialize them")
+    ((name, there),) = filled.items()
+    return asset_folder / name, there
 
 
-def _partitions_in(variant_folder: Path) -> list[str]:
-    """The partitions with a committed result, current or not; sorted."""
-    return [
-        key
-        for key in listing(variant_folder)
-        if head_fingerprint(variant_folder / key) is not None or _others(variant_folder / key, "")
-    ]
+def _partitions_in(variant_folder: Path) -> dict[str, str | None]:
+    """Partition, sorted → the fingerprint of its current result; None where one is committed, and none is current."""
+    heads = {key: head_fingerprint(variant_folder / key) for key in listing(variant_folder)}
+    return {key: head for key, head in heads.items() if head is not None or _others(variant_folder / key, "")}
 
 
-def _wanted(plan: PlannedPartitions | None, partition_keys: Iterable[str] | None, there: list[str]) -> list[str]:
+def _wanted(plan: PlannedPartitions | None, partition_keys: Iterable[str] | None, there: Iterable[str]) -> list[str]:
     if partition_keys is not None:
-        return list(partition_keys)
+        wanted = list(partition_keys)
+        if repeated := [key for key, n in Counter(wanted).items() if n > 1]:
+            raise VariantConflictError(f"partition {repeated[0]!r} is given twice: its documents would count double")
+        return wanted
     return list(there if plan is None else plan.input_hashes)
 
 
 def _result_of(
-    partition_folder: Path, asset: str, variant: str, key: str, inputs: Set[str] | None, *, allow_failed: bool
+    partition_folder: Path, current: str | None, inputs: Set[str] | None, *, allow_failed: bool
 ) -> tuple[Path, Manifest] | _None:
     """The result to read of a partition: the current one, or one that failed where that is allowed."""
     none = _None(NOT_THERE)
-    current = head_fingerprint(partition_folder)
     if current is not None:
         folder = partition_folder / current[:FOLDER_FINGERPRINT_LENGTH]
         try:
@@ -219,11 +220,10 @@ def _result_of(
                 return folder, manifest
             none = _None(why, failed=failed_check(manifest) is not None)
     for folder, manifest in _others(partition_folder, current or ""):
-        if (manifest.asset, manifest.variant, manifest.partition_key) != (asset, variant, key):
-            continue
         if _why_not(manifest, inputs, allow_failed=True) is not None or (why := failed_check(manifest)) is None:
             continue
         if allow_failed:
+            require_place(folder, manifest)
             return folder, manifest
         return _None(f"{folder}: {why}; to read it all the same, say allow_failed=True", failed=True)
     return none

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import stat
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from kd_assets.durable import mode_if_there, read_if_there
 from kd_assets.errors import CorruptPlanError
+from kd_assets.store.fingerprint import fingerprint
 
 PLAN_FOLDER = "shard_plan"
 PLAN_NAME = "plan.json"
@@ -56,11 +56,12 @@ def planned_partitions(recipe_folder: Path) -> PlannedPartitions | None:
 
 def _plan_hash(raw: Mapping[str, Any]) -> str:
     """As `kd_assets.sources.plan` makes it."""
-    content = {
-        "shards": [[shard["partition_key"], shard["input_hash"]] for shard in raw["shards"]],
-        "sources": [[s["name"], s["sha256"], s["licence"], s["revision"]] for s in raw["sources"]],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return fingerprint(
+        {
+            "shards": [[shard["partition_key"], shard["input_hash"]] for shard in raw["shards"]],
+            "sources": [[s["name"], s["sha256"], s["licence"], s["revision"]] for s in raw["sources"]],
+        }
+    )
 
 
 def _corrupt(path: Path, why: str) -> CorruptPlanError:
