@@ -63,6 +63,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
             for view in view_documents(cache, arguments.documents):
                 _show(*_document_lines(view, decode))
         _show("")
+    for folder, why in found.failed.items():
+        _show(f"{folder} is not current: {why}")
+    if found.without_head:
+        number, first = len(found.without_head), found.without_head[0]
+        _show(f"{number} are committed and no head names them, such as {first}: materialize them, which reuses them")
     if found.n_superseded:
         _show(f"{found.n_superseded} older results are on disk beside the current ones")
     if found.unfinished:
@@ -84,6 +89,8 @@ def _inspection_json(found: Inspection, arguments: argparse.Namespace) -> dict[s
         "path": str(found.path),
         "caches": caches,
         "n_superseded": found.n_superseded,
+        "failed": found.failed,
+        "without_head": [str(folder) for folder in found.without_head],
         "unfinished": [str(folder) for folder in found.unfinished],
     }
 
@@ -101,7 +108,13 @@ def _document_json(view: DocumentView, decode: Decode | None) -> dict[str, Any]:
 def _cache_lines(cache: CacheSummary) -> list[str]:
     keys = cache.partition_keys
     partitions = keys[0] if len(keys) == 1 else f"{keys[0]} … {keys[-1]}"
-    rows = [("partitions", f"{len(keys)}  ({partitions})"), ("documents", f"{cache.n_documents:,}")]
+    planned = "" if cache.n_planned is None else f", {cache.n_planned} planned"
+    rows = [("partitions", f"{len(keys)}{planned}  ({partitions})")]
+    if cache.left_out:
+        named = "; ".join(f"{key}: {why}" for key, why in list(cache.left_out.items())[:3])
+        more = f"; and {len(cache.left_out) - 3} more" if len(cache.left_out) > 3 else ""
+        rows.append(("not read", f"{len(cache.left_out)}  ({named}{more})"))
+    rows.append(("documents", f"{cache.n_documents:,}"))
     rows.append(("tokens", f"{cache.n_tokens:,}"))
     per_token = "" if cache.bytes_per_token is None else f"  ({cache.bytes_per_token:,.1f} a token)"
     rows.append(("bytes", f"{cache.n_bytes:,}{per_token}"))

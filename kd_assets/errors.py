@@ -70,6 +70,14 @@ class VariantConflictError(StoreError):
     """A reader was pointed at results of several variants and not told which; the message lists them."""
 
 
+class FailedCheckError(StoreError):
+    """A reader was pointed at a result that failed a recorded check, and not told to take it all the same."""
+
+
+class CorruptPlanError(StoreError):
+    """The shard plan beside a recipe's results is not what was planned; what should be there cannot be told."""
+
+
 class UnknownFieldError(StoreError):
     """A cache was asked for a field it does not hold; the message lists those it does."""
 

@@ -15,6 +15,7 @@ from kd_assets import cli
 from kd_assets.errors import printable
 from kd_assets.store import ResultWriter, commit_file_result, part_stats, plan_output
 from kd_assets_tests.store import examples
+from kd_assets_tests.store.planned import commit_partition, write_plan
 
 WORDS = ["the", " cat", " sat", " on", " a", " mat", ".", " and", " slept", " well", "!"]
 
@@ -104,6 +105,43 @@ def test_inspect_json_has_the_same_and_is_json(
     states = caches["hidden_state_cache"]["documents"][0]["vectors"]["hidden_block_0"]
     assert states["shape"] == [5, 3]
     assert 0 < states["first_norm"] < 10
+
+
+def test_inspect_says_what_is_planned_and_not_there_and_what_is_not_current_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("tiny-00000", "tiny-00001", "tiny-00002")
+    for key in keys[:2]:
+        commit_partition(tmp_path, key, f"content of {key}", assets=["topk_cache"])
+    recipe_folder = tmp_path / "tiny"
+    _, out, _ = run(capsys, "inspect", recipe_folder)
+    assert "  partitions        2  (tiny-00000 … tiny-00001)" in out, "no plan says what should be there"
+    write_plan(recipe_folder, {keys[0]: "changed", keys[2]: "new"})
+    _, out, _ = run(capsys, "inspect", recipe_folder)
+    assert "  partitions        2, 2 planned  (tiny-00000 … tiny-00001)" in out
+    assert (
+        "  not read          3  (tiny-00000: it was made of another shard than the one that is planned now: "
+        "materialize it again; tiny-00001: the current plan has no such partition; "
+        "tiny-00002: it has no committed result)"
+    ) in out
+    _, out, _ = run(capsys, "inspect", next(recipe_folder.glob("topk_cache/*/tiny-00000")))
+    assert "not read" not in out, "of one partition it tells what is in it"
+    folder, _ = examples.commit(
+        tmp_path, "embedding_cache", checks={"recomputed": examples.RECOMPUTED | {"passed": False}}
+    )
+    next(recipe_folder.glob("topk_cache/*/tiny-00001/head.json")).unlink()
+    _, out, _ = run(capsys, "inspect", tmp_path)
+    assert f"{folder} is not current: check recomputed failed: the recomputation was recorded as failed\n" in out
+    assert "1 are committed and no head names them, such as " in out
+    status, _, err = run(capsys, "inspect", recipe_folder / "embedding_cache")
+    assert status == 1
+    assert "holds no committed results that are current (1 failed a check, such as " in err
+    _, out, _ = run(capsys, "inspect", tmp_path, "--json")
+    found = json.loads(out)
+    assert list(found["failed"]) == [str(folder)]
+    assert len(found["without_head"]) == 1
+    (topk,) = (cache for cache in found["caches"] if cache["asset"] == "topk_cache")
+    assert (topk["n_planned"], sorted(topk["left_out"])) == (2, ["tiny-00000", "tiny-00002"])
 
 
 def test_inspect_finds_the_tokenizer_that_the_manifest_names(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kd_assets.contract import Asset, JobKind, read_job
+from kd_assets.contract import Asset, JobKind, Output, WorkUnit, read_job
 from kd_assets.errors import NO_ANSWER, ContractError, MissingInputError, RecipeError
 from kd_assets.model_files.placement import Placement
 from kd_assets.orchestration.driving.following import described
@@ -33,6 +33,7 @@ from kd_assets.scheduler import (
     submission_key,
 )
 from kd_assets.scheduler.folder import key_folder
+from kd_assets.store import Manifest, failed_check
 
 UNKNOWN_KEY = "0" * 32
 UNKNOWN_WEIGHTS = "0" * 64
@@ -184,7 +185,18 @@ class _Previewer:
         """What of `work` is neither committed nor in a live job's hands; the rest becomes notes."""
         for key, why in work.unreachable.items():
             self.notes.append(f"{work.kind}: nobody can tell what {key} needs: {why}")
-        return self._not_in_hand(work.survey())
+        failed: list[str] = []
+
+        def note_failed(unit: WorkUnit, output: Output, manifest: Manifest) -> None:
+            if why := failed_check(manifest):
+                failed.append(
+                    f"{work.kind}: {output.asset} of {unit.partition_key} is committed and not made again, and fails "
+                    f"the run: {why}"
+                )
+
+        missing = self._not_in_hand(work.survey(note_failed))
+        self.notes += _shortened(failed, MOST_NOTES)
+        return missing
 
     def _not_in_hand(self, survey: Survey) -> PlannedWork:
         missing, kind = survey.missing, survey.missing.kind

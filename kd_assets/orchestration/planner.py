@@ -32,7 +32,7 @@ from kd_assets.model_files.folder import model_folder
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
 from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
-from kd_assets.store import FORMAT_VERSION, Manifest, committed, fingerprint, plan_output
+from kd_assets.store import FORMAT_VERSION, Manifest, committed, failed_check, fingerprint, plan_output
 from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.fingerprint import INPUT_KEY
 
@@ -273,11 +273,13 @@ class Planner:
         return PlannedWork(kind="teacher", units=tuple(units), impossible=impossible, unreachable=unreachable)
 
     def student_work(self) -> tuple[PlannedWork, tuple[str, ...]]:
-        """Training on every partition of the plan all of whose caches are committed; and those partitions."""
+        """Training on every partition of the plan all of whose caches are committed and have failed no check; and those
+        partitions."""
         versions: dict[str, str] = {}
 
         def remember(unit: WorkUnit, output: Output, manifest: Manifest) -> None:
-            versions[output.path] = manifest.data_version
+            if failed_check(manifest) is None:
+                versions[output.path] = manifest.data_version
 
         keys = [s.partition_key for s in self.current_plan().shards]
         work = self.teacher_work(keys, self._recipe.caches, weights=self.planned_weights())
@@ -287,7 +289,8 @@ class Planner:
             raise StorageUnavailableError(why)
         there: dict[str, list[tuple[WorkUnit, Output]]] = {}
         for unit, output in survey.committed:
-            there.setdefault(unit.partition_key, []).append((unit, output))
+            if output.path in versions:
+                there.setdefault(unit.partition_key, []).append((unit, output))
         units = [found[0][0] for found in there.values() if len(found) == len(self._recipe.caches)]
         if not units:
             raise MissingInputError(

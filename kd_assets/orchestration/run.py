@@ -35,7 +35,7 @@ from kd_assets.orchestration.task_resources import task_resources
 from kd_assets.orchestration.termination import is_terminated
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
 from kd_assets.scheduler import JobSpec, Profile, Scheduler, Submission
-from kd_assets.store import Manifest, set_head
+from kd_assets.store import Manifest, failed_check, set_head
 
 FAILURES_TAG = "kd_assets/failures"
 """Of a run: what kept tasks from their results, by class, whether it was healed or not."""
@@ -59,6 +59,8 @@ class Run:
         self._planner, self._recorder = planner, recorder
         self._clock, self._sleep = clock, sleep
         self.failed: list[FailedResult] = []
+        self._failed_checks: set[str] = set()
+        """Folders of the results that are committed and not worth it, as their manifests say."""
         self._failures: Counter[FailureClass] = Counter()
         self._being_finished: list[CommittedResult] = []
         """Recorded while their task was between the manifest and the end of the commit: it may be killed there."""
@@ -97,7 +99,11 @@ class Run:
             survey = work.survey(self._reuse)
         self._give_up_on(survey.impossible, work.kind)
         if not survey.missing.units:
-            self._context.log.info(f"{work.kind}: all {len(work.units)} partitions are committed; nothing to run")
+            n_failed = len(
+                {unit.partition_key for unit, output in survey.committed if output.path in self._failed_checks}
+            )
+            but = f", but {n_failed} of them failed a check" if n_failed else ""
+            self._context.log.info(f"{work.kind}: all {len(work.units)} partitions are committed{but}; nothing to run")
             return
         with as_failure(), interrupt_signals() as interrupts:
             driver = self._driver(survey.missing, interrupts)
@@ -180,6 +186,7 @@ class Run:
         self._recorder.record_checks(unit, output, manifest)
 
     def _record(self, result: CommittedResult) -> None:
+        self._note_failed_check(result)
         # Also of what a task has just committed: it may have been killed between its manifest and its head.
         if not set_head(Path(result.output.path), result.manifest):
             self._being_finished.append(result)
@@ -191,6 +198,23 @@ class Run:
                 reused=result.job is None,
                 facts=self._facts(result),
             )
+
+    def _note_failed_check(self, result: CommittedResult) -> None:
+        """A result that failed a check is recorded for everyone to see, and fails this run and every later one, with
+        whatever checks selected: it is there, so nothing makes it again by itself."""
+        if (why := failed_check(result.manifest)) is None or result.output.path in self._failed_checks:
+            return
+        self._failed_checks.add(result.output.path)
+        self.failed.append(
+            FailedResult(
+                partition_key=result.unit.partition_key,
+                asset=result.output.asset,
+                failure=FailureClass.WORK,
+                cause=f"{why}. It stays in {result.output.path} to be looked at, and no reader takes it. Mend "
+                "the cause (another dtype or other weights name another result), or move that folder away and "
+                "materialize again",
+            )
+        )
 
     def _facts(self, result: CommittedResult) -> Mapping[str, Any]:
         """Which task made a result; nothing where that cannot be read: it informs."""

@@ -16,9 +16,12 @@ from kd_assets.store.fingerprint import (
 )
 from kd_assets.store.layout import count_durable_files, result_folder
 from kd_assets.store.manifest import Manifest, PartRecord, append_audit, committed, read_head, read_manifest
+from kd_assets.store.reading.chosen import Chosen, Missing, choose, variants_of
 from kd_assets.store.reading.columns import Ragged
-from kd_assets.store.reading.reader import CacheReader, current_results, variants_of
+from kd_assets.store.reading.planned import PlannedPartitions, planned_partitions
+from kd_assets.store.reading.reader import CacheReader
 from kd_assets.store.reading.shard import Shard, read_shard
+from kd_assets.store.recorded_checks import failed_check
 from kd_assets.store.writing.documents import Documents, PartPlan, plan_parts
 from kd_assets.store.writing.encode import (
     encode_embeddings,
@@ -34,11 +37,14 @@ __all__ = [
     "INPUT_KEY",
     "CacheReader",
     "CheckResult",
+    "Chosen",
     "Documents",
     "Manifest",
+    "Missing",
     "Note",
     "PartPlan",
     "PartRecord",
+    "PlannedPartitions",
     "Problem",
     "Ragged",
     "ResultFiles",
@@ -48,18 +54,20 @@ __all__ = [
     "append_audit",
     "canonical_json",
     "check_all",
+    "choose",
     "commit_file_result",
     "committed",
     "count_durable_files",
-    "current_results",
     "encode_embeddings",
     "encode_hidden_states",
     "encode_shard",
     "encode_topk",
+    "failed_check",
     "fingerprint",
     "part_stats",
     "plan_output",
     "plan_parts",
+    "planned_partitions",
     "raise_if_busy",
     "read_head",
     "read_manifest",

@@ -22,10 +22,13 @@ from torch.utils.data import Dataset
 
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
-from kd_assets.store import CacheReader, Ragged
+from kd_assets.store import CacheReader, Chosen, Missing, Ragged, choose
 
 Sample = dict[str, Any]
 """`partition_key` and `document_id` are str, everything else is a tensor."""
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+"""int64 [documents]: where in a cache each document is."""
 
 _KEY_FIELDS = ("partition_key", "document_id")
 _TOKEN_FIELDS = ("input_ids", "loss_mask")
@@ -68,14 +71,30 @@ class TeacherCacheDataset(Dataset[Sample]):
         # Only rows are kept, and as arrays: the dataset is pickled to every loader worker.
         self._rows = {first: np.arange(len(keys))}
         for asset in others:
-            self._rows[asset] = _rows_of(keys, self._readers[asset].keys(), asset=asset, first=first)
+            self._rows[asset] = self._joined(keys, first, asset)
+
+    def _joined(self, keys: Sequence[tuple[str, str]], first: Asset, asset: Asset) -> Rows:
+        """Where in `asset` the documents of the first cache are. Raises as the constructor does."""
+        held = self._readers[asset].keys()
+        if differing := set(keys).symmetric_difference(held):
+            # Ids that rotted differ, too, and then it is the file that is to be mended.
+            readers = (self._readers[first], self._readers[asset])
+            in_both = set.intersection(*(set(reader.partition_keys) for reader in readers))
+            for reader in readers:
+                reader.require_unchanged(in_both & {partition_key for partition_key, _ in differing})
+        return _rows_of(keys, held, asset=asset, first=first)
 
     @classmethod
     def from_folders(
-        cls, folders: Mapping[Asset, Sequence[Path]], *, max_length: int | None = None
+        cls, folders: Mapping[Asset, Sequence[Path]], *, max_length: int | None = None, allow_failed: bool = False
     ) -> TeacherCacheDataset:
-        """The dataset over committed result folders (asset name → one folder a shard)."""
-        readers = {asset: CacheReader.from_folders(paths) for asset, paths in folders.items()}
+        """The dataset over committed result folders (asset name → one folder a shard).
+
+        Raises FailedCheckError for one whose recorded checks failed, unless `allow_failed`.
+        """
+        readers = {
+            asset: CacheReader.from_folders(paths, allow_failed=allow_failed) for asset, paths in folders.items()
+        }
         return cls(readers, max_length=max_length)
 
     @classmethod
@@ -86,11 +105,23 @@ class TeacherCacheDataset(Dataset[Sample]):
         assets: Iterable[Asset] = CACHES,
         partition_keys: Iterable[str] | None = None,
         max_length: int | None = None,
+        missing: Missing = "refuse",
+        allow_failed: bool = False,
     ) -> TeacherCacheDataset:
-        """The dataset over the current results of a recipe in a store."""
+        """The dataset over the partitions that the current plan of a recipe in a store names.
+
+        A partition is missing when one of its caches is: not committed, made of another shard than the one that is
+        planned now, or recorded to have failed a check (unless `allow_failed`). Raises NotCommittedError or
+        FailedCheckError for the first; with `missing="skip"` they are left out and named in `left_out`.
+        """
         keys = None if partition_keys is None else tuple(partition_keys)
-        readers = {asset: CacheReader(recipe_folder, asset, partition_keys=keys) for asset in assets}
-        return cls(readers, max_length=max_length)
+        chosen = {
+            asset: choose(recipe_folder, asset, partition_keys=keys, missing=missing, allow_failed=allow_failed)
+            for asset in assets
+        }
+        if missing == "skip":
+            chosen = _in_all(chosen, recipe_folder)
+        return cls({asset: CacheReader.of(results) for asset, results in chosen.items()}, max_length=max_length)
 
     def __len__(self) -> int:
         return len(next(iter(self._rows.values())))
@@ -109,6 +140,13 @@ class TeacherCacheDataset(Dataset[Sample]):
     def keys(self) -> list[tuple[str, str]]:
         """(partition key, document id) of every sample."""
         return next(iter(self._readers.values())).keys()
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Partition key → why the dataset has nothing of it, though it is planned or committed."""
+        return {
+            key: f"{asset}: {why}" for asset, reader in self._readers.items() for key, why in reader.left_out.items()
+        }
 
     @property
     def readers(self) -> Mapping[Asset, CacheReader]:
@@ -225,9 +263,20 @@ def _require_same_shards(readers: Mapping[Asset, CacheReader]) -> None:
                 )
 
 
-def _rows_of(
-    wanted: Sequence[tuple[str, str]], held: Sequence[tuple[str, str]], *, asset: str, first: str
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _in_all(chosen: Mapping[Asset, Chosen], recipe_folder: Path) -> dict[Asset, Chosen]:
+    """The partitions that every cache has. Raises NotCommittedError where there are none."""
+    there = {asset: {m.partition_key for m in results.manifests} for asset, results in chosen.items()}
+    in_all = set.intersection(*there.values()) if there else set()
+    if there and not in_all:
+        raise NotCommittedError(f"no partition of {recipe_folder} has all of {', '.join(there)}: materialize some")
+    anywhere = set.union(*there.values()) if there else set()
+    return {
+        asset: results.only(in_all, lacking=anywhere - there[asset] - set(results.left_out))
+        for asset, results in chosen.items()
+    }
+
+
+def _rows_of(wanted: Sequence[tuple[str, str]], held: Sequence[tuple[str, str]], *, asset: str, first: str) -> Rows:
     """Where each of the `wanted` documents is among those `held`. Raises NotCommittedError for a difference."""
     index = {key: row for row, key in enumerate(held)}
     different = set(wanted).symmetric_difference(index)

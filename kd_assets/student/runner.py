@@ -286,7 +286,7 @@ def vocabulary_of(dataset: TeacherCacheDataset) -> int:
     largest = int(max(drawn))
     for reader in dataset.readers.values():
         names = [name for name in ("input_ids", "topk_ids") if name in reader.fields]
-        ids_only = CacheReader.from_folders(reader.folders, fields=names)
+        ids_only = CacheReader.from_folders(reader.folders, fields=names, allow_failed=True)  # as the dataset was
         for i in range(len(ids_only)):
             document = ids_only[i]
             largest = max(largest, *(int(document[name].max(initial=0)) for name in names))

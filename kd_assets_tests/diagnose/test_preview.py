@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kd_assets.contract import read_job
+from kd_assets.diagnose import preview as preview_module
 from kd_assets.diagnose.preview import (
     UNKNOWN_KEY,
     JobPreview,
@@ -105,6 +106,19 @@ def test_what_is_committed_is_not_submitted_again(deployment: Deployment) -> Non
     assert list(one) == ["teacher"], "its other two caches"
     assert one["teacher"].spec.key != UNKNOWN_KEY
     assert list(jobs_of(deployment, SHARDS[0], ["topk_cache"])) == []
+
+
+def test_a_result_that_failed_a_check_is_named_before_the_run_fails_on_it(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert deployment.run("shards_manifest", "topk_cache", partition=SHARDS[0]).success
+    assert "failed" not in notes_of(deployment)
+    # A fake: that a real result fails is in the tests of materializing.
+    monkeypatch.setattr(preview_module, "failed_check", lambda manifest: "check finite failed: all of it")
+    assert (
+        f"teacher: topk_cache of {SHARDS[0]} is committed and not made again, and fails the run: "
+        "check finite failed: all of it"
+    ) in notes_of(deployment)
 
 
 def test_the_student_comes_after_the_caches(deployment: Deployment) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+from safetensors.torch import load_file, save_file
 
 from kd_assets.dagster_internals import (
     ASSET_PARTITION_RANGE_END_TAG,
@@ -20,6 +22,7 @@ from kd_assets.dagster_internals import (
     DATA_VERSION_TAG,
     input_data_version_tag,
 )
+from kd_assets.errors import NotCommittedError
 from kd_assets.orchestration import platform as platform_module
 from kd_assets.orchestration.driving.listening import progress_in_words
 from kd_assets.orchestration.driving.results import FailedResult
@@ -33,6 +36,7 @@ from kd_assets.scheduler import LocalScheduler
 from kd_assets.sources.plan import ShardPlan
 from kd_assets.store import manifest as manifest_module
 from kd_assets.store import read_manifest
+from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets_tests.orchestration.deployment import (
     CACHES,
     DOCUMENTS_PER_SHARD,
@@ -255,6 +259,50 @@ def test_a_failed_check_is_recorded_and_fails_the_run_by_name(deployment: Deploy
     assert ("embedding_cache", "schema") in failed
     assert {asset for asset, _ in failed} == {"embedding_cache"}
     assert "embedding_cache: check schema failed" in failure_text(result)
+
+
+def test_readers_keep_to_the_plan_when_a_source_is_cut_and_when_partitions_are_missing(deployment: Deployment) -> None:
+    assert deployment.run("shards_manifest", *CACHES, partition_range=ALL).success
+    recipe_folder = deployment.platform.recipe_folder("tiny")
+    assert len(TeacherCacheDataset.from_recipe(recipe_folder)) == 12
+    deployment.write(documents(4))
+    deployment.plan()
+    cut = TeacherCacheDataset.from_recipe(recipe_folder)
+    assert len(cut) == 4
+    assert set(cut.left_out) == set(SHARDS[1:])
+    deployment.write([*documents(4), *documents(6, seed=5)[4:]])
+    deployment.plan()
+    with pytest.raises(NotCommittedError, match=rf"'{SHARDS[1]}' \(1 missing of 2\): it was made of another shard"):
+        TeacherCacheDataset.from_recipe(recipe_folder)
+    assert len(TeacherCacheDataset.from_recipe(recipe_folder, missing="skip")) == 4
+    assert deployment.run("shards_manifest", *CACHES, partition=SHARDS[1]).success
+    assert len(TeacherCacheDataset.from_recipe(recipe_folder)) == 6
+
+
+def test_a_result_that_failed_a_check_is_kept_and_named_and_never_current_however_often_it_is_asked_for(
+    deploy: Callable[..., Deployment], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """A head scaled so far that log-probabilities fall below the range of float16."""
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "loud teacher")
+    weights = load_file(teacher / "model.safetensors")
+    weights["lm_head.weight"] *= 1e6
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    deployment = deploy(teacher={"model_id": str(teacher), "dtype": "float32", "token_budget": 256})
+    deployment.plan()
+    recipe_folder = deployment.platform.recipe_folder("tiny")
+    assert not deployment.run("shards_manifest", *CACHES, partition_range=ALL).success
+    (folder,) = recipe_folder.glob(f"topk_cache/*/{SHARDS[0]}/*/")
+    for _ in range(2):
+        again = deployment.run("topk_cache", partition=SHARDS[0])
+        assert not again.success
+        assert f"NaN or infinite. It stays in {folder}" in failure_text(again)
+        assert {e.check_name for e in deployment.checks(again.run_id) if not e.passed} >= {"finite"}
+        assert not list(recipe_folder.glob("topk_cache/*/*/head.json"))
+    assert len(list(recipe_folder.glob("embedding_cache/*/*/head.json"))) == len(SHARDS), "these numbers are right"
+    assert deployment.n_teacher_loads() == 1, "what is there is not computed again"
+    student = deployment.run("student_smoke")
+    assert not student.success
+    assert "no partition of tiny has all its caches" in failure_text(student)
 
 
 @pytest.mark.parametrize("asset", ["shards_manifest", "topk_cache"])

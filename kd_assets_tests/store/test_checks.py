@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from kd_assets.contract import CACHES, Asset
+from kd_assets.durable import file_sha256
 from kd_assets.store import (
     CheckResult,
     Documents,
@@ -19,11 +22,15 @@ from kd_assets.store import (
     encode_embeddings,
     encode_hidden_states,
     encode_topk,
+    failed_check,
     part_stats,
+    read_head,
     read_manifest,
+    set_head,
 )
 from kd_assets.store.checking import checks
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.reading import parts
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.test_verify import replace_part
 
@@ -114,10 +121,39 @@ def test_missing_and_truncated_parts_fail_complete_and_schema(store: Path, asset
     part = sorted(folder.glob("part-*"))[1]
     part.write_bytes(part.read_bytes()[:-20])
     for result in (check_complete(folder, shard), check_schema(folder)):
-        fails(result, f"{part} is damaged")
+        fails(result, rf"{part}: expected \d+ bytes, it has \d+; remove this file and materialize")
     part.unlink()
     for result in (check_complete(folder, shard), check_schema(folder)):
-        fails(result, f"{part} is missing")
+        fails(result, rf"{part}: expected \d+ bytes, it is missing")
+
+
+@pytest.mark.parametrize("asset", CACHES)
+def test_one_flipped_bit_fails_every_check_whatever_it_asks(store: Path, asset: Asset) -> None:
+    shard, _ = examples.commit(store, "shards_manifest")
+    folder, _ = examples.commit(store, asset)
+    assert all(result.passed for result in all_four(folder, shard))
+    part = sorted(folder.glob("part-*"))[1]
+    whole = part.read_bytes()
+    for at in range(0, len(whole), 97):
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        for result in check_all(ResultFiles(folder), ResultFiles(shard)):
+            fails(result, f"{part} was changed after its commit: it has sha256")
+
+
+def test_a_shard_that_rotted_fails_the_comparison_with_it(store: Path) -> None:
+    folders = examples.commit_all(store)
+    examples.flip_byte(folders["shards_manifest"] / "part-00000.parquet")
+    results = check_all(ResultFiles(folders["topk_cache"]), ResultFiles(folders["shards_manifest"]))
+    assert {result.name for result in results if not result.passed} == {"complete"}
+
+
+def test_a_result_in_the_place_of_another_fails_every_check(store: Path) -> None:
+    folders = examples.commit_all(store)
+    elsewhere = folders["topk_cache"].parent.with_name("tiny-00001") / folders["topk_cache"].name
+    elsewhere.parent.mkdir()
+    folders["topk_cache"].rename(elsewhere)
+    for result in check_all(ResultFiles(elsewhere), ResultFiles(folders["shards_manifest"])):
+        fails(result, "holds the result topk_cache/.*/tiny-00000/.*, which is not its place")
 
 
 def test_result_that_is_not_committed_fails_every_check(store: Path) -> None:
@@ -159,6 +195,23 @@ def test_other_columns_fail_schema(store: Path, change: Any, reason: str) -> Non
     folder, _ = examples.commit(store, "topk_cache")
     replace_part(folder, change(examples.table("topk_cache", examples.documents((5, 1)))))
     fails(check_schema(folder), reason)
+
+
+def test_metadata_that_is_no_text_fails_schema_in_words(store: Path) -> None:
+    folder, _ = examples.commit(store, "topk_cache")
+    rows = examples.table("topk_cache", examples.documents((5, 1)))
+    fields = [*rows.schema]
+    fields[4] = fields[4].with_metadata({b"\x8a": b"\xff"})
+    replace_part(folder, rows.cast(pa.schema(fields, metadata=rows.schema.metadata)))
+    fails(check_schema(folder), r"column topk_ids: expected .*found .*8a")
+
+
+def test_a_part_whose_name_no_file_can_have_fails_every_check(store: Path) -> None:
+    folders = examples.commit_all(store)
+    manifest = read_manifest(folders["topk_cache"])
+    forged = dataclasses.replace(manifest, parts=(dataclasses.replace(manifest.parts[0], name="part\0"),))
+    for result in check_all(ResultFiles(folders["topk_cache"], forged), ResultFiles(folders["shards_manifest"])):
+        fails(result, "cannot be a file: its manifest was forged")
 
 
 def test_hidden_sizes_that_differ_between_parts_fail_schema(store: Path) -> None:
@@ -260,6 +313,45 @@ def test_recomputation_that_differs_or_is_missing_fails(store: Path, record: Any
     fails(check_recomputed(folder), reason)
 
 
+def test_a_result_recorded_as_failed_never_becomes_current_and_leaves_the_one_that_is(store: Path) -> None:
+    good, _ = examples.commit(store, "topk_cache")
+    failed = examples.RECOMPUTED | {"passed": False, "worst_over_tolerance": 7.25}
+    folder, manifest = examples.commit(
+        store, "topk_cache", params={"k": examples.K, "max_length": 7}, checks={"recomputed": failed}
+    )
+    assert failed_check(manifest) == (
+        "check recomputed failed: the recomputation was recorded as failed (7.25 times its tolerance)"
+    )
+    assert read_head(folder.parent) is None
+    set_head(folder)  # as reuse does
+    assert read_head(folder.parent) is None
+    assert (folder / "manifest.json").exists()
+    assert not (folder / "journal.jsonl").exists(), "all else of its commit is done"
+    assert read_head(good.parent) == good
+
+
+def test_numbers_that_left_the_range_of_what_is_stored_are_a_failed_check(store: Path) -> None:
+    """-70,000 is a number in float32, and infinite in float16."""
+    docs = examples.documents((3, 2))
+    beyond = np.full((3, 2), -70_000, np.float32)
+    with np.errstate(over="ignore"):
+        logprobs = beyond.astype(np.float16)
+    rows = encode_topk(
+        docs,
+        topk_ids_Mk=np.zeros((3, 2), np.uint32),
+        topk_logprobs_Mk=logprobs,
+        logsumexp_M=np.zeros(3, np.float32),
+        target_logprob_M=beyond[:, 0],
+    )
+    manifest = read_manifest(commit_rows(store, "topk_cache", rows))
+    assert failed_check(manifest) == "check finite failed: part-00000.parquet has 6 values that are NaN or infinite"
+
+
+def test_sound_results_have_failed_no_check(store: Path) -> None:
+    for folder in examples.commit_all(store).values():
+        assert failed_check(read_manifest(folder)) is None
+
+
 def all_four(folder: Path, shard: Path) -> list[CheckResult]:
     return [check_complete(folder, shard), check_schema(folder), check_finite(folder), check_recomputed(folder)]
 
@@ -270,6 +362,14 @@ def test_all_checks_of_all_caches_read_each_file_once_and_find_what_each_finds(
     folders = examples.commit_all(store)
     separately = [all_four(folders[asset], folders["shards_manifest"]) for asset in CACHES]
     opened: list[Path] = []
+    hashed: list[Path] = []
+
+    def noting_hashes(hash_file: Callable[[Path], str]) -> Callable[[Path], str]:
+        def noted(path: Path) -> str:
+            hashed.append(path)
+            return hash_file(path)
+
+        return noted
 
     def noting(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
         def noted(path: Path) -> Any:
@@ -278,12 +378,14 @@ def test_all_checks_of_all_caches_read_each_file_once_and_find_what_each_finds(
 
         return noted
 
-    monkeypatch.setattr(checks, "PartFile", noting(PartFile))
+    monkeypatch.setattr(parts, "PartFile", noting(PartFile))
+    monkeypatch.setattr(parts, "file_sha256", noting_hashes(file_sha256))
     monkeypatch.setattr(checks, "read_manifest", noting(read_manifest))
     shard = ResultFiles(folders["shards_manifest"])
     assert [check_all(ResultFiles(folders[asset]), shard) for asset in CACHES] == separately
-    expected = [path for folder in folders.values() for path in (folder, *folder.glob("part-*"))]
-    assert sorted(opened) == sorted(expected)
+    files = [path for folder in folders.values() for path in folder.glob("part-*")]
+    assert sorted(opened) == sorted([*folders.values(), *files])
+    assert sorted(hashed) == sorted(files)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other columns", "other bytes", "no manifest", "no shard"])

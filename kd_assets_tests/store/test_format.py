@@ -24,6 +24,8 @@ from kd_assets.contract import CACHES, Asset
 from kd_assets.durable import append_line
 from kd_assets.errors import (
     CorruptManifestError,
+    CorruptPartError,
+    FailedCheckError,
     InputError,
     NotCommittedError,
     ResultBusyError,
@@ -52,6 +54,7 @@ from kd_assets.store.partfile import PartFile
 from kd_assets.store.writing.encode import flat
 from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
+from kd_assets_tests.store.planned import commit_partition, hash_of, write_plan
 
 FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"
 
@@ -66,6 +69,54 @@ def test_every_sentence_of_the_format_has_a_test_and_every_test_a_sentence() -> 
     ]
     assert sentences == [f"F{i + 1}" for i in range(len(sentences))]
     assert set(cited) == set(sentences)
+
+
+def test_result_that_failed_a_check_is_committed_and_not_made_current_and_readers_refuse_it(store: Path) -> None:
+    """[F53] The other ways to fail are in the tests of the checks."""
+    failed = examples.RECOMPUTED | {"passed": False}
+    folder, manifest = examples.commit(store, "topk_cache", checks={"recomputed": failed})
+    assert (folder / "manifest.json").exists()
+    assert not (folder.parent / "head.json").exists()
+    with pytest.raises(FailedCheckError, match="check recomputed failed"):
+        CacheReader.from_folders([folder])
+    assert CacheReader.from_folders([folder], allow_failed=True).manifests == (manifest,)
+
+
+def test_plan_has_its_partitions_and_their_inputs_and_is_hashed_over_them(store: Path) -> None:
+    """[F54]"""
+    write_plan(store, {"a-00000": "one", "a-00001": "two"})
+    raw = json.loads((store / "shard_plan" / "plan.json").read_bytes())
+    assert raw["plan_hash"] == fingerprint(
+        {
+            "shards": [["a-00000", hash_of("one")], ["a-00001", hash_of("two")]],
+            "sources": [["s", hash_of("s"), "CC0-1.0", None]],
+        }
+    )
+
+
+def test_reader_reads_exactly_what_the_plan_names(store: Path) -> None:
+    """[F55] The other ways for a partition to be missing are in the tests of what is chosen."""
+    for key, content in (("tiny-00000", "one"), ("tiny-00001", "two")):
+        commit_partition(store, key, content)
+    write_plan(store / "tiny", {"tiny-00001": "two", "tiny-00000": "other"})
+    for asset in ("shards_manifest", *CACHES):
+        with pytest.raises(NotCommittedError, match="partition 'tiny-00000'"):
+            CacheReader(store / "tiny", asset)
+        reader = CacheReader(store / "tiny", asset, missing="skip")
+        assert reader.partition_keys == ("tiny-00001",)
+        assert list(reader.left_out) == ["tiny-00000"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "gone"])
+def test_reader_gives_no_document_of_a_part_that_is_not_the_one_that_was_committed(store: Path, harm: str) -> None:
+    """[F56] That results in each other's place are named is in the tests of the reader."""
+    for asset in CACHES:
+        folder, _ = examples.commit(store, asset)
+        reader = CacheReader(store / "tiny", asset)
+        damage(sorted(folder.glob("part-*"))[1], harm)
+        assert reader[0]["document_id"] == "document-0"
+        with pytest.raises(CorruptPartError, match=r"part-00001\."):
+            reader[2]
 
 
 # ------------------------------------------------------------------------------------------------------------ names

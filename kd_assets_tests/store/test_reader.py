@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import threading
@@ -14,8 +16,17 @@ import numpy as np
 import pytest
 
 from kd_assets.contract import CACHES, Asset
-from kd_assets.errors import CorruptPartError, NotCommittedError, UnknownFieldError, VariantConflictError
+from kd_assets.durable import file_sha256
+from kd_assets.errors import (
+    CorruptManifestError,
+    CorruptPartError,
+    NotCommittedError,
+    UnknownFieldError,
+    VariantConflictError,
+)
 from kd_assets.store import CacheReader, plan_output, read_shard
+from kd_assets.store.reading import parts
+from kd_assets.store.reading import reader as reader_module
 from kd_assets_tests.store import examples
 
 KEYS = ("tiny-00000", "tiny-00001", "tiny-00010")
@@ -153,6 +164,8 @@ def test_missing_partition_is_named(filled: Path) -> None:
         CacheReader(filled, "topk_cache", partition_keys=["tiny-00000", "tiny-00007"])
     with pytest.raises(NotCommittedError, match=r"no committed results in .*/other_cache"):
         CacheReader(filled, "other_cache")
+    with pytest.raises(VariantConflictError, match="'tiny-00000' is given twice"):
+        CacheReader(filled, "topk_cache", partition_keys=["tiny-00000", "tiny-00000"])
     with pytest.raises(NotCommittedError, match="of variant 000000000000"):
         CacheReader(filled, "topk_cache", variant="0" * 12)
 
@@ -275,12 +288,107 @@ def test_truncated_part_is_found_before_it_is_mapped(filled: Path, asset: Asset)
     reader = CacheReader(filled, asset)
     part = sorted(reader.folders[1].glob("part-*"))[1]
     part.write_bytes(part.read_bytes()[:-10])
-    with pytest.raises(CorruptPartError, match=rf"{part.name}: expected \d+ bytes, it has \d+; run kd-assets verify"):
+    with pytest.raises(CorruptPartError, match=rf"{part.name}: expected \d+ bytes, it has \d+; remove this file"):
         reader[7]
     part.unlink()
     with pytest.raises(CorruptPartError, match="it is missing"):
         reader[7]
     assert reader[5]["document_id"] == "document-1"
+
+
+@pytest.mark.parametrize("asset", [*CACHES, "shards_manifest"])
+def test_one_flipped_bit_is_named_before_any_document_of_its_part_is_given(filled: Path, asset: Asset) -> None:
+    part = sorted(CacheReader(filled, asset).folders[1].glob("part-*"))[1]
+    whole = part.read_bytes()
+    for at in range(0, len(whole), 61):
+        part.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(CorruptPartError, match=rf"{part.name} .*(changed after its commit|damaged|no sound table)"):
+            documents_of(CacheReader(filled, asset))
+        with pytest.raises(CorruptPartError, match=part.name):
+            CacheReader(filled, asset, partition_keys=[KEYS[1]], fields=["n_tokens"])[3]
+    part.write_bytes(whole)
+    assert len(documents_of(CacheReader(filled, asset))) == 12
+
+
+def documents_of(reader: CacheReader) -> list[dict[str, Any]]:
+    return [reader[i] for i in range(len(reader))]
+
+
+def noting_hashes(monkeypatch: pytest.MonkeyPatch, hashed: Any) -> None:
+    def noted(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(parts, "file_sha256", noted)
+
+
+@pytest.mark.parametrize("asset", ["topk_cache", "hidden_state_cache"])
+def test_a_part_is_hashed_once_when_it_is_first_read_and_not_for_its_ids(
+    filled: Path, asset: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    noting_hashes(monkeypatch, hashed)
+    monkeypatch.setattr(reader_module, "_OPEN_FILES", 1)
+    reader = CacheReader(filled, asset, cache_bytes=1)
+    assert len(reader.keys()) == len(reader.n_tokens_D) == 12
+    assert hashed == []
+    reader[0]
+    assert len(hashed) == 1
+    threads = [threading.Thread(target=documents_of, args=(reader,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(hashed) == 6, "though its files are closed and opened again all the time"
+
+
+def test_what_a_forked_loader_has_verified_its_parent_and_siblings_need_not(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context: Any = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    monkeypatch.setattr(parts, "file_sha256", lambda path: (queue.put(path.name), file_sha256(path))[1])
+    reader = CacheReader(filled, "topk_cache")
+    for _ in range(2):  # epochs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = context.Process(target=documents_of, args=(reader,))
+            process.start()
+        process.join()
+    documents_of(reader)
+    queue.put("end")
+    assert len(list(iter(queue.get, "end"))) == 6
+
+
+def test_a_part_that_is_touched_after_it_was_verified_is_verified_again(filled: Path) -> None:
+    reader = CacheReader(filled, "topk_cache")
+    documents_of(reader)
+    part = sorted(reader.folders[0].glob("part-*"))[0]
+    times = part.stat()
+    examples.flip_byte(part)
+    os.utime(part, ns=(times.st_atime_ns, times.st_mtime_ns))
+    reader._start_in_process()  # as in a loader that is forked off now
+    with pytest.raises(CorruptPartError, match="changed after its commit"):
+        reader[0]
+
+
+def test_results_in_each_others_place_are_named(filled: Path) -> None:
+    (variant,), (other,) = (list((filled / asset).iterdir()) for asset in ("topk_cache", "embedding_cache"))
+    first, second = filled / "topk_cache" / other.name, filled / "embedding_cache" / variant.name
+    variant.rename(second)
+    other.rename(first)
+    for asset in ("topk_cache", "embedding_cache"):
+        with pytest.raises(CorruptManifestError, match=r"holds the result .* which is not its place: move it there"):
+            CacheReader(filled, asset)
+
+
+def test_a_head_that_points_to_another_result_is_named(filled: Path) -> None:
+    head = next(filled.glob(f"topk_cache/*/{KEYS[0]}/head.json"))
+    fingerprint = json.loads(head.read_bytes())["fingerprint"]
+    for wrong in (fingerprint[:16] + "0" * 48, "0" * 64):
+        head.write_text(json.dumps({"fingerprint": wrong}))
+        with pytest.raises((CorruptManifestError, NotCommittedError), match=r"points to|has no manifest\.json"):
+            CacheReader(filled, "topk_cache")
 
 
 def test_shard_is_read_whole_and_verified(filled: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from kd_assets.contract import CACHES, Asset
-from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
+from kd_assets.errors import CorruptPartError, NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader
 from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
 from kd_assets_tests.student.made_up import (
@@ -176,6 +177,39 @@ def test_a_cache_that_lacks_a_partition_is_refused_by_name(store: Path) -> None:
     folders["hidden_state_cache"] = folders["hidden_state_cache"][:1]
     with pytest.raises(NotCommittedError, match=r"hidden_state_cache differ by 6 documents.*made-up-00001"):
         TeacherCacheDataset.from_folders(folders)
+
+
+def test_partitions_that_one_cache_lacks_are_refused_or_left_out_of_all_and_named(store: Path) -> None:
+    shutil.rmtree(next((store / RECIPE / "hidden_state_cache").glob("*/made-up-00001")))
+    with pytest.raises(NotCommittedError, match=r"differ by 6 documents.*made-up-00001"):
+        TeacherCacheDataset.from_recipe(store / RECIPE)
+    keys = ["made-up-00000", "made-up-00001"]
+    with pytest.raises(NotCommittedError, match=r"hidden_state_cache/.* partition 'made-up-00001' \(1 missing of 2\)"):
+        TeacherCacheDataset.from_recipe(store / RECIPE, partition_keys=keys)
+    dataset = TeacherCacheDataset.from_recipe(store / RECIPE, partition_keys=keys, missing="skip")
+    assert {key for key, _ in dataset.keys} == {"made-up-00000"}
+    assert len(dataset) == 7
+    assert dataset.left_out == {"made-up-00001": "hidden_state_cache: it has no committed result"}
+    assert TeacherCacheDataset.from_recipe(store / RECIPE, missing="skip").left_out == dataset.left_out
+    shutil.rmtree(next((store / RECIPE / "topk_cache").glob("*/made-up-00000")))
+    with pytest.raises(NotCommittedError, match=r"no partition of .* has all of topk_cache, hidden_state_cache"):
+        TeacherCacheDataset.from_recipe(store / RECIPE, missing="skip")
+
+
+def test_ids_that_rotted_are_damage_and_not_missing_documents(store: Path) -> None:
+    part = sorted(CacheReader(store / RECIPE, "hidden_state_cache").folders[0].glob("part-*"))[0]
+    data = part.read_bytes()
+    part.write_bytes(data.replace(b"doc-1", b"doc-9"))
+    with pytest.raises(CorruptPartError, match=f"{part.name} was changed after its commit"):
+        TeacherCacheDataset.from_recipe(store / RECIPE)
+
+
+def test_a_bit_that_flipped_is_named_by_the_loader_whatever_field_it_is_in(store: Path) -> None:
+    part = sorted(CacheReader(store / RECIPE, "topk_cache").folders[0].glob("part-*"))[1]
+    data = part.read_bytes()
+    part.write_bytes(data[:400] + bytes([data[400] ^ 1]) + data[401:])
+    with pytest.raises(CorruptPartError, match=f"{part.name} "):
+        keys_of(DataLoader(TeacherCacheDataset.from_recipe(store / RECIPE), batch_size=2, collate_fn=collate))
 
 
 def test_named_partitions_are_read_alone(store: Path) -> None:

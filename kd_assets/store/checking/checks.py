@@ -1,12 +1,13 @@
 """Checks of a committed result that need only its files. The control plane runs them; each gives its numbers.
 
-A check never raises for what is wrong with a result: it fails, and its description names the file or the number. Where
-the file system does not let it look, it raises StorageUnavailableError: then nothing is known of the result.
+A check is of the bytes that were committed: whatever it asks, the part files are hashed first, and one that was changed
+fails it. A check never raises for what is wrong with a result: it fails, and its description names the file or the
+number. Where the file system does not let it look, it raises StorageUnavailableError: then nothing is known of the
+result.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +18,12 @@ import pyarrow as pa
 
 from kd_assets.errors import StorageUnavailableError, StoreError
 from kd_assets.store import schema as schemas
-from kd_assets.store.checking.rows import draws_of, expected_schema, part_documents, schema_difference
+from kd_assets.store.checking.rows import expected_schema, part_documents, schema_difference
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
-from kd_assets.store.partfile import PartFile
+from kd_assets.store.reading.chosen import require_place
+from kd_assets.store.reading.parts import damage_named, open_part, require_unchanged
+from kd_assets.store.recorded_checks import finite_failure, recomputed_failure
 from kd_assets.store.writing.documents import Int64Array
-
-PROBABILITY_TOLERANCE = 4e-3
-"""Σp of the kept tokens may exceed 1 by this: float16 rounds a logprob between -8 and -16 by up to 2⁻⁸, and all of the
-mass may lie there (uniform logits over 3,000 tokens and more, all kept). Below -16 there is too little of it."""
 
 Number = float | int | str
 
@@ -53,15 +52,26 @@ class ResultFiles:
         if manifest is not None:
             self.manifest = manifest
         self._schemas: dict[str, pa.Schema] = {}
+        self._unchanged: set[str] = set()
 
     @cached_property
     def manifest(self) -> Manifest:
         return read_manifest(self.folder)
 
+    def require_committed(self) -> Manifest:
+        """The manifest, of a result that lies where it belongs and all of whose parts are what was committed. Raises
+        StoreError."""
+        require_place(self.folder, self.manifest)
+        for record in self.manifest.parts:
+            if record.name not in self._unchanged:
+                require_unchanged(self.folder / record.name, record)
+                self._unchanged.add(record.name)
+        return self.manifest
+
     def schema_of(self, record: PartRecord) -> pa.Schema:
         """The schema of a part file; opens it unless `documents` has."""
         if record.name not in self._schemas:
-            with PartFile(self.folder / record.name) as part:
+            with open_part(self.folder / record.name, record) as part:
                 self._schemas[record.name] = part.schema
         return self._schemas[record.name]
 
@@ -70,8 +80,8 @@ class ResultFiles:
         """Ids and token counts of the rows of all part files."""
         ids: list[str] = []
         lengths = [np.zeros(0, np.int64)]
-        for record in self.manifest.parts:
-            with PartFile(self.folder / record.name) as part:
+        for record in self.require_committed().parts:
+            with open_part(self.folder / record.name, record) as part:
                 self._schemas[record.name] = part.schema
                 part_ids, part_lengths = part_documents(part)
             ids += part_ids
@@ -89,19 +99,20 @@ def check_schema(result: ResultFiles) -> CheckResult:
     """Every part file has exactly the columns, types and metadata of FORMAT.md for the result's parameters."""
 
     def check(numbers: dict[str, Number]) -> str:
-        manifest = result.manifest
+        manifest = result.require_committed()
         numbers |= {"n_parts": len(manifest.parts), "n_columns": 0}
         expected = expected_schema(manifest, None)
         if expected is None:
             return "the files of this asset are no tables"
         for record in manifest.parts:
-            found = result.schema_of(record)
-            if record.index == 0:
-                expected = expected_schema(manifest, schemas.hidden_size_of(found))
-                assert expected is not None
-                numbers["n_columns"] = len(expected)
-            if difference := schema_difference(expected, found):
-                raise _FailedError(f"{result.folder / record.name}: {difference}")
+            found, path = result.schema_of(record), result.folder / record.name
+            with damage_named(path):  # names and metadata that are no text
+                if record.index == 0:
+                    expected = expected_schema(manifest, schemas.hidden_size_of(found))
+                    assert expected is not None
+                    numbers["n_columns"] = len(expected)
+                if difference := schema_difference(expected, found):
+                    raise _FailedError(f"{path}: {difference}")
         return f"all parts have the {numbers['n_columns']} columns of {manifest.asset}"
 
     return _run("schema", check)
@@ -115,7 +126,7 @@ def check_complete(result: ResultFiles, shard: ResultFiles) -> CheckResult:
     """
 
     def check(numbers: dict[str, Number]) -> str:
-        folder, manifest = result.folder, result.manifest
+        folder, manifest = result.folder, result.require_committed()
         ids, lengths = result.documents
         expected_ids, expected_lengths = shard.documents
         max_length = manifest.params.get("max_length")
@@ -149,25 +160,16 @@ def check_complete(result: ResultFiles, shard: ResultFiles) -> CheckResult:
 def check_finite(result: ResultFiles) -> CheckResult:
     """No number is NaN or infinite, and no position's kept probabilities add up to more than 1.
 
-    Asks the statistics that were taken while the parts were encoded.
+    Asks the statistics that were taken of the encoded parts, after every conversion.
     """
 
     def check(numbers: dict[str, Number]) -> str:
-        manifest = result.manifest
+        manifest = result.require_committed()
         numbers |= manifest.stats
         if manifest.asset == "shards_manifest":
             return "tokens are integers"
-        for record in manifest.parts:
-            path = result.folder / record.name
-            if record.stats.get("n_non_finite", math.nan) != 0:
-                found = record.stats.get("n_non_finite", "an unknown number of")
-                raise _FailedError(f"{path} has {found} values that are NaN or infinite")
-            if manifest.asset == "topk_cache" and not record.stats["max_probability_sum"] <= 1 + PROBABILITY_TOLERANCE:
-                raise _FailedError(f"{path}: probabilities add up to {record.stats['max_probability_sum']:.6f}")
-            if draws := draws_of(manifest):
-                n_draws, expected = record.stats.get("n_draws", 0), draws * record.stats["n_positions"]
-                if n_draws != expected:
-                    raise _FailedError(f"{path} has {n_draws:.0f} draws, expected {draws} a position: {expected:.0f}")
+        if why := finite_failure(manifest):
+            raise _FailedError(f"{result.folder}/{why}")
         return "all numbers are finite"
 
     return _run("finite", check)
@@ -180,18 +182,12 @@ def check_recomputed(result: ResultFiles) -> CheckResult:
     """
 
     def check(numbers: dict[str, Number]) -> str:
-        folder, manifest = result.folder, result.manifest
+        manifest = result.require_committed()
         record = manifest.checks.get("recomputed")
-        if not isinstance(record, dict):
-            raise _FailedError(f"{folder} has no record of a recomputation")
-        numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        if manifest.n_documents and not numbers.get("n_documents"):
-            raise _FailedError(f"{folder}: no document was recomputed")
-        for name, value in record.items():
-            if name.startswith("max_") and not isinstance(value, (int, float)):
-                raise _FailedError(f"{folder}: {name} is {value}")
-        if record.get("passed") is not True:
-            raise _FailedError(f"{folder}: the recomputation was recorded as failed")
+        if isinstance(record, dict):
+            numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        if why := recomputed_failure(manifest):
+            raise _FailedError(f"{result.folder}: {why}")
         return f"{numbers.get('n_documents', 0)} documents recomputed"
 
     return _run("recomputed", check)

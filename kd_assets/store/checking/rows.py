@@ -12,6 +12,8 @@ from kd_assets.store import schema as schemas
 from kd_assets.store.manifest import Manifest
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.reading.columns import Ragged, column_of
+from kd_assets.store.reading.parts import damage_named
+from kd_assets.store.recorded_checks import draws_of
 from kd_assets.store.writing.documents import Int64Array
 
 
@@ -40,11 +42,6 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
         raise MissingParameterError(f"the identity of {manifest.asset} lacks params[{e}]") from e
 
 
-def draws_of(manifest: Manifest) -> int:
-    """Token ids that a cache holds of each position as random draws: 0 for one without, and for other assets."""
-    return int(manifest.params.get("draws", 0))
-
-
 def schema_difference(expected: pa.Schema, found: pa.Schema) -> str | None:
     """The first difference in words; None for equal schemas, metadata included."""
     if expected.equals(found, check_metadata=True):
@@ -67,11 +64,13 @@ def part_documents(part: PartFile) -> tuple[list[str], Int64Array]:
     lengths = [np.zeros(0, np.int64)]
     for group in range(part.n_groups):
         table = part.read_group(group, ["document_id", "n_tokens", "input_ids"])
-        n_tokens = table["n_tokens"].to_numpy().astype(np.int64)
-        counted = column_of(table["input_ids"]).lengths
-        if counted is None or (counted != n_tokens).any():
-            raise CorruptPartError(f"{part.path}: n_tokens differs from the length of input_ids")
-        ids += table["document_id"].to_pylist()
+        with damage_named(part.path):
+            table.validate(full=True)
+            n_tokens = table["n_tokens"].to_numpy().astype(np.int64)
+            counted = column_of(table["input_ids"]).lengths
+            if counted is None or (counted != n_tokens).any():
+                raise CorruptPartError(f"{part.path}: n_tokens differs from the length of input_ids")
+            ids += table["document_id"].to_pylist()
         lengths.append(n_tokens)
     return ids, np.concatenate(lengths)
 
@@ -113,7 +112,11 @@ def _lists_difference(ids: Ragged, counts: Ragged, draws: int, vocabulary: int |
     return None
 
 
+def _text(data: bytes) -> str:
+    return data.decode(errors="backslashreplace")
+
+
 def _in_words(field: pa.Field) -> str:
     null = " null" if field.nullable else ""
     metadata: dict[Any, Any] = field.metadata or {}
-    return f"{field.type}{null} {({k.decode(): v.decode() for k, v in metadata.items()}) or ''}".strip()
+    return f"{field.type}{null} {({_text(k): _text(v) for k, v in metadata.items()}) or ''}".strip()

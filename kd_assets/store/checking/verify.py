@@ -23,7 +23,6 @@ from kd_assets.errors import (
 from kd_assets.store.checking.rows import (
     MissingParameterError,
     draws_difference,
-    draws_of,
     expected_schema,
     part_documents,
     schema_difference,
@@ -52,6 +51,7 @@ from kd_assets.store.manifest import (
     read_manifest,
 )
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.recorded_checks import draws_of
 from kd_assets.store.schema import hidden_size_of
 
 ProblemKind = Literal[

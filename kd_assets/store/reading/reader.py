@@ -1,9 +1,10 @@
 """Random access to the documents of a cache, across partitions: what training reads through.
 
-A reader sees results of exactly one variant, through their partitions' heads as they were when it was made. It keeps
+A reader sees results of exactly one variant, as the plan and the partitions' heads were when it was made. It keeps
 file names and counts; files are opened when they are first needed, in each process for itself, so a reader may be
-pickled, forked and shared by threads. Arrow files are mapped: a document costs the pages it lies on. Of Parquet files
-one group of rows is decoded at a time, and the last few are kept.
+pickled, forked and shared by threads. Before a part is believed its SHA-256 is compared with the manifest's, once for a
+reader and all processes that are forked off it. Arrow files are mapped: a document costs the pages it lies on. Of
+Parquet files one group of rows is decoded at a time, and the last few are kept.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kd_assets.durable import listing, size_if_there
-from kd_assets.errors import CorruptPartError, NotCommittedError, UnknownFieldError, VariantConflictError
-from kd_assets.store.layout import is_variant_name
-from kd_assets.store.manifest import Manifest, PartRecord, read_head, read_manifest
+from kd_assets.errors import NotCommittedError, UnknownFieldError, VariantConflictError
+from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
+from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_passed, require_place
 from kd_assets.store.reading.columns import Column, column_of
+from kd_assets.store.reading.parts import VerifiedParts, damage_named, open_part
 from kd_assets.store.writing.documents import Int64Array, offsets_of
+
+CACHE_BYTES = 256 << 20
+"""What a process keeps decoded, unless told otherwise."""
 
 _OPEN_FILES = 128
 """Files a process keeps open: well below the usual limit of 1,024, many loader workers included."""
@@ -48,29 +52,62 @@ class CacheReader:
         variant: str | None = None,
         partition_keys: Iterable[str] | None = None,
         fields: Iterable[str] | None = None,
-        cache_bytes: int = 256 << 20,
+        cache_bytes: int = CACHE_BYTES,
+        missing: Missing = "refuse",
+        allow_failed: bool = False,
     ) -> None:
-        """Open the current results of `asset` under a recipe's folder.
+        """Open the results of `asset` that the current plan of a recipe names (see `chosen`).
 
-        `partition_keys` gives which and in which order (default: all, sorted); `cache_bytes` bounds what a process
-        keeps decoded. Raises VariantConflictError when there are several variants and none is named,
-        NotCommittedError for a partition without a committed result, UnknownFieldError for a column it lacks.
+        `partition_keys` gives which and in which order (default: all of the plan's; without a plan all that is
+        committed, sorted); `cache_bytes` bounds what a process keeps decoded. With `missing="skip"` partitions without
+        a result are left out and named in `left_out`; with `allow_failed` results are read whose checks failed.
+        Raises VariantConflictError when there are several variants and none is named, NotCommittedError or
+        FailedCheckError for a partition that is missing, UnknownFieldError for a column it lacks.
         """
-        folders = current_results(recipe_folder, asset, variant=variant, partition_keys=partition_keys)
-        self._open(folders, fields=fields, cache_bytes=cache_bytes)
+        chosen = choose(
+            recipe_folder,
+            asset,
+            variant=variant,
+            partition_keys=partition_keys,
+            missing=missing,
+            allow_failed=allow_failed,
+        )
+        self._open(chosen, fields=fields, cache_bytes=cache_bytes)
 
     @classmethod
     def from_folders(
-        cls, folders: Sequence[Path], *, fields: Iterable[str] | None = None, cache_bytes: int = 256 << 20
+        cls,
+        folders: Sequence[Path],
+        *,
+        fields: Iterable[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        allow_failed: bool = False,
     ) -> CacheReader:
-        """A reader of these result folders, in this order, whether or not they are current."""
+        """A reader of these result folders, in this order, whether or not they are current and planned.
+
+        Raises FailedCheckError for one whose recorded checks failed, unless `allow_failed`.
+        """
+        manifests = tuple(read_manifest(folder) for folder in folders)
+        for folder, manifest in zip(folders, manifests, strict=True):
+            require_place(folder, manifest)
+            if not allow_failed:
+                require_passed(folder, manifest)
+        chosen = Chosen(folders=tuple(folders), manifests=manifests, left_out={}, plan_hash=None)
+        return cls.of(chosen, fields=fields, cache_bytes=cache_bytes)
+
+    @classmethod
+    def of(cls, chosen: Chosen, *, fields: Iterable[str] | None = None, cache_bytes: int = CACHE_BYTES) -> CacheReader:
+        """A reader of what was chosen."""
         reader = cls.__new__(cls)
-        reader._open(folders, fields=fields, cache_bytes=cache_bytes)
+        reader._open(chosen, fields=fields, cache_bytes=cache_bytes)
         return reader
 
-    def _open(self, folders: Sequence[Path], *, fields: Iterable[str] | None, cache_bytes: int) -> None:
-        self.folders = tuple(folders)
-        self.manifests = tuple(read_manifest(folder) for folder in folders)
+    def _open(self, chosen: Chosen, *, fields: Iterable[str] | None, cache_bytes: int) -> None:
+        self.folders, self.manifests = chosen.folders, chosen.manifests
+        self.left_out = chosen.left_out
+        """Partition key → why the reader has nothing of it, though it is planned or committed."""
+        self.plan_hash = chosen.plan_hash
+        """Of the plan that named the partitions; None where there is none, or folders were named."""
         _require_one_variant(self.manifests, self.folders)
         self._cache_bytes = cache_bytes
         self._parts: tuple[tuple[int, Path, PartRecord], ...] = tuple(
@@ -78,6 +115,7 @@ class CacheReader:
             for i, (folder, manifest) in enumerate(zip(self.folders, self.manifests, strict=True))
             for record in manifest.parts
         )
+        self._verified = VerifiedParts(len(self._parts))
         self._first_documents = offsets_of(np.array([r.n_documents for _, _, r in self._parts], dtype=np.int64))
         self._index: tuple[list[str], Int64Array] | None = None
         self._start_in_process()
@@ -116,7 +154,11 @@ class CacheReader:
 
     @property
     def document_ids(self) -> list[str]:
-        """The id of every document; read from the files on first use."""
+        """The id of every document; read from the files on first use.
+
+        Nothing is hashed for it, as that would read all of a cache before its first document: a part whose ids were
+        changed is found when one of its documents is read.
+        """
         return list(self._load_index()[0])
 
     @property
@@ -140,7 +182,7 @@ class CacheReader:
         part = int(np.searchsorted(self._first_documents, i, side="right")) - 1
         row = i - int(self._first_documents[part])
         with self._locked():
-            file = self._part(part)
+            file = self._verified_part(part)
             group = file.group_of(row)
             columns = self._group(part, group)
             row -= int(file.first_rows[group])
@@ -154,8 +196,9 @@ class CacheReader:
         if columns is None:
             names = list(dict.fromkeys(("document_id", *self.fields)))
             path = self._parts[part][1]
-            table = self._part(part).read_group(group, names)
-            columns = {name: column_of(table[name]) for name in names}
+            table = self._verified_part(part).read_group(group, names)
+            with damage_named(path):
+                columns = {name: column_of(table[name]) for name in names}
             self._groups_bytes += _cost(path, columns)
         self._groups[part, group] = columns  # as the one used last
         while self._groups_bytes > self._cache_bytes and len(self._groups) > 1:
@@ -164,20 +207,32 @@ class CacheReader:
         return columns
 
     def _part(self, part: int) -> PartFile:
+        """The open file of a part, of which nothing but its size and the number of its rows is known to be right."""
         file = self._files.pop(part, None)
         if file is None:
             _, path, record = self._parts[part]
-            n_bytes = size_if_there(path)
-            if n_bytes != record.n_bytes:
-                found = "it is missing" if n_bytes is None else f"it has {n_bytes}"
-                raise CorruptPartError(f"{path}: expected {record.n_bytes} bytes, {found}; run kd-assets verify")
-            file = PartFile(path)
-            if file.n_rows != record.n_documents:
-                raise CorruptPartError(f"{path}: expected {record.n_documents} documents, it has {file.n_rows}")
+            file = open_part(path, record)
         self._files[part] = file
         if len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)  # closed when the last view of it is gone
+            closed, _ = self._files.popitem(last=False)  # closed when the last view of it is gone
+            self._believed.discard(closed)
         return file
+
+    def _verified_part(self, part: int) -> PartFile:
+        """The open file of a part whose bytes are those that were committed."""
+        if part not in self._believed:
+            _, path, record = self._parts[part]
+            self._verified.require(part, path, record)
+            self._files.pop(part, None)  # it may have been opened before another took its place
+            self._believed.add(part)
+        return self._part(part)
+
+    def require_unchanged(self, partition_keys: Iterable[str]) -> None:
+        """Raise CorruptPartError, which names the file, unless all parts of these partitions are what was committed."""
+        keys = set(partition_keys)
+        for part, (of_manifest, path, record) in enumerate(self._parts):
+            if self.manifests[of_manifest].partition_key in keys:
+                self._verified.require(part, path, record)
 
     def _load_index(self) -> tuple[list[str], Int64Array]:
         if self._index is not None:
@@ -185,10 +240,11 @@ class CacheReader:
         document_ids: list[str] = []
         n_tokens = [np.zeros(0, np.int64)]
         for part in range(len(self._parts)):
-            with self._locked():
+            with self._locked(), damage_named(self._parts[part][1]):
                 table = self._part(part).read(["document_id", "n_tokens"])
-            document_ids += table["document_id"].to_pylist()
-            n_tokens.append(table["n_tokens"].to_numpy().astype(np.int64))
+                table.validate(full=True)
+                document_ids += table["document_id"].to_pylist()
+                n_tokens.append(table["n_tokens"].to_numpy().astype(np.int64))
         self._index = document_ids, np.concatenate(n_tokens)
         return self._index
 
@@ -202,56 +258,29 @@ class CacheReader:
         self._lock = threading.RLock()
         self._process_id = os.getpid()
         self._files: OrderedDict[int, PartFile] = OrderedDict()
+        self._believed: set[int] = set()
+        """Parts whose open file, or the one that is opened next, has been verified."""
         self._groups: OrderedDict[tuple[int, int], dict[str, Column]] = OrderedDict()
         self._groups_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("folders", "manifests", "_cache_bytes", "_parts", "_first_documents", "_fields")
+        names = (
+            "folders",
+            "manifests",
+            "left_out",
+            "plan_hash",
+            "_cache_bytes",
+            "_parts",
+            "_first_documents",
+            "_fields",
+        )
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._index = None
+        self._verified = VerifiedParts(len(self._parts))
         self._start_in_process()
-
-
-def current_results(
-    recipe_folder: Path, asset: str, *, variant: str | None = None, partition_keys: Iterable[str] | None = None
-) -> list[Path]:
-    """The folders of the current results of one variant, in the order of `partition_keys` (default: all, sorted)."""
-    variants = variants_of(recipe_folder / asset)
-    if variant is None:
-        if len(variants) > 1:
-            listed = "; ".join(f"{name}: {len(heads)} partitions" for name, heads in variants.items())
-            raise VariantConflictError(
-                f"{recipe_folder / asset} holds several variants, which are never mixed: name one with variant=… "
-                f"({listed})"
-            )
-        variant = next(iter(variants), None)
-    if variant is None or variant not in variants:
-        there = f"; committed are {', '.join(variants)}" if variants else ""
-        named = "" if variant is None else f" of variant {variant}"
-        raise NotCommittedError(f"no committed results{named} in {recipe_folder / asset}{there}: materialize them")
-    heads = variants[variant]
-    if partition_keys is None:
-        return [heads[key] for key in sorted(heads)]
-    wanted = list(partition_keys)
-    if missing := [key for key in wanted if key not in heads]:
-        raise NotCommittedError(
-            f"{recipe_folder / asset / variant} has no committed result for partition {missing[0]!r} "
-            f"({len(missing)} missing of {len(wanted)}): materialize them"
-        )
-    return [heads[key] for key in wanted]
-
-
-def variants_of(asset_folder: Path) -> dict[str, dict[str, Path]]:
-    """variant → partition key → folder of the current result; variants without one are left out."""
-    found: dict[str, dict[str, Path]] = {}
-    for variant in filter(is_variant_name, listing(asset_folder)):
-        heads = {key: read_head(asset_folder / variant / key) for key in listing(asset_folder / variant)}
-        if current := {key: head for key, head in heads.items() if head is not None}:
-            found[variant] = current
-    return found
 
 
 def _require_one_variant(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kd_assets.durable import read_patiently, size_if_there
-from kd_assets.errors import CorruptPartError
 from kd_assets.store.manifest import Manifest, read_manifest
-from kd_assets.store.partfile import PartFile
+from kd_assets.store.reading.chosen import require_place
+from kd_assets.store.reading.parts import damage_named, part_in_memory
 from kd_assets.store.writing.documents import BoolArray, Documents, Int64Array, Uint32Array, offsets_of
 from kd_assets.store.writing.encode import flat
 
@@ -48,22 +46,17 @@ def read_shard(folder: Path) -> Shard:
     Raises NotCommittedError, CorruptManifestError, CorruptPartError or StorageUnavailableError, which name the file.
     """
     manifest = read_manifest(folder)
+    require_place(folder, manifest)
     document_ids: list[str] = []
     lengths, input_ids, loss_masks = [], [], []
     for record in manifest.parts:
         path = folder / record.name
-        if size_if_there(path) is None:
-            raise CorruptPartError(f"{path} is missing")
-        data = read_patiently(path.read_bytes, path)
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != record.sha256:
-            raise CorruptPartError(f"{path} was changed after its commit: sha256 {digest}, expected {record.sha256}")
-        with PartFile(path, data) as part:
+        with part_in_memory(path, record) as part, damage_named(path):
             table = part.read(["document_id", "n_tokens", "input_ids", "loss_mask"])
-        document_ids += table["document_id"].to_pylist()
-        lengths.append(flat(table["n_tokens"]).astype(np.int64))
-        input_ids.append(flat(table["input_ids"]))
-        loss_masks.append(flat(table["loss_mask"]))
+            document_ids += table["document_id"].to_pylist()
+            lengths.append(flat(table["n_tokens"]).astype(np.int64))
+            input_ids.append(flat(table["input_ids"]))
+            loss_masks.append(flat(table["loss_mask"]))
     return Shard(
         document_ids=document_ids,
         offsets_D1=offsets_of(np.concatenate([np.zeros(0, np.int64), *lengths])),

@@ -6,7 +6,7 @@ Gathers; `kd_assets.cli` prints, and turns token ids into text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kd_assets.durable import size_if_there
 from kd_assets.errors import CorruptManifestError, NotCommittedError
 from kd_assets.store.fingerprint import INPUT_KEY
-from kd_assets.store.layout import require_folder, result_folders
+from kd_assets.store.layout import HEAD_NAME, is_variant_name, recipe_folder_of, require_folder, result_folders
 from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_manifest
+from kd_assets.store.reading.chosen import NOT_THERE, PLANNED_ASSETS, require_place, why_not_read
+from kd_assets.store.reading.planned import planned_partitions
 from kd_assets.store.reading.reader import CacheReader
+from kd_assets.store.recorded_checks import failed_check
 
 SHOWN_TOKENS = 48
 SHOWN_POSITIONS = 3
@@ -49,6 +53,10 @@ class CacheSummary:
     first_created_at: str
     last_created_at: str
     has_documents: bool
+    n_planned: int | None
+    """Partitions that the current plan names; None where there is no plan, or less than a variant was looked at."""
+    left_out: dict[str, str]
+    """Partition key → why a reader of the recipe has nothing of it: missing, of another shard, or not planned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +66,11 @@ class Inspection:
     path: Path
     caches: tuple[CacheSummary, ...]
     n_superseded: int
-    """Committed results that are not their partition's current one."""
+    """Committed results that another one has taken the place of."""
+    failed: dict[str, str]
+    """Folder of a committed result that is not current → the check that it failed."""
+    without_head: tuple[Path, ...]
+    """Committed results of partitions that have no current one."""
     unfinished: tuple[Path, ...]
 
 
@@ -100,24 +112,31 @@ def inspect(path: Path) -> Inspection:
     """
     require_folder(path)
     groups: dict[tuple[str, str, str], list[tuple[Path, Manifest]]] = {}
-    unfinished, n_superseded = [], 0
+    unfinished, without_head, failed, n_superseded = [], [], {}, 0
     for folder in result_folders(path):
         try:
             manifest = read_manifest(folder)
         except NotCommittedError:
             unfinished.append(folder)
             continue
+        require_place(folder, manifest)
         if folder != path and not _is_current(folder):
-            n_superseded += 1
+            if why := failed_check(manifest):
+                failed[str(folder)] = why
+            elif size_if_there(folder.parent / HEAD_NAME) is None:
+                without_head.append(folder)
+            else:
+                n_superseded += 1
             continue
         groups.setdefault((manifest.recipe, manifest.asset, manifest.variant), []).append((folder, manifest))
     if not groups:
-        some = f", and {len(unfinished)} unfinished ones" if unfinished else ""
-        raise NotCommittedError(f"{path} holds no committed results{some}: materialize them, or give another path")
+        raise NotCommittedError(_nothing_current(path, unfinished, without_head, failed))
     return Inspection(
         path=path,
-        caches=tuple(_summary(results) for _, results in sorted(groups.items())),
+        caches=tuple(_summary(path, results) for _, results in sorted(groups.items())),
         n_superseded=n_superseded,
+        failed=failed,
+        without_head=tuple(without_head),
         unfinished=tuple(unfinished),
     )
 
@@ -126,13 +145,30 @@ def view_documents(cache: CacheSummary, n_documents: int) -> list[DocumentView]:
     """The first documents of a cache; empty for results that are no tables."""
     if not cache.has_documents:
         return []
-    reader = CacheReader.from_folders(cache.folders)
+    reader = CacheReader.from_folders(cache.folders, allow_failed=True)
     return [_view(reader[i]) for i in range(min(n_documents, len(reader)))]
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """The numbers whose bfloat16 bits these are; exact."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _nothing_current(
+    path: Path, unfinished: Sequence[Path], without_head: Sequence[Path], failed: Mapping[str, str]
+) -> str:
+    """That nothing at or below `path` is current, and what is there instead."""
+    some = [
+        f"{len(found)} {words} such as {next(iter(found))}"
+        for found, words in (
+            (unfinished, "are unfinished,"),
+            (without_head, "are committed and no head names them,"),
+            (failed, "failed a check,"),
+        )
+        if found
+    ]
+    but = f" ({'; '.join(some)})" if some else ""
+    return f"{path} holds no committed results that are current{but}: materialize them, or give another path"
 
 
 def _is_current(folder: Path) -> bool:
@@ -142,8 +178,9 @@ def _is_current(folder: Path) -> bool:
         return False
 
 
-def _summary(results: Sequence[tuple[Path, Manifest]]) -> CacheSummary:
+def _summary(path: Path, results: Sequence[tuple[Path, Manifest]]) -> CacheSummary:
     manifests = [manifest for _, manifest in results]
+    n_planned, left_out = _compared_with_plan(path, results)
     latest = max(manifests, key=lambda m: m.created_at)
     n_tokens, n_bytes = sum(m.n_tokens for m in manifests), sum(m.n_bytes for m in manifests)
     kept_out = {"asset", "format_version", "params", INPUT_KEY}
@@ -165,7 +202,26 @@ def _summary(results: Sequence[tuple[Path, Manifest]]) -> CacheSummary:
         first_created_at=min(m.created_at for m in manifests),
         last_created_at=latest.created_at,
         has_documents=any(m.n_documents for m in manifests),
+        n_planned=n_planned,
+        left_out=left_out,
     )
+
+
+def _compared_with_plan(path: Path, results: Sequence[tuple[Path, Manifest]]) -> tuple[int | None, dict[str, str]]:
+    """How many partitions the plan names, and what a reader would leave out; nothing of less than a whole variant."""
+    folder, manifest = results[0]
+    of_variant = folder.absolute().parent.parent
+    if path.absolute() not in (of_variant, *of_variant.parents) or not is_variant_name(of_variant.name):
+        return None, {}
+    recipe_folder = recipe_folder_of(folder.absolute())
+    plan = planned_partitions(recipe_folder) if manifest.asset in PLANNED_ASSETS else None
+    left_out = {
+        m.partition_key: why for _, m in results if (why := why_not_read(recipe_folder, m.asset, plan, m)) is not None
+    }
+    if plan is None:
+        return None, left_out
+    there = {m.partition_key for _, m in results}
+    return len(plan.input_hashes), left_out | {key: NOT_THERE for key in plan.input_hashes if key not in there}
 
 
 def _merged_checks(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:

@@ -55,6 +55,7 @@ from kd_assets.store.manifest import (
     write_head,
 )
 from kd_assets.store.partfile import part_suffix, write_table
+from kd_assets.store.recorded_checks import failed_check
 from kd_assets.store.writing.journal import Journal, occupied
 
 
@@ -288,13 +289,15 @@ def commit_file_result(
 
 
 def set_head(folder: Path, manifest: Manifest | None = None) -> bool:
-    """Make a committed result its partition's current one: what reuse does instead of computing.
+    """Make a committed result its partition's current one: what reuse does instead of computing. One that has failed a
+    check never becomes it.
 
     Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it;
     returns whether all is done. `manifest` is that of `folder`, where the caller has just read it.
     """
     manifest = manifest or read_manifest(folder)
-    write_head(folder, manifest.fingerprint)
+    if failed_check(manifest) is None:
+        write_head(folder, manifest.fingerprint)
     if size_if_there(folder / JOURNAL_NAME) is None:
         return True
     lease = Lease(folder / LEASE_NAME)
@@ -317,7 +320,8 @@ def raise_if_busy(output: Output) -> None:
 def _finish_commit(folder: Path, manifest: Manifest, *, is_new: bool) -> None:
     """What follows a commit. Runs again after a kill, so each step first looks whether it was done; that the log has no
     line of a new commit, which this process has just made, is known without looking."""
-    write_head(folder, manifest.fingerprint)
+    if failed_check(manifest) is None:
+        write_head(folder, manifest.fingerprint)
     if size_if_there(folder / JOURNAL_NAME) is not None:
         if is_new or not is_audited(folder, manifest):
             audit_commit(folder, manifest)

@@ -1,0 +1,69 @@
+"""What a manifest itself says of its result's worth: the statistics of what was stored, and the recomputation.
+
+Anyone in `kd_assets` may ask. The invariant: a result that has failed is never its partition's current one, whoever
+committed or reused it, and no reader gives its documents without being told to. What was never recorded has not failed:
+the checks (`kd_assets.store.checking.checks`) refuse that, too, as they have the files to look at.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kd_assets.contract import CACHES
+from kd_assets.store.manifest import Manifest
+
+PROBABILITY_TOLERANCE = 4e-3
+"""Σp of the kept tokens may exceed 1 by this: float16 rounds a logprob between -8 and -16 by up to 2⁻⁸, and all of the
+mass may lie there (uniform logits over 3,000 tokens and more, all kept). Below -16 there is too little of it."""
+
+
+def failed_check(manifest: Manifest) -> str | None:
+    """The first check that the result is recorded to have failed, and how; None where none is."""
+    if manifest.asset not in CACHES:
+        return None
+    if all("n_non_finite" in part.stats for part in manifest.parts) and (why := finite_failure(manifest)):
+        return f"check finite failed: {why}"
+    if "recomputed" in manifest.checks and (why := recomputed_failure(manifest)):
+        return f"check recomputed failed: {why}"
+    return None
+
+
+def finite_failure(manifest: Manifest) -> str | None:
+    """The first part whose stored numbers cannot be right, by the statistics that were taken of its encoded rows: after
+    every conversion, so of what is in the file."""
+    for part in manifest.parts:
+        n_non_finite = part.stats.get("n_non_finite", math.nan)
+        if n_non_finite != 0:
+            found = "an unknown number of" if math.isnan(n_non_finite) else f"{n_non_finite:.0f}"
+            return f"{part.name} has {found} values that are NaN or infinite"
+        if manifest.asset == "topk_cache" and not part.stats.get("max_probability_sum", math.nan) <= (
+            1 + PROBABILITY_TOLERANCE
+        ):
+            return f"{part.name}: probabilities add up to {part.stats.get('max_probability_sum', math.nan):.6f}"
+        if draws := draws_of(manifest):
+            n_draws, expected = part.stats.get("n_draws", 0), draws * part.stats["n_positions"]
+            if n_draws != expected:
+                return f"{part.name} has {n_draws:.0f} draws, expected {draws} a position: {expected:.0f}"
+    return None
+
+
+def recomputed_failure(manifest: Manifest) -> str | None:
+    """Why the recorded recomputation of a sample does not stand for the result; None where it does."""
+    record = manifest.checks.get("recomputed")
+    if not isinstance(record, dict):
+        return "there is no record of a recomputation"
+    if manifest.n_documents and not record.get("n_documents"):
+        return "no document was recomputed"
+    for name, value in record.items():
+        if name.startswith("max_") and not isinstance(value, (int, float)):
+            return f"{name} is {value}"
+    if record.get("passed") is not True:
+        worst = record.get("worst_over_tolerance")
+        by_how_much = f" ({worst:.3g} times its tolerance)" if isinstance(worst, (int, float)) else ""
+        return f"the recomputation was recorded as failed{by_how_much}"
+    return None
+
+
+def draws_of(manifest: Manifest) -> int:
+    """Token ids that a cache holds of each position as random draws: 0 for one without, and for other assets."""
+    return int(manifest.params.get("draws", 0))
