@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from kd_assets.durable import atomic_write
 from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
 from kd_assets.locks import locked
+from kd_assets.model_files.reading import open_regular, os_reason
 
 CHUNK_BYTES = 1 << 22
 
@@ -115,10 +115,8 @@ def hashed_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int]
     """`cached_sha256`, by reading the file whatever is known of it."""
     with _reading_errors(path):
         real = path.resolve(strict=True)
-        with real.open("rb") as f:
+        with open_regular(real) as f:
             before = os.fstat(f.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise MissingInputError(f"{path} is not a file")
             digest = hashlib.sha256()
             while chunk := f.read(CHUNK_BYTES):
                 digest.update(chunk)
@@ -200,7 +198,3 @@ def _is_sha256(value: Any) -> bool:
 
 def _gb(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB"
-
-
-def os_reason(e: Exception) -> str:
-    return (e.strerror if isinstance(e, OSError) else None) or str(e)
