@@ -23,6 +23,7 @@ from kd_assets.library_internals import (
     has_compiler_settings,
     has_hooks,
     no_hooks_left,
+    whole_loading_report,
 )
 from kd_assets.teacher.devices.compiled import LIKE_EAGER, REQUIRED_MODE
 from kd_assets_tests.teacher.tiny import tiny_model
@@ -40,6 +41,19 @@ def test_an_auto_class_tells_what_it_makes_of_a_configuration() -> None:
     assert class_that_loads(causal, transformers.LlamaConfig()) is transformers.LlamaForCausalLM
     assert class_that_loads(causal, transformers.CLIPConfig()) is None
     assert class_that_loads(multimodal, transformers.LlavaConfig()) is transformers.LlavaForConditionalGeneration
+
+
+def test_what_transformers_leaves_out_of_its_loading_report_is_told(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    weights = {**model.state_dict(), "transformer.h.0.attn.bias": torch.ones(1), "transformer.h.9.x": torch.ones(1)}
+    del weights["lm_head.weight"]
+    weights["transformer.ln_f.bias"] = torch.ones(3)
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with whole_loading_report() as report, pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert report.unexpected == {"transformer.h.0.attn.bias", "transformer.h.9.x"}
+    assert report.ignored == {"transformer.h.0.attn.bias"}
+    assert report.mismatched == {"transformer.ln_f.bias": ((3,), (32,))}
 
 
 def with_hidden_states(model: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TopkParams, WorkUnit
@@ -90,6 +91,20 @@ def test_every_cache_is_committed_with_its_checks_facts_and_provenance(
         assert provenance["teacher"] == str(teacher_folder)
         assert provenance["architecture"] == "LlamaForCausalLM"
         assert provenance["libraries"]["torch"] == version("torch")
+
+
+def test_weights_that_are_not_used_stand_in_the_provenance_and_nothing_where_all_are(
+    uninterrupted: WorkUnit, desk: Desk, tmp_path: Path
+) -> None:
+    assert "unused_weights" not in read_manifest(Path(uninterrupted.outputs[0].path)).provenance
+    folder = save_teacher(tmp_path / "with a further head")
+    weights = load_file(folder / "model.safetensors") | {"mtp.layers.0.weight": torch.ones(4)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    params = tiny_params(folder)
+    unit = desk.unit(desk.commit_shard(tiny_documents((5, 6))), params)
+    desk.run(params, unit)
+    for output in unit.outputs:
+        assert read_manifest(Path(output.path)).provenance["unused_weights"] == {"multi-token prediction": 1}
 
 
 def test_recomputation_reports_the_largest_differences(uninterrupted: WorkUnit) -> None:
