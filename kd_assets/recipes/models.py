@@ -19,9 +19,13 @@ class SourceModel(dg.Model, dg.Resolvable):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     path: str
     """A file; `$NAME` stands for an environment variable, looked up when the shard plan is made."""
-    format: Literal["jsonl", "parquet"] = "jsonl"
+    format: Literal["jsonl", "parquet", "arrow"] = "jsonl"
     text_field: str = "text"
     messages_field: str = "messages"
+    id_field: str = "id"
+    """A record without it is named after the source and its number."""
+    ignore_fields: Annotated[list[str], Field(default_factory=list)]
+    """Fields that a chat template or a loss may read (`tools`, a message's `weight`) and that are left out; counted."""
     licence: str = "unknown"
     revision: str | None = None
     made_by: str | None = None

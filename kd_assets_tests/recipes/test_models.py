@@ -76,7 +76,7 @@ def test_the_choices_of_a_teachers_options_are_those_of_its_dataclass() -> None:
     [
         (TeacherCaches, Recipe, {"on_bad_record", "part_documents", "part_tokens"}),
         (TeacherCaches, TeacherParams, {"part_documents", "part_tokens"}),
-        (SourceModel, SourceSpec, {"text_field", "messages_field", "revision"}),
+        (SourceModel, SourceSpec, {"text_field", "messages_field", "id_field", "revision"}),
         (TasksModel, Tasks, {"n_tasks", "concurrency"}),
     ],
 )

@@ -23,6 +23,7 @@ from kd_assets.contract import JobFile, RecordRange, Reporter, ShardsParams, Wor
 from kd_assets.errors import (
     BadRecordError,
     ContractError,
+    FieldNotUnderstoodError,
     InputError,
     InterruptedTaskError,
     MissingInputError,
@@ -108,6 +109,28 @@ def contents(job: JobFile) -> list[tuple[list[str], list[int], list[int], list[b
 
 
 # ---------------------------------------------------------------- what is committed
+
+
+def test_fields_that_nothing_was_made_of_are_counted(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    rows = [{"text": "one", "url": "x"}, {"text": "two", "url": None, "meta": {}}, {"text": "three"}]
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer()))
+    assert manifest.facts["passed_over_fields"] == {"url": 2, "meta": 1}
+
+
+def test_a_shard_without_such_fields_has_the_facts_that_it_had(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", [{"text": "one"}]), save_tokenizer()))
+    assert "passed_over_fields" not in manifest.facts
+
+
+@pytest.mark.parametrize("on_bad_record", ["fail", "skip"])
+def test_a_field_that_is_not_understood_is_never_skipped(
+    tmp_path: Path, save_tokenizer: SaveTokenizer, on_bad_record: str
+) -> None:
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {**ANSWER, "weight": 0}]}]
+    job = make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer(), on_bad_record=on_bad_record)
+    with pytest.raises(FieldNotUnderstoodError, match=r"web\.jsonl:2: the chat has 'messages\.weight'"):
+        run(job)
+    assert not Path(job.units[0].outputs[0].path).exists()
 
 
 def test_records_become_a_committed_shard_that_reads_back(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
@@ -230,7 +253,7 @@ def test_one_bad_record_fails_the_shard_with_file_line_and_reason_and_nothing_is
     source = write_jsonl(tmp_path / "web.jsonl", [{"text": "a"}, {"text": None}, {"text": 3}])
     job = make_job(tmp_path, source, save_tokenizer(), part_documents=1)
     with pytest.raises(
-        BadRecordError, match=rf"^{source}:2: neither 'text' .*and 1 more of 3.*on_bad_record: skip"
+        BadRecordError, match=rf"^{source}:2: 'text' is null.*and 1 more of 3.*on_bad_record: skip"
     ) as e:
         runner_of(job).run(job.units[0])
     assert e.value.exit_code == 2
