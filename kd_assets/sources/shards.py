@@ -15,7 +15,7 @@ from typing import Any
 from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
 from kd_assets.errors import BadRecordError, ContractError, InputError, InterruptedTaskError, RecipeError
 from kd_assets.sources.records import Record, ShardHash, read_records
-from kd_assets.sources.shard_parts import RecordCounts, ShardInProgress, no_documents
+from kd_assets.sources.shard_parts import ShardInProgress
 from kd_assets.sources.tokenise import load_tokeniser
 from kd_assets.store import ResultWriter
 from kd_assets.store.fingerprint import INPUT_KEY
@@ -106,8 +106,6 @@ class ShardsRunner:
                 else ""
             )
             raise BadRecordError(f"{bad[0]}{more}; mend it, or set on_bad_record: skip") from bad[0]
-        if len(bad) == len(records):
-            raise no_documents(unit, RecordCounts(n_records=len(records), n_bad_records=len(bad)), bad)
         return records
 
     def _warn(self, unit: WorkUnit, facts: Mapping[str, Any]) -> None:
