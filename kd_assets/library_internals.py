@@ -1,7 +1,7 @@
 """The few names of torch, transformers and accelerate that they do not promise, in one place, tested by what they do.
 
-Only `kd_assets.teacher` may import it; it imports a library when it is asked for something of
-it. `kd_assets_tests/test_library_internals.py` fails when a new version changes any of these.
+Only `kd_assets.teacher` may import it, and `kd_assets.sources` for chat templates; it imports a library when it is
+asked for something of it. `kd_assets_tests/test_library_internals.py` fails when a new version changes any of these.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def whole_loading_report() -> Iterator[LoadingReport]:
         yield report
     finally:
         setattr(PreTrainedModel, name, adjust)
+
+
+def chat_environment() -> Any:
+    """A Jinja environment of its own, as transformers has it for chat templates: sandboxed, with its filters, functions
+    and `{% generation %}`."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._cached_compile_jinja_template("").environment
 
 
 @contextlib.contextmanager

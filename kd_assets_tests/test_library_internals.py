@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import nn
 
 import kd_assets
 from kd_assets.library_internals import (
     any_number_of_rows,
     attention_of,
+    chat_environment,
     class_that_loads,
     equal_sizes_kept_apart,
     has_compiler_settings,
@@ -41,6 +43,13 @@ def test_an_auto_class_tells_what_it_makes_of_a_configuration() -> None:
     assert class_that_loads(causal, transformers.LlamaConfig()) is transformers.LlamaForCausalLM
     assert class_that_loads(causal, transformers.CLIPConfig()) is None
     assert class_that_loads(multimodal, transformers.LlavaConfig()) is transformers.LlavaForConditionalGeneration
+
+
+def test_a_chat_environment_is_that_of_transformers_and_one_of_its_own() -> None:
+    one, other = chat_environment(), chat_environment()
+    assert one is not other
+    assert isinstance(one, ImmutableSandboxedEnvironment)
+    assert one.from_string("{% generation %}{{ 'é' | tojson }}{% endgeneration %}").render() == '"é"'
 
 
 def test_what_transformers_leaves_out_of_its_loading_report_is_told(tmp_path: Path) -> None:

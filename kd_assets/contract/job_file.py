@@ -136,6 +136,10 @@ class TeacherParams(TeacherOptions):
     embeddings: EmbeddingParams | None = None
 
 
+STUDENT_HEAD_SIZE = 32
+"""Numbers of a student's state that each of its attention heads takes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentParams:
     """A small student trained for a few steps, to prove that the caches teach."""
@@ -145,6 +149,7 @@ class StudentParams:
     max_length: int = 256
     """Tokens of a document that the student sees."""
     hidden_size: int = 128
+    """A multiple of `STUDENT_HEAD_SIZE`."""
     n_layers: int = 2
     learning_rate: float = 2e-3
     temperature: float = 2.0

@@ -45,6 +45,10 @@ TOKENIZER_FILES = (
 )
 """Patterns of the files that `AutoTokenizer` reads."""
 
+TEKKEN = "tekken.json"
+"""Mistral's own, which decides where there is no tokenizer.json (see `tokenizer_proof`); beside one it says the same
+again, and does not count."""
+
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -91,11 +95,13 @@ def _weights_fingerprint(folder: Path, config: Any, digests: Mapping[Path, str])
 
 
 def tokenizer_fingerprint(folder: Path, cache: DigestCache | None) -> str:
-    """SHA-256 (hex) of what determines a document's tokens: the `TOKENIZER_FILES` that are there, template included.
+    """SHA-256 (hex) of what determines a document's tokens: the `TOKENIZER_FILES` that are there, template included,
+    and `TEKKEN` where it decides.
 
     `tokenizer_config.json` counts as parsed, without `VOLATILE_KEYS`. Raises MissingInputError when there are none.
     """
-    found = sorted({path for pattern in TOKENIZER_FILES for path in _glob(folder, pattern)})
+    patterns = TOKENIZER_FILES if (folder / "tokenizer.json").is_file() else (*TOKENIZER_FILES, TEKKEN)
+    found = sorted({path for pattern in patterns for path in _glob(folder, pattern)})
     contents: dict[str, Any] = {}
     for path in found:
         _refuse_lfs_pointer(path)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import dagster as dg
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from kd_assets.contract import STUDENT_HEAD_SIZE
 from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
 from kd_assets.recipes.recipe import Tasks
 
@@ -130,7 +131,7 @@ class StudentModel(dg.Model, dg.Resolvable):
     steps: Positive = 60
     batch_documents: Positive = 8
     max_length: Positive = 256
-    hidden_size: Positive = 128
+    hidden_size: Annotated[int, Field(gt=0, le=65_536, multiple_of=STUDENT_HEAD_SIZE)] = 128
     n_layers: Positive = 2
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     temperature: Annotated[float, Field(gt=0)] = 2.0

@@ -228,6 +228,17 @@ def test_every_file_of_a_tokenizer_changes_its_fingerprint_and_no_other_does(tmp
     assert tokenizer_fingerprint(folder, None) == base
 
 
+def test_tekken_counts_where_it_decides_and_nowhere_else(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text('{"version": 1}')
+    one = tokenizer_fingerprint(tmp_path, None)
+    (tmp_path / "tekken.json").write_text('{"version": 2}')
+    assert tokenizer_fingerprint(tmp_path, None) != one
+    (tmp_path / "tokenizer.json").write_text("{}")
+    beside = tokenizer_fingerprint(tmp_path, None)
+    (tmp_path / "tekken.json").unlink()
+    assert tokenizer_fingerprint(tmp_path, None) == beside
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(MissingInputError, match="holds no tokenizer"):

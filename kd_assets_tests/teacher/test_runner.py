@@ -126,7 +126,7 @@ def test_caches_of_an_empty_shard_are_empty_and_committed(desk: Desk, teacher_fo
     full = desk.unit(desk.commit_shard(tiny_documents((5, 6)), "shard-00001"), params, key="shard-00001")
     desk.run(params, full)
     for asset in CACHES:
-        assert [d["document_id"] for d in CacheReader(desk.recipe_folder, asset)] == ["doc-000", "doc-001"]
+        assert CacheReader(desk.recipe_folder, asset).document_ids == ["doc-000", "doc-001"]
 
 
 def test_a_token_id_beyond_the_embeddings_names_its_document(desk: Desk, teacher_folder: Path) -> None:
