@@ -20,8 +20,8 @@ from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import LocalScheduler
 from kd_assets.sources.plan import ShardPlan
-from kd_assets.store import manifest as manifest_module
 from kd_assets.store import CacheReader, read_manifest, verify
+from kd_assets.store import manifest as manifest_module
 from kd_assets_tests.orchestration.deployment import (
     CACHES,
     DOCUMENTS_PER_SHARD,

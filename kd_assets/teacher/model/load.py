@@ -51,6 +51,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ROUTING = re.compile(r"experts?(?![a-z])|router|topk|sparsemoe|moegate", re.IGNORECASE)
 """In the names of classes of modules that send tokens to experts."""
 
+WIDTHS = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner"),
+    *("head_dim", "num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts"),
+)
+"""Sizes in a configuration that are each a dimension of some weight, or less."""
+PACKED = 16
+"""Numbers that quantised weights keep in one of their files', at most: 2 bits each in 32."""
+POSITIONS = re.compile(r"^(?!.*(vis|audio|encoder|tower)).*(^|\.)(wpe|embed_positions)\.weight$")
+"""A text decoder's table of positions, where they are learned (GPT-2, OPT)."""
+
 Warn = Callable[[str], None]
 
 
@@ -276,7 +286,7 @@ def loading_errors(folder: Path, fit: LoadingReport, *, remote_code: bool, quant
     except (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
         if fit.mismatched:
             raise TeacherError(mismatch_in_words(folder, fit.mismatched)) from e
-        if not is_of_the_model(e) and not isinstance(e, ArithmeticError):
+        if not is_of_the_model(e) and not isinstance(e, (ArithmeticError, RecursionError)):
             raise
         if quantization is not None:
             raise TeacherError(f"{folder} cannot be quantised as teacher.quantization asks: {e}") from e
@@ -287,17 +297,22 @@ def loading_errors(folder: Path, fit: LoadingReport, *, remote_code: bool, quant
 
 
 def check_sizes(config: Any, stored: Sequence[StoredTensor], folder: Path) -> None:
-    """Raise TeacherError for sizes that the weights show to be wrong, before a model of them is made: what of it is no
-    weight (tables of positions, a module for each layer) takes memory by them."""
+    """Raise TeacherError for sizes that the weights show to be wrong, before a model of them is made: transformers
+    takes memory by them (for weights that do not fit, a module for each layer) before it complains."""
     text = config.get_text_config(decoder=True)
     widest = max((n for tensor in stored for n in tensor.shape), default=0)
-    for name, most, what in (
-        ("hidden_size", widest, f"the widest of its weights has {widest:,}"),
-        ("vocab_size", widest, f"the longest of its weights has {widest:,} rows"),
-        ("num_hidden_layers", len(stored), f"its files hold {len(stored):,} weights"),
-    ):
+    weights = f"the widest of its weights has {widest:,}"
+    most = {
+        "hidden_size": (widest, weights),
+        "vocab_size": (widest, weights),
+        "num_hidden_layers": (len(stored), f"its files hold {len(stored):,} weights"),
+    }
+    most |= dict.fromkeys(WIDTHS, (PACKED * widest, weights))
+    if any(POSITIONS.search(tensor.name) for tensor in stored):
+        most["max_position_embeddings"] = (widest, weights)
+    for name, (largest, what) in most.items():
         size = getattr(text, name, None)
-        if isinstance(size, int) and not 1 <= size <= most:
+        if isinstance(size, int) and (size > largest or (size < 1 and name not in WIDTHS)):
             raise TeacherError(f"{folder}/config.json says {name} {size:,}, and {what}: download the model again")
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import HiddenStateParams, TopkParams
-from kd_assets.errors import MissingInputError, RecipeError, TeacherChangedError, TeacherError
+from kd_assets.errors import InputError, MissingInputError, RecipeError, TeacherChangedError, TeacherError
 from kd_assets.teacher.model.configuration import read_config, rotary_limit
 from kd_assets.teacher.model.load import as_teacher, load_teacher, read_model
 from kd_assets_tests.teacher.tiny import (
@@ -181,6 +181,26 @@ def test_weights_of_another_shape_are_refused_with_both_shapes(folder: Path) -> 
         load_teacher(tiny_params(folder), digests=None, warn=no_warning)
 
 
+def test_a_table_of_positions_is_no_longer_than_the_weights(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "gpt2", "gpt2", max_position_embeddings=256)
+    change_config(folder, n_positions=10**9, max_position_embeddings=10**9)
+    with pytest.raises(TeacherError, match=r"says max_position_embeddings 1,000,000,000, and the widest"):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def test_positions_that_are_computed_may_be_many(folder: Path) -> None:
+    change_config(folder, max_position_embeddings=10**9)
+    load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_configuration_that_is_nested_without_end_is_refused(folder: Path, name: str) -> None:
+    params = tiny_params(folder)
+    (folder / name).write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    with pytest.raises((InputError, TeacherError)):
+        load_teacher(params, digests=None, warn=no_warning)
+
+
 def test_two_files_with_one_weight_are_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -201,10 +221,12 @@ def test_two_files_with_one_weight_are_refused(folder: Path) -> None:
         ({"hidden_size": -4}, r"says hidden_size -4"),
         ({"vocab_size": 10**9}, r"says vocab_size 1,000,000,000"),
         ({"num_hidden_layers": 10**9}, r"says num_hidden_layers 1,000,000,000, and its files hold 30 weights"),
+        ({"intermediate_size": 10**9}, r"says intermediate_size 1,000,000,000, and the widest of its weights has 200"),
+        ({"head_dim": 10**9}, r"says head_dim 1,000,000,000"),
         ({"hidden_size": "abc"}, r"holds no configuration of a model"),
         ({"hidden_size": [1]}, r"holds no configuration of a model"),
         ({"num_attention_heads": 0}, r"holds no configuration of a model|no model can be made of config\.json"),
-        ({"num_attention_heads": 10**9}, r"holds no configuration of a model|no model can be made|mismatched"),
+        ({"num_attention_heads": 10**9}, r"holds no configuration of a model|says num_attention_heads 1,000,000,000"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_before_memory_is_taken_for_them(
