@@ -10,6 +10,7 @@ bounded is the memory of one call of a text function (`'x'.ljust(10**10)`): that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import nodes
@@ -35,7 +36,7 @@ class BoundedTemplate:
     def __init__(self, source: str) -> None:
         """Raises jinja2.TemplateError for what is no template, and RecursionError for one that is nested too deeply."""
         environment = chat_environment()
-        environment.extend(kd_step=self._step, kd_sized=_sized, kd_times=_times, kd_power=_power)
+        environment.extend(kd_step=_Items(self._step), kd_sized=_Items(_sized), kd_times=_times, kd_power=_power)
         self._steps = 0
         self._template = environment.from_string(_Bounds().visit(environment.parse(source)))
 
@@ -45,7 +46,7 @@ class BoundedTemplate:
         text: str = self._template.render(**variables)
         return text
 
-    def _step(self) -> bool:
+    def _step(self, _: Any) -> bool:
         self._steps += 1
         if self._steps > MOST_STEPS:
             raise EndlessTemplateError(f"more than {MOST_STEPS:,} turns of its loops and calls of its macros")
@@ -57,30 +58,30 @@ class _Bounds(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("kd_step", lineno=node.lineno), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_step(node.lineno), lineno=node.lineno))
         if node.test is not None:
-            node.test = nodes.And(_call("kd_step", lineno=node.lineno), node.test, lineno=node.lineno)
+            node.test = nodes.And(_step(node.lineno), node.test, lineno=node.lineno)
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("kd_step", lineno=node.lineno), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_step(node.lineno), lineno=node.lineno))
         return node
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
         self.generic_visit(node.call)  # it stays a call: it is given the block
         node.body = [new for statement in node.body for new in self.visit_list(statement)]
-        node.body.insert(0, nodes.ExprStmt(_call("kd_step", lineno=node.lineno), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_step(node.lineno), lineno=node.lineno))
         return node
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Expr:
         self.generic_visit(node)
         # Without a node it is that of a block ({% filter upper %}), and has to stay what it is.
-        return node if node.node is None else _call("kd_sized", node, lineno=node.lineno)
+        return node if node.node is None else _checked(node)
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         self.generic_visit(node)
-        node.nodes = [n if isinstance(n, nodes.TemplateData) else _sized_once(n) for n in node.nodes]
+        node.nodes = [_checked(n) for n in node.nodes]
         return node
 
     def visit_Mul(self, node: nodes.Mul) -> nodes.Expr:
@@ -91,11 +92,11 @@ class _Bounds(NodeTransformer):
         self.generic_visit(node)
         return _call("kd_power", node.left, node.right, lineno=node.lineno)
 
-    def _checked(self, node: nodes.Expr) -> nodes.Expr:
+    def _visit_checked(self, node: nodes.Expr) -> nodes.Expr:
         self.generic_visit(node)
-        return _call("kd_sized", node, lineno=node.lineno)
+        return _checked(node)
 
-    visit_Add = visit_Concat = visit_Mod = visit_Call = _checked
+    visit_Add = visit_Concat = visit_Mod = visit_Call = _visit_checked
 
 
 def _call(name: str, *arguments: nodes.Expr, lineno: int) -> nodes.Call:
@@ -103,9 +104,26 @@ def _call(name: str, *arguments: nodes.Expr, lineno: int) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None, lineno=lineno)
 
 
-def _sized_once(node: nodes.Expr) -> nodes.Expr:
-    is_checked = isinstance(node, nodes.Call) and isinstance(node.node, nodes.EnvironmentAttribute)
-    return node if is_checked else _call("kd_sized", node, lineno=node.lineno)
+def _step(lineno: int) -> nodes.Expr:
+    return nodes.Getitem(nodes.EnvironmentAttribute("kd_step"), nodes.Const(0), "load", lineno=lineno)
+
+
+def _checked(node: nodes.Expr) -> nodes.Expr:
+    """The expression with its value checked, once; what is written in the template has the size that it has."""
+    is_checked = isinstance(node, (nodes.Getitem, nodes.Call)) and isinstance(node.node, nodes.EnvironmentAttribute)
+    if is_checked or isinstance(node, (nodes.TemplateData, nodes.Const)):
+        return node
+    return nodes.Getitem(nodes.EnvironmentAttribute("kd_sized"), node, "load", lineno=node.lineno)
+
+
+class _Items:
+    """A function as items of an object: the sandbox looks long at each call, and at an item not at all."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __getitem__(self, value: Any) -> Any:
+        return self._function(value)
 
 
 def _sized(value: Any) -> Any:

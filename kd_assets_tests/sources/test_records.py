@@ -357,14 +357,18 @@ def test_arrow_gives_the_records_that_parquet_gives(tmp_path: Path, is_stream: b
 
 
 def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    """Laid out as `datasets.save_to_disk` does it (version 4): streams, with its own description in their schema."""
     chats = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}] for i in range(5)]
-    datasets.Dataset.from_list([{"messages": chat} for chat in chats]).save_to_disk(tmp_path / "saved")
-    (file,) = (tmp_path / "saved").glob("*.arrow")
+    table = pa.Table.from_pylist([{"messages": one} for one in chats])
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {}}})})
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    file = write_arrow(saved / "data-00000-of-00001.arrow", table, rows_a_batch=2)
     records = [r for r in read_all(file) if isinstance(r, Record)]
-    assert [r.messages for r in records] == [tuple(Message(**m) for m in chat) for chat in chats]
+    assert [r.messages for r in records] == [tuple(Message(**m) for m in one) for one in chats]
     with pytest.raises(MissingInputError, match=rf"is a folder; .* \(of this one, name {file.name} and its others"):
-        plan_of(tmp_path / "saved")
+        plan_of(saved)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
