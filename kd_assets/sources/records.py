@@ -137,7 +137,8 @@ def _others(fields: dict[str, Any], raw: RawRecord, records: RecordRange) -> lis
 def _refuse_not_understood(others: Sequence[str], where: str, records: RecordRange) -> None:
     names = [name for name in others if name.removeprefix(f"{records.messages_field}.") not in records.ignore_fields]
     if names:
-        keys = list(dict.fromkeys(name.removeprefix(f"{records.messages_field}.") for name in names))
+        bare = dict.fromkeys(name.removeprefix(f"{records.messages_field}.") for name in names)
+        keys = [name if name.isidentifier() else repr(name) for name in bare]
         raise FieldNotUnderstoodError(
             f"{where}: the chat has {', '.join(map(repr, names))}, which its template or a loss may read, and which is "
             "not used here: documents made without it would not be what it means. Write chats that mean the same "

@@ -24,6 +24,8 @@ from kd_assets.worker.stop_flag import StopFlag
 
 FIELDS_KEPT = 64
 """Fields that are counted one by one; data sets exist where each record has its own."""
+FIELD_CHARACTERS = 100
+"""Of a field's name, which a record may make as long as it likes."""
 STOP_EVERY_RECORDS = 512
 """How often a request to stop is looked for while records are read."""
 
@@ -123,7 +125,12 @@ class ShardsRunner:
 
 def passed_over_fields(records: Sequence[Record | BadRecordError]) -> dict[str, Any]:
     """The fact that counts, for each field that nothing was made of, the records with it; none where there is none."""
-    counts = Counter(name for record in records if isinstance(record, Record) for name in record.passed_over)
+    counts = Counter(
+        ascii(name)[1:-1][:FIELD_CHARACTERS] if not name.isprintable() else name[:FIELD_CHARACTERS]
+        for record in records
+        if isinstance(record, Record)
+        for name in record.passed_over
+    )
     if not counts:
         return {}
     kept = sorted(counts, key=lambda name: (-counts[name], name))[:FIELDS_KEPT]

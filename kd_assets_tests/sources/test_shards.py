@@ -120,6 +120,21 @@ def test_fields_that_nothing_was_made_of_are_counted(tmp_path: Path, save_tokeni
     assert manifest.facts["passed_over_fields"] == {"url": 2, "meta": 1}
 
 
+def test_names_of_fields_are_told_in_characters_that_can_be_shown(
+    tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    rows = ['{"text": "one", "\\ud800": 1, "\\u001b[31m": 1, "' + "x" * 5_000 + '": 1, "é": 1}']
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer()))
+    assert manifest.facts["passed_over_fields"] == {"\\ud800": 1, "\\x1b[31m": 1, "x" * 100: 1, "é": 1}
+
+
+def test_many_fields_are_counted_one_by_one_up_to_a_number(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    rows = [{"text": "one", **{f"f{i:03d}": i for i in range(100)}}, {"text": "two", "f099": 1}]
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer()))
+    counts = manifest.facts["passed_over_fields"]
+    assert (len(counts), counts["f099"], counts["…"], sum(counts.values())) == (65, 2, 36, 101)
+
+
 def test_a_shard_without_such_fields_has_the_facts_that_it_had(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
     (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", [{"text": "one"}]), save_tokenizer()))
     assert "passed_over_fields" not in manifest.facts

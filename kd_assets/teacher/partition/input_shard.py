@@ -45,7 +45,7 @@ def check_token_ids(shard: Shard, folder: Path, n_token_ids: int, partition_key:
         f"source {source!r}) has token id {int(shard.input_ids_N[beyond[0]])}, and the teacher has embeddings for ids "
         f"0 to {n_token_ids - 1} ({len(rows):,} of {len(shard.document_ids):,} documents have such ids). Its tokenizer "
         "has more tokens than config.json's vocab_size, or was another one: leave these tokens out of the texts, or "
-        "name a teacher whose embeddings were resized, and materialize the shard again"
+        "name a teacher whose embeddings were resized (a shard that is made now has no such documents)"
     )
 
 
