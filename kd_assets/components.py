@@ -56,7 +56,11 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
             name=self.recipe,
             sources=tuple(
                 Source(
-                    spec=SourceSpec(file_format=s.format, **s.model_dump(exclude={"format", "made_by"})),
+                    spec=SourceSpec(
+                        file_format=s.format,
+                        ignore_fields=tuple(sorted(set(s.ignore_fields))),
+                        **s.model_dump(exclude={"format", "made_by", "ignore_fields"}),
+                    ),
                     made_by=s.made_by,
                 )
                 for s in self.sources

@@ -40,6 +40,13 @@ class BadRecordError(InputError):
     """A line or row of a source cannot become a document; the message names file, line and reason."""
 
 
+class FieldNotUnderstoodError(InputError):
+    """A record has a field that a chat template or a loss would read, and nothing here does.
+
+    Not a bad record that may be skipped: it says of a whole source that what it is made for is not what is made of it.
+    """
+
+
 class RecipeError(InputError):
     """A recipe asks for something that cannot be: an unknown block, k above the vocabulary, no cache at all."""
 

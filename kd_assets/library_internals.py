@@ -1,7 +1,7 @@
 """The few names of torch, transformers and accelerate that they do not promise, in one place, tested by what they do.
 
-Only `kd_assets.teacher` may import it; it imports a library when it is asked for something of
-it. `kd_assets_tests/test_library_internals.py` fails when a new version changes any of these.
+Only `kd_assets.teacher` may import it, and `kd_assets.sources` for chat templates; it imports a library when it is
+asked for something of it. `kd_assets_tests/test_library_internals.py` fails when a new version changes any of these.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,47 @@ def class_that_loads(auto_class: Any, config: Any) -> type | None:
     """The class that an Auto class of transformers makes for this configuration; None where it does not know it."""
     found: type | None = auto_class._model_mapping.get(type(config), None)
     return found
+
+
+@dataclass(kw_only=True, slots=True)
+class LoadingReport:
+    """What transformers finds of a model's weights that do not fit, before it leaves out what a class ignores."""
+
+    unexpected: set[str] = field(default_factory=set)
+    ignored: set[str] = field(default_factory=set)
+    """Those of `unexpected` that the model's class ignores."""
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    """Name → its shapes in the file and in the model."""
+
+
+@contextlib.contextmanager
+def whole_loading_report() -> Iterator[LoadingReport]:
+    """What `from_pretrained` reports of the one model that the body loads, with what it keeps to itself."""
+    from transformers import PreTrainedModel
+
+    name = "_adjust_missing_and_unexpected_keys"
+    adjust = getattr(PreTrainedModel, name)
+    report = LoadingReport()
+
+    def keep(model: Any, info: Any) -> None:
+        report.unexpected = set(info.unexpected_keys)
+        report.mismatched = {key: (tuple(stored), tuple(own)) for key, stored, own in info.mismatched_keys}
+        adjust(model, info)
+        report.ignored = report.unexpected - set(info.unexpected_keys)
+
+    setattr(PreTrainedModel, name, keep)
+    try:
+        yield report
+    finally:
+        setattr(PreTrainedModel, name, adjust)
+
+
+def chat_environment() -> Any:
+    """A Jinja environment of its own, as transformers has it for chat templates: sandboxed, with its filters, functions
+    and `{% generation %}`."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._cached_compile_jinja_template("").environment
 
 
 @contextlib.contextmanager

@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import nn
 
 import kd_assets
 from kd_assets.library_internals import (
     any_number_of_rows,
     attention_of,
+    chat_environment,
     class_that_loads,
     equal_sizes_kept_apart,
     has_compiler_settings,
     has_hooks,
     no_hooks_left,
+    whole_loading_report,
 )
 from kd_assets.teacher.devices.compiled import LIKE_EAGER, REQUIRED_MODE
 from kd_assets_tests.teacher.tiny import tiny_model
@@ -40,6 +43,26 @@ def test_an_auto_class_tells_what_it_makes_of_a_configuration() -> None:
     assert class_that_loads(causal, transformers.LlamaConfig()) is transformers.LlamaForCausalLM
     assert class_that_loads(causal, transformers.CLIPConfig()) is None
     assert class_that_loads(multimodal, transformers.LlavaConfig()) is transformers.LlavaForConditionalGeneration
+
+
+def test_a_chat_environment_is_that_of_transformers_and_one_of_its_own() -> None:
+    one, other = chat_environment(), chat_environment()
+    assert one is not other
+    assert isinstance(one, ImmutableSandboxedEnvironment)
+    assert one.from_string("{% generation %}{{ 'é' | tojson }}{% endgeneration %}").render() == '"é"'
+
+
+def test_what_transformers_leaves_out_of_its_loading_report_is_told(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    weights = {**model.state_dict(), "transformer.h.0.attn.bias": torch.ones(1), "transformer.h.9.x": torch.ones(1)}
+    del weights["lm_head.weight"]
+    weights["transformer.ln_f.bias"] = torch.ones(3)
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with whole_loading_report() as report, pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert report.unexpected == {"transformer.h.0.attn.bias", "transformer.h.9.x"}
+    assert report.ignored == {"transformer.h.0.attn.bias"}
+    assert report.mismatched == {"transformer.ln_f.bias": ((3,), (32,))}
 
 
 def with_hidden_states(model: Any) -> Any:

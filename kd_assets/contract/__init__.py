@@ -18,6 +18,7 @@ from kd_assets.contract.events import (
 from kd_assets.contract.job_file import (
     CACHES,
     CONTRACT_VERSION,
+    STUDENT_HEAD_SIZE,
     Asset,
     EmbeddingParams,
     HiddenStateParams,
@@ -38,6 +39,7 @@ from kd_assets.contract.job_file import (
 __all__ = [
     "CACHES",
     "CONTRACT_VERSION",
+    "STUDENT_HEAD_SIZE",
     "Asset",
     "EmbeddingParams",
     "Event",

@@ -33,16 +33,19 @@ class RecordRange:
     """Name of the source in the recipe."""
     path: str
     """Absolute path of the file."""
-    file_format: Literal["jsonl", "parquet"]
+    file_format: Literal["jsonl", "parquet", "arrow"]
     first_record: int
     """0-based, counting every record of the file (blank lines of a JSONL file are no records)."""
     n_records: int
     byte_offset: int | None = None
-    """Where the first record starts in a JSONL file; None for Parquet."""
+    """Where the first record starts in a JSONL file; None for others."""
     first_line: int | None = None
-    """1-based line of the first record in a JSONL file, for error messages; None for Parquet."""
+    """1-based line of the first record in a JSONL file, for error messages; None for others."""
     text_field: str = "text"
     messages_field: str = "messages"
+    id_field: str = "id"
+    ignore_fields: tuple[str, ...] = ()
+    """Fields that a chat template or a loss may read, and that are left out all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +136,10 @@ class TeacherParams(TeacherOptions):
     embeddings: EmbeddingParams | None = None
 
 
+STUDENT_HEAD_SIZE = 32
+"""Numbers of a student's state that each of its attention heads takes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentParams:
     """A small student trained for a few steps, to prove that the caches teach."""
@@ -142,6 +149,7 @@ class StudentParams:
     max_length: int = 256
     """Tokens of a document that the student sees."""
     hidden_size: int = 128
+    """A multiple of `STUDENT_HEAD_SIZE`."""
     n_layers: int = 2
     learning_rate: float = 2e-3
     temperature: float = 2.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,10 @@ from kd_assets.diagnose.finding import Finding, bytes_in_words, fail, ok, warn
 from kd_assets.diagnose.preview import BYTES_A_TOKEN
 from kd_assets.errors import InputError, MissingInputError, NotCommittedError
 from kd_assets.model_files.digests import DigestCache, hashed_sha256, known_sha256
-from kd_assets.model_files.fingerprints import named_weights
 from kd_assets.model_files.folder import model_folder
+from kd_assets.model_files.reading import read_json
 from kd_assets.model_files.safetensors_file import stored_tensors
+from kd_assets.model_files.weight_files import weights_read
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
@@ -116,9 +116,9 @@ def teacher_folder(recipe: Recipe, platform: Platform) -> Path:
 def hidden_size_of(folder: Path) -> int:
     """From the model's configuration, whose text part may be nested. Raises InputError where it is not there."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json", "it tells the hidden_size")
         return int((config if "hidden_size" in config else config["text_config"])["hidden_size"])
-    except (OSError, ValueError, LookupError, TypeError) as e:
+    except (ValueError, LookupError, TypeError) as e:
         raise InputError(f"{folder}/config.json tells no hidden_size ({e})") from e
 
 
@@ -131,11 +131,12 @@ def check_weights(recipe: Recipe, platform: Platform, *, verify: bool = False) -
         made_by = recipe.teacher.made_by
         yield fail("weights", str(e), "" if made_by is None else f"materialize {made_by}")
         return
-    files = sorted(folder.glob("*.safetensors"))
+    try:
+        files = weights_read(folder)
+    except InputError as e:
+        yield fail("weights", str(e))
+        return
     problems = [problem for path in files if (problem := header_problem(path))]
-    problems += [f"{name} is missing" for name in sorted(named_weights(folder) - {path.name for path in files})]
-    if not files:
-        problems.append("no *.safetensors is there")
     if verify and not problems:
         problems = [problem for path in files if (problem := content_problem(path, platform.digests()))]
     if problems:

@@ -18,6 +18,7 @@ from typing import Any
 from kd_assets.durable import open_file, replace_file
 from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
 from kd_assets.locks import locked
+from kd_assets.model_files.reading import open_regular, os_reason
 
 CHUNK_BYTES = 1 << 22
 
@@ -119,7 +120,7 @@ def hashed_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int]
     """`cached_sha256`, by reading the file whatever is known of it."""
     with _reading_errors(path):
         real = path.resolve(strict=True)
-        with open_file(real) as f:
+        with open_regular(real) as f:
             before = os.fstat(f.fileno())
             digest = hashlib.sha256()
             while chunk := f.read(CHUNK_BYTES):
@@ -206,7 +207,3 @@ def _is_sha256(value: Any) -> bool:
 
 def _gb(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB"
-
-
-def os_reason(e: Exception) -> str:
-    return (e.strerror if isinstance(e, OSError) else None) or str(e)

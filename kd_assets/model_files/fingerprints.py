@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd_assets.errors import InputError, MissingInputError
+from kd_assets.errors import MissingInputError
 from kd_assets.model_files.digests import (
     DigestCache,
     HashingProgress,
@@ -22,8 +22,9 @@ from kd_assets.model_files.digests import (
     cached_sha256,
     hashed_sha256,
     known_sha256,
-    os_reason,
 )
+from kd_assets.model_files.reading import open_regular, os_reason, read_json
+from kd_assets.model_files.weight_files import INDEX_NAME, weights_read
 
 VOLATILE_KEYS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "_commit_hash"})
 """Keys of Hugging Face JSON files that say where a file came from, not what it means; dropped at any depth."""
@@ -44,7 +45,9 @@ TOKENIZER_FILES = (
 )
 """Patterns of the files that `AutoTokenizer` reads."""
 
-INDEX_NAME = "model.safetensors.index.json"
+TEKKEN = "tekken.json"
+"""Mistral's own, which decides where there is no tokenizer.json (see `tokenizer_proof`); beside one it says the same
+again, and does not count."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -52,14 +55,15 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def weights_fingerprint(
     folder: Path, cache: DigestCache | None, *, remote_code: bool = False, say: Say | None = None
 ) -> str:
-    """SHA-256 (hex) of what determines a model's numbers: its configuration and every `*.safetensors` file; with
+    """SHA-256 (hex) of what determines a model's numbers: its configuration and the weight files that are read
+    (see `weight_files`); with
     `remote_code` also every `*.py` file in the folder and below, since they may run.
 
     The configuration counts as parsed, without `VOLATILE_KEYS`. Files whose hash is not known (see `known_sha256`) are
     read, which takes minutes for 140 GB: `say` is told how far it is. Raises MissingInputError when `config.json` or
     the weights are missing or incomplete (a shard that the index names, a Git LFS pointer in a file's place).
     """
-    config = _read_json(folder / "config.json", "a model folder holds one beside its weights")
+    config = read_json(folder / "config.json", "a model folder holds one beside its weights")
     files = weight_files(folder, remote_code=remote_code)
     known = {path: known_sha256(path, cache) for path in files}
     unknown = [path for path, digest in known.items() if digest is None]
@@ -70,7 +74,7 @@ def weights_fingerprint(
 
 def known_weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote_code: bool = False) -> str | None:
     """`weights_fingerprint` where it takes no reading of weights; None where some would have to be hashed."""
-    config = _read_json(folder / "config.json", "a model folder holds one beside its weights")
+    config = read_json(folder / "config.json", "a model folder holds one beside its weights")
     known = {path: known_sha256(path, cache) for path in weight_files(folder, remote_code=remote_code)}
     digests = {path: digest for path, digest in known.items() if digest is not None}
     return _weights_fingerprint(folder, config, digests) if len(digests) == len(known) else None
@@ -78,29 +82,11 @@ def known_weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote
 
 def weight_files(folder: Path, *, remote_code: bool = False) -> list[Path]:
     """The files whose bytes are in `weights_fingerprint`. Raises what it raises for what is missing."""
-    weights = sorted(_glob(folder, "*.safetensors"))
-    if not weights:
-        raise MissingInputError(
-            f"{folder} holds no *.safetensors: download the model's weights, or convert them with "
-            "save_pretrained() (other formats are not read: they can run code)"
-        )
-    index_file = folder / INDEX_NAME
-    if absent := sorted(named_weights(folder) - {path.name for path in weights}):
-        raise MissingInputError(f"{folder} lacks {absent[0]}, which its index names: finish the download")
+    weights = weights_read(folder)
     for path in weights:
         _refuse_lfs_pointer(path)
     code = sorted(_glob(folder, "**/*.py")) if remote_code else []
-    return [path for path in (*weights, index_file, *code) if path.exists()]
-
-
-def named_weights(folder: Path) -> set[str]:
-    """The names of the weight files that the model's index lists; none where it has no index."""
-    index_file = folder / INDEX_NAME
-    if not index_file.exists():
-        return set()
-    index = _read_json(index_file, "it lists the weight files")
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    return set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return [path for path in (*weights, folder / INDEX_NAME, *code) if path.exists()]
 
 
 def _weights_fingerprint(folder: Path, config: Any, digests: Mapping[Path, str]) -> str:
@@ -109,17 +95,19 @@ def _weights_fingerprint(folder: Path, config: Any, digests: Mapping[Path, str])
 
 
 def tokenizer_fingerprint(folder: Path, cache: DigestCache | None) -> str:
-    """SHA-256 (hex) of what determines a document's tokens: the `TOKENIZER_FILES` that are there, template included.
+    """SHA-256 (hex) of what determines a document's tokens: the `TOKENIZER_FILES` that are there, template included,
+    and `TEKKEN` where it decides.
 
     `tokenizer_config.json` counts as parsed, without `VOLATILE_KEYS`. Raises MissingInputError when there are none.
     """
-    found = sorted({path for pattern in TOKENIZER_FILES for path in _glob(folder, pattern)})
+    patterns = TOKENIZER_FILES if (folder / "tokenizer.json").is_file() else (*TOKENIZER_FILES, TEKKEN)
+    found = sorted({path for pattern in patterns for path in _glob(folder, pattern)})
     contents: dict[str, Any] = {}
     for path in found:
         _refuse_lfs_pointer(path)
         name = path.relative_to(folder).as_posix()
         if name == "tokenizer_config.json":
-            contents[name] = _without_volatile(_read_json(path, "it is part of the tokenizer"))
+            contents[name] = _without_volatile(read_json(path, "it is part of the tokenizer"))
         else:
             contents[name] = cached_sha256(path, cache)
     if contents.keys() <= {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}:
@@ -136,19 +124,10 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
     return [path for path in folder.glob(pattern) if not path.is_dir()]
 
 
-def _read_json(path: Path, why: str) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as e:
-        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}; {why}") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not JSON ({e}): download it again") from e
-
-
 def _refuse_lfs_pointer(path: Path) -> None:
     """A clone made without git-lfs has a small text in the place of each large file."""
     try:
-        with path.open("rb") as f:
+        with open_regular(path) as f:
             pointer = f.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError as e:
         raise MissingInputError(f"{path} cannot be read: {os_reason(e)}") from e

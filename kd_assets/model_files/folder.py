@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from kd_assets.errors import MissingInputError
+from kd_assets.model_files.reading import refuse_other_kinds
 
 
 def model_folder(model: str, revision: str | None) -> Path:
@@ -17,18 +18,24 @@ def model_folder(model: str, revision: str | None) -> Path:
     Never goes to the network: a job on a node without one must find what the service node found. `revision` is a
     branch, tag or commit of a hub id (default `main`); a folder has only its files, so there it does not count. What
     the snapshot lacks is not looked at: a tokenizer alone is enough for some.
-    Raises MissingInputError, saying what to do, when there is no such folder or snapshot.
+    Raises MissingInputError, saying what to do, when there is no such folder or snapshot, and for a pipe, socket or
+    device in it in the place of a file: whatever opens it would wait for ever.
     """
     folder = Path(os.path.expanduser(model))
-    if model and folder.is_dir():
-        return folder.absolute()
+    if not (model and folder.is_dir()):
+        folder = _snapshot(model, revision)
+    refuse_other_kinds(folder)
+    return folder.absolute()
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     wanted = revision or constants.DEFAULT_REVISION
     try:
         if ".." not in wanted:  # no name of git's has it, and it leads out of the cache
-            return Path(snapshot_download(model, revision=wanted, local_files_only=True, allow_patterns=[])).absolute()
+            return Path(snapshot_download(model, revision=wanted, local_files_only=True, allow_patterns=[]))
     except HFValidationError as e:
         raise MissingInputError(
             f"no model folder at {model}: name an existing folder, or a hub id such as org/name"

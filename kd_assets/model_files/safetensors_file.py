@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.model_files.digests import os_reason
+from kd_assets.model_files.reading import open_regular, os_reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,11 @@ class StoredTensor:
     name: str
     dtype: str
     """As the format names it: `BF16`."""
-    n_numbers: int
+    shape: tuple[int, ...]
+
+    @property
+    def n_numbers(self) -> int:
+        return math.prod(self.shape)
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:
@@ -32,10 +36,11 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_regular(path).close()
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             return [
-                StoredTensor(name=name, dtype=str(found.get_dtype()), n_numbers=math.prod(found.get_shape()))
+                StoredTensor(name=name, dtype=str(found.get_dtype()), shape=tuple(found.get_shape()))
                 for name, found in slices.items()
             ]
     except OSError as e:

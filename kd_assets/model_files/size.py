@@ -5,14 +5,15 @@ Anyone may import it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_assets.errors import InputError, MissingInputError
+from kd_assets.errors import InputError
+from kd_assets.model_files.reading import read_json
 from kd_assets.model_files.safetensors_file import StoredTensor, stored_tensors
+from kd_assets.model_files.weight_files import weights_read
 
 GIB = 2**30
 
@@ -71,11 +72,11 @@ def teacher_size(
     bits = None if quantization is None or is_stored_quantised else quantised_bits(quantization)
     n_bytes = sum(
         _device_bytes(tensor, dtype=dtype, bits=bits, as_stored=is_stored_quantised)
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in weights_read(folder)
         for tensor in stored_tensors(path)
     )
     if not n_bytes:
-        raise MissingInputError(f"{folder} holds no weights in *.safetensors")
+        raise InputError(f"the weights in {folder} are empty: download the model again")
     precision = dtype if bits is None else f"{bits:g}-bit {dtype}"
     return TeacherSize(
         weights_gib=n_bytes / GIB,
@@ -113,13 +114,7 @@ def _device_bytes(tensor: StoredTensor, *, dtype: str, bits: float | None, as_st
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as e:
-        raise MissingInputError(f"{path} cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise InputError(f"{path} is not JSON ({e}): download it again") from e
+    config = read_json(folder / "config.json", "a model folder holds one beside its weights")
     return config if isinstance(config, dict) else {}
 
 

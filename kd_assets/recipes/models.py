@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import dagster as dg
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from kd_assets.contract import STUDENT_HEAD_SIZE
 from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
 from kd_assets.recipes.recipe import Tasks
 
@@ -19,9 +20,13 @@ class SourceModel(dg.Model, dg.Resolvable):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     path: str
     """A file; `$NAME` stands for an environment variable, looked up when the shard plan is made."""
-    format: Literal["jsonl", "parquet"] = "jsonl"
+    format: Literal["jsonl", "parquet", "arrow"] = "jsonl"
     text_field: str = "text"
     messages_field: str = "messages"
+    id_field: str = "id"
+    """A record without it is named after the source and its number."""
+    ignore_fields: Annotated[list[str], Field(default_factory=list)]
+    """Fields that a chat template or a loss may read (`tools`, a message's `weight`) and that are left out; counted."""
     licence: str = "unknown"
     revision: str | None = None
     made_by: str | None = None
@@ -126,7 +131,7 @@ class StudentModel(dg.Model, dg.Resolvable):
     steps: Positive = 60
     batch_documents: Positive = 8
     max_length: Positive = 256
-    hidden_size: Positive = 128
+    hidden_size: Annotated[int, Field(gt=0, le=65_536, multiple_of=STUDENT_HEAD_SIZE)] = 128
     n_layers: Positive = 2
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     temperature: Annotated[float, Field(gt=0)] = 2.0

@@ -25,7 +25,7 @@ from kd_assets.contract import (
 )
 from kd_assets.errors import RecipeError
 from kd_assets.scheduler.job import Resources
-from kd_assets.sources.plan import SourceSpec
+from kd_assets.sources.plan import SourceSpec, without_later_defaults
 from kd_assets.store import FORMAT_VERSION, fingerprint
 from kd_assets.store.computing_versions import computing_versions
 
@@ -139,6 +139,8 @@ class Recipe:
 
     def _content_settings(self, asset: str) -> dict[str, object]:
         sources = [dataclasses.asdict(s) for s in self.sources]
+        for source in sources:
+            without_later_defaults(source["spec"])
         tokenising: dict[str, object] = {
             "tokenizer": self.teacher.model,
             "revision": self.teacher.revision,

@@ -19,7 +19,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from kd_assets.errors import BadRecordError, RecipeError
+from kd_assets.sources.bounded_template import BoundedTemplate, EndlessTemplateError
 from kd_assets.sources.records import Record
 
 TEMPLATE_DATE = {
@@ -63,9 +66,13 @@ class ChatRenderer:
                 f"{name} has no chat template, and the source holds messages: add a chat_template.jinja to the "
                 "tokenizer's folder, or give texts instead"
             ) from e
-        self._template = with_fixed_date(template)
-        self._followed = with_followed_marks(template)
-        self._tokenizer = tokenizer
+        followed = with_followed_marks(template)
+        try:
+            self._template = BoundedTemplate(with_fixed_date(template))
+            self._followed = None if followed is None else BoundedTemplate(followed)
+        except (TemplateError, RecursionError) as e:
+            raise RecipeError(f"the chat template of {name} is none that Jinja can read: {e}") from e
+        self._name, self._special_tokens = name, tokenizer.special_tokens_map
 
     def render(self, record: Record) -> RenderedChat:
         """The chat as text, with what the assistant says. Raises BadRecordError, with the reason."""
@@ -123,22 +130,27 @@ class ChatRenderer:
         record: Record,
         messages: list[dict[str, str]],
         *,
-        template: str | None = None,
+        template: BoundedTemplate | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        from jinja2 import TemplateError
-
+        variables: dict[str, Any] = {
+            **self._special_tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            (text,) = self._tokenizer.apply_chat_template(
-                [messages],  # a batch of one: of a single chat it looks at the first message, and there may be none
-                chat_template=template or self._template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
+            return (template or self._template).render(**variables)
+        except (EndlessTemplateError, RecursionError, MemoryError) as e:
+            reason = str(e) or type(e).__name__
+            raise RecipeError(
+                f"the chat template of {self._name} does not come to an end for the chat in {record.where}: {reason}; "
+                "mend the template (its loops, macros and texts that grow)"
+            ) from e
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
             # A template is a program: it raises on purpose ("roles must alternate") and by mistake.
             raise BadRecordError(f"{record.where}: the chat template refuses the messages: {e}") from e
-        return str(text)
 
 
 def spans_between_marks(followed: str, text: str) -> list[TextSpan] | None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from kd_assets.contract import RecordRange, decode, parse_json
 from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
-from kd_assets.sources.record_files import ID_FIELD, RawRecord, iter_jsonl, iter_parquet, open_source
+from kd_assets.sources.record_files import ID_FIELD, RawRecord, fields_of, iter_columns, iter_jsonl, open_source
 from kd_assets.sources.records import ShardHash
 
 _SELF_HASH = "plan_sha256"
@@ -40,9 +40,13 @@ class SourceSpec:
     """Stands in the ids of documents that bring none: letters, digits, `_`, `.`, `-`."""
     path: str
     """May hold `$NAME` and `${NAME}`; see `resolve_path`."""
-    file_format: Literal["jsonl", "parquet"]
+    file_format: Literal["jsonl", "parquet", "arrow"]
     text_field: str = "text"
     messages_field: str = "messages"
+    id_field: str = "id"
+    """A record without it is named after the source and its number."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of records and messages that a chat template or a loss may read, left out knowingly."""
     licence: str
     revision: str | None = None
 
@@ -87,6 +91,9 @@ class ShardPlan:
     def to_json(self) -> str:
         """With the hash of itself: a plan that was changed by a failing disk must not name other records."""
         raw = dataclasses.asdict(self)
+        for shard in raw["shards"]:
+            for records in shard["records"]:
+                without_later_defaults(records)
         return json.dumps(raw | {_SELF_HASH: _self_hash(raw)}, indent=1, sort_keys=True)
 
     @classmethod
@@ -102,6 +109,14 @@ class ShardPlan:
         if claimed not in (None, _self_hash(raw)) or plan.plan_hash != _plan_hash(plan.shards, plan.sources):
             raise ContractError(f"{where} was changed after it was written: materialize shard_plan again")
         return plan
+
+
+def without_later_defaults(source: dict[str, Any]) -> dict[str, Any]:
+    """A source's fields without those that came later, where they are not used: what was made before stays as it is."""
+    for name, default in (("id_field", ID_FIELD), ("ignore_fields", ())):
+        if source[name] == default:
+            del source[name]
+    return source
 
 
 def resolve_path(
@@ -174,7 +189,7 @@ def _plan_source(
         else:
             while chunk := f.read(1 << 22):
                 file_hash.update(chunk)
-            records = iter_parquet(path, text_field=spec.text_field, messages_field=spec.messages_field)
+            records = iter_columns(path, spec.file_format, fields=fields_of(spec))
         n_records = 0
         while (shard := _take_shard(records, spec, path, documents_per_shard, next_key)) is not None:
             shards.append(shard)
@@ -204,9 +219,7 @@ def _take_shard(
         return None
     partition_key = next_key()
     shard_hash = ShardHash()
-    shard_hash.begin_range(
-        source=spec.name, first_record=first.number, text_field=spec.text_field, messages_field=spec.messages_field
-    )
+    shard_hash.begin_range(source=spec.name, first_record=first.number, fields=fields_of(spec))
     shard_hash.add(first)
     n_records, n_bytes = 1, len(first.content)
     while n_records < n_most and (record := next(records, None)) is not None:
@@ -226,6 +239,8 @@ def _take_shard(
                 first_line=first.line,
                 text_field=spec.text_field,
                 messages_field=spec.messages_field,
+                id_field=spec.id_field,
+                ignore_fields=spec.ignore_fields,
             ),
         ),
         input_hash=shard_hash.hexdigest(),
@@ -248,10 +263,15 @@ def _check_recipe(sources: Sequence[SourceSpec], *, documents_per_shard: int, sh
         if spec.name in names:
             raise RecipeError(f"two sources are named {spec.name!r}: their documents would have the same ids")
         names.add(spec.name)
-        if len({ID_FIELD, spec.text_field, spec.messages_field}) < 3:
+        read = {spec.id_field, spec.text_field, spec.messages_field}
+        if len(read) < 3:
             raise RecipeError(
                 f"source {spec.name!r}: text_field {spec.text_field!r}, messages_field {spec.messages_field!r} and "
-                f"{ID_FIELD!r} must be three different fields"
+                f"id_field {spec.id_field!r} must be three different fields"
+            )
+        if used := sorted({*read, "role", "content"} & set(spec.ignore_fields)):
+            raise RecipeError(
+                f"source {spec.name!r}: ignore_fields has {used[0]!r}, which is what documents are made of"
             )
 
 

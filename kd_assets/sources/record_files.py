@@ -5,21 +5,24 @@ invariant: a record is one line of canonical bytes (`RawRecord.content`), the sa
 file lies.
 
 JSON Lines (https://jsonlines.org): UTF-8, one object a line, blank lines are no records, a byte order mark, CRLF and a
-last line without newline are taken as they come. Parquet: one row a record, read in batches; each row becomes the JSON
-line of the columns that count. Either way memory holds one record or one batch, never the file.
+last line without newline are taken as they come. Parquet and Arrow (a stream, as `datasets.save_to_disk` writes it, or
+a file): one row a record, read in batches; each row becomes the JSON line of the columns that count. Either way memory
+holds one record or one batch, never the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_assets.contract import RecordRange
@@ -43,11 +46,45 @@ OTHER_FORMATS = {
     b"BZh": "is compressed with bzip2: decompress it",
     b"\xfd7zXZ": "is compressed with xz: decompress it",
     b"PK\x03\x04": "is a zip archive: unpack it",
-    b"ARROW1": "is an Arrow file: write it as Parquet or JSONL",
+    b"ARROW1": "is an Arrow file: set its format to arrow",
+    b"\xff\xff\xff\xff": "is an Arrow stream, as datasets.save_to_disk writes it: set its format to arrow",
     b"\xff\xfe": "is UTF-16: convert it to UTF-8",
     b"\xfe\xff": "is UTF-16: convert it to UTF-8",
 }
 """First bytes that no JSON Lines file has, and what they mean."""
+
+
+TEMPLATE_FIELDS = (
+    *("tools", "functions", "documents", "system", "tool_choice", "function_call"),
+    *("chat_template", "chat_template_kwargs"),
+)
+"""Fields of a record beside its messages that chat templates are given, or that are part of the prompt."""
+
+
+class Fields(NamedTuple):
+    """Which fields of a source's records are read."""
+
+    id: str
+    text: str
+    messages: str
+    ignored: tuple[str, ...]
+
+
+def fields_of(source: HasFields) -> Fields:
+    return Fields(source.id_field, source.text_field, source.messages_field, source.ignore_fields)
+
+
+class HasFields(Protocol):
+    """A source as the recipe or the contract names it."""
+
+    @property
+    def id_field(self) -> str: ...
+    @property
+    def text_field(self) -> str: ...
+    @property
+    def messages_field(self) -> str: ...
+    @property
+    def ignore_fields(self) -> tuple[str, ...]: ...
 
 
 class Hash(Protocol):
@@ -62,21 +99,25 @@ class RawRecord(NamedTuple):
     number: int
     """0-based, counting the file's records."""
     line: int | None
-    """1-based line of a JSONL file; None for Parquet."""
+    """1-based line of a JSONL file; None for a row."""
     byte_offset: int | None
-    """Where its line starts in a JSONL file; None for Parquet."""
+    """Where its line starts in a JSONL file; None for a row."""
     content: bytes
-    """The line without the whitespace around it; for Parquet the row's fields that count, as canonical JSON."""
+    """The line without the whitespace around it; for a row its fields that count, as canonical JSON."""
+    columns: tuple[str, ...] = ()
+    """Those of the file that a row comes from, with values or without."""
+    others: tuple[str, ...] = ()
+    """Of a row: fields with a value that a template or a loss may read, and that are not in `content`."""
 
 
 def iter_raw(records: RecordRange) -> Iterator[RawRecord]:
     """The records of one range, reading no more of the file than they need. Fewer where the file has shrunk."""
     path = Path(records.path)
-    if records.file_format == "parquet":
-        yield from iter_parquet(
+    if records.file_format != "jsonl":
+        yield from iter_columns(
             path,
-            text_field=records.text_field,
-            messages_field=records.messages_field,
+            records.file_format,
+            fields=fields_of(records),
             first_record=records.first_record,
             n_records=records.n_records,
         )
@@ -118,7 +159,9 @@ def open_source(path: Path) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(mode):
             os.close(fd)
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise MissingInputError(f"source {path} is {kind}; a source is one JSONL or Parquet file: {remedy}")
+            raise MissingInputError(
+                f"source {path} is {kind}; a source is one JSONL, Parquet or Arrow file{_saved_to_disk(path)}: {remedy}"
+            )
         with os.fdopen(fd, "rb", buffering=1 << 20) as f:
             yield f
 
@@ -165,40 +208,110 @@ def refuse_other_format(first_line: bytes, path: Path) -> None:
         raise InputError(f"{path} holds one JSON array; JSONL has one object a line (`jq -c '.[]'` converts it)")
 
 
-def iter_parquet(
-    path: Path, *, text_field: str, messages_field: str, first_record: int = 0, n_records: int | None = None
+def iter_columns(
+    path: Path, file_format: str, *, fields: Fields, first_record: int = 0, n_records: int | None = None
 ) -> Iterator[RawRecord]:
-    """Rows of a Parquet file as records, from row `first_record` on; row groups before and after are not read.
+    """Rows of a Parquet or Arrow file as records, from row `first_record` on.
 
-    Raises InputError when the file is damaged, not Parquet, or lacks a text or messages column of the right type.
+    Raises InputError when the file is damaged, of another format, or lacks a text or messages column of the right type.
     """
+    stop = None if n_records is None else first_record + n_records
+    open_batches = _parquet_batches if file_format == "parquet" else _arrow_batches
     with open_source(path) as f:
         try:
-            file = pq.ParquetFile(f)
-            schema = _schema_read(file.schema_arrow, path, text_field=text_field, messages_field=messages_field)
-            stop = file.metadata.num_rows if n_records is None else first_record + n_records
-            groups, number = _row_groups(file.metadata, first_record, stop)
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=schema.names):
-                if number >= stop:
-                    break  # the rest of the row group belongs to other shards
+            schema, batches_from = open_batches(f, path)
+            columns = _columns_read(schema, path, fields)
+            for number, batch in batches_from(columns.names, first_record, stop):
+                if stop is not None and number >= stop:
+                    break  # the rest belongs to other shards
                 skip = max(0, first_record - number)
-                rows = pa.Table.from_batches([batch]).slice(skip, max(0, stop - number - skip))
-                for i, row in enumerate(rows.select(schema.names).cast(schema).to_pylist(), number + skip):
-                    yield RawRecord(i, None, None, _canonical_row(row))
-                number += len(batch)
+                rows = pa.Table.from_batches([batch]).slice(skip)
+                rows = rows if stop is None else rows.slice(0, max(0, stop - number - skip))
+                yield from _rows(rows, number + skip, columns)
         except (pa.ArrowException, OSError) as e:
             if isinstance(e, OSError) and e.errno is not None:
                 raise  # of the file system, not Arrow's own words about the content
-            raise InputError(f"{path} cannot be read as Parquet ({e}): correct its format, or write it again") from e
+            name = file_format.capitalize()
+            raise InputError(f"{path} cannot be read as {name} ({e}): correct its format, or write it again") from e
 
 
-def _schema_read(schema: Any, path: Path, *, text_field: str, messages_field: str) -> Any:
-    """The columns that count, as bytes instead of strings: a string that is not UTF-8 is one bad row, not a crash."""
+Batches = Iterator[tuple[int, Any]]
+"""Record batches, each after the number of its first row."""
+
+BatchesFrom = Callable[[Sequence[str], int, int | None], Batches]
+"""Of these columns, from a batch with row `first` on, perhaps beyond row `stop`."""
+
+
+def _parquet_batches(f: BinaryIO, path: Path) -> tuple[Any, BatchesFrom]:
+    """Row groups before and after the rows that are asked for are not read."""
+    file = pq.ParquetFile(f)
+
+    def batches_from(names: Sequence[str], first: int, stop: int | None) -> Batches:
+        groups, number = _row_groups(file.metadata, first, file.metadata.num_rows if stop is None else stop)
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=list(names)):
+            yield number, batch
+            number += len(batch)
+
+    return file.schema_arrow, batches_from
+
+
+def _arrow_batches(f: BinaryIO, path: Path) -> tuple[Any, BatchesFrom]:
+    """A stream is read from its beginning. One that was cut between two batches looks whole but for its end's mark."""
+    is_file = f.read(len(_ARROW_FILE)) == _ARROW_FILE
+    if not is_file:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - len(_END_OF_STREAM)))
+        if f.read() != _END_OF_STREAM:
+            raise InputError(f"{path} is no whole Arrow stream: it was cut, or is of another format: write it again")
+    f.seek(0)
+    reader = pa.ipc.open_file(f) if is_file else pa.ipc.open_stream(f)
+
+    def batches_from(names: Sequence[str], first: int, stop: int | None) -> Batches:
+        number = 0
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            for start in range(0, len(batch), BATCH_ROWS):
+                part = batch.slice(start, BATCH_ROWS)
+                if number + len(part) > first:
+                    yield number, part.select(list(names))
+                number += len(part)
+
+    return reader.schema, batches_from
+
+
+_ARROW_FILE = b"ARROW1"
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def _saved_to_disk(path: Path) -> str:
+    """A hint, where a folder is one of `datasets.save_to_disk`."""
+    try:
+        files = sorted(path.glob("*.arrow"))
+    except OSError:
+        return ""
+    return f" (of this one, name {files[0].name} and its others, each with format: arrow)" if files else ""
+
+
+class _Columns(NamedTuple):
+    """What of a file's columns is read, and how."""
+
+    names: list[str]
+    content: Any
+    """Schema of what documents are made of, with bytes instead of strings: a string that is not UTF-8 is one bad row,
+    not a crash."""
+    all_names: tuple[str, ...]
+    noticed: tuple[str, ...]
+    """Columns of which only counts whether they have a value."""
+    messages: str | None
+    message_fields: tuple[str, ...]
+    """What messages have besides role and content."""
+
+
+def _columns_read(schema: Any, path: Path, fields: Fields) -> _Columns:
     read = []
     for name, fits, target, expected in (
-        (ID_FIELD, _is_id, None, "string or integer"),
-        (text_field, _is_string, pa.large_binary(), "string"),
-        (messages_field, _is_messages, _MESSAGES, "list<struct<role: string, content: string>>"),
+        (fields.id, _is_id, None, "string, integer or float; name another column in id_field"),
+        (fields.text, _is_string, pa.large_binary(), "string"),
+        (fields.messages, _is_messages, _MESSAGES, "list<struct<role: string, content: string>>"),
     ):
         positions = schema.get_all_field_indices(name)
         if not positions:
@@ -209,12 +322,51 @@ def _schema_read(schema: Any, path: Path, *, text_field: str, messages_field: st
         if not fits(found):
             raise InputError(f"{path}: column {name!r} has type {found}; expected {expected}")
         read.append((name, target or (pa.large_binary() if _is_string(found) else found)))
-    if not {text_field, messages_field} & {name for name, _ in read}:
+    names = [name for name, _ in read]
+    if not {fields.text, fields.messages} & set(names):
         raise InputError(
-            f"{path} has neither a column {text_field!r} nor {messages_field!r}; it has "
+            f"{path} has neither a column {fields.text!r} nor {fields.messages!r}; it has "
             f"{', '.join(map(repr, schema.names[:16])) or 'none'}: set text_field or messages_field in the recipe"
         )
-    return pa.schema(read)
+    has_messages = fields.messages in names and not pa.types.is_null(schema.field(fields.messages).type)
+    noticed = tuple(
+        name
+        for name in TEMPLATE_FIELDS
+        if has_messages and name not in names and len(schema.get_all_field_indices(name)) == 1
+    )
+    message = schema.field(fields.messages).type.value_type if has_messages else pa.struct([])
+    return _Columns(
+        names=[*names, *noticed],
+        content=pa.schema(read),
+        all_names=tuple(schema.names),
+        noticed=noticed,
+        messages=fields.messages if has_messages else None,
+        message_fields=tuple(field.name for field in message if field.name not in ("role", "content")),
+    )
+
+
+def _rows(rows: Any, first: int, columns: _Columns) -> Iterator[RawRecord]:
+    others = [
+        *((name, rows.column(name).is_valid().to_pylist()) for name in columns.noticed),
+        *_message_fields_there(rows, columns),
+    ]
+    content = rows.select(columns.content.names).cast(columns.content).to_pylist()
+    for i, row in enumerate(content):
+        there = tuple(name for name, is_there in others if is_there[i])
+        yield RawRecord(first + i, None, None, _canonical_row(row), columns.all_names, there)
+
+
+def _message_fields_there(rows: Any, columns: _Columns) -> Iterator[tuple[str, list[bool]]]:
+    """What messages have besides role and content, and in which rows any message has a value of it."""
+    if columns.messages is None or not columns.message_fields:
+        return
+    messages = rows.column(columns.messages).combine_chunks()
+    parents, flat = pc.list_parent_indices(messages), pc.list_flatten(messages)
+    for name in columns.message_fields:
+        there = [False] * len(rows)
+        for parent in parents.filter(pc.struct_field(flat, name).is_valid()).unique().to_pylist():
+            there[parent] = True
+        yield f"{columns.messages}.{name}", there
 
 
 _MESSAGES = pa.large_list(pa.struct([("role", pa.large_binary()), ("content", pa.large_binary())]))
@@ -230,7 +382,7 @@ def _is_string(found: Any) -> bool:
 
 
 def _is_id(found: Any) -> bool:
-    return _is_string(found) or bool(pa.types.is_integer(found))
+    return _is_string(found) or bool(pa.types.is_integer(found) or pa.types.is_floating(found))
 
 
 def _is_messages(found: Any) -> bool:
@@ -261,8 +413,16 @@ def _row_groups(metadata: Any, start: int, stop: int) -> tuple[list[int], int]:
 
 def _canonical_row(row: dict[str, Any]) -> bytes:
     """One JSON line a row, the same whatever the file's row groups, compression and column order."""
-    fields = {name: value for name, value in row.items() if value is not None}
+    named = {name: _whole(value) if isinstance(value, float) else value for name, value in row.items()}
+    fields = {name: value for name, value in named.items() if value is not None}
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=_decoded).encode()
+
+
+def _whole(value: float) -> int | str | None:
+    """An id in a column of floats, as which pandas keeps integers beside a null."""
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else repr(value)
 
 
 def _decoded(value: bytes) -> str:

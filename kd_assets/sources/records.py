@@ -4,7 +4,9 @@ Used by the planner (inside Dagster) and by the job that tokenises; imports neit
 invariant: the hash over a shard's records changes exactly when what its documents are made of changes.
 
 A record is `{"text": ...}` or `{"messages": [{"role", "content"}, ...]}`, with an optional `"id"`. Where both are given
-the messages count: data sets that carry both hold the rendered chat as text. Other fields are ignored.
+the messages count: data sets that carry both hold the rendered chat as text. What a chat template or a loss would read
+besides (`tools`, a message's `tool_calls` or `weight`) is not understood yet: such a record is an error, whatever
+`on_bad_record` says, unless the source's `ignore_fields` name it. Other fields are passed over. Both are counted.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kd_assets.contract import RecordRange
-from kd_assets.errors import BadRecordError
-from kd_assets.sources.record_files import ID_FIELD, RawRecord, iter_raw
+from kd_assets.errors import BadRecordError, FieldNotUnderstoodError
+from kd_assets.sources.record_files import ID_FIELD, TEMPLATE_FIELDS, Fields, RawRecord, fields_of, iter_raw
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -40,6 +42,8 @@ class Record:
     document_id: str
     text: str | None = None
     messages: tuple[Message, ...] | None = None
+    passed_over: tuple[str, ...] = ()
+    """Its fields that nothing was made of; those of messages as `messages.name`."""
 
 
 class ShardHash:
@@ -52,8 +56,11 @@ class ShardHash:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def begin_range(self, *, source: str, first_record: int, text_field: str, messages_field: str) -> None:
-        header = [source, first_record, text_field, messages_field]
+    def begin_range(self, *, source: str, first_record: int, fields: Fields) -> None:
+        header: list[Any] = [source, first_record, fields.text, fields.messages]
+        # What came later is in the hash where it is used, so that what was planned before stays what it is.
+        if fields.id != ID_FIELD or fields.ignored:
+            header += [fields.id, list(fields.ignored)]
         self._digest.update(json.dumps(header).encode() + b"\n")
 
     def add(self, record: RawRecord) -> None:
@@ -69,16 +76,11 @@ def read_records(ranges: Sequence[RecordRange], shard_hash: ShardHash) -> Iterat
 
     Document ids are unique within what is yielded: a repeated one is a bad record. `shard_hash` takes in every record
     that passes; it is complete once the iterator is exhausted. Raises MissingInputError and InputError for files that
-    cannot be read as what they are said to be.
+    cannot be read as what they are said to be, FieldNotUnderstoodError as `parse_record` does.
     """
     seen: dict[str, str] = {}
     for records in ranges:
-        shard_hash.begin_range(
-            source=records.source,
-            first_record=records.first_record,
-            text_field=records.text_field,
-            messages_field=records.messages_field,
-        )
+        shard_hash.begin_range(source=records.source, first_record=records.first_record, fields=fields_of(records))
         for raw in iter_raw(records):
             shard_hash.add(raw)
             try:
@@ -94,21 +96,70 @@ def read_records(ranges: Sequence[RecordRange], shard_hash: ShardHash) -> Iterat
 
 
 def parse_record(raw: RawRecord, records: RecordRange) -> Record:
-    """The record that `raw` holds. Raises BadRecordError with file, line and reason."""
+    """The record that `raw` holds. Raises BadRecordError with file, line and reason; FieldNotUnderstoodError where it
+    has what a template or a loss would read, and the source does not say to leave it out."""
     where = f"{records.path}:{raw.line}" if raw.line is not None else f"{records.path}: row {raw.number + 1}"
     try:
         fields = _parse_object(raw.content)
         messages = fields.get(records.messages_field)
+        others = _others(fields, raw, records)
+        _refuse_not_understood(others, where, records)
         return Record(
             where=where,
             source=records.source,
             number=raw.number,
-            document_id=_document_id(fields.get(ID_FIELD), records.source, raw.number),
-            text=_text(fields, records) if messages is None else None,
+            document_id=_document_id(fields.get(records.id_field), records, raw.number),
+            text=_text(fields, raw, records) if messages is None else None,
             messages=None if messages is None else _messages(messages, records.messages_field),
+            passed_over=_passed_over(fields, raw, records, others),
         )
     except _NoDocumentError as e:
         raise BadRecordError(f"{where}: {e}") from e
+
+
+def _others(fields: dict[str, Any], raw: RawRecord, records: RecordRange) -> list[str]:
+    """What of a chat has a value and may be read by a template or a loss: fields beside the messages by their names,
+    those of messages as `messages.name`."""
+    messages = fields.get(records.messages_field)
+    if messages is None:
+        return []
+    of_messages = {
+        f"{records.messages_field}.{name}": None
+        for message in (messages if isinstance(messages, list) else ())
+        if isinstance(message, dict)
+        for name, value in message.items()
+        if value is not None and name not in ("role", "content")
+    }
+    beside = [name for name in TEMPLATE_FIELDS if fields.get(name) is not None and name not in _read(records)]
+    return [*beside, *of_messages, *raw.others]
+
+
+def _refuse_not_understood(others: Sequence[str], where: str, records: RecordRange) -> None:
+    names = [name for name in others if name.removeprefix(f"{records.messages_field}.") not in records.ignore_fields]
+    if names:
+        bare = dict.fromkeys(name.removeprefix(f"{records.messages_field}.") for name in names)
+        keys = [name if name.isidentifier() else repr(name) for name in bare]
+        raise FieldNotUnderstoodError(
+            f"{where}: the chat has {', '.join(map(repr, names))}, which its template or a loss may read, and which is "
+            "not used here: documents made without it would not be what it means. Write chats that mean the same "
+            f"without it, or leave it out knowingly: ignore_fields: [{', '.join(keys)}] of source {records.source!r}"
+        )
+
+
+def _passed_over(
+    fields: dict[str, Any], raw: RawRecord, records: RecordRange, others: Sequence[str]
+) -> tuple[str, ...]:
+    """Every field of a record that nothing is made of. Columns of a file count in each of its rows."""
+    names = [name for name in (*raw.columns, *fields) if name not in (*_read(records), *TEMPLATE_FIELDS)]
+    if fields.get(records.messages_field) is not None and fields.get(records.text_field) is not None:
+        names.append(records.text_field)
+    if fields.get(records.messages_field) is None:
+        names += [name for name in TEMPLATE_FIELDS if name in (*raw.columns, *fields) and name not in _read(records)]
+    return tuple(dict.fromkeys((*names, *others)))
+
+
+def _read(records: RecordRange) -> tuple[str, str, str]:
+    return records.id_field, records.text_field, records.messages_field
 
 
 class _NoDocumentError(ValueError):
@@ -133,19 +184,24 @@ def _parse_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _document_id(value: Any, source: str, number: int) -> str:
+def _document_id(value: Any, records: RecordRange, number: int) -> str:
+    name = records.id_field
     if value is None:
-        return f"{source}-{number:09d}"
+        return f"{records.source}-{number:09d}"
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _NoDocumentError(f"{ID_FIELD!r} is {_kind(value)}; expected a string or an integer")
+        raise _NoDocumentError(f"{name!r} is {_kind(value)}; expected a string or an integer")
     if value == "":
-        raise _NoDocumentError(f"{ID_FIELD!r} is an empty string")
-    return _unicode(str(value), f"{ID_FIELD!r}")
+        raise _NoDocumentError(f"{name!r} is an empty string")
+    return _unicode(str(value), repr(name))
 
 
-def _text(fields: dict[str, Any], records: RecordRange) -> str:
+def _text(fields: dict[str, Any], raw: RawRecord, records: RecordRange) -> str:
     value = fields.get(records.text_field)
-    if records.text_field not in fields or value is None:
+    if value is None and records.text_field in (*fields, *raw.columns):
+        raise _NoDocumentError(f"{records.text_field!r} is null, and there are no {records.messages_field!r}")
+    if value is None and records.messages_field in (*fields, *raw.columns):
+        raise _NoDocumentError(f"{records.messages_field!r} is null, and there is no {records.text_field!r}")
+    if value is None:
         has = ", ".join(map(repr, list(fields)[:8])) or "no field"
         raise _NoDocumentError(f"neither {records.text_field!r} nor {records.messages_field!r} is there (it has {has})")
     if not isinstance(value, str):

@@ -144,7 +144,7 @@ class ShardInProgress:
             if not part.documents:
                 break
             self._write(part, finished)
-        if not self.n_parts:
+        if not self.n_parts and self.fail_on_bad_record:
             raise no_documents(self.unit, self.counts, self.bad)
         return self._facts()
 
@@ -211,14 +211,15 @@ class ShardInProgress:
         self.n_parts += 1
 
     def _facts(self) -> dict[str, Any]:
-        lengths = np.concatenate(self.lengths)
+        # Without a document: every record was skipped, as the recipe says.
+        lengths = np.concatenate(self.lengths) if self.lengths else np.zeros(0, dtype=np.int64)
         return {
             **self.counts.as_dict(),
             "n_documents": len(lengths),
             "n_tokens": int(lengths.sum()),
-            "min_document_tokens": int(lengths.min()),
-            "median_document_tokens": float(np.median(lengths)),
-            "max_document_tokens": int(lengths.max()),
+            "min_document_tokens": int(lengths.min(initial=lengths.max(initial=0))),
+            "median_document_tokens": float(np.median(lengths)) if len(lengths) else 0.0,
+            "max_document_tokens": int(lengths.max(initial=0)),
             "bad_records": [str(e) for e in self.bad[:REASONS_KEPT]],
         }
 

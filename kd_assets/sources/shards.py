@@ -7,20 +7,25 @@ its tokens: so bad input, and a source that is not what was planned, are refused
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
 from kd_assets.errors import BadRecordError, ContractError, InputError, InterruptedTaskError, RecipeError
 from kd_assets.sources.records import Record, ShardHash, read_records
-from kd_assets.sources.shard_parts import RecordCounts, ShardInProgress, no_documents
+from kd_assets.sources.shard_parts import ShardInProgress
 from kd_assets.sources.tokenise import load_tokeniser
 from kd_assets.store import ResultWriter
 from kd_assets.store.fingerprint import INPUT_KEY
 from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
 
+FIELDS_KEPT = 64
+"""Fields that are counted one by one; data sets exist where each record has its own."""
+FIELD_CHARACTERS = 100
+"""Of a field's name, which a record may make as long as it likes."""
 STOP_EVERY_RECORDS = 512
 """How often a request to stop is looked for while records are read."""
 
@@ -64,7 +69,7 @@ class ShardsRunner:
                 part_documents=self._params.part_documents,
                 fail_on_bad_record=self._params.on_bad_record == "fail",
             )
-            facts = shard.make()
+            facts = shard.make() | passed_over_fields(records)
             wall_s = time.monotonic() - started
             writer.commit(
                 parts=shard.n_parts,
@@ -81,7 +86,7 @@ class ShardsRunner:
                 facts=facts,
             )
         self._warn(unit, facts)
-        return {name: value for name, value in facts.items() if name != "bad_records"}
+        return {name: value for name, value in facts.items() if name not in ("bad_records", "passed_over_fields")}
 
     def close(self) -> None:
         """Nothing is held open between units."""
@@ -103,8 +108,6 @@ class ShardsRunner:
                 else ""
             )
             raise BadRecordError(f"{bad[0]}{more}; mend it, or set on_bad_record: skip") from bad[0]
-        if len(bad) == len(records):
-            raise no_documents(unit, RecordCounts(n_records=len(records), n_bad_records=len(bad)), bad)
         return records
 
     def _warn(self, unit: WorkUnit, facts: Mapping[str, Any]) -> None:
@@ -118,6 +121,21 @@ class ShardsRunner:
             if count := facts[name]:
                 total = f"{count:,} of {facts['n_records']:,}"
                 self._report.emit("warning", partition_key=unit.partition_key, message=f"{total} {message}")
+
+
+def passed_over_fields(records: Sequence[Record | BadRecordError]) -> dict[str, Any]:
+    """The fact that counts, for each field that nothing was made of, the records with it; none where there is none."""
+    counts = Counter(
+        ascii(name)[1:-1][:FIELD_CHARACTERS] if not name.isprintable() else name[:FIELD_CHARACTERS]
+        for record in records
+        if isinstance(record, Record)
+        for name in record.passed_over
+    )
+    if not counts:
+        return {}
+    kept = sorted(counts, key=lambda name: (-counts[name], name))[:FIELDS_KEPT]
+    others = sum(counts.values()) - sum(counts[name] for name in kept)
+    return {"passed_over_fields": {name: counts[name] for name in sorted(kept)} | ({"…": others} if others else {})}
 
 
 def refuse_changed_source(unit: WorkUnit, output: Output, shard_hash: ShardHash) -> None:

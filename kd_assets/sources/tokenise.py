@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from kd_assets.durable import storage_error
 from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherChangedError
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
+from kd_assets.model_files.reading import read_json
 from kd_assets.sources.chats import ChatRenderer, RenderedChat, TextSpan
 from kd_assets.sources.records import Record
 from kd_assets.sources.tokenizer_proof import prove
@@ -53,11 +55,12 @@ class TokenisedDocument:
 class DocumentTokeniser:
     """Tokenises batches of records with one tokenizer (a fast one of transformers, already loaded)."""
 
-    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_length: int, n_token_ids: int | None = None) -> None:
+        """`n_token_ids`: how many the teacher has embeddings for, where that is known."""
         if max_length < 1:
             raise RecipeError(f"max_length is {max_length}: a document keeps at least one token")
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        self._max_length, self._n_token_ids = max_length, n_token_ids
         self._n_added = int(tokenizer.num_special_tokens_to_add(pair=False))
         added = tokenizer("", verbose=False)["input_ids"]
         self._adds_bos = tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]
@@ -70,7 +73,23 @@ class DocumentTokeniser:
         """One outcome for each record, in order. Raises RecipeError when chats cannot be rendered at all."""
         texts = self._tokenise_texts([record for record in records if record.messages is None])
         chats = self._tokenise_chats([record for record in records if record.messages is not None])
-        return [next(texts if record.messages is None else chats) for record in records]
+        outcomes = [next(texts if record.messages is None else chats) for record in records]
+        return [self._within_the_embeddings(outcome) for outcome in outcomes]
+
+    def _within_the_embeddings(self, outcome: TokenisedDocument | BadRecordError) -> TokenisedDocument | BadRecordError:
+        """An error instead of a document with a token that the teacher has no embedding for (a token that was added to
+        a tokenizer, and no row to the model)."""
+        if isinstance(outcome, BadRecordError) or self._n_token_ids is None:
+            return outcome
+        beyond = outcome.input_ids[outcome.input_ids >= self._n_token_ids]
+        if not len(beyond):
+            return outcome
+        token = self._tokenizer.convert_ids_to_tokens(int(beyond[0]))
+        return BadRecordError(
+            f"{outcome.record.where}: {token!r} is token {int(beyond[0])}, and the teacher has embeddings for ids 0 to "
+            f"{self._n_token_ids - 1} (vocab_size in its config.json): take it out of the record, or name a teacher "
+            "whose embeddings were resized"
+        )
 
     def _tokenise_texts(self, records: Sequence[Record]) -> Iterator[TokenisedDocument | BadRecordError]:
         if not records:
@@ -168,7 +187,18 @@ def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
             ) from e
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {e}") from e
     prove(tokenizer, folder)
-    return DocumentTokeniser(tokenizer, max_length=params.max_length)
+    return DocumentTokeniser(tokenizer, max_length=params.max_length, n_token_ids=vocabulary_size(folder))
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """Of the model beside a tokenizer, by its configuration, whose text part may be nested; None: it says none."""
+    if not (folder / "config.json").exists():
+        return None
+    config = read_json(folder / "config.json", "it says how many embeddings the teacher has")
+    for part in (config, config.get("text_config")) if isinstance(config, dict) else ():
+        if isinstance(part, dict) and isinstance(size := part.get("vocab_size"), int) and size > 0:
+            return size
+    return None
 
 
 def tokens_in_spans(offsets: Sequence[TextSpan], spans: Sequence[TextSpan]) -> npt.NDArray[np.bool_]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kd_assets.contract import CACHES, JobFile, Output, Reporter, StudentParams, WorkUnit
+from kd_assets.contract import CACHES, STUDENT_HEAD_SIZE, JobFile, Output, Reporter, StudentParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, RecipeError, StudentDidNotLearnError
 from kd_assets.store import CacheReader, ResultWriter
 from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
@@ -42,7 +42,6 @@ _ANGLE_WEIGHT = 2.0
 """Of the angle-wise beside the distance-wise loss: the ratio of Park et al. 2019, section 4."""
 _WARMUP_STEPS = 5
 _PROGRESS_INTERVAL_S = 1.0
-_HEAD_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,15 +78,17 @@ class Student(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
-        if params.hidden_size % _HEAD_SIZE:
-            raise RecipeError(f"student.hidden_size is {params.hidden_size}: it must be a multiple of {_HEAD_SIZE}")
+        if params.hidden_size < 1 or params.hidden_size % STUDENT_HEAD_SIZE:
+            raise RecipeError(
+                f"student.hidden_size is {params.hidden_size}: it must be a multiple of {STUDENT_HEAD_SIZE}"
+            )
         self.model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=vocabulary,
                 hidden_size=params.hidden_size,
                 intermediate_size=params.hidden_size * 3,
                 num_hidden_layers=params.n_layers,
-                num_attention_heads=params.hidden_size // _HEAD_SIZE,
+                num_attention_heads=params.hidden_size // STUDENT_HEAD_SIZE,
                 max_position_embeddings=params.max_length,
                 bos_token_id=None,
                 eos_token_id=None,

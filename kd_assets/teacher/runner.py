@@ -267,5 +267,6 @@ class TeacherRunner:
             "normaliser": self._devices.normaliser,
             **({"trust_remote_code": True} if params.trust_remote_code else {}),
             "quantization": teacher.quantisation_in_words,
+            **({"unused_weights": dict(teacher.unused_weights)} if teacher.unused_weights else {}),
             **{name: facts[name] for name in ("wall_s", "tokens_per_s", "joules")},
         }

@@ -111,6 +111,8 @@ def test_weights_that_are_no_whole_files_are_named(deployment: Deployment, tmp_p
     whole = (tmp_path / "model" / "model.safetensors").read_bytes()
     (tmp_path / "model" / "model-2.safetensors").write_bytes(whole[:-5])
     (tmp_path / "model" / "model-3.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    name_weights(tmp_path / "model", "model-2.safetensors", "model-3.safetensors")
     finding = one(check_weights(changed.recipe, changed.platform))
     assert finding.status is Status.FAIL
     for name in ("model-2.safetensors", "model-3.safetensors"):
@@ -151,11 +153,24 @@ def test_a_damaged_blob_of_the_hugging_face_cache_is_found_by_its_name(deploymen
 
 def test_an_index_names_the_files_that_must_be_there(deployment: Deployment, tmp_path: Path) -> None:
     changed = with_teacher(deployment, tmp_path / "model")
-    index = {"weight_map": {"a": "model-00002.safetensors"}}
-    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    name_weights(tmp_path / "model", "model-00002.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
     finding = one(check_weights(changed.recipe, changed.platform))
     assert finding.status is Status.FAIL
-    assert "model-00002.safetensors is missing" in finding.found
+    assert "lacks model-00002.safetensors, which its index names" in finding.found
+
+
+def test_two_sets_of_weights_fail(deployment: Deployment, tmp_path: Path) -> None:
+    changed = with_teacher(deployment, tmp_path / "model")
+    name_weights(tmp_path / "model", "model-00002.safetensors")
+    finding = one(check_weights(changed.recipe, changed.platform))
+    assert finding.status is Status.FAIL
+    assert "holds two sets of weights: model.safetensors" in finding.found
+
+
+def name_weights(folder: Path, *names: str) -> None:
+    weight_map = {f"w{i}": name for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_weights_that_are_nowhere_fail(deployment: Deployment, tmp_path: Path) -> None:

@@ -160,9 +160,11 @@ def folder(tmp_path: Path) -> Path:
     """1 GiB of embeddings and head, and 4 GiB of other weights, in bfloat16, in two files."""
     config = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    write_weights(tmp_path / "a.safetensors", {"model.embed_tokens.weight": ("BF16", [GIB // 4])})
+    write_weights(tmp_path / "model-00001-of-00002.safetensors", {"model.embed_tokens.weight": ("BF16", [GIB // 4])})
     blocks = {f"model.layers.{n}.mlp.up_proj.weight": ("BF16", [1024, 2 * 2**20 // 1024 * 512]) for n in range(2)}
-    write_weights(tmp_path / "b.safetensors", {**blocks, "lm_head.weight": ("BF16", [GIB // 4])})
+    write_weights(tmp_path / "model-00002-of-00002.safetensors", {**blocks, "lm_head.weight": ("BF16", [GIB // 4])})
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     return tmp_path
 
 
@@ -183,10 +185,16 @@ def test_quantising_on_loading_leaves_embeddings_and_head_as_they_are(folder: Pa
 def test_weights_that_are_stored_quantised_count_as_stored(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    write_weights(folder / "b.safetensors", {"w": ("F8_E4M3", [GIB]), "w_scale": ("F32", [256])})
+    write_weights(folder / "model-00002-of-00002.safetensors", {"w": ("F8_E4M3", [GIB]), "w_scale": ("F32", [256])})
     size = teacher_size(folder, dtype="bfloat16")
     assert size.weights_gib == pytest.approx(1.5, rel=1e-3)
     assert size.is_quantised
+
+
+def test_files_beside_the_weights_that_are_not_read_weigh_nothing(folder: Path) -> None:
+    """Mistral's repositories hold the same weights again, as consolidated.safetensors."""
+    write_weights(folder / "consolidated.safetensors", {"w": ("BF16", [GIB])})
+    assert teacher_size(folder, dtype="bfloat16").weights_gib == pytest.approx(5.0)
 
 
 def test_sizes_of_a_multimodal_model_are_those_of_its_text(folder: Path) -> None:
@@ -213,7 +221,7 @@ def test_a_folder_without_weights_or_with_damaged_ones_is_refused(tmp_path: Path
     with pytest.raises(MissingInputError, match=r"config\.json cannot be read"):
         teacher_size(tmp_path, dtype="bfloat16")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(MissingInputError, match="holds no weights"):
+    with pytest.raises(MissingInputError, match=r"holds no \*\.safetensors"):
         teacher_size(tmp_path, dtype="bfloat16")
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs")
     with pytest.raises(InputError, match="no whole safetensors file"):

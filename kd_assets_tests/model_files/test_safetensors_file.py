@@ -20,8 +20,8 @@ def test_tensors_are_told_as_they_are_stored(tmp_path: Path) -> None:
     save_file({"a": np.zeros((2, 3), np.float16), "b": np.zeros((), np.int64)}, tmp_path / "x", metadata={"by": "me"})
     found = {tensor.name: tensor for tensor in stored_tensors(tmp_path / "x")}
     assert found == {
-        "a": StoredTensor(name="a", dtype="F16", n_numbers=6),
-        "b": StoredTensor(name="b", dtype="I64", n_numbers=1),
+        "a": StoredTensor(name="a", dtype="F16", shape=(2, 3)),
+        "b": StoredTensor(name="b", dtype="I64", shape=()),
     }
 
 

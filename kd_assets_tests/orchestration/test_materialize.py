@@ -34,8 +34,8 @@ from kd_assets.orchestration.retries import FailureClass
 from kd_assets.orchestration.run import as_failure, as_markdown, failed_in_words
 from kd_assets.scheduler import LocalScheduler
 from kd_assets.sources.plan import ShardPlan
+from kd_assets.store import CacheReader, read_manifest, verify
 from kd_assets.store import manifest as manifest_module
-from kd_assets.store import read_manifest
 from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets_tests.orchestration.deployment import (
     CACHES,
@@ -187,6 +187,29 @@ def test_skipped_bad_records_are_counted_in_the_metadata(deploy: Callable[..., D
     ((record,),) = deployment.materializations(result.run_id).values()
     assert record.metadata["n_bad_records"].value == 1
     assert record.metadata["documents"].value == 1
+
+
+def test_a_shard_of_skipped_records_alone_is_empty_all_the_way_to_the_student(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy(on_bad_record="skip")
+    lines = deployment.corpus.read_text().splitlines()
+    lines[DOCUMENTS_PER_SHARD : 2 * DOCUMENTS_PER_SHARD] = ["{broken"] * DOCUMENTS_PER_SHARD
+    deployment.corpus.write_text("\n".join(lines) + "\n")
+    deployment.plan()
+    result = deployment.run("shards_manifest", *CACHES, "student_smoke", partition_range=ALL)
+    assert result.success, failure_text(result)
+    assert all(check.passed for check in deployment.checks(result.run_id))
+    recipe_folder = deployment.platform.recipe_folder("tiny")
+    for asset in ("shards_manifest", *CACHES):
+        reader = CacheReader(recipe_folder, asset)
+        assert [manifest.n_documents for manifest in reader.manifests] == [4, 0, 4]
+        assert len(reader) == len(reader.document_ids) == 8
+    assert verify(recipe_folder).problems == ()
+    again = deployment.run("shards_manifest", *CACHES, partition_range=ALL)
+    assert again.success, failure_text(again)
+    recorded = deployment.materializations(again.run_id).values()
+    assert all(record.metadata["reused"].value for (record,) in recorded)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from kd_assets.components import TeacherCaches
 from kd_assets.contract import EmbeddingParams, HiddenStateParams, StudentParams, TeacherParams, TopkParams
@@ -76,7 +76,7 @@ def test_the_choices_of_a_teachers_options_are_those_of_its_dataclass() -> None:
     [
         (TeacherCaches, Recipe, {"on_bad_record", "part_documents", "part_tokens"}),
         (TeacherCaches, TeacherParams, {"part_documents", "part_tokens"}),
-        (SourceModel, SourceSpec, {"text_field", "messages_field", "revision"}),
+        (SourceModel, SourceSpec, {"text_field", "messages_field", "id_field", "revision"}),
         (TasksModel, Tasks, {"n_tasks", "concurrency"}),
     ],
 )
@@ -91,3 +91,14 @@ def test_the_schedules_have_one_default() -> None:
         "plan": of_recipe["nightly_plan_cron"],
         "caches": of_recipe["nightly_caches_cron"],
     }
+
+
+@pytest.mark.parametrize("hidden_size", [0, -32, 33, 10**9])
+def test_a_students_size_that_cannot_be_is_refused_with_the_recipe(hidden_size: int) -> None:
+    with pytest.raises(ValidationError, match="hidden_size"):
+        StudentModel(hidden_size=hidden_size)
+
+
+@pytest.mark.parametrize("hidden_size", [32, 128, 65_536])
+def test_a_students_size_is_a_number_of_whole_heads(hidden_size: int) -> None:
+    assert StudentModel(hidden_size=hidden_size).hidden_size == hidden_size

@@ -215,7 +215,7 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_source(tmp_path: Path) -> None:
     for file_format in ("jsonl", "parquet"):
-        with pytest.raises(MissingInputError, match="is a folder; a source is one JSONL or Parquet file"):
+        with pytest.raises(MissingInputError, match="is a folder; a source is one JSONL, Parquet or Arrow file"):
             plan(spec(tmp_path, file_format=file_format))
 
 

@@ -15,15 +15,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_assets.contract import RecordRange
-from kd_assets.errors import BadRecordError, InputError, MissingInputError, StorageUnreachableError
+from kd_assets.errors import (
+    BadRecordError,
+    FieldNotUnderstoodError,
+    InputError,
+    MissingInputError,
+    RecipeError,
+    StorageUnreachableError,
+)
 from kd_assets.sources import record_files as files_module
 from kd_assets.sources.plan import ShardPlan, SourceSpec, plan_shards
-from kd_assets.sources.record_files import RawRecord, iter_jsonl, iter_parquet
+from kd_assets.sources.record_files import Fields, RawRecord, iter_columns, iter_jsonl
 from kd_assets.sources.records import Message, Record, ShardHash, parse_record, read_records
 
 RANGE = RecordRange(
     source="web", path="/data/web.jsonl", file_format="jsonl", first_record=0, n_records=1, byte_offset=0, first_line=1
 )
+
+FIELDS = Fields("id", "text", "messages", ())
 
 
 def parsed(line: str | bytes) -> Record:
@@ -31,7 +40,7 @@ def parsed(line: str | bytes) -> Record:
 
 
 def plan_of(path: Path, *, documents_per_shard: int = 1000, **spec: Any) -> ShardPlan:
-    file_format = "parquet" if path.suffix == ".parquet" else "jsonl"
+    file_format = path.suffix[1:] if path.suffix in (".parquet", ".arrow") else "jsonl"
     source = SourceSpec(name="web", path=str(path), file_format=file_format, licence="CC0-1.0", **spec)  # type: ignore[arg-type]
     return plan_shards([source], documents_per_shard=documents_per_shard, shard_prefix="shard")
 
@@ -46,12 +55,19 @@ def read_all(path: Path, **spec: Any) -> list[Record | BadRecordError]:
 
 def test_a_text_becomes_a_document_named_by_source_and_record() -> None:
     assert parsed('{"text": "héllo", "other": [1]}') == Record(
-        where="/data/web.jsonl:7", source="web", number=6, document_id="web-000000006", text="héllo"
+        where="/data/web.jsonl:7",
+        source="web",
+        number=6,
+        document_id="web-000000006",
+        text="héllo",
+        passed_over=("other",),
     )
 
 
 def test_a_chat_becomes_messages_of_role_and_content_only() -> None:
-    record = parsed('{"messages": [{"role": "user", "content": "hi", "x": 1}, {"role": "assistant", "content": ""}]}')
+    record = parsed(
+        '{"messages": [{"role": "user", "content": "hi", "x": null}, {"role": "assistant", "content": ""}]}'
+    )
     assert record.messages == (Message("user", "hi"), Message("assistant", ""))
     assert record.text is None
 
@@ -85,7 +101,9 @@ def test_an_id_names_the_document(given: str, document_id: str) -> None:
         ('{"n": ' + "9" * 5_000 + "}", "not JSON that can be read: .*digits"),
         ("{}", r"neither 'text' nor 'messages' is there \(it has no field\)"),
         ('{"prompt": "x", "completion": "y"}', r"neither 'text' nor 'messages' .*'prompt', 'completion'"),
-        ('{"text": null}', "neither 'text' nor 'messages'"),
+        ('{"text": null}', "'text' is null, and there are no 'messages'"),
+        ('{"text": null, "messages": null}', "'text' is null, and there are no 'messages'"),
+        ('{"messages": null, "url": "x"}', "'messages' is null, and there is no 'text'"),
         ('{"text": 3}', "'text' is a number; expected a string"),
         ('{"text": NaN}', "'text' is a number"),
         ('{"text": true}', "'text' is a boolean"),
@@ -224,7 +242,7 @@ def test_rows_become_records_whatever_the_string_type(tmp_path: Path, text_type:
     table = pa.table({"text": pa.array(["a", "é", None]).cast(text_type), "id": pa.array([4, None, 6]), "x": [[1]] * 3})
     items = read_all(write_parquet(tmp_path / "w.parquet", table))
     assert [(r.document_id, r.text) for r in items if isinstance(r, Record)] == [("4", "a"), ("web-000000001", "é")]
-    assert str(items[2]).startswith(f"{tmp_path / 'w.parquet'}: row 3: neither 'text' nor 'messages'")
+    assert str(items[2]).startswith(f"{tmp_path / 'w.parquet'}: row 3: 'text' is null, and there are no 'messages'")
 
 
 @pytest.mark.parametrize("list_type", [pa.list_, pa.large_list])
@@ -253,11 +271,11 @@ def test_a_row_range_is_read_without_the_row_groups_around_it(tmp_path: Path) ->
     first_group_end = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     damaged[4:first_group_end] = bytes(first_group_end - 4)
     path.write_bytes(damaged)
-    rows = list(iter_parquet(path, text_field="text", messages_field="messages", first_record=350, n_records=120))
+    rows = list(iter_columns(path, "parquet", fields=FIELDS, first_record=350, n_records=120))
     assert [row.number for row in rows] == list(range(350, 470))
     assert rows[0].content == b'{"text":"t350"}'
     with pytest.raises(InputError, match=r"w\.parquet cannot be read as Parquet"):
-        list(iter_parquet(path, text_field="text", messages_field="messages"))
+        list(iter_columns(path, "parquet", fields=FIELDS))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -268,7 +286,7 @@ def test_any_range_of_any_layout_gives_the_rows_of_that_range(tmp_path: Path, se
     path = write_parquet(tmp_path / "w.parquet", pa.table({"text": texts}), row_group_size=rng.randrange(1, 400))
     for _ in range(10):
         first, count = rng.randrange(n_rows), rng.randrange(1, n_rows + 50)
-        rows = iter_parquet(path, text_field="text", messages_field="messages", first_record=first, n_records=count)
+        rows = iter_columns(path, "parquet", fields=FIELDS, first_record=first, n_records=count)
         assert [(r.number, json.loads(r.content)["text"]) for r in rows] == list(enumerate(texts))[
             first : first + count
         ]
@@ -283,7 +301,10 @@ def test_any_range_of_any_layout_gives_the_rows_of_that_range(tmp_path: Path, se
         ({"messages": ["x"]}, "column 'messages' has type string"),
         ({"messages": [[{"from": "human", "value": "x"}]]}, r"expected list<struct<role: string, content: string>>"),
         ({"messages": [[{"role": "user", "content": [1]}]]}, "column 'messages' has type"),
-        ({"text": ["x"], "id": [1.5]}, "column 'id' has type double; expected string or integer"),
+        (
+            {"text": ["x"], "id": [True]},
+            "column 'id' has type bool; expected string, integer or float; name .* id_field",
+        ),
     ],
 )
 def test_a_column_of_the_wrong_type_is_refused_when_planned(
@@ -311,6 +332,163 @@ def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path: Path, damage
         plan_of(path)
 
 
+# ---------------------------------------------------------------- Arrow
+
+
+def write_arrow(path: Path, table: Any, *, rows_a_batch: int = 100, is_stream: bool = True) -> Path:
+    new = pa.ipc.new_stream if is_stream else pa.ipc.new_file
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows_a_batch)
+    return path
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_arrow_gives_the_records_that_parquet_gives(tmp_path: Path, is_stream: bool) -> None:
+    texts = [f"t{i}" for i in range(1000)]
+    table = pa.table({"text": pa.array(texts).dictionary_encode(), "id": list(range(1000))})
+    arrow = write_arrow(tmp_path / "w.arrow", table, rows_a_batch=300, is_stream=is_stream)
+    parquet = write_parquet(tmp_path / "w.parquet", pa.table({"text": texts, "id": list(range(1000))}))
+    ours, theirs = plan_of(arrow, documents_per_shard=130), plan_of(parquet, documents_per_shard=130)
+    assert [s.input_hash for s in ours.shards] == [s.input_hash for s in theirs.shards]
+    found = [r for shard in ours.shards for r in read_records(shard.records, ShardHash())]
+    assert [(r.document_id, r.text) for r in found if isinstance(r, Record)] == [
+        (str(i), text) for i, text in enumerate(texts)
+    ]
+
+
+def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
+    """Laid out as `datasets.save_to_disk` does it (version 4): streams, with its own description in their schema."""
+    chats = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}] for i in range(5)]
+    table = pa.Table.from_pylist([{"messages": one} for one in chats])
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {}}})})
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    file = write_arrow(saved / "data-00000-of-00001.arrow", table, rows_a_batch=2)
+    records = [r for r in read_all(file) if isinstance(r, Record)]
+    assert [r.messages for r in records] == [tuple(Message(**m) for m in one) for one in chats]
+    with pytest.raises(MissingInputError, match=rf"is a folder; .* \(of this one, name {file.name} and its others"):
+        plan_of(saved)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_arrow_file_that_was_cut_is_refused_wherever_it_was_cut(tmp_path: Path, is_stream: bool) -> None:
+    """A stream that ends between two batches looks whole to Arrow."""
+    path = write_arrow(tmp_path / "w.arrow", pa.table({"text": ["x" * 50] * 40}), rows_a_batch=10, is_stream=is_stream)
+    whole = path.read_bytes()
+    for n_bytes in range(1, len(whole), 8):
+        path.write_bytes(whole[:n_bytes])
+        with pytest.raises(InputError, match=r"w\.arrow"):
+            plan_of(path)
+
+
+# ---------------------------------------------------------------- fields that nothing is made of
+
+
+def chat(**of_the_answer: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **of_the_answer}]
+
+
+NOT_UNDERSTOOD = [
+    ({"messages": chat(tool_calls=[{"name": "f"}])}, "messages.tool_calls"),
+    ({"messages": chat(reasoning_content="hm")}, "messages.reasoning_content"),
+    ({"messages": chat(weight=0)}, "messages.weight"),
+    ({"messages": chat(name="bob")}, "messages.name"),
+    ({"messages": chat(), "tools": [{"name": "f"}]}, "tools"),
+    ({"messages": chat(), "functions": "[]"}, "functions"),
+    ({"messages": chat(), "documents": [{"title": "t"}]}, "documents"),
+]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize(("record", "name"), NOT_UNDERSTOOD)
+def test_what_a_template_or_the_loss_would_read_is_an_error_that_names_it(
+    tmp_path: Path, record: dict[str, Any], name: str, layout: str
+) -> None:
+    path = write_layout(tmp_path, layout, [{"messages": chat()}, record])
+    where = f"{path}:2" if layout == "jsonl" else f"{path}: row 2"
+    with pytest.raises(FieldNotUnderstoodError) as e:
+        read_all(path)
+    assert str(e.value).startswith(f"{where}: the chat has '{name}', which")
+    key = name.removeprefix("messages.")
+    assert str(e.value).endswith(f"ignore_fields: [{key}] of source 'web'")
+    assert not isinstance(e.value, BadRecordError), "on_bad_record: skip would pass over a whole source"
+
+    first, second = read_all(path, ignore_fields=(key,))
+    assert isinstance(first, Record)
+    assert isinstance(second, Record)
+    assert second.messages == (Message("user", "q"), Message("assistant", "a"))
+    assert [name in record.passed_over for record in (first, second)] == [False, True]
+
+
+def write_layout(folder: Path, layout: str, records: list[dict[str, Any]]) -> Path:
+    path = folder / f"web.{layout}"
+    if layout == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif layout == "parquet":
+        write_parquet(
+            path, pa.Table.from_pylist([{key: r.get(key) for key in {**records[0], **records[1]}} for r in records])
+        )
+    else:
+        write_arrow(
+            path, pa.Table.from_pylist([{key: r.get(key) for key in {**records[0], **records[1]}} for r in records])
+        )
+    return path
+
+
+def test_every_field_that_is_not_understood_is_named_at_once() -> None:
+    record = {"messages": chat(tool_calls=[1], weight=1.0), "tools": [1], "url": "x"}
+    with pytest.raises(FieldNotUnderstoodError, match=r"ignore_fields: \[tools, tool_calls, weight\] of source 'web'"):
+        parsed(json.dumps(record))
+
+
+def test_fields_without_a_value_and_fields_of_a_text_are_no_error() -> None:
+    record = parsed(json.dumps({"messages": chat(tool_calls=None), "tools": None, "url": "x", "meta": {"a": 1}}))
+    assert record.passed_over == ("url", "meta")
+    assert parsed('{"text": "rendered", "tools": [1]}').passed_over == ("tools",)
+    assert parsed(json.dumps({"messages": chat(), "text": "rendered"})).passed_over == ("text",)
+
+
+def test_an_assistant_turn_of_tool_calls_alone_is_named_by_them_and_not_by_its_null_content() -> None:
+    with pytest.raises(FieldNotUnderstoodError, match=r"messages\.tool_calls"):
+        parsed(json.dumps({"messages": chat(content=None, tool_calls=[1])}))
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet", "arrow"])
+def test_other_columns_are_passed_over_and_named(tmp_path: Path, layout: str) -> None:
+    records = [{"text": "a", "url": "x", "n": 1}, {"text": "b", "url": "y", "n": 2}]
+    found = read_all(write_layout(tmp_path, layout, records))
+    assert [r.passed_over for r in found if isinstance(r, Record)] == [("url", "n")] * 2
+
+
+def test_ignored_fields_and_the_id_field_are_in_the_hash_of_a_shard_where_they_are_used(tmp_path: Path) -> None:
+    path = write_layout(tmp_path, "jsonl", [{"text": "a"}, {"text": "b"}])
+    hashes = {
+        plan_of(path, **spec).shards[0].input_hash for spec in ({}, {"ignore_fields": ("tools",)}, {"id_field": "key"})
+    }
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("ignored", ["text", "messages", "id", "role", "content"])
+def test_what_documents_are_made_of_cannot_be_ignored(tmp_path: Path, ignored: str) -> None:
+    with pytest.raises(RecipeError, match=f"ignore_fields has '{ignored}'"):
+        plan_of(write_layout(tmp_path, "jsonl", [{"text": "a"}, {"text": "b"}]), ignore_fields=(ignored,))
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_the_recipe_says_which_field_is_the_id(tmp_path: Path, layout: str) -> None:
+    path = write_layout(tmp_path, layout, [{"text": "a", "key": "k1", "id": 1}, {"text": "b", "key": "k2", "id": 1}])
+    found = [r for r in read_all(path, id_field="key") if isinstance(r, Record)]
+    assert [(r.document_id, r.passed_over) for r in found] == [("k1", ("id",)), ("k2", ("id",))]
+
+
+def test_a_column_of_floats_can_be_the_id(tmp_path: Path) -> None:
+    """pandas makes floats of integers beside a null."""
+    table = pa.table({"text": ["a", "b", "c", "d"], "id": [7.0, None, float("nan"), 0.25]})
+    found = [r for r in read_all(write_parquet(tmp_path / "w.parquet", table)) if isinstance(r, Record)]
+    assert [r.document_id for r in found] == ["7", "web-000000001", "web-000000002", "0.25"]
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -318,6 +496,8 @@ def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path: Path, damage
     ("content", "reason"),
     [
         (b"PAR1....", "is a Parquet file: set its format to parquet"),
+        (b"ARROW1..", "is an Arrow file: set its format to arrow"),
+        (b"\xff\xff\xff\xff....", "is an Arrow stream, as datasets.save_to_disk writes it: set its format to arrow"),
         (b"\x1f\x8b\x08\x00", "is compressed with gzip"),
         (b"\x28\xb5\x2f\xfd\x00", "is compressed with zstd"),
         ('{"text": "x"}\n'.encode("utf-16"), "is UTF-16"),

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from kd_assets.contract import JobFile, RecordRange, Reporter, ShardsParams, WorkUnit
 from kd_assets.errors import (
     BadRecordError,
     ContractError,
+    FieldNotUnderstoodError,
     InputError,
     InterruptedTaskError,
     MissingInputError,
@@ -108,6 +112,43 @@ def contents(job: JobFile) -> list[tuple[list[str], list[int], list[int], list[b
 
 
 # ---------------------------------------------------------------- what is committed
+
+
+def test_fields_that_nothing_was_made_of_are_counted(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    rows = [{"text": "one", "url": "x"}, {"text": "two", "url": None, "meta": {}}, {"text": "three"}]
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer()))
+    assert manifest.facts["passed_over_fields"] == {"url": 2, "meta": 1}
+
+
+def test_names_of_fields_are_told_in_characters_that_can_be_shown(
+    tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    rows = ['{"text": "one", "\\ud800": 1, "\\u001b[31m": 1, "' + "x" * 5_000 + '": 1, "é": 1}']
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer()))
+    assert manifest.facts["passed_over_fields"] == {"\\ud800": 1, "\\x1b[31m": 1, "x" * 100: 1, "é": 1}
+
+
+def test_many_fields_are_counted_one_by_one_up_to_a_number(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    rows = [{"text": "one", **{f"f{i:03d}": i for i in range(100)}}, {"text": "two", "f099": 1}]
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer()))
+    counts = manifest.facts["passed_over_fields"]
+    assert (len(counts), counts["f099"], counts["…"], sum(counts.values())) == (65, 2, 36, 101)
+
+
+def test_a_shard_without_such_fields_has_the_facts_that_it_had(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    (manifest,) = run(make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", [{"text": "one"}]), save_tokenizer()))
+    assert "passed_over_fields" not in manifest.facts
+
+
+@pytest.mark.parametrize("on_bad_record", ["fail", "skip"])
+def test_a_field_that_is_not_understood_is_never_skipped(
+    tmp_path: Path, save_tokenizer: SaveTokenizer, on_bad_record: str
+) -> None:
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {**ANSWER, "weight": 0}]}]
+    job = make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer(), on_bad_record=on_bad_record)
+    with pytest.raises(FieldNotUnderstoodError, match=r"web\.jsonl:2: the chat has 'messages\.weight'"):
+        run(job)
+    assert not Path(job.units[0].outputs[0].path).exists()
 
 
 def test_records_become_a_committed_shard_that_reads_back(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
@@ -230,7 +271,7 @@ def test_one_bad_record_fails_the_shard_with_file_line_and_reason_and_nothing_is
     source = write_jsonl(tmp_path / "web.jsonl", [{"text": "a"}, {"text": None}, {"text": 3}])
     job = make_job(tmp_path, source, save_tokenizer(), part_documents=1)
     with pytest.raises(
-        BadRecordError, match=rf"^{source}:2: neither 'text' .*and 1 more of 3.*on_bad_record: skip"
+        BadRecordError, match=rf"^{source}:2: 'text' is null.*and 1 more of 3.*on_bad_record: skip"
     ) as e:
         runner_of(job).run(job.units[0])
     assert e.value.exit_code == 2
@@ -257,23 +298,53 @@ def test_bad_records_are_skipped_counted_and_named_when_the_recipe_says_so(
 
 
 @pytest.mark.parametrize(
-    ("records", "counts"),
-    [
-        (["broken"] * 3, "3 bad, 0 without tokens"),
-        ([{"text": ""}] * 3, "0 bad, 3 without tokens"),
-        (["{}", {"text": ""}], "1 bad, 1 without tokens"),
-    ],
+    ("records", "n_bad", "n_empty"), [(["broken"] * 3, 3, 0), ([{"text": ""}] * 3, 0, 3), (["{}", {"text": ""}], 1, 1)]
 )
-def test_a_shard_without_a_single_document_is_an_error_and_not_committed(
-    tmp_path: Path, save_tokenizer: SaveTokenizer, records: list[Any], counts: str
+def test_a_shard_all_of_whose_records_are_skipped_is_empty_and_committed(
+    tmp_path: Path, save_tokenizer: SaveTokenizer, records: list[Any], n_bad: int, n_empty: int
 ) -> None:
-    source = write_jsonl(tmp_path / "web.jsonl", records)
-    job = make_job(tmp_path, source, save_tokenizer(), on_bad_record="skip")
-    with pytest.raises(
-        BadRecordError, match=rf"none of the {len(records)} records of shard-00000 in {source} .*{counts}"
-    ):
+    job = make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", records), save_tokenizer(), on_bad_record="skip")
+    stream = io.StringIO()
+    (manifest,) = run(job, stream=stream)
+    assert (manifest.n_documents, manifest.n_tokens, manifest.parts) == (0, 0, ())
+    facts = manifest.facts
+    assert (facts["n_records"], facts["n_bad_records"], facts["n_empty_documents"]) == (len(records), n_bad, n_empty)
+    assert facts["min_document_tokens"] == facts["median_document_tokens"] == facts["max_document_tokens"] == 0
+    assert contents(job) == [([], [0], [], [])]
+    assert "warning" in stream.getvalue()
+
+
+def test_documents_without_tokens_alone_make_no_shard_where_nothing_is_skipped(
+    tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", [{"text": ""}] * 3)
+    job = make_job(tmp_path, source, save_tokenizer())
+    with pytest.raises(BadRecordError, match=rf"none of the 3 records of shard-00000 in {source} .*3 without tokens"):
         runner_of(job).run(job.units[0])
     assert committed(Path(job.units[0].outputs[0].path), job.units[0].outputs[0].fingerprint) is None
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_token_that_the_teacher_has_no_embedding_for_is_a_bad_record(
+    tmp_path: Path, save_tokenizer: SaveTokenizer, nested: bool
+) -> None:
+    """The tokenizer got a token, and the model no row for it."""
+    tokenizer = shutil.copytree(save_tokenizer(), tmp_path / "tokenizer")
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    n_embeddings = len(loaded)
+    loaded.add_tokens(["<|pad|>"], special_tokens=True)
+    loaded.save_pretrained(tokenizer)
+    config = {"vocab_size": n_embeddings}
+    (tokenizer / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    source = write_jsonl(
+        tmp_path / "web.jsonl", [{"text": "one"}, {"text": "two <|pad|>"}, {"text": "long " * 90 + "<|pad|>"}]
+    )
+    reason = rf"{source}:2: '<\|pad\|>' is token {n_embeddings}, and .* embeddings for ids 0 to {n_embeddings - 1} "
+    with pytest.raises(BadRecordError, match=reason):
+        run(make_job(tmp_path, source, tokenizer))
+    (manifest,) = run(make_job(tmp_path / "skip", source, tokenizer, on_bad_record="skip"))
+    assert manifest.n_documents == 2, "the third is cut before the token"
+    assert re.match(reason, manifest.facts["bad_records"][0])
 
 
 def test_a_chat_that_the_template_refuses_is_a_bad_record(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TopkParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, NonFiniteTeacherError, RecipeError
 from kd_assets.model_files.fingerprints import weights_fingerprint
-from kd_assets.store import Documents, encode_topk, read_manifest
+from kd_assets.store import CacheReader, Documents, ResultFiles, check_all, encode_topk, plan_output, read_manifest
 from kd_assets.teacher.model.load import load_teacher
 from kd_assets.teacher.partition.input_shard import check_length
 from kd_assets.teacher.recompute import sampled_documents
@@ -30,6 +31,7 @@ from kd_assets_tests.teacher.tiny import (
 )
 
 LENGTHS = (3, 1, 20, 64, 90, 5, 9, 30, 12, 2, 40, 33, 33, 8)
+KEY = "shard-00000"
 N_PARTS = 3  # of at most 5 documents
 
 
@@ -90,6 +92,54 @@ def test_every_cache_is_committed_with_its_checks_facts_and_provenance(
         assert provenance["teacher"] == str(teacher_folder)
         assert provenance["architecture"] == "LlamaForCausalLM"
         assert provenance["libraries"]["torch"] == version("torch")
+
+
+def test_weights_that_are_not_used_stand_in_the_provenance_and_nothing_where_all_are(
+    uninterrupted: WorkUnit, desk: Desk, tmp_path: Path
+) -> None:
+    assert "unused_weights" not in read_manifest(Path(uninterrupted.outputs[0].path)).provenance
+    folder = save_teacher(tmp_path / "with a further head")
+    weights = load_file(folder / "model.safetensors") | {"mtp.layers.0.weight": torch.ones(4)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    params = tiny_params(folder)
+    unit = desk.unit(desk.commit_shard(tiny_documents((5, 6))), params)
+    desk.run(params, unit)
+    for output in unit.outputs:
+        assert read_manifest(Path(output.path)).provenance["unused_weights"] == {"multi-token prediction": 1}
+
+
+def test_caches_of_an_empty_shard_are_empty_and_committed(desk: Desk, teacher_folder: Path) -> None:
+    params = tiny_params(teacher_folder)
+    output = plan_output("shards_manifest", {"input": "none"}, recipe_folder=desk.recipe_folder, partition_key=KEY)
+    with desk.writer(output) as writer:
+        writer.commit(parts=0, checks={}, provenance={})
+    unit = desk.unit(Path(output.path), params)
+    desk.run(params, unit)
+    for cache in unit.outputs:
+        manifest = read_manifest(Path(cache.path))
+        assert (manifest.n_documents, manifest.n_tokens, manifest.parts) == (0, 0, ())
+        assert manifest.checks["recomputed"]["passed"] is True
+        found = check_all(ResultFiles(Path(cache.path)), ResultFiles(Path(output.path)))
+        # "schema" asks for parameters that the identities of these tests do not have
+        assert [(r.name, r.description) for r in found if not r.passed and r.name != "schema"] == []
+        assert len(CacheReader.from_folders([Path(cache.path)])) == 0
+    full = desk.unit(desk.commit_shard(tiny_documents((5, 6)), "shard-00001"), params, key="shard-00001")
+    desk.run(params, full)
+    for asset in CACHES:
+        assert CacheReader(desk.recipe_folder, asset).document_ids == ["doc-000", "doc-001"]
+
+
+def test_a_token_id_beyond_the_embeddings_names_its_document(desk: Desk, teacher_folder: Path) -> None:
+    params = tiny_params(teacher_folder)
+    documents = tiny_documents((5, 6, 7))
+    documents.input_ids[8] = VOCABULARY
+    unit = desk.unit(desk.commit_shard(documents), params)
+    with pytest.raises(
+        RecipeError,
+        match=rf"document 'doc-001' \(row 1 of the shard, record 1 of source 'tiny'\) has token id {VOCABULARY}, "
+        rf"and the teacher has embeddings for ids 0 to {VOCABULARY - 1} \(1 of 3 documents",
+    ):
+        desk.run(params, unit)
 
 
 def test_recomputation_reports_the_largest_differences(uninterrupted: WorkUnit) -> None:
@@ -237,7 +287,9 @@ def test_nan_weights_fail_the_partition_naming_the_document_and_commit_nothing(
 def test_shard_of_another_tokenizer_is_refused(desk: Desk, teacher_folder: Path) -> None:
     params = tiny_params(teacher_folder)
     unit = desk.unit(desk.commit_shard(tiny_documents([10, 10], vocabulary=VOCABULARY * 100)), params)
-    with pytest.raises(RecipeError, match=r"the teacher knows ids 0 to 199: .* another tokenizer"):
+    with pytest.raises(
+        RecipeError, match=r"the teacher has embeddings for ids 0 to 199 \(2 of 2 documents .* or was another one"
+    ):
         desk.run(params, unit)
     assert not any(Path(o.path).exists() for o in unit.outputs)
 

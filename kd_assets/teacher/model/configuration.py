@@ -7,7 +7,6 @@ code that comes with a model runs only when the recipe says so, and then only th
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.library_internals import class_that_loads
+from kd_assets.model_files.reading import read_json
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Classes of transformers that load a language model, in the order to try. A multimodal model is run on text alone."""
@@ -50,7 +50,7 @@ def read_config(folder: Path, *, remote_code: bool = False) -> Any:
                 )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
-    except (OSError, ValueError, ImportError) as e:
+    except Exception as e:  # transformers checks types and values of each field with errors of many kinds
         if code and not remote_code:
             raise RecipeError(code_is_needed(folder, code)) from e
         raise MissingInputError(
@@ -62,8 +62,8 @@ def read_config(folder: Path, *, remote_code: bool = False) -> Any:
 def code_of(folder: Path) -> list[str]:
     """The classes that a model's configuration takes from code beside it ("modeling_x.XForCausalLM"), by `auto_map`."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json", "it describes the model")
+    except MissingInputError:
         return []  # for transformers to complain of
     names: list[str] = []
     nested = [config]

@@ -1,19 +1,21 @@
 """Loading a teacher: any decoder that transformers can load, from local safetensors, and what must hold of it.
 
 Used by `kd_assets.teacher` only; the one module that calls `from_pretrained`. The invariant: a `Teacher` is the one the
-job was planned with (its fingerprint is checked), complete (no weight was filled in at random), and what the pass takes
-it for: its parts are proved on the loaded weights (see `anatomy` and `head`). Code that comes with a model, where it
-may run at all (see `configuration`), is part of the fingerprint and is checked before it runs.
+job was planned with (its fingerprint is checked), complete (no weight was filled in at random, none left out), and what
+the pass takes it for: its parts are proved on the loaded weights (see `anatomy` and `head`). Code that comes with a
+model, where it may run at all (see `configuration`), is part of the fingerprint and is checked before it runs.
 
 Names: B, T = documents and tokens of a batch, H = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ import torch
 from torch import nn
 
 from kd_assets.contract import TeacherParams
-from kd_assets.errors import MissingInputError, RecipeError, TeacherChangedError, TeacherError
+from kd_assets.errors import InputError, MissingInputError, RecipeError, TeacherChangedError, TeacherError
+from kd_assets.library_internals import LoadingReport, whole_loading_report
 from kd_assets.model_files.digests import DigestCache
 from kd_assets.model_files.fingerprints import weights_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.placement import ONE_DEVICE, Placement, room_gib
+from kd_assets.model_files.safetensors_file import StoredTensor
 from kd_assets.model_files.size import GIB
+from kd_assets.model_files.weight_files import weights_read
 from kd_assets.teacher.model.anatomy import dissected, is_of_the_model, proven_variant
 from kd_assets.teacher.model.configuration import (
     auto_class,
@@ -39,11 +44,22 @@ from kd_assets.teacher.model.configuration import (
 )
 from kd_assets.teacher.model.head import Head, configured_head
 from kd_assets.teacher.model.quantised import Quantisation, loaded_quantisation, quantisation_config, stored_settings
+from kd_assets.teacher.model.unused_weights import harmless_unused, stored_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ROUTING = re.compile(r"experts?(?![a-z])|router|topk|sparsemoe|moegate", re.IGNORECASE)
 """In the names of classes of modules that send tokens to experts."""
+
+WIDTHS = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner"),
+    *("head_dim", "num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts"),
+)
+"""Sizes in a configuration that are each a dimension of some weight, or less."""
+PACKED = 16
+"""Numbers that quantised weights keep in one of their files', at most: 2 bits each in 32."""
+POSITIONS = re.compile(r"^(?!.*(vis|audio|encoder|tower)).*(^|\.)(wpe|embed_positions)\.weight$")
+"""A text decoder's table of positions, where they are learned (GPT-2, OPT)."""
 
 Warn = Callable[[str], None]
 
@@ -84,6 +100,8 @@ class Teacher:
     """Whether tokens are routed to experts."""
     learned_positions: int | None = None
     """Tokens of the longest document that it can run at all; None: any (see `learned_positions`)."""
+    unused_weights: Mapping[str, int] = field(default_factory=dict)
+    """Kind → number of weights in its files that it has no place for (see `unused_weights`)."""
 
     @property
     def quantisation_in_words(self) -> str | None:
@@ -117,7 +135,7 @@ def load_teacher(
     settings = stored_settings(config) or params.quantization  # from_pretrained changes the configuration
     if not params.trust_remote_code:
         check_fingerprint(folder, params, digests)
-    model = read_model(
+    model, unused = read_model(
         folder,
         config,
         dtype=dtype,
@@ -128,6 +146,7 @@ def load_teacher(
     )
     quantisation = loaded_quantisation(settings, model)
     teacher = as_teacher(model, device=device, warn=warn, started=started, quantisation=quantisation)
+    teacher = dataclasses.replace(teacher, unused_weights=unused)
     if teacher.dtype != dtype:
         warn(f"{folder} computes in {teacher.dtype}, as its quantisation ({quantisation}) does, and not in {dtype}")
     check_teacher(params, teacher)
@@ -197,10 +216,13 @@ def read_model(
     remote_code: bool = False,
     placement: Placement = ONE_DEVICE,
     quantization: Any = None,
-) -> Any:
-    """The model with all its weights, in eval mode. Raises TeacherError when a weight is missing or of wrong shape."""
-    from safetensors import SafetensorError
+) -> tuple[Any, dict[str, int]]:
+    """The model with all its weights, in eval mode, and what of its files it does not use (see `unused_weights`).
 
+    Raises TeacherError when a weight is missing, of wrong shape, or one that the model has no place for.
+    """
+    stored = weights_in(folder)
+    check_sizes(config, [tensor for _, tensor in stored.values()], folder)
     options: dict[str, Any] = {}
     if caps_attention(config):
         # No SDPA kernel caps attention logits: it would ignore the cap or refuse, by version. Otherwise transformers
@@ -209,7 +231,7 @@ def read_model(
     options |= layout_options(placement, device)
     if quantization is not None:
         options["quantization_config"] = quantization
-    try:
+    with whole_loading_report() as fit, loading_errors(folder, fit, remote_code=remote_code, quantization=quantization):
         model, report = auto_class(config).from_pretrained(
             folder,
             config=config,
@@ -220,6 +242,37 @@ def read_model(
             output_loading_info=True,
             **options,
         )
+    if wrong := sorted(map(str, report.get("missing_keys") or ())):
+        raise TeacherError(
+            f"{folder}: {len(wrong)} weights are missing, such as {wrong[0]}; transformers would fill them with random "
+            "numbers: download the model again"
+        )
+    if fit.mismatched:
+        raise TeacherError(mismatch_in_words(folder, fit.mismatched))
+    unused = harmless_unused(fit.unexpected, fit.ignored, stored, config.get_text_config(decoder=True), folder=folder)
+    if device.type == "cuda":
+        check_layout(model, placement)
+    return model.eval().requires_grad_(False), unused
+
+
+def weights_in(folder: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    """Every weight in a model's files, by its name."""
+    files = weights_read(folder)
+    try:
+        return stored_weights(files)
+    except MissingInputError:
+        raise
+    except InputError as e:
+        raise TeacherError(f"{folder} has a truncated or damaged safetensors file: {e}") from e
+
+
+@contextmanager
+def loading_errors(folder: Path, fit: LoadingReport, *, remote_code: bool, quantization: Any) -> Iterator[None]:
+    """What `from_pretrained` raises, in our words."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except OSError as e:
         raise MissingInputError(f"{folder} cannot be loaded: {e}") from e
     except SafetensorError as e:
@@ -230,19 +283,45 @@ def read_model(
         if (code := code_of(folder)) and not remote_code:
             raise RecipeError(code_is_needed(folder, code)) from e
         raise TeacherError(f"{folder} is not a causal language model that this transformers loads: {e}") from e
-    except RuntimeError as e:
-        if quantization is None or not is_of_the_model(e):
+    except (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
+        if fit.mismatched:
+            raise TeacherError(mismatch_in_words(folder, fit.mismatched)) from e
+        if not is_of_the_model(e) and not isinstance(e, (ArithmeticError, RecursionError)):
             raise
-        raise TeacherError(f"{folder} cannot be quantised as teacher.quantization asks: {e}") from e
-    for what in ("missing_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report.get(what) or ())):
-            raise TeacherError(
-                f"{folder}: {len(wrong)} weights are {what.removesuffix('_keys')}, such as {wrong[0]}; transformers "
-                "would fill them with random numbers: download the model again"
-            )
-    if device.type == "cuda":
-        check_layout(model, placement)
-    return model.eval().requires_grad_(False)
+        if quantization is not None:
+            raise TeacherError(f"{folder} cannot be quantised as teacher.quantization asks: {e}") from e
+        raise TeacherError(
+            f"{folder}: no model can be made of config.json and the weights ({type(e).__name__}: {e}): "
+            "download it again"
+        ) from e
+
+
+def check_sizes(config: Any, stored: Sequence[StoredTensor], folder: Path) -> None:
+    """Raise TeacherError for sizes that the weights show to be wrong, before a model of them is made: transformers
+    takes memory by them (for weights that do not fit, a module for each layer) before it complains."""
+    text = config.get_text_config(decoder=True)
+    widest = max((n for tensor in stored for n in tensor.shape), default=0)
+    weights = f"the widest of its weights has {widest:,}"
+    most = {
+        "hidden_size": (widest, weights),
+        "vocab_size": (widest, weights),
+        "num_hidden_layers": (len(stored), f"its files hold {len(stored):,} weights"),
+    }
+    most |= dict.fromkeys(WIDTHS, (PACKED * widest, weights))
+    if any(POSITIONS.search(tensor.name) for tensor in stored):
+        most["max_position_embeddings"] = (widest, weights)
+    for name, (largest, what) in most.items():
+        size = getattr(text, name, None)
+        if isinstance(size, int) and (size > largest or (size < 1 and name not in WIDTHS)):
+            raise TeacherError(f"{folder}/config.json says {name} {size:,}, and {what}: download the model again")
+
+
+def mismatch_in_words(folder: Path, mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    name, (in_file, in_model) = min(mismatched.items())
+    return (
+        f"{folder}: {len(mismatched)} weights are mismatched, such as {name}: {list(in_file)} in its "
+        f"file and {list(in_model)} by config.json: download the model again"
+    )
 
 
 def layout_options(placement: Placement, device: torch.device) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from kd_assets.contract import TeacherParams, WorkUnit
-from kd_assets.errors import ContractError, MissingInputError, RecipeError
+from kd_assets.errors import ContractError, RecipeError
 from kd_assets.store import Shard, read_shard
+from kd_assets.store.partfile import PartFile
 from kd_assets.teacher.model.load import Teacher, Warn
 from kd_assets.teacher.partition.batching import longest
 
@@ -14,29 +17,46 @@ from kd_assets.teacher.partition.batching import longest
 def read_input_shard(unit: WorkUnit, teacher: Teacher, params: TeacherParams, *, warn: Warn) -> Shard:
     """The shard of a partition.
 
-    Raises ContractError unless the unit has one, MissingInputError for an empty one, RecipeError for one that this
-    teacher cannot run.
+    Raises ContractError unless the unit has one, RecipeError for one that this teacher cannot run.
     """
     folders = unit.inputs.get("shards_manifest", ())
     if len(folders) != 1:
         raise ContractError(f"partition {unit.partition_key}: expected one shard as input, found {len(folders)}")
     shard = read_shard(Path(folders[0]))
-    if not len(shard.input_ids_N):
-        raise MissingInputError(f"partition {unit.partition_key}: the shard in {folders[0]} has no documents")
-    check_token_ids(int(shard.input_ids_N.max()), teacher.n_token_ids, unit.partition_key)
+    if not shard.document_ids:
+        return shard  # every record was skipped, as the recipe says: its caches are empty, too
+    check_token_ids(shard, Path(folders[0]), teacher.n_token_ids, unit.partition_key)
     n_tokens = min(int(shard.n_tokens_D.max()), longest(params))
     if message := check_length(n_tokens, teacher, unit.partition_key):
         warn(message)
     return shard
 
 
-def check_token_ids(largest_id: int, n_token_ids: int, partition_key: str) -> None:
-    """Raise RecipeError for a shard that was made for another teacher's vocabulary."""
-    if largest_id >= n_token_ids:
-        raise RecipeError(
-            f"partition {partition_key} has token id {largest_id}, the teacher knows ids 0 to {n_token_ids - 1}: the "
-            "shard was tokenised with another tokenizer; name the teacher's own in the recipe"
-        )
+def check_token_ids(shard: Shard, folder: Path, n_token_ids: int, partition_key: str) -> None:
+    """Raise RecipeError for token ids that the teacher has no embedding for, with the first document that has one."""
+    beyond = np.flatnonzero(shard.input_ids_N >= n_token_ids)
+    if not len(beyond):
+        return
+    rows = np.unique(np.searchsorted(shard.offsets_D1, beyond, side="right") - 1)
+    row = int(rows[0])
+    source, number = read_origins(shard, folder)[row]
+    raise RecipeError(
+        f"partition {partition_key}: document {shard.document_ids[row]!r} (row {row} of the shard, record {number} of "
+        f"source {source!r}) has token id {int(shard.input_ids_N[beyond[0]])}, and the teacher has embeddings for ids "
+        f"0 to {n_token_ids - 1} ({len(rows):,} of {len(shard.document_ids):,} documents have such ids). Its tokenizer "
+        "has more tokens than config.json's vocab_size, or was another one: leave these tokens out of the texts, or "
+        "name a teacher whose embeddings were resized (a shard that is made now has no such documents)"
+    )
+
+
+def read_origins(shard: Shard, folder: Path) -> list[tuple[str, int]]:
+    """Source and record number of each document, from the shard's files."""
+    origins: list[tuple[str, int]] = []
+    for record in shard.manifest.parts:
+        with PartFile(folder / record.name) as part:
+            table = part.read(["source", "source_record"])
+        origins += zip(table["source"].to_pylist(), table["source_record"].to_pylist(), strict=True)
+    return origins
 
 
 def check_length(n_tokens: int, teacher: Teacher, partition_key: str) -> str | None:

@@ -53,7 +53,7 @@ class PartitionPass:
         self._partition_key, self._shard, self._results = partition_key, shard, results
         self._params, self._devices, self._report, self._stop = params, devices, report, stop
         self._can_halve = budget_rules.can_halve
-        self._last_index = parts[-1].index
+        self._last_index = parts[-1].index if parts else 0
         self._missing = {
             part: assets
             for part in parts

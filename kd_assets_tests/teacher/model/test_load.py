@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kd_assets.contract import HiddenStateParams, TopkParams
-from kd_assets.errors import MissingInputError, RecipeError, TeacherChangedError, TeacherError
+from kd_assets.errors import InputError, MissingInputError, RecipeError, TeacherChangedError, TeacherError
 from kd_assets.teacher.model.configuration import read_config, rotary_limit
 from kd_assets.teacher.model.load import as_teacher, load_teacher, read_model
 from kd_assets_tests.teacher.tiny import (
@@ -90,6 +92,148 @@ def test_weight_left_to_chance_is_refused(folder: Path) -> None:
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TeacherError, match=r"1 weights are missing, such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_biases_that_the_configuration_forgot_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "biased", "llama", attention_bias=True)
+    change_weights(folder, lambda w: w.update({k: v + 1 for k, v in w.items() if k.endswith("_proj.bias")}))
+    load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+    change_config(folder, attention_bias=False)
+    with pytest.raises(
+        TeacherError, match=r"no place for 12 of the weights .*model\.layers\.0\.self_attn\.k_proj\.bias"
+    ):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def test_biases_of_zero_change_nothing_and_are_counted(folder: Path) -> None:
+    """AutoGPTQ writes them for every linear layer."""
+    zeros = {f"model.layers.{n}.self_attn.q_proj.bias": torch.zeros(HIDDEN_SIZE) for n in range(N_BLOCKS)}
+    change_weights(folder, lambda w: w.update(zeros))
+    teacher = load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+    assert teacher.unused_weights == {"biases of zero": N_BLOCKS}
+    change_weights(folder, lambda w: w["model.layers.1.self_attn.q_proj.bias"].fill_(1e-3))
+    with pytest.raises(TeacherError, match=r"no place for 1 of the weights"):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def test_layers_that_the_configuration_does_not_count_are_refused(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=2)
+    with pytest.raises(TeacherError, match=r"no place for 9 of the weights .*model\.layers\.2\."):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def test_a_layer_too_many_is_no_prediction_layer_because_the_configuration_counts_one(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
+    with pytest.raises(TeacherError, match=r"no place for 9 of the weights"):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def test_layers_that_predict_further_tokens_are_passed_over_and_counted(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
+    change_weights(folder, lambda w: w.update({"model.layers.2.eh_proj.weight": torch.ones(HIDDEN_SIZE, 64)}))
+    teacher = load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+    assert teacher.unused_weights == {"multi-token prediction": 10}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (4,), "rotary buffers"),
+        ("model.position_ids", (1, 8), "position ids"),
+        ("mtp.layers.0.mlp.up_proj.weight", (4, 4), "multi-token prediction"),
+        ("vision_tower.blocks.0.weight", (4, 4), "other modalities"),
+        ("model.layers.0.self_attn.k_proj.k_scale", (1,), "scales of a quantised key-value cache"),
+        ("model.layers.0.attn.bias", (1, 1, 8, 8), "attention masks"),
+        ("v_head.summary.weight", (1, 4), "value head"),
+    ],
+)
+def test_weights_known_to_be_harmless_are_counted_by_kind(
+    folder: Path, name: str, shape: tuple[int, ...], kind: str
+) -> None:
+    change_weights(folder, lambda w: w.update({name: torch.ones(shape)}))
+    teacher = load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+    assert teacher.unused_weights == {kind: 1}
+
+
+def test_what_transformers_leaves_out_by_itself_is_counted_too(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "gpt2", "gpt2")
+    change_weights(folder, lambda w: w.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}))
+    assert load_teacher(tiny_params(folder), digests=None, warn=no_warning).unused_weights == {"attention masks": 1}
+
+
+def test_weights_of_another_shape_are_refused_with_both_shapes(folder: Path) -> None:
+    change_config(folder, intermediate_size=40)
+    with pytest.raises(
+        TeacherError, match=r"9 weights are mismatched.*\[32, 48\] in its file and \[32, 40\] by config"
+    ):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def test_a_table_of_positions_is_no_longer_than_the_weights(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "gpt2", "gpt2", max_position_embeddings=256)
+    change_config(folder, n_positions=10**9, max_position_embeddings=10**9)
+    with pytest.raises(TeacherError, match=r"says max_position_embeddings 1,000,000,000, and the widest"):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+def test_positions_that_are_computed_may_be_many(folder: Path) -> None:
+    change_config(folder, max_position_embeddings=10**9)
+    load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_configuration_that_is_nested_without_end_is_refused(folder: Path, name: str) -> None:
+    params = tiny_params(folder)
+    (folder / name).write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    with pytest.raises((InputError, TeacherError)):
+        load_teacher(params, digests=None, warn=no_warning)
+
+
+def test_two_files_with_one_weight_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    one = {"model.norm.weight": weights["model.norm.weight"] + 1}
+    save_file(one, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    names = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+    names["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(TeacherError, match=r"both hold model\.norm\.weight"):
+        load_teacher(tiny_params(folder), digests=None, warn=no_warning)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**9}, r"says hidden_size 1,000,000,000, and the widest of its weights has 200"),
+        ({"hidden_size": -4}, r"says hidden_size -4"),
+        ({"vocab_size": 10**9}, r"says vocab_size 1,000,000,000"),
+        ({"num_hidden_layers": 10**9}, r"says num_hidden_layers 1,000,000,000, and its files hold 30 weights"),
+        ({"intermediate_size": 10**9}, r"says intermediate_size 1,000,000,000, and the widest of its weights has 200"),
+        ({"head_dim": 10**9}, r"says head_dim 1,000,000,000"),
+        ({"hidden_size": "abc"}, r"holds no configuration of a model"),
+        ({"hidden_size": [1]}, r"holds no configuration of a model"),
+        ({"num_attention_heads": 0}, r"holds no configuration of a model|no model can be made of config\.json"),
+        ({"num_attention_heads": 10**9}, r"holds no configuration of a model|says num_attention_heads 1,000,000,000"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_memory_is_taken_for_them(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(folder, **changes)
+    with pytest.raises((TeacherError, MissingInputError), match=message):
         load_teacher(tiny_params(folder), digests=None, warn=no_warning)
 
 
