@@ -176,6 +176,11 @@ class Scheduler(Protocol):
         """One query for all of them."""
         ...
 
+    def keep_from(self, submissions: Sequence[Submission], nodes: Iterable[str]) -> None:
+        """What of them waits, and what is submitted later, is to stay away from these nodes, besides those of earlier
+        calls. Takes effect with the next `poll`."""
+        ...
+
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """End them; returns once they are gone."""
         ...

@@ -138,6 +138,8 @@ class FollowedJob:
     """Task → durable files of its results when this run began to follow it."""
     failures: Counter[FailureClass] = field(default_factory=Counter)
     """Why partitions were left without a result by its tasks."""
+    faulty_nodes: Counter[str] = field(default_factory=Counter)
+    """Node → how many of its tasks met a fault there."""
     _tail: EventTail = field(init=False)
     _ending: set[int] = field(default_factory=set)
     """Tasks that may have ended, from what was read or seen last; not all of these have."""

@@ -76,6 +76,10 @@ class KnownJob:
         self.ran_on: dict[int, TaskState] = {}
         """Task → what was known of it when it was last seen running."""
         self.failed_nodes: dict[int, tuple[str, ...]] = {}
+        self.keep_from: frozenset[str] = frozenset()
+        """Nodes that what waits is to stay away from, beside those that were asked for at submission."""
+        self.kept_from: dict[int, frozenset[str]] = {}
+        """Task → of `keep_from`, those that SLURM keeps it from."""
         self.released_at: dict[int, float] = {}
         self.is_over = False
         self.notices: list[str] = []

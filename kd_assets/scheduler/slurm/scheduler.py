@@ -15,7 +15,7 @@ Four rules, each learnt from how others fail:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -175,10 +175,17 @@ class SlurmScheduler:
             for job, tasks in states.items():
                 self._interventions.release_or_give_up(job, tasks, queue)
             self._interventions.leave_failed_nodes(states)
+            for job, tasks in states.items():
+                self._interventions.keep_from_nodes(job, tasks, queue)
         for job, tasks in states.items():
             job.remember(tasks)
             self._note_whether_over(job)
         return {job.submission: tasks for job, tasks in states.items()}
+
+    def keep_from(self, submissions: Sequence[Submission], nodes: Iterable[str]) -> None:
+        """See `Scheduler`."""
+        for job in map(self._known, submissions):
+            job.keep_from = job.keep_from.union(nodes)
 
     def _was_seen_to_be_over(self, job: KnownJob) -> bool:
         """By anybody, without a question to the cluster."""

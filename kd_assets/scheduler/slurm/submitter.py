@@ -8,6 +8,7 @@ cluster has answered without it for a while is the array taken for one that neve
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +193,9 @@ class SlurmSubmitter:
         spec, number = job.spec, len(job.arrays) + 1
         name = f"{spec.name}-{job.submission.folder.name}.{number}-{secrets.token_hex(4)}"
         array = Array(number=number, name=name, first_task=first, n_tasks=size, at=self._clock())
-        argv = self._argv(job.submission, spec, array)
+        keep_from = job.keep_from
+        excluded = tuple(sorted(keep_from.union(spec.excluded_nodes)))
+        argv = self._argv(job.submission, dataclasses.replace(spec, excluded_nodes=excluded), array)
         job.write_intent(array, argv)
         try:
             answer = self._slurm.submit(argv)
@@ -200,6 +203,7 @@ class SlurmSubmitter:
             job.write_refusal(array, str(e), impossible=True)
             raise
         if isinstance(answer, Accepted):
+            job.kept_from |= dict.fromkeys(array.tasks, keep_from)
             job.write_acceptance(array, answer.job_id)
         elif isinstance(answer, Refused):
             job.write_refusal(array, answer.text, impossible=answer.kind == "impossible")

@@ -236,14 +236,21 @@ class FakeCluster:
                 nodes = ",".join(self._find(task_id).excluded) or "(null)"
                 return _answer(argv, stdout=f"JobId=1 ReqNodeList=(null) ExcNodeList={nodes} NodeList= ")
             case ["update", job, nodes]:
-                task = self._find(job.removeprefix("JobId="))
-                task.excluded = nodes.removeprefix("ExcNodeList=").split(",")
+                for task in self._find_all(job.removeprefix("JobId=")):
+                    task.excluded = nodes.removeprefix("ExcNodeList=").split(",")
                 return _answer(argv)
         raise AssertionError(f"the fake has no answer to {argv}")
 
     def _sinfo(self, argv: Sequence[str]) -> Answer:
         wanted = _option(argv, "nodes").split(",")
         return _answer(argv, stdout="".join(f"{n}|{self.node_states.get(n, 'idle')}\n" for n in wanted))
+
+    def _find_all(self, words: str) -> list[FakeTask]:
+        """`14_3`, or `14_[0-2,7]`."""
+        job_id, _, indices = words.partition("_")
+        runs = [run.partition("-") for run in indices.strip("[]").split(",")]
+        found = [i for first, _, last in runs for i in range(int(first), int(last or first) + 1)]
+        return [self._find(f"{job_id}_{i}") for i in found]
 
     def _find(self, task_id: str) -> FakeTask:
         job_id, _, index = task_id.partition("_")

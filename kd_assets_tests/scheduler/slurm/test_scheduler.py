@@ -451,6 +451,42 @@ def test_a_task_that_was_started_elsewhere_before_anybody_looked_names_its_faile
 # ------------------------------------------------------------------ tasks that wait for ever
 
 
+def test_what_waits_is_kept_from_nodes_at_fault_with_one_command_an_array(site: Site) -> None:
+    submission = site.submit(n_tasks=5)
+    site.cluster.runs(1, node="n2")
+    site.scheduler.keep_from([submission], ["n1"])
+    assert site.look(submission).notices == ["4 waiting tasks are kept from n1, where tasks failed"]
+    site.look(submission)
+    assert [argv for argv in site.cluster.asked if argv[:2] == ["scontrol", "update"]] == [
+        ["scontrol", "update", "JobId=1_[0,2-4]", "ExcNodeList=n1"]
+    ]
+    site.cluster.waits(1, "BeginTime", restarts=1)
+    assert site.look(submission).notices == ["1 waiting tasks are kept from n1, where tasks failed"]
+    assert [site.cluster.task(task).excluded for task in range(5)] == [["n1"]] * 5
+
+
+def test_what_is_submitted_later_is_kept_from_nodes_at_fault_too(site: Site) -> None:
+    site.cluster.next_answers = ["pace"]
+    submission = site.submit()
+    site.scheduler.keep_from([submission], ["n1"])
+    site.look(submission, after_s=40)
+    assert [a for a in site.cluster.asked if a[0] == "sbatch"][-1].count("--exclude=n1") == 1
+    site.look(submission)
+    assert site.cluster.n_asked("scontrol") == 1, "the size of arrays only: there was nothing to change"
+
+
+def test_a_cluster_that_does_not_keep_tasks_from_a_node_is_asked_again_and_all_is_followed(site: Site) -> None:
+    submission = site.submit()
+    site.scheduler.keep_from([submission], ["n1"])
+    site.cluster.silent = {"scontrol"}
+    poll = site.look(submission)
+    assert poll.unreachable is None
+    assert "could not be kept from n1 yet" in poll.notices[0]
+    site.cluster.silent = set()
+    site.look(submission)
+    assert site.cluster.task(0).excluded == ["n1"]
+
+
 def test_a_task_whose_launch_failed_is_released_once_and_runs(site: Site) -> None:
     submission = site.submit()
     site.cluster.waits(0, "launch failed requeued held")

@@ -47,6 +47,7 @@ _REFUSALS = (
     "Job/step already completing or completed",
     "Job is no longer pending execution",
     "Invalid user",
+    "Requested node configuration is not available",
 )
 """In the text of the other commands: an answer, and waiting does not change it."""
 
@@ -138,10 +139,11 @@ class Slurm:
         if answer.status != 0:
             raise _no_answer(answer)
 
-    def exclude(self, task_id: str, nodes: Sequence[str]) -> None:
-        """Keep a task that waits from these nodes, too. Raises SchedulerError when it no longer waits."""
+    def exclude(self, task_id: str, nodes: Sequence[str], *, of: str | None = None) -> None:
+        """Keep a task that waits from these nodes, too; or, `of` a list of tasks that are kept from the same nodes as
+        this one, all. Raises SchedulerError when one no longer waits, or when no node would be left."""
         update = f"ExcNodeList={','.join([*self.excluded_nodes(task_id), *nodes])}"
-        self._answer(["scontrol", "update", f"JobId={task_id}", update])
+        self._answer(["scontrol", "update", f"JobId={of or task_id}", update])
 
     def excluded_nodes(self, task_id: str) -> list[str]:
         """Which nodes a task is kept from, as SLURM folds them. Raises SchedulerError for one that it does not know."""
