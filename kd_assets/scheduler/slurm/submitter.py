@@ -104,6 +104,8 @@ class SlurmSubmitter:
             "# Sourced by slurm/task.sbatch: the compute environment, then the cluster profile's own lines.\n"
             f"export KD_PYTHON={shlex.quote(self._python)}\n"
             f"export KD_N_PROCESSES={spec.resources.n_processes}\n"
+            # What the worker must see of them there (`kd_assets.worker.given_gpus`).
+            f"export KD_GPUS_PER_NODE={spec.resources.gpus_per_node or 0}\n"
             f"{self._profile.setup.rstrip()}\n"
         )
 
