@@ -31,6 +31,9 @@ from kd_assets.scheduler.submissions import is_cancelled
 
 PACE_S = (30.0, 300.0)
 """First and longest wait after the site refused further jobs."""
+UNCLEAR_PATIENCE_S = 1800.0
+"""How long a refusal in words that we do not know is tried again: a controller whose disk is full, or whose
+configuration is being changed, is mended in that time or by somebody who wants to be told."""
 REPLY_GRACE_S = 15.0
 """How long after an sbatch without an answer its job may still turn up: a busy controller works off its queue."""
 
@@ -154,17 +157,19 @@ class SlurmSubmitter:
                 return
             first, size = next(_chunks(left, chunk))
             answer = self._sbatch(job, first, size)
-            pace.is_limited |= isinstance(answer, Refused)
+            pace.is_limited |= isinstance(answer, Refused) and answer.kind == "pace"
             if isinstance(answer, Accepted):
                 pace.wait_s, pace.chunk = PACE_S[0], min(2 * pace.chunk, self._slurm.max_array_size())
             elif isinstance(answer, Refused) and answer.kind == "impossible":
                 job.notices.append(f"SLURM refuses {len(left)} tasks: {answer.text}")
+            elif isinstance(answer, Refused) and job.arrays[-1].impossible:
+                job.notices.append(f"{job.arrays[-1].refused}; {len(left)} tasks are given up")
             elif isinstance(answer, Refused) and size > 1 and answer.is_submit_limit:
                 pace.chunk = size // 2
             elif isinstance(answer, Refused):
+                why = "refuses, and may take later" if answer.kind == "unclear" else "takes no more jobs now"
                 job.notices.append(
-                    f"SLURM takes no more jobs now ({answer.text}); {len(left)} tasks wait, next try in "
-                    f"{pace.wait_s:.0f} s"
+                    f"SLURM {why} ({answer.text}); {len(left)} tasks wait, next try in {pace.wait_s:.0f} s"
                 )
                 pace.not_before = self._clock() + pace.wait_s
                 pace.wait_s = min(2 * pace.wait_s, PACE_S[1])
@@ -208,7 +213,13 @@ class SlurmSubmitter:
             job.kept_from |= dict.fromkeys(array.tasks, keep_from)
             job.write_acceptance(array, answer.job_id)
         elif isinstance(answer, Refused):
-            job.write_refusal(array, answer.text, impossible=answer.kind == "impossible")
+            is_unclear = answer.kind == "unclear"
+            refused_for_s = array.at - _unclear_since(job, array)
+            if is_unclear and refused_for_s >= UNCLEAR_PATIENCE_S:
+                why = f"{answer.text} (so it has said for {refused_for_s / 60:.0f} minutes)"
+                job.write_refusal(array, why, impossible=True)
+            else:
+                job.write_refusal(array, answer.text, impossible=answer.kind == "impossible", unclear=is_unclear)
         return answer
 
     def _argv(self, submission: Submission, spec: JobSpec, array: Array) -> list[str]:
@@ -228,6 +239,17 @@ class SlurmSubmitter:
             ],
             folder=submission.folder,
         )
+
+
+def _unclear_since(job: KnownJob, array: Array) -> float:
+    """When the unclear refusals began that `array` is the last of."""
+    since = array.at
+    for earlier in reversed(job.arrays):
+        if earlier.number != array.number:
+            if not earlier.unclear:
+                break
+            since = earlier.at
+    return since
 
 
 def _chunks(tasks: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

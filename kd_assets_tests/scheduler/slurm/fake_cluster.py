@@ -17,12 +17,15 @@ from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.scheduler.slurm.commands.parsing import ACCOUNTING_FIELDS, QUEUE_FIELDS
 from kd_assets.scheduler.slurm.commands.runners import Answer, CommandMissingError
 
-SbatchAnswer = Literal["accepted", "accepted, not said", "not come, not said", "impossible", "pace", "submit limit"]
+SbatchAnswer = Literal[
+    "accepted", "accepted, not said", "not come, not said", "impossible", "pace", "submit limit", "unclear"
+]
 """What becomes of an sbatch: `accepted, not said` is in the queue though its client heard nothing; `not come, not said`
 is not, and its client does not know."""
 
 _REFUSALS = {
     "impossible": "sbatch: error: Batch job submission failed: Invalid partition name specified\n",
+    "unclear": "sbatch: error: Batch job submission failed: I/O error writing script/environment to file\n",
     "pace": "sbatch: error: Batch job submission failed: Resource temporarily unavailable\n",
     "submit limit": "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job "
     "violates accounting/QOS policy (job submit limit, user's size and/or time limits)\n",

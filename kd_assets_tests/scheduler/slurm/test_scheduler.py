@@ -15,7 +15,7 @@ from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnr
 from kd_assets.scheduler import Ending, LocalScheduler, Submission, TaskPhase
 from kd_assets.scheduler.slurm.commands.runners import Answer
 from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S
-from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S
+from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S, UNCLEAR_PATIENCE_S
 from kd_assets.scheduler.slurm.task_states import REQUEUE_GRACE_S
 from kd_assets_tests.disks import opened_files
 from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
@@ -87,18 +87,45 @@ def test_what_can_no_longer_be_granted_ends_the_tasks_that_were_not_taken(site: 
     assert [s.ending for s in site.states(submission)[2:]] == [Ending.IMPOSSIBLE, Ending.IMPOSSIBLE]
 
 
-def test_a_site_that_takes_no_more_jobs_is_asked_again_after_longer_and_longer_pauses(site: Site) -> None:
-    site.cluster.next_answers = ["pace"] * 6
-    submission, asked_at = site.submit(), [site.clock.now]
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("pace", "SLURM takes no more jobs now (sbatch: error: "),
+        ("unclear", "SLURM refuses, and may take later (sbatch: error: "),
+    ],
+)
+def test_a_site_that_takes_no_more_jobs_is_asked_again_after_longer_and_longer_pauses(
+    site: Site, answer: SbatchAnswer, words: str
+) -> None:
+    site.cluster.next_answers = [answer] * 6
+    submission, asked_at, notices = site.submit(), [site.clock.now], list[str]()
     while site.cluster.next_answers:
         before = site.cluster.n_asked("sbatch")
-        site.look(submission, after_s=5)
+        notices += site.look(submission, after_s=5).notices
         if site.cluster.n_asked("sbatch") > before:
             asked_at.append(site.clock.now)
     pauses = [after - before for before, after in pairwise(asked_at)]
     assert pauses == [30, 60, 120, 240, 300]
+    assert [words in notice for notice in notices] == [True] * 6
     site.look(submission, after_s=300)
     assert site.state(submission).reason == "Priority"
+
+
+@pytest.mark.parametrize("is_another_process", [False, True])
+def test_a_refusal_in_unknown_words_is_final_after_half_an_hour_in_slurms_words(
+    site: Site, is_another_process: bool
+) -> None:
+    """However many processes have heard it."""
+    site.cluster.next_answers = ["unclear"] * 50
+    submission = site.submit(n_tasks=2)
+    state = site.state(submission)
+    while state.phase is not TaskPhase.ENDED:
+        scheduler = site.process() if is_another_process else None
+        state = site.state(submission, after_s=100, scheduler=scheduler)
+        assert site.clock.now < 1_800_000_000 + 2 * UNCLEAR_PATIENCE_S
+    assert site.clock.now >= 1_800_000_000 + UNCLEAR_PATIENCE_S
+    assert state.ending is Ending.IMPOSSIBLE
+    assert "I/O error writing script/environment to file (so it has said for 3" in state.reason
 
 
 def test_what_there_is_to_say_waits_for_an_answer(site: Site) -> None:

@@ -56,6 +56,19 @@ SUBMIT_LIMITS = ("MaxSubmit", "GrpSubmit", "MaxJobs", "GrpJobs")  # QOSMaxSubmit
 PACE = (*SUBMIT_LIMITS, "temporarily unable to accept job", "Resource temporarily unavailable")
 """In sbatch's text: too many jobs for now. A policy violation that names no such limit is not among them."""
 
+IMPOSSIBLE = re.compile(
+    r"unrecognized option|invalid option|option .*(requires an argument|is ambiguous)|mutually exclusive|"
+    r"invalid .*(specification|specified|value|argument|entry)|specification (invalid|can not be satisfied)|"
+    r"can not be satisfied|Requested node configuration is not available|Requested time limit is invalid|"
+    r"Requested reservation is invalid|More processors requested than permitted|violates accounting/QOS policy|"
+    r"Invalid account or account/partition combination|not permitted to use this partition|"
+    r"Access/permission denied|Invalid user|Unable to open file|Batch script is empty|"
+    r"does not look like a batch script|script contains (a )?NULL|Pathname of a file.* too long|Job size specification",
+    re.IGNORECASE,
+)
+"""In sbatch's text: the request is wrong, or the user may not make it. Any other refusal may pass: the controller
+cannot write its state, is being configured anew, or a plugin of the site's has words of its own."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueueRow:
@@ -145,8 +158,9 @@ class Refused:
     """The controller said no: the job does not exist, or only as a record of its failure."""
 
     text: str
-    kind: Literal["impossible", "pace"]
-    """`pace`: the same request may be accepted once other jobs are gone."""
+    kind: Literal["impossible", "pace", "unclear"]
+    """`pace`: the same request may be accepted once other jobs are gone. `unclear`: words that we do not know, so the
+    same request may be accepted later."""
 
     @property
     def is_submit_limit(self) -> bool:
@@ -176,7 +190,8 @@ def read_submit_answer(answer: Answer) -> SubmitAnswer:
     if any(phrase in text for phrase in PACE):
         return Refused(text=text, kind="pace")
     if re.search(r"sbatch: (error|fatal|unrecognized option|invalid option|option )", text):
-        return Refused(text=text, kind="impossible")
+        is_of_the_site = re.search(r"slurm\.conf|configuration file|plugin", text, re.IGNORECASE)
+        return Refused(text=text, kind="impossible" if IMPOSSIBLE.search(text) and not is_of_the_site else "unclear")
     return Unknown(text=text or f"sbatch ended with exit status {answer.status} and no word")
 
 

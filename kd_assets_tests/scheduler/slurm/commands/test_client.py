@@ -410,7 +410,6 @@ def test_an_accepted_job_has_an_id(stdout: str, job_id: int) -> None:
         ("sbatch: error: Batch job submission failed: Invalid feature specification\n", 1),
         ("sbatch: error: Batch job submission failed: Invalid node name specified\n", 1),
         ("sbatch: error: Batch job submission failed: Requested reservation is invalid\n", 1),
-        ("sbatch: error: Batch job submission failed: Required partition not available (inactive or drain)\n", 1),
         ("sbatch: error: Invalid generic resource (gres) specification\n", 1),
         (f"sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed: {POLICY}\n", 1),
         (f"sbatch: error: QOSMaxCpuPerJobLimit\nsbatch: error: Batch job submission failed: {POLICY}\n", 1),
@@ -423,6 +422,23 @@ def test_an_accepted_job_has_an_id(stdout: str, job_id: int) -> None:
 def test_what_waiting_does_not_change_is_impossible(stderr: str, status: int) -> None:
     answer = read_submit_answer(said("", "sbatch", stderr=stderr, status=status))
     assert answer == Refused(text=" ".join(stderr.split()), kind="impossible")
+
+
+@pytest.mark.parametrize(
+    "stderr",
+    [
+        "sbatch: error: Batch job submission failed: I/O error writing script/environment to file\n",
+        "sbatch: error: Batch job submission failed: Required partition not available (inactive or drain)\n",
+        "sbatch: error: Batch job submission failed: Unspecified error\n",
+        "sbatch: error: Batch job submission failed: Requested operation is presently disabled\n",
+        "sbatch: error: Parsing error: NodeNam\nsbatch: fatal: Unable to process configuration file",
+        "sbatch: error: Invalid SlurmdPort value in slurm.conf\n",
+        "sbatch: error: Our site says: come back after the maintenance\n",
+    ],
+)
+def test_a_refusal_in_words_that_nobody_knows_may_pass(stderr: str) -> None:
+    answer = read_submit_answer(said("", "sbatch", stderr=stderr, status=1))
+    assert answer == Refused(text=" ".join(stderr.split()), kind="unclear")
 
 
 @pytest.mark.parametrize("limit", ["QOSMaxSubmitJobPerUserLimit", "AssocMaxSubmitJobLimit", "AssocGrpSubmitJobsLimit"])
