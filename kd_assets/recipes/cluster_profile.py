@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import dagster as dg
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
+from kd_assets.contract import JobKind
 from kd_assets.dagster_internals import parse_yamls_with_source_position
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.scheduler.job import Resources
@@ -335,7 +336,13 @@ def read_profile(path: Path) -> Profile:
         tree = documents[0].source_position_tree
         wrong = [_complaint(path, error, tree.lookup_closest_and_path(error["loc"], None)[0]) for error in e.errors()]
         raise RecipeError("; ".join(dict.fromkeys(wrong))) from e
-    return model.to_profile(path.stem)
+    profile = model.to_profile(path.stem)
+    try:
+        for kind in get_args(JobKind):
+            profile.resources(kind, Resources())
+    except RecipeError as e:
+        raise RecipeError(f"{path}: {e}") from e
+    return profile
 
 
 def _complaint(path: Path, error: Any, position: Any) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kd_assets.contract import Event, JobFile, Output, Reporter, WorkUnit
+from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
 from kd_assets.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -31,7 +31,7 @@ from kd_assets.errors import (
 from kd_assets.locks import local_locks
 from kd_assets.store import committed, count_durable_files, raise_if_busy, set_head
 from kd_assets.store.computing_versions import require_same_versions
-from kd_assets.worker.attempt import Attempt, no_progress
+from kd_assets.worker.attempt import Attempt, EarlierStart, no_progress
 from kd_assets.worker.given_gpus import require_given_gpus
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.usage import UsageMeter, n_cpus
@@ -101,7 +101,7 @@ class Task:
         *,
         make_runner: RunnerFactory = runner_for,
         attempt: Attempt | None = None,
-        earlier_starts: Sequence[Event] = (),
+        earlier_starts: Sequence[EarlierStart] = (),
         telemetry: UsageSpan | None = None,
         sleep: Callable[[float], None] | None = None,
     ) -> None:

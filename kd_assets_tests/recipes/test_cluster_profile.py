@@ -103,6 +103,31 @@ def test_what_is_wrong_is_named_with_file_line_and_field(tmp_path: Path, line: s
     assert said in complaint
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "time: 4\n",
+        "time: 5\n",
+        "time: 6\n",
+        "kinds: {teacher: {time: 6}}\n",
+        'signal_s: 3600\ntime: "01:00:00"\n',
+    ],
+)
+def test_a_time_limit_that_ends_before_or_with_the_warning_is_refused(tmp_path: Path, text: str) -> None:
+    complaint = complaint_about(tmp_path, text)
+    assert complaint.startswith(f"{tmp_path}/site.yaml: ")
+    assert "minutes leaves no time to work: a task is told to stop" in complaint
+
+
+def test_a_recipes_time_limit_is_measured_by_the_profiles_warning(tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, "signal_s: 300\n")
+    with pytest.raises(
+        RecipeError, match=r"teacher jobs: a `time` of 4 minutes .* 300 s before .* Give it 7 minutes or"
+    ):
+        profile.resources("teacher", Resources(time_minutes=4))
+    assert profile.resources("teacher", Resources(time_minutes=7)).time_minutes == 7
+
+
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     complaint = complaint_about(tmp_path, "cpus: 0\nfoo: 1\n")
     assert "site.yaml:1: cpus" in complaint

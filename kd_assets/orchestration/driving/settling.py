@@ -197,6 +197,8 @@ class Settler:
             self._log.warning(f"{partition_key}: {failure.value}{on_node} ({words}); tried again{changes}")
         else:
             why = f"; {decision.why}" if decision.why else ""
+            if failure is FailureClass.TIME_LIMIT:
+                why += _time_in_words(asked, report.load_s)
             if failure is FailureClass.IMPOSSIBLE:
                 why += left_out_in_words(asked.excluded_nodes | self._node_faults.sick_nodes, self._node_faults)
             self._log.error(f"{partition_key}: {failure.value}{on_node}: {words}{why}\n{ended.log_tail}")
@@ -240,6 +242,14 @@ def _what_happened(task: int, state: TaskState, error: PartitionError | None) ->
     if state.exit_code in NODE_FAULT_STATUSES:
         words += f", exit status {state.exit_code}: {NODE_FAULT_STATUSES[state.exit_code]}"
     return words
+
+
+def _time_in_words(asked: Asked, load_s: float | None) -> str:
+    """What a part that fits into no time limit had, in words that follow the cause."""
+    minutes = asked.resources.time_minutes
+    limit = "the site's time limit" if minutes is None else f"the time limit of {minutes} minutes"
+    loading = "" if load_s is None else f", of which loading took {load_s:.0f} s"
+    return f": {limit}{loading}, is too short for a part. Give the job more `time`, and materialize again"
 
 
 def left_out_in_words(nodes: frozenset[str], faults: NodeFaults) -> str:

@@ -109,8 +109,15 @@ class SlurmSubmitter:
             f"export KD_N_PROCESSES={spec.resources.n_processes}\n"
             # What the worker must see of them there (`kd_assets.worker.given_gpus`).
             f"export KD_GPUS_PER_NODE={spec.resources.gpus_per_node or 0}\n"
+            f"{self._time_limit(spec)}"
             f"{self._profile.setup.rstrip()}\n"
         )
+
+    def _time_limit(self, spec: JobSpec) -> str:
+        """For the words of a task that its time never suffices for (`kd_assets.worker.attempt.no_progress`)."""
+        if spec.resources.time_minutes is None:
+            return ""
+        return f"export KD_TIME_LIMIT_S={60 * spec.resources.time_minutes} KD_SIGNAL_S={self._profile.signal_s}\n"
 
     def _alone(self, job: KnownJob, act: Callable[[], None]) -> None:
         """Act as the only process that submits for it, and with what the one before it wrote; never waits for another.

@@ -410,6 +410,17 @@ def test_a_request_that_leaves_no_node_says_which_were_left_out_and_why(world: W
     assert "not available; it leaves out n1, for tasks failed there: n1 (2 faults" in driver.failed[0].cause
 
 
+def test_a_part_that_no_time_limit_suffices_for_is_given_up_with_the_numbers(world: World) -> None:
+    def too_short(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.say(job, "teacher_loaded", load_s=41.3)
+        world.end(job, Ending.TIME_LIMIT)
+
+    world.on_each_submission(*[too_short] * 3)
+    driver = world.run()
+    assert "the site's time limit, of which loading took 41 s, is too short for a part" in driver.failed[0].cause
+
+
 def test_a_smaller_token_budget_reaches_the_tasks(world: World) -> None:
     def fails(job: Submission) -> None:
         world.say(job, "task_started")
