@@ -24,6 +24,7 @@ from kd_assets.scheduler.job import JobSpec, TaskPhase
 from kd_assets.scheduler.slurm.accounting import Accounting
 from kd_assets.scheduler.slurm.commands.client import Slurm, sbatch_argv
 from kd_assets.scheduler.slurm.commands.parsing import Accepted, Refused, SubmitAnswer
+from kd_assets.scheduler.slurm.commands.runners import FOR_COMMANDS_ONLY
 from kd_assets.scheduler.slurm.profile import Profile
 from kd_assets.scheduler.slurm.queue import Queue
 from kd_assets.scheduler.slurm.records import Array, KnownJob
@@ -105,6 +106,7 @@ class SlurmSubmitter:
         """What every task sources before it starts."""
         return (
             "# Sourced by slurm/task.sbatch: the compute environment, then the cluster profile's own lines.\n"
+            f"unset {' '.join(FOR_COMMANDS_ONLY)}\n"
             f"export KD_PYTHON={shlex.quote(self._python)}\n"
             f"export KD_N_PROCESSES={spec.resources.n_processes}\n"
             # What the worker must see of them there (`kd_assets.worker.given_gpus`).

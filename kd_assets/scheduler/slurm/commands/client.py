@@ -155,11 +155,20 @@ class Slurm:
         return parse_node_states(self._answer(argv).stdout)
 
     def max_array_size(self) -> int:
-        """One more than the largest index of an array. Asked once."""
+        """One more than the largest index of an array, at least 1. Asked once.
+
+        Raises SchedulerError where the cluster forbids arrays.
+        """
         if self._max_array_size is None:
             text = self._answer(["scontrol", "show", "config"]).stdout
             match = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
-            self._max_array_size = int(match[1]) if match else 1001  # SLURM's default
+            size = int(match[1]) if match else 1001  # SLURM's default
+            if size < 1:
+                raise SchedulerError(
+                    f"this cluster forbids job arrays (MaxArraySize={size} in its slurm.conf), and kd_assets submits "
+                    "every job as one: ask its administrators to set MaxArraySize (SLURM's default is 1001)"
+                )
+            self._max_array_size = size
         return self._max_array_size
 
     def partitions(self) -> list[PartitionInfo]:
@@ -206,6 +215,7 @@ def sbatch_argv(
     """
     wanted = spec.resources
     options = {
+        "clusters": profile.clusters,
         "job-name": name,
         "comment": comment,
         "array": array,
@@ -222,20 +232,25 @@ def sbatch_argv(
         "constraint": wanted.constraint,
         "gpus-per-node": wanted.gpus_per_node or None,
         "cpus-per-task": wanted.cpus,
-        "mem": _memory(wanted),
+        **memory_option(wanted),
         "time": wanted.time_minutes,
-        "exclude": ",".join(spec.excluded_nodes) or None,
+        "nodelist": wanted.nodelist,
+        "exclude": ",".join([*filter(None, [wanted.exclude]), *spec.excluded_nodes]) or None,
     }
     flags = ["--requeue", *(["--exclusive"] if wanted.exclusive else [])]
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
     return ["sbatch", "--parsable", *given, *flags, *(wanted.sbatch_options or ()), script, *arguments]
 
 
-def _memory(wanted: Resources) -> str | None:
-    """sbatch's `--mem`. A whole node has all of its memory (0): SLURM alone would give it the site's default."""
+def memory_option(wanted: Resources) -> dict[str, str]:
+    """sbatch's option for memory and its value; none where the site is to say. A whole node has all of its memory (0):
+    SLURM alone would give it the site's default."""
+    if wanted.memory_of == "site":
+        return {}
     if wanted.memory_gib is None:
-        return "0" if wanted.exclusive else None
-    return f"{round(wanted.memory_gib * 1024)}M"
+        return {"mem": "0"} if wanted.exclusive else {}
+    option = "mem" if wanted.memory_of is None else f"mem-per-{wanted.memory_of}"
+    return {option: f"{round(wanted.memory_gib * 1024)}M"}
 
 
 def _new_separator() -> str:

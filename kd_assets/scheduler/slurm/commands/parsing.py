@@ -271,10 +271,13 @@ def parse_accounting(text: str, separator: str) -> list[AccountingRow]:
 
 
 def parse_partitions(text: str) -> list[PartitionInfo]:
-    """The lines of `sinfo --exact --format` with the fields `PARTITION_FIELDS`."""
+    """The lines of `sinfo --exact --format` with the fields `PARTITION_FIELDS`; others are passed over."""
     found = []
     for line in text.splitlines():
-        state, n_nodes, limit, cpus, memory, gres, name = line.split("|", len(PARTITION_FIELDS) - 1)
+        cells = line.split("|", len(PARTITION_FIELDS) - 1)
+        if len(cells) < len(PARTITION_FIELDS) or not cells[1].isdecimal():
+            continue  # a site's notice, or `CLUSTER: c1`
+        state, n_nodes, limit, cpus, memory, gres, name = cells
         seconds = _duration_s(limit)
         found.append(
             PartitionInfo(
@@ -291,8 +294,9 @@ def parse_partitions(text: str) -> list[PartitionInfo]:
 
 
 def parse_node_states(text: str) -> dict[str, str]:
-    """The lines of `sinfo --Node --format=%N|%T`: one a node and partition."""
-    return {name: state for name, _, state in (line.rpartition("|") for line in text.splitlines())}
+    """The lines of `sinfo --Node --format=%N|%T`: one a node and partition; others are passed over."""
+    found = (re.fullmatch(r"([^\s|]+)\|([^\s|]+)", line.strip()) for line in text.splitlines())
+    return {match[1]: match[2] for match in found if match is not None}
 
 
 def excluded_nodes(text: str) -> list[str]:
@@ -357,10 +361,13 @@ def _records(text: str, separator: str, n_fields: int) -> Iterator[list[str]]:
 
 
 def _lines(text: str, separator: str, n_fields: int) -> Iterator[list[str]]:
-    """sacct's rows: the separator stands between fields, and a field may hold line ends."""
+    """sacct's rows: the separator stands between fields, and a field may hold line ends. Lines before the first row are
+    passed over."""
     fields: list[str] = []
     for line in text.splitlines(keepends=True):
         first, *others = line.split(separator)
+        if not fields and not others:  # its first field has no line end: this is a site's notice
+            continue
         if fields:
             fields[-1] += first
             fields += others
