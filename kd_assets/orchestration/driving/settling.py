@@ -194,7 +194,7 @@ class Settler:
         if isinstance(decision, Retry):
             self._retry(ended, partition_key, paths, decision)
             changes = changes_in_words(asked, self._without_sick_nodes(decision.asked))
-            self._log.warning(f"{partition_key}: {failure.value}{on_node} ({words}); tried again{changes}")
+            self._log.warning(f"{partition_key}: {failure.value} ({words}){on_node}; tried again{changes}")
         else:
             why = f"; {decision.why}" if decision.why else ""
             if failure is FailureClass.TIME_LIMIT:

@@ -265,7 +265,7 @@ ROWS = (
     Row(
         FailureClass.NODE_FAULT,
         ending(Ending.EXITED, exit_code=127, node="node8"),
-        words="is a mount missing?); tried again",
+        words="is a mount missing?) on node node8; tried again",
     ),
     Row(
         FailureClass.HOST_MEMORY,
