@@ -13,7 +13,7 @@ from pathlib import Path
 import dagster as dg
 
 from kd_assets.contract import Asset
-from kd_assets.dagster_internals import already_recorded
+from kd_assets.dagster_internals import already_recorded, is_forgotten_at_its_end
 from kd_assets.durable import storage_errors
 from kd_assets.model_files.digests import Say
 from kd_assets.orchestration.orphans import alive
@@ -49,6 +49,13 @@ def materialize_plan(
         plan = planner_of(recipe, platform).make_plan()
     keys = [shard.partition_key for shard in plan.shards]
     register_partitions(context.instance, str(recipe.partitions.name), keys)
+    if is_forgotten_at_its_end(context.instance):
+        context.log.warning(
+            f"DAGSTER_HOME is not set, so Dagster keeps this run and its {len(keys)} partitions in a temporary folder "
+            "and deletes them when this command ends: no later command will find these partitions. Set it to a folder "
+            f"that stays, for every command (export DAGSTER_HOME={platform.home_folder / 'dagster'}), and materialize "
+            "shard_plan again"
+        )
     return dg.MaterializeResult(
         data_version=dg.DataVersion(plan.plan_hash),
         metadata={
