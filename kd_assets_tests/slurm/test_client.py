@@ -270,6 +270,21 @@ def test_waiting_tasks_of_an_array_are_kept_from_a_node_with_one_command(slurm: 
     assert all(slurm.nodes[1] in line or "[" in line.partition("ExcNodeList=")[2].split()[0] for line in waiting)
 
 
+def test_what_lives_is_found_by_its_id_and_folder_whatever_it_is_called(slurm: SlurmCluster, tmp_path: Path) -> None:
+    ours, folder = client(slurm), tmp_path / "a folder"
+    folder.mkdir()
+    job = submit(ours, argv(folder, "sleep 60", array="0-2", sbatch_options=("--begin=now+60",)))
+    slurm.scontrol("update", f"JobId={job}_1", "StartTime=now")
+    wait_until("one runs", lambda: rows_of(ours, job)[1].state == "RUNNING")
+    slurm.scontrol("update", f"JobId={job}", "JobName=somebody's own", "Comment=ask Jo")
+    assert [row for row in ours.queue() if row.job_id == job] == []
+    assert ours.live_indices(job, folder) == {0, 1, 2}
+    assert ours.live_indices(job, tmp_path) == set()
+    assert ours.live_indices(999999, folder) == set()
+    ours.cancel([str(job)])
+    wait_until("it is gone", lambda: ours.live_indices(job, folder) == set())
+
+
 def test_without_slurmdbd_there_is_no_accounting(slurm: SlurmCluster) -> None:
     assert client(slurm).accounting(["kd-demo-teacher-0"], since=time.time() - 60) is None
 

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from kd_assets.errors import NO_ANSWER
+from kd_assets.errors import NO_ANSWER, SchedulerError
 from kd_assets.orchestration.driving.callbacks import Callbacks
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.joining import FollowerMarks, Joiner, MakeJobFile
@@ -193,7 +193,15 @@ class Driver:
         # Without its spec nothing of it was submitted, and nobody will.
         if submitting is not None and os.path.exists(submitting.spec_file):
             submitted[submitting] = None
-        self._scheduler.cancel([submission for submission in submitted if not self._is_waited_for(submission)])
+        cancelled = [submission for submission in submitted if not self._is_waited_for(submission)]
+        if not cancelled:
+            return
+        try:
+            self._scheduler.cancel(cancelled)
+        except SchedulerError as e:
+            self._log.error(f"terminated, and its jobs may go on: {e}")
+            raise
+        self._log.info(f"nothing runs any more of {', '.join(described(self._scheduler, s) for s in cancelled)}")
 
     def _is_waited_for(self, submission: Submission) -> bool:
         """Whether another run waits for a job; says what becomes of it."""

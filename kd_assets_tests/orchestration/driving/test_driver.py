@@ -675,6 +675,23 @@ def test_a_termination_cancels_the_jobs_that_nobody_else_waits_for(world: World)
     assert world.log.count("terminated: cancelling") == 1
 
 
+def test_a_termination_says_what_still_runs_and_that_nothing_does(world: World) -> None:
+    def stays(submissions: object) -> None:
+        raise SchedulerUnreachableError("the jobs are not gone. Still there: 14 (COMPLETING on n1)")
+
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.at(20, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert "info nothing runs any more of fake job 0001" in world.log
+    world.scheduler.cancel = stays  # type: ignore[method-assign]
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.at(20, interrupt)
+    with pytest.raises(SchedulerUnreachableError):
+        world.run()
+    assert "error terminated, and its jobs may go on: the jobs are not gone. Still there: 14 (COMPLETING" in world.log
+
+
 def test_a_process_that_is_stopped_without_its_run_being_terminated_leaves_its_jobs(world: World) -> None:
     world.is_terminated = False
     world.on_each_submission(lambda job: world.say(job, "task_started"))

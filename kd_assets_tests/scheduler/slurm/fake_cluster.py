@@ -64,6 +64,7 @@ class FakeArray:
     job_id: int
     name: str
     comment: str
+    folder: str
     tasks: dict[int, FakeTask]
 
 
@@ -95,6 +96,8 @@ class FakeCluster:
         """What sacct shows."""
         self.late: list[FakeArray] = []
         """Arrays that the controller has not worked off yet: see `arrives`."""
+        self.hidden: list[FakeArray] = []
+        """Arrays that squeue does not show for now, though they are there."""
         self.node_states: dict[str, str] = {}
         self.asked: list[list[str]] = []
         """Every command line."""
@@ -178,6 +181,7 @@ class FakeCluster:
             job_id=self._last_id,
             name=_option(argv, "job-name"),
             comment=_option(argv, "comment"),
+            folder=_option(argv, "chdir"),
             tasks={index: FakeTask() for index in range(int(last) + 1)},
         )
         if answer == "not come, not said":
@@ -197,6 +201,7 @@ class FakeCluster:
             )
             for job in self.arrays
             for index, task in job.tasks.items()
+            if job not in self.hidden
         ]  # fmt: skip
         lines = ["".join(f"{cell}{separator}" for cell in row) for row in [QUEUE_FIELDS, *rows]]
         return _answer(argv, stdout="\n".join(lines) + "\n")
@@ -235,6 +240,8 @@ class FakeCluster:
             case ["release", task_id]:
                 self._find(task_id).reason = "None"
                 return _answer(argv)
+            case ["--oneliner", "show", "job", job_id] if job_id.isdecimal():
+                return self._show_job(argv, int(job_id))
             case ["--oneliner", "show", "job", task_id]:
                 nodes = ",".join(self._find(task_id).excluded) or "(null)"
                 return _answer(argv, stdout=f"JobId=1 ReqNodeList=(null) ExcNodeList={nodes} NodeList= ")
@@ -243,6 +250,18 @@ class FakeCluster:
                     task.excluded = nodes.removeprefix("ExcNodeList=").split(",")
                 return _answer(argv)
         raise AssertionError(f"the fake has no answer to {argv}")
+
+    def _show_job(self, argv: Sequence[str], job_id: int) -> Answer:
+        lines = [
+            f"JobId={job_id} ArrayJobId={job_id} ArrayTaskId={index} JobName={job.name} JobState={task.state} "
+            f"WorkDir={job.folder} StdErr=x\n"
+            for job in self.arrays
+            if job.job_id == job_id
+            for index, task in job.tasks.items()
+        ]
+        if not lines:
+            return _answer(argv, stderr="slurm_load_jobs error: Invalid job id specified\n", status=1)
+        return _answer(argv, stdout="".join(lines))
 
     def _sinfo(self, argv: Sequence[str]) -> Answer:
         wanted = _option(argv, "nodes").split(",")

@@ -740,6 +740,74 @@ def test_a_job_whose_comment_somebody_changed_is_followed_and_cancelled_by_its_n
     assert site.cluster.task(0).state == "CANCELLED by 0"
 
 
+def renamed(site: Site) -> None:
+    """Somebody makes the job their own in every word."""
+    site.cluster.arrays[0].name, site.cluster.arrays[0].comment = "somebody's own", "ask Jo"
+
+
+def test_a_job_whose_name_and_comment_were_changed_is_followed_and_cancelled_by_its_id(
+    without_accounting: Site,
+) -> None:
+    site = without_accounting
+    submission = site.submit(n_tasks=2)
+    site.cluster.runs(0)
+    site.states(submission)
+    renamed(site)
+    notices: list[str] = []
+    for _ in range(4):
+        poll = site.look(submission, after_s=GRACE_S)
+        notices += poll.notices
+        assert [s.phase for s in poll.states[submission].values()] == [TaskPhase.RUNNING, TaskPhase.PENDING]
+    assert ["is followed by its id" in notice for notice in notices] == [True]
+    site.scheduler.cancel([submission])
+    assert [site.cluster.task(i).state for i in (0, 1)] == ["CANCELLED by 0", "CANCELLED by 0"]
+    before = site.clock.now
+    site.process().cancel([submission])
+    assert site.clock.now - before >= GRACE_S, "nobody has seen it end under its own name"
+
+
+def test_a_job_that_somebody_else_has_under_the_same_id_is_left_alone(without_accounting: Site) -> None:
+    """As after a controller that lost its state."""
+    site = without_accounting
+    submission = site.submit()
+    site.states(submission)
+    renamed(site)
+    site.cluster.arrays[0].folder = "/home/jo"
+    site.cluster.runs(0)
+    site.scheduler.cancel([submission])
+    assert site.cluster.task(0).state == "RUNNING"
+    site.look(submission)
+    assert site.state(submission, after_s=2 * GRACE_S).phase is TaskPhase.ENDED
+
+
+def test_a_job_that_squeue_does_not_show_for_a_moment_is_cancelled_when_it_does(without_accounting: Site) -> None:
+    site = without_accounting
+    submission, before = site.submit(), site.clock.now
+    site.cluster.runs(0)
+    site.cluster.hidden = list(site.cluster.arrays)
+    site.cluster.arrays.clear()
+    sleep = site.clock.sleep
+
+    def shown_again(seconds: float) -> None:
+        sleep(seconds)
+        if site.clock.now > before + 20 and site.cluster.hidden:
+            site.cluster.arrays, site.cluster.hidden = site.cluster.hidden, []
+
+    site.clock.sleep = shown_again  # type: ignore[method-assign]
+    site.process().cancel([submission])
+    assert site.cluster.task(0).state == "CANCELLED by 0"
+
+
+def test_what_still_runs_after_cancelling_is_told_with_its_ids(site: Site) -> None:
+    site.cluster.kills_slowly = True
+    submission = site.submit()
+    site.cluster.runs(0, node="n7")
+    with pytest.raises(
+        SchedulerUnreachableError, match=r"Still there: 1 \(COMPLETING on n7\)\. By hand: .*; scancel 1$"
+    ):
+        site.scheduler.cancel([submission])
+
+
 # ------------------------------------------------------------------ accounting
 
 

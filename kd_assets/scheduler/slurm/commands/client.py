@@ -27,6 +27,7 @@ from kd_assets.scheduler.slurm.commands.parsing import (
     excluded_nodes,
     hides_an_index,
     parse_accounting,
+    parse_live_indices,
     parse_node_states,
     parse_partitions,
     parse_queue,
@@ -148,6 +149,16 @@ class Slurm:
     def excluded_nodes(self, task_id: str) -> list[str]:
         """Which nodes a task is kept from, as SLURM folds them. Raises SchedulerError for one that it does not know."""
         return excluded_nodes(self._answer(["scontrol", "--oneliner", "show", "job", task_id]).stdout)
+
+    def live_indices(self, job_id: int, folder: Path) -> set[int | None]:
+        """Which tasks live of the job with this id; none where the cluster knows no such job, or one that does not work
+        in `folder`: a controller that lost its state gives ids again, and a name can be changed."""
+        answer = self._run(["scontrol", "--oneliner", "show", "job", str(job_id)])
+        if answer.status != 0:
+            if "Invalid job id" in answer.stderr:
+                return set()
+            raise _no_answer(answer)
+        return parse_live_indices(answer.stdout, str(folder))
 
     def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
         """Node → sinfo's word for it (see `states.is_bad_node`); without those that SLURM does not know."""

@@ -306,6 +306,20 @@ def excluded_nodes(text: str) -> list[str]:
     return [said] if match and (said := _said(match[1])) else []
 
 
+def parse_live_indices(text: str, folder: str) -> set[int | None]:
+    """Of `scontrol --oneliner show job`: the indices of the tasks that live and whose working folder this is; the index
+    None for a plain job."""
+    found: set[int | None] = set()
+    for line in text.splitlines():
+        state = re.search(r" JobState=(\S+)", line)
+        # No word of a name can be taken for it: a path is whole, and a name comes before it.
+        if state is None or base_state(state[1]) in ENDED_STATES or f" WorkDir={folder} " not in f"{line} ":
+            continue
+        index = re.match(r"JobId=\d+ ArrayJobId=\d+ ArrayTaskId=(\S+)", line)
+        found.update(_indices(index[1]) if index else [None])
+    return found
+
+
 def _queue_rows(row: dict[str, str]) -> Iterator[QueueRow]:
     state, ended = row["State"], base_state(row["State"]) in ENDED_STATES
     waits = base_state(state) == "PENDING"
