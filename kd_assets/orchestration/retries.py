@@ -78,6 +78,8 @@ class FailureClass(enum.Enum):
 
 FREE = frozenset({FailureClass.INTERRUPTED, FailureClass.TIME_LIMIT, FailureClass.PREEMPTED, FailureClass.STORAGE})
 """Nobody's fault: they cost an attempt only without progress."""
+BLAMES_THE_NODE = frozenset({FailureClass.NODE_FAULT, FailureClass.LAUNCH_FAILURE})
+"""Counted by node (see `NodeFaults`). A node that failed as a whole SLURM knows; storage may be away everywhere."""
 BOUNDED_BY_ITSELF = frozenset({FailureClass.HOST_MEMORY, FailureClass.DEVICE_MEMORY})
 """Each retry asks for something else, up to a limit."""
 FINAL = frozenset({FailureClass.HELD, FailureClass.IMPOSSIBLE, FailureClass.CANCELLED, FailureClass.WORK})

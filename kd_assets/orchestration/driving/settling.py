@@ -19,6 +19,7 @@ from kd_assets.orchestration.driving.results import Look, Results
 from kd_assets.orchestration.driving.tails import log_tail
 from kd_assets.orchestration.driving.waiting import Log, Storage
 from kd_assets.orchestration.retries import (
+    BLAMES_THE_NODE,
     NODE_FAULT_STATUSES,
     Asked,
     Attempts,
@@ -179,8 +180,8 @@ class Settler:
         if failure is FailureClass.CANCELLED and ended.is_cancelled_by_us:
             failure = FailureClass.INTERRUPTED
         words = _what_happened(task, state, error)
-        if failure is FailureClass.NODE_FAULT and node:
-            self._note_fault(ended, node, words)
+        if failure in BLAMES_THE_NODE and node:
+            self._note_fault(ended, node, failure, words)
         asked, attempts = asked_of(job), self._attempts.get(partition_key, Attempts())
         decision = decide(
             failure,
@@ -207,11 +208,11 @@ class Settler:
                 self._results.give_up(path, failure, f"{words}{why} ({where})", ended.log_file)
         return failure
 
-    def _note_fault(self, ended: _Ended, node: str, words: str) -> None:
+    def _note_fault(self, ended: _Ended, node: str, failure: FailureClass, words: str) -> None:
         """A node is left out from its second fault on; that is said once."""
         sick_before = self._node_faults.sick_nodes
         self._node_faults.note(node, (ended.job.submission, ended.task), words)
-        if (ended.job.submission, ended.task, FailureClass.NODE_FAULT) not in self._counted:
+        if (ended.job.submission, ended.task, failure) not in self._counted:
             ended.job.faulty_nodes[node] += 1
         for sick in self._node_faults.sick_nodes - sick_before:
             self._log.warning(

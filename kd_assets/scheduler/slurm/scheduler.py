@@ -34,7 +34,7 @@ from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import AccountedAttempt, JobSpec, Poll, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.accounting import Accounting
 from kd_assets.scheduler.slurm.commands.client import Slurm
-from kd_assets.scheduler.slurm.commands.runners import CommandRunner, command_runner_for
+from kd_assets.scheduler.slurm.commands.runners import CommandRunner, cluster_asked, command_runner_for
 from kd_assets.scheduler.slurm.commands.states import base_state, ending_of, may_come_back
 from kd_assets.scheduler.slurm.interventions import Interventions
 from kd_assets.scheduler.slurm.profile import Profile
@@ -76,7 +76,7 @@ class SlurmScheduler:
         self._folders, self._profile, self._script = SubmissionFolders(jobs_folder), profile, script
         self._clock, self._sleep = clock, sleep
         self._slurm = Slurm(runner or command_runner_for(profile), timeout_s=profile.command_timeout_s)
-        self._queue = SharedQueue(jobs_folder / ".slurm", profile.name, self._slurm, clock)
+        self._queue = SharedQueue(jobs_folder / ".slurm", _queue_name(profile), self._slurm, clock)
         self._accounting = Accounting(self._slurm)
         self._interventions = Interventions(self._slurm, clock=clock, poll_interval_s=profile.poll_interval_s)
         self._submitter = SlurmSubmitter(
@@ -354,6 +354,12 @@ class SlurmScheduler:
 
     def _known(self, submission: Submission) -> KnownJob:
         return self._jobs.setdefault(submission, KnownJob(submission))
+
+
+def _queue_name(profile: Profile) -> str:
+    """Two processes that ask different clusters do not share an answer."""
+    cluster = cluster_asked(profile)
+    return f"{profile.name}@{cluster}".replace("/", "_") if cluster else profile.name
 
 
 @dataclass(slots=True)

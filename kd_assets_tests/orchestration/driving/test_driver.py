@@ -382,6 +382,21 @@ def test_what_a_task_reports_of_a_broken_node_is_tried_again_elsewhere(world: Wo
     assert [spec.excluded_nodes for spec in world.specs()] == [(), (), ("node1",)]
 
 
+def test_a_node_that_cannot_launch_tasks_is_left_out_by_what_waits_too(world: World) -> None:
+    """As where the folder of the logs is not mounted: SLURM itself cannot begin the script."""
+
+    def first(job: Submission) -> None:
+        world.end(job, Ending.LAUNCH_FAILURE, 0, node="n1")
+        world.end(job, Ending.LAUNCH_FAILURE, 1, node="n1")
+        world.at(60, lambda: world.work_through(job))
+
+    world = World(world.store.parents[1] / "another", [f"p{i}" for i in range(3)])
+    world.on_each_submission(first, world.work_through)
+    driver = world.run(n_tasks=3)
+    assert driver.node_faults.sick_nodes == {"n1"}
+    assert world.scheduler.kept_from[world.scheduler.submitted[0]] == {"n1"}
+
+
 def test_what_every_node_lacks_ends_with_a_message_that_says_so(world: World) -> None:
     def on(node: str) -> Callable[[Submission], object]:
         return lambda job: world.end(job, node=node, exit_code=127)

@@ -11,6 +11,7 @@ same environment fixes what the parsers rely on: `SLURM_TIME_FORMAT`, `SLURM_BIT
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shlex
@@ -39,6 +40,10 @@ OWN_VARIABLES = {
 }
 _OF_A_CLUSTER = frozenset({"sbatch", "squeue", "sacct", "scancel", "scontrol", "sinfo"})
 CONNECT_TIMEOUT_S = 10
+_NOT_STARTED_FOR_NOW = frozenset(
+    {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETXTBSY, errno.ETIMEDOUT}
+)
+"""A machine that is full of processes, or whose mount with SLURM's programs is away: it passes."""
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _REAP_S = 5.0
 
@@ -153,13 +158,18 @@ def command_runner_for(profile: Profile, environment: Mapping[str, str] = os.env
     Raises SchedulerError where that names several: a job would be on any of them, and is looked for on one.
     """
     runner = LocalRunner() if profile.ssh is None else SshRunner(profile.ssh, profile.ssh_options)
-    cluster = profile.clusters or ("" if profile.ssh else environment.get("SLURM_CLUSTERS", ""))
+    cluster = cluster_asked(profile, environment)
     if "," in cluster or cluster == "all":
         raise SchedulerError(
             f"SLURM_CLUSTERS is {cluster!r}, and a job is followed on one cluster: name it as `clusters` in the "
             f"profile {profile.name}, or unset SLURM_CLUSTERS where Dagster runs"
         )
     return ClusterRunner(runner, cluster) if cluster else runner
+
+
+def cluster_asked(profile: Profile, environment: Mapping[str, str] = os.environ) -> str:
+    """The profile's word, else SLURM_CLUSTERS, which counts on this machine only; empty: SLURM's own."""
+    return profile.clusters or ("" if profile.ssh else environment.get("SLURM_CLUSTERS", ""))
 
 
 class ClusterRunner:
@@ -230,8 +240,11 @@ def _run(
             ) from e
         except ValueError as e:  # a NUL in an argument
             raise SchedulerError(f"{argv[0]} cannot be run with {argv[1:]!r}: {e}") from e
-        except OSError as e:  # a table of processes that is full, an argument that is too long
-            raise SchedulerError(f"{argv[0]} could not be started: {e}") from e
+        except OSError as e:
+            said_so = f"{argv[0]} could not be started: {e}"
+            if e.errno in _NOT_STARTED_FOR_NOW:
+                raise SchedulerUnreachableError(said_so) from e
+            raise SchedulerError(said_so) from e  # an argument that is too long, a file that is no program
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired as e:

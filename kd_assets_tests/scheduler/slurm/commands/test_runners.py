@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
@@ -125,6 +126,18 @@ def test_a_word_that_no_command_can_take_is_refused() -> None:
         LocalRunner().run(["echo", "a\0b"], timeout_s=10)
     with pytest.raises(SchedulerError, match="could not be started"):
         LocalRunner().run(["echo", "a" * 3_000_000], timeout_s=10)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+def test_a_machine_that_cannot_start_a_command_for_now_gives_no_answer(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with pytest.raises(SchedulerUnreachableError, match="squeue could not be started"):
+        LocalRunner().run(["squeue"], timeout_s=1)
 
 
 def test_no_answer_in_time_names_the_command_and_the_seconds_and_leaves_no_process() -> None:
