@@ -191,21 +191,20 @@ class Settler:
             node=node,
             token_budget=report.token_budget(partition_key),
         )
-        on_node = f" on node {node}" if node else ""
+        on_node = f", on node {node}" if node and node not in words.split() else ""
         if isinstance(decision, Retry):
             self._retry(ended, partition_key, paths, decision)
             changes = changes_in_words(asked, self._without_sick_nodes(decision.asked))
-            self._log.warning(f"{partition_key}: {failure.value} ({words}){on_node}; tried again{changes}")
+            self._log.warning(f"{partition_key}: {failure.value} ({words}{on_node}); tried again{changes}")
         else:
             why = f"; {decision.why}" if decision.why else ""
             if failure is FailureClass.TIME_LIMIT:
                 why += _time_in_words(asked, report.load_s)
             if failure is FailureClass.IMPOSSIBLE:
                 why += left_out_in_words(asked.excluded_nodes | self._node_faults.sick_nodes, self._node_faults)
-            self._log.error(f"{partition_key}: {failure.value}{on_node}: {words}{why}\n{ended.log_tail}")
-            where = f"node {node}, log: {ended.log_file}" if node else f"log: {ended.log_file}"
+            self._log.error(f"{partition_key}: {failure.value}: {words}{on_node}{why}\n{ended.log_tail}")
             for path in paths:
-                self._results.give_up(path, failure, f"{words}{why} ({where})", ended.log_file)
+                self._results.give_up(path, failure, f"{words}{on_node}{why} (log: {ended.log_file})", ended.log_file)
         return failure
 
     def _note_fault(self, ended: _Ended, node: str, failure: FailureClass, words: str) -> None:

@@ -265,7 +265,7 @@ ROWS = (
     Row(
         FailureClass.NODE_FAULT,
         ending(Ending.EXITED, exit_code=127, node="node8"),
-        words="is a mount missing?) on node node8; tried again",
+        words="is a mount missing?, on node node8); tried again",
     ),
     Row(
         FailureClass.HOST_MEMORY,
@@ -293,7 +293,10 @@ ROWS = (
     Row(FailureClass.IMPOSSIBLE, ending(Ending.IMPOSSIBLE), is_retried=False),
     Row(FailureClass.CANCELLED, ending(Ending.CANCELLED), is_retried=False),
     Row(
-        FailureClass.WORK, failing("TeacherError"), is_retried=False, words="TeacherError: so it is (node node1, log: "
+        FailureClass.WORK,
+        failing("TeacherError"),
+        is_retried=False,
+        words="TeacherError: so it is, on node node1 (log: ",
     ),
 )
 
@@ -405,7 +408,7 @@ def test_what_every_node_lacks_ends_with_a_message_that_says_so(world: World) ->
     driver = world.run()
     assert len(world.scheduler.submitted) == 4
     assert "failed so on 3 nodes (n1, n2, n3)" in driver.failed[0].cause
-    assert "(node n3, log: " in driver.failed[0].cause
+    assert ", on node n3" in driver.failed[0].cause
 
 
 def test_what_the_only_node_there_is_lacks_ends_after_three_starts(world: World) -> None:
