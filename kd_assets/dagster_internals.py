@@ -10,11 +10,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
+from dagster._cli.utils import TMP_DAGSTER_HOME_PREFIX
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData as CheckTarget,
 )
@@ -52,6 +54,11 @@ __all__ = [
     "one_transaction",
     "parse_yamls_with_source_position",
 ]
+
+
+def is_forgotten_at_its_end(instance: dg.DagsterInstance) -> bool:
+    """Whether Dagster made this instance for one command, since DAGSTER_HOME is not set, and deletes it afterwards."""
+    return not instance.is_ephemeral and Path(instance.root_directory).name.startswith(TMP_DAGSTER_HOME_PREFIX)
 
 
 def already_recorded(asset_key: dg.AssetKey) -> dg.MaterializeResult[None]:

@@ -136,6 +136,10 @@ class RankLostError(TeacherError):
     """One of the processes that hold a teacher together ended before its time; the message says which, and how."""
 
 
+class NodeFaultError(KdAssetsError):
+    """The node does not give what the task was given on it, GPUs above all. Another node may."""
+
+
 class StudentDidNotLearnError(KdAssetsError):
     """The student's loss was not finite, or did not fall; the message has the numbers."""
 

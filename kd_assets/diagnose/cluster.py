@@ -84,6 +84,8 @@ def _queries(slurm: Slurm) -> Iterator[Finding]:
         except SchedulerError as e:
             if "Invalid job id" in str(e):  # of `NO_JOB`
                 yield ok(name, "understands what runs ask")
+            elif "MaxArraySize" in str(e):  # it says itself what to do
+                yield fail(name, str(e))
             else:
                 yield fail(name, str(e), "may this user ask it?")
         else:
@@ -147,8 +149,8 @@ def misfits_of(shape: PartitionInfo, resources: Resources) -> list[str]:
         misfits.append(f"{resources.gpus_per_node} GPUs asked for, {gpus} there")
     if (resources.cpus or 0) > shape.cpus:
         misfits.append(f"{resources.cpus} CPUs asked for, {shape.cpus} there")
-    if (resources.memory_gib or 0) > shape.memory_gib:
-        misfits.append(f"{resources.memory_gib:g} GiB asked for, {shape.memory_gib:g} there")
+    if (resources.memory_of_node_gib or 0) > shape.memory_gib:
+        misfits.append(f"{resources.memory_of_node_gib:g} GiB asked for, {shape.memory_gib:g} there")
     if minutes is not None and (resources.time_minutes or 0) > minutes:
         misfits.append(f"{resources.time_minutes} min asked for, {minutes} allowed")
     return misfits

@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from kd_assets.contract import JobKind
 from kd_assets.diagnose.cluster import KINDS, check_commands, check_partitions, check_requests
 from kd_assets.diagnose.compute_python import check_local_python
 from kd_assets.diagnose.disk import check_space, check_weights
 from kd_assets.diagnose.finding import Finding, Status, fail, ok, safely, warn
 from kd_assets.diagnose.nodes import check_nodes
 from kd_assets.durable import atomic_write, prepare_folder
-from kd_assets.errors import KdAssetsError, StorageUnavailableError
+from kd_assets.errors import KdAssetsError, RecipeError, StorageUnavailableError
 from kd_assets.locks import try_locked
 from kd_assets.orchestration.platform import Platform, secrets_set
 from kd_assets.recipes.recipe import Recipe
@@ -136,10 +137,12 @@ def check_cluster(
     if any(f.status is Status.FAIL for f in findings):
         return
     kinds = [kind for kind in KINDS if recipe is None or kind != "student" or recipe.student is not None]
-    wanted = {
-        kind: profile.resources(kind, Resources()) if recipe is None else platform.resources(recipe, kind)
-        for kind in kinds
-    }
+    wanted: dict[JobKind, Resources] = {}
+    for kind in kinds:
+        try:
+            wanted[kind] = profile.resources(kind, Resources()) if recipe is None else platform.resources(recipe, kind)
+        except RecipeError as e:
+            yield fail(f"time limit for {kind}", str(e))
     yield from safely("partitions", lambda: check_partitions(runner, profile, wanted))
     yield from safely("requests", lambda: check_requests(runner, platform, profile, wanted))
     if test_job:

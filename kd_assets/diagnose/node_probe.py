@@ -15,6 +15,7 @@ from pathlib import Path
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.scheduler import Resources
+from kd_assets.scheduler.slurm.commands.client import memory_option
 from kd_assets.scheduler.slurm.commands.parsing import Accepted, read_submit_answer
 from kd_assets.scheduler.slurm.commands.runners import CommandRunner
 from kd_assets.scheduler.slurm.commands.states import ENDED_STATES, base_state
@@ -95,7 +96,10 @@ def small(wanted: Resources) -> Resources:
         qos=wanted.qos,
         constraint=wanted.constraint,
         gpus_per_node=1 if wanted.gpus_per_node else None,
-        memory_gib=min(wanted.memory_gib or MEMORY_GIB, MEMORY_GIB),
+        memory_gib=None if wanted.memory_of == "site" else min(wanted.memory_gib or MEMORY_GIB, MEMORY_GIB),
+        memory_of=wanted.memory_of,
+        exclude=wanted.exclude,
+        nodelist=wanted.nodelist,
         sbatch_options=wanted.sbatch_options,
     )
 
@@ -151,7 +155,9 @@ def probe_argv(
         "constraint": resources.constraint,
         "gpus-per-node": resources.gpus_per_node,
         "cpus-per-task": 1,
-        "mem": None if resources.memory_gib is None else f"{round(resources.memory_gib * 1024)}M",
+        **memory_option(resources),
+        "nodelist": resources.nodelist,
+        "exclude": resources.exclude,
     }
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     arguments = [str(path or "-") for path in (probe.folder, model_folder, secrets_file)]

@@ -352,13 +352,17 @@ def resources_in_words(resources: Resources) -> str:
     said: list[str] = []
     for name, label in (
         ("slurm_partition", "partition"), ("account", "account"), ("qos", "qos"), ("constraint", "constraint"),
+        ("nodelist", "node"), ("exclude", "not on"),
     ):  # fmt: skip
         if (value := getattr(resources, name)) is not None:
             said.append(f"{label} {value}")
-    for name, unit in (("gpus_per_node", "GPUs"), ("cpus", "CPUs"), ("memory_gib", "GiB of memory")):
+    memory = "GiB of memory" + (f" per {resources.memory_of.upper()}" if resources.memory_of in ("cpu", "gpu") else "")
+    for name, unit in (("gpus_per_node", "GPUs"), ("cpus", "CPUs"), ("memory_gib", memory)):
         if (value := getattr(resources, name)) is not None:
             said.append(f"{value:g} {unit}" if value else f"no {unit}")
-    if resources.max_memory_gib is not None:
+    if resources.memory_of == "site":
+        said.append("memory as the site gives it")
+    elif resources.max_memory_gib is not None:
         said.append(f"at most {resources.max_memory_gib:g} GiB after running out of it")
     if (minutes := resources.time_minutes) is not None:
         said.append(f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h")

@@ -13,7 +13,7 @@ from pathlib import Path
 import dagster as dg
 
 from kd_assets.contract import Asset
-from kd_assets.dagster_internals import already_recorded
+from kd_assets.dagster_internals import already_recorded, is_forgotten_at_its_end
 from kd_assets.durable import storage_errors
 from kd_assets.model_files.digests import Say
 from kd_assets.orchestration.driving.waiting import Log
@@ -55,6 +55,13 @@ def materialize_plan(
     present = context.instance.get_dynamic_partitions(name)
     held = partitions_held_by_live_runs(context.instance, recipe, present)
     register_partitions(context.instance, name, keys, held=held)
+    if is_forgotten_at_its_end(context.instance):
+        context.log.warning(
+            f"DAGSTER_HOME is not set, so Dagster keeps this run and its {len(keys)} partitions in a temporary folder "
+            "and deletes them when this command ends: no later command will find these partitions. Set it to a folder "
+            f"that stays, for every command (export DAGSTER_HOME={platform.home_folder / 'dagster'}), and materialize "
+            "shard_plan again"
+        )
     return dg.MaterializeResult(
         data_version=dg.DataVersion(plan.plan_hash),
         metadata={

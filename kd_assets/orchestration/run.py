@@ -64,6 +64,7 @@ class Run:
         self._failures: Counter[FailureClass] = Counter()
         self._being_finished: list[CommittedResult] = []
         """Recorded while their task was between the manifest and the end of the commit: it may be killed there."""
+        self._node_faults: list[str] = []
 
     @cached_property
     def _profile(self) -> Profile | None:
@@ -115,6 +116,9 @@ class Run:
             finally:
                 self.failed += driver.failed
                 self._failures += driver.failures
+                if faults := driver.node_faults.in_words():
+                    self._node_faults.append(faults)
+                    self._context.log.warning(f"{work.kind}: nodes at fault: {faults}")
                 if self._failures:
                     words = failures_in_words(self._failures)
                     self._context.instance.add_run_tags(self._context.run.run_id, {FAILURES_TAG: words})
@@ -267,6 +271,8 @@ class Run:
         }
         if self._failures:
             metadata["failures_by_class"] = failures_in_words(self._failures)
+        if self._node_faults:
+            metadata["nodes_at_fault"] = "; ".join(self._node_faults)
         if logs := {str(f.log_file) for f in self.failed if f.log_file is not None}:
             metadata["logs"] = dg.MetadataValue.json(sorted(logs))
         raise dg.Failure(

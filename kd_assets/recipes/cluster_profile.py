@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import dagster as dg
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
+from kd_assets.contract import JobKind
 from kd_assets.dagster_internals import parse_yamls_with_source_position
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.scheduler.job import Resources
@@ -32,18 +33,22 @@ VariableName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 _CONTROL = "[\\x00-\\x1f\\x7f]"
 _OWN_OPTIONS: Mapping[str, str] = {
     **dict.fromkeys(
-        ("array", "chdir", "comment", "error", "exclude", "export", "export-file", "input", "job-name", "no-requeue",
+        ("array", "chdir", "comment", "error", "export", "export-file", "input", "job-name", "no-requeue",
          "open-mode", "output", "parsable", "requeue", "signal", "wrap"),
         "kd_assets sets it itself",
     ),
-    **dict.fromkeys(("clusters", "dependency"), "kd_assets could not follow such a job"),
+    "dependency": "kd_assets could not follow such a job",
     **dict.fromkeys(("help", "test-only", "usage", "version", "wait"), "sbatch would not simply submit"),
     "account": "write it as the field account",
+    "clusters": "write it as the profile's field clusters",
     "constraint": "write it as the field constraint",
     "cpus-per-task": "write it as the field cpus",
+    "exclude": "write it as the field exclude",
     "exclusive": "write it as the field exclusive",
     "gpus-per-node": "write it as the field gpus_per_node",
     "mem": "write it as the field memory_gib",
+    "mem-per-cpu": "write it as the field memory_per_cpu_gib",
+    "mem-per-gpu": "write it as the field memory_per_gpu_gib",
     "partition": "write it as the field partition",
     "qos": "write it as the field qos",
     "time": "write it as the field time",
@@ -114,6 +119,39 @@ Word = Annotated[
     ),
 ]
 """What follows `--partition=` and the like."""
+
+_ONE_NODE = "one node: SLURM gives each task all nodes of a list. To keep tasks from some, use exclude or constraint"
+
+
+def _one_node(value: str) -> str:
+    if re.search(r"[,\[]", _word(value)):
+        raise PydanticCustomError("nodelist", f"expected {_ONE_NODE}")
+    return value
+
+
+OneNode = Annotated[
+    str,
+    AfterValidator(_one_node),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": "\\S",
+            "allOf": [
+                refused({"type": "string", "pattern": _CONTROL}, _ONE_LINE),
+                refused({"type": "string", "pattern": "^-"}, _NOT_AN_OPTION),
+                refused({"type": "string", "pattern": "[,\\[]"}, _ONE_NODE),
+            ],
+        }
+    ),
+]
+"""What follows `--nodelist=`."""
+
+
+def _one_cluster(value: str) -> str:
+    if "," in _word(value) or value == "all":
+        raise PydanticCustomError("clusters", "expected one cluster: a job is followed on the one that it was sent to")
+    return value
+
 
 SbatchOption = Annotated[
     str,
@@ -193,22 +231,45 @@ class ResourcesModel(dg.Model, dg.Resolvable):
     """Memory of one GPU. Nothing is asked for by it: it tells beforehand over how many of them a teacher goes."""
     cpus: Positive | None = None
     memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Of a node. In its place: the memory for each processor or GPU, or `memory: site`, which asks for none."""
+    memory_per_cpu_gib: Annotated[float, Field(gt=0)] | None = None
+    memory_per_gpu_gib: Annotated[float, Field(gt=0)] | None = None
+    memory: Literal["site"] | None = None
     max_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """How far the memory is raised when a task ran out of it; without it, to four times `memory_gib`."""
+    """How far the memory is raised when a task ran out of it, of what it is asked for; without it, to four times it."""
     time: TimeLimit | None = None
     exclusive: bool | None = None
+    exclude: Word | None = None
+    """Nodes that no task is to run on, besides those that are excluded elsewhere: `n[1-3],n7`."""
+    nodelist: OneNode | None = None
+    """The node that every task is to run on."""
     sbatch_options: list[SbatchOption] | None = None
     """Further options, each `--name=value`; a list of its own takes the place of the whole list said before it."""
 
     @field_validator("max_memory_gib")
     @classmethod
     def _not_below_memory(cls, most: float | None, info: ValidationInfo) -> float | None:
-        least = info.data.get("memory_gib")
-        if most is not None and least is not None and most < least:
-            raise PydanticCustomError("memory", f"max_memory_gib ({most:g}) is below memory_gib ({least:g})")
+        for name in ("memory_gib", "memory_per_cpu_gib", "memory_per_gpu_gib"):
+            least = info.data.get(name)
+            if most is not None and least is not None and most < least:
+                raise PydanticCustomError("memory", f"max_memory_gib ({most:g}) is below {name} ({least:g})")
         return most
 
+    @field_validator("memory_per_cpu_gib", "memory_per_gpu_gib", "memory")
+    @classmethod
+    def _one_word_for_memory(cls, value: object, info: ValidationInfo) -> object:
+        """As SLURM has it: its options for memory exclude each other."""
+        names = ("memory_gib", "memory_per_cpu_gib", "memory_per_gpu_gib", "memory")
+        others = [name for name in names if name != info.field_name and info.data.get(name) is not None]
+        if value is not None and others:
+            raise PydanticCustomError("memory", f"{others[0]} says it already: keep one of {', '.join(names)}")
+        return value
+
     def to_resources(self) -> Resources:
+        of: dict[Literal["cpu", "gpu"], float | None] = {"cpu": self.memory_per_cpu_gib, "gpu": self.memory_per_gpu_gib}
+        memory_of: Literal["cpu", "gpu", "site"] | None = self.memory
+        for name, gib in of.items():
+            memory_of = name if gib is not None else memory_of
         return Resources(
             slurm_partition=self.partition,
             account=self.account,
@@ -217,10 +278,13 @@ class ResourcesModel(dg.Model, dg.Resolvable):
             gpus_per_node=self.gpus_per_node,
             gpu_memory_gib=self.gpu_memory_gib,
             cpus=self.cpus,
-            memory_gib=self.memory_gib,
+            memory_gib=self.memory_gib or self.memory_per_cpu_gib or self.memory_per_gpu_gib,
+            memory_of=memory_of,
             max_memory_gib=self.max_memory_gib,
             time_minutes=None if self.time is None else minutes_of(self.time),
             exclusive=self.exclusive,
+            exclude=self.exclude,
+            nodelist=self.nodelist,
             sbatch_options=None if self.sbatch_options is None else tuple(self.sbatch_options),
         )
 
@@ -255,6 +319,8 @@ class ProfileModel(ResourcesModel):
     array_concurrency: Positive | None = None
     secrets: list[VariableName] = Field(default_factory=lambda: ["HF_TOKEN"])
     setup: str = ""
+    clusters: Annotated[str, AfterValidator(_one_cluster)] | None = None
+    """The cluster that jobs are sent to and followed on; left out: SLURM_CLUSTERS, else SLURM's own."""
     ssh: Annotated[str, AfterValidator(_ssh_target)] | None = None
     ssh_options: list[Annotated[str, AfterValidator(_argument)]] = Field(default_factory=list)
     poll_interval_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
@@ -278,6 +344,7 @@ class ProfileModel(ResourcesModel):
     def to_profile(self, name: str) -> Profile:
         return Profile(
             name=name,
+            clusters=self.clusters,
             ssh=self.ssh,
             ssh_options=tuple(self.ssh_options),
             defaults=self.to_resources(),
@@ -335,7 +402,13 @@ def read_profile(path: Path) -> Profile:
         tree = documents[0].source_position_tree
         wrong = [_complaint(path, error, tree.lookup_closest_and_path(error["loc"], None)[0]) for error in e.errors()]
         raise RecipeError("; ".join(dict.fromkeys(wrong))) from e
-    return model.to_profile(path.stem)
+    profile = model.to_profile(path.stem)
+    try:
+        for kind in get_args(JobKind):
+            profile.resources(kind, Resources())
+    except RecipeError as e:
+        raise RecipeError(f"{path}: {e}") from e
+    return profile
 
 
 def _complaint(path: Path, error: Any, position: Any) -> str:

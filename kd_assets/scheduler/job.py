@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from kd_assets.contract import JobKind, WorkUnit
 from kd_assets.errors import SchedulerError
@@ -82,15 +82,27 @@ class Resources:
     """Of one GPU. Not asked for: it tells whether a teacher fits (see `kd_assets.model_files.placement`)."""
     cpus: int | None = None
     memory_gib: float | None = None
+    memory_of: Literal["cpu", "gpu", "site"] | None = None
+    """What `memory_gib` is of; None: a node. "site": nothing is asked for, since the site has no limits of memory."""
     max_memory_gib: float | None = None
     """How far the memory may be raised when a task ran out of it."""
     time_minutes: int | None = None
     exclusive: bool | None = None
+    exclude: str | None = None
+    """Nodes that a task must not run on, as SLURM writes them: `n[1-3],n7`."""
+    nodelist: str | None = None
+    """The node that every task must run on."""
     processes_per_task: int | None = None
     """Processes that share a task's partitions on its node, each with an equal share of the GPUs and a teacher of its
     own; None: one, unless `kd_assets.model_files.placement` makes it more."""
     sbatch_options: tuple[str, ...] | None = None
     """Further options of sbatch, one argument each (`--reservation=maintenance`)."""
+
+    @property
+    def memory_of_node_gib(self) -> float | None:
+        """What is asked for of a node, as far as it can be told."""
+        n = {None: 1, "cpu": self.cpus, "gpu": self.gpus_per_node}.get(self.memory_of)
+        return None if n is None or self.memory_gib is None else n * self.memory_gib
 
     @property
     def n_processes(self) -> int:
@@ -174,6 +186,11 @@ class Scheduler(Protocol):
 
     def poll(self, submissions: Sequence[Submission]) -> Poll:
         """One query for all of them."""
+        ...
+
+    def keep_from(self, submissions: Sequence[Submission], nodes: Iterable[str]) -> None:
+        """What of them waits, and what is submitted later, is to stay away from these nodes, besides those of earlier
+        calls. Takes effect with the next `poll`."""
         ...
 
     def cancel(self, submissions: Sequence[Submission]) -> None:

@@ -12,11 +12,11 @@ import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import Event, Reporter, parse_event
+from kd_assets.contract import Reporter, parse_event
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import (
     ContractError,
@@ -120,41 +120,83 @@ def hold_task(path: Path, attempt: Attempt, *, report: Reporter, stop: StopFlag)
             raise InterruptedTaskError(f"stopped by {stop.signal_name} while it waited for an earlier attempt")
 
 
-def starts_of(path: Path) -> list[Event]:
-    """The `task_started` events of a task's event file, oldest first. As far as it can be read: events inform."""
-    found = []
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlierStart:
+    """One start of a task before this one, as its event file tells it."""
+
+    n_parts_on_disk: int | None
+    """When it began."""
+    host: str
+    load_s: float | None = None
+    """None where it loaded nothing, or did not come so far."""
+    ran_s: float | None = None
+    """None where it did not say that it ended."""
+    signal: str | None = None
+    """That asked it to end."""
+
+
+_TOLD_OF_STARTS = (b'"task_started"', b'"teacher_loaded"', b'"task_finished"')
+
+
+def starts_of(path: Path) -> list[EarlierStart]:
+    """The starts in a task's event file, oldest first. As far as it can be read: events inform."""
+    found: list[EarlierStart] = []
     with contextlib.suppress(OSError), path.open("rb") as file:
         for line in file:  # a file of days has 100,000 lines of progress: only those in question are parsed
-            if b'"task_started"' not in line:
+            if not any(word in line for word in _TOLD_OF_STARTS):
                 continue
             try:
                 event = parse_event(line.decode("utf-8", "replace"))
             except ContractError:  # half a line of a killed attempt
                 continue
+            data = event.data
             if event.type == "task_started":
-                found.append(event)
+                found.append(EarlierStart(n_parts_on_disk=data.get("n_parts_on_disk"), host=str(data.get("host"))))
+            elif event.type == "teacher_loaded" and found:
+                found[-1] = replace(found[-1], load_s=data.get("load_s"))
+            elif event.type == "task_finished" and found and data.get("status") != "duplicate":
+                found[-1] = replace(found[-1], ran_s=data.get("wall_s"), signal=data.get("signal"))
     return found
 
 
-def no_progress(starts: Sequence[Event], n_parts_on_disk: int | None) -> NoProgressError | None:
+def no_progress(
+    starts: Sequence[EarlierStart], n_parts_on_disk: int | None, environment: Mapping[str, str] = os.environ
+) -> NoProgressError | None:
     """Why this start is one too many, given the earlier ones; None when it is not.
 
     `n_parts_on_disk` is None where the file system did not let us count: starts that all could not are a loop, too.
     """
     last = starts[-MAX_STARTS_WITHOUT_PROGRESS:]
-    if len(last) < MAX_STARTS_WITHOUT_PROGRESS or any(e.data.get("n_parts_on_disk") != n_parts_on_disk for e in last):
+    if len(last) < MAX_STARTS_WITHOUT_PROGRESS or any(s.n_parts_on_disk != n_parts_on_disk for s in last):
         return None
     n = 0
-    for event in reversed(starts):
-        if event.data.get("n_parts_on_disk") != n_parts_on_disk:
+    for start in reversed(starts):
+        if start.n_parts_on_disk != n_parts_on_disk:
             break
         n += 1
-    hosts = sorted({str(e.data.get("host")) for e in last})
+    hosts = ", ".join(sorted({s.host for s in last}))
     return NoProgressError(
-        f"this task was started {n} times (last on {', '.join(hosts)}) and no start added a file to its results, which "
-        f"have {n_parts_on_disk}: it is not tried again. Its log says how each start ended: look for a time limit that "
-        "is shorter than loading and one part, or for what kills it; then materialize again"
+        f"this task was started {n} times (last on {hosts}) and no start added a file to its results, which "
+        f"have {n_parts_on_disk}: it is not tried again. {_why_no_progress(last, environment)}"
     )
+
+
+def _why_no_progress(starts: Sequence[EarlierStart], environment: Mapping[str, str]) -> str:
+    """Where the time limit ended all of them: the times, and what to do. Else where to look."""
+    times = [s.ran_s for s in starts if s.signal == "SIGUSR1" and s.ran_s is not None]
+    if len(times) < len(starts):
+        return "Its log says how each start ended: look for what kills it; then materialize again"
+    loads = [s.load_s for s in starts if s.load_s is not None]
+    words = f"Each was told by the time limit to stop, the longest after {max(times):.0f} s"
+    if loads:
+        words += f", of which loading took {max(loads):.0f} s, so a part takes more than the other "
+        words += f"{max(0.0, max(times) - max(loads)):.0f} s"
+    else:
+        words += ", so loading and one part take more than that"
+    limit, warning = environment.get("KD_TIME_LIMIT_S"), environment.get("KD_SIGNAL_S")
+    if limit and warning:
+        words += f". The time limit is {limit} s, and a task is told {warning} s before"
+    return f"{words}. Give the job more `time` (or the profile a smaller `signal_s`), and materialize again"
 
 
 def gpus_of_process(visible: str | None, process_index: int, n_processes: int, *, n_gpus: int) -> str | None:

@@ -12,11 +12,11 @@ import dataclasses
 import os
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from kd_assets.contract import Event, JobFile, Output, Reporter, WorkUnit
+from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
 from kd_assets.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -31,7 +31,8 @@ from kd_assets.errors import (
 from kd_assets.locks import local_locks
 from kd_assets.store import committed, count_durable_files, raise_if_busy, set_head
 from kd_assets.store.computing_versions import require_same_versions
-from kd_assets.worker.attempt import Attempt, no_progress
+from kd_assets.worker.attempt import Attempt, EarlierStart, no_progress
+from kd_assets.worker.given_gpus import require_given_gpus
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.usage import UsageMeter, n_cpus
 
@@ -59,8 +60,20 @@ class Runner(Protocol):
 RunnerFactory = Callable[[JobFile, Reporter, StopFlag], Runner]
 
 
-def runner_for(job: JobFile, report: Reporter, stop: StopFlag, *, sampler: Sampler | None = None) -> Runner:
-    """The runner of the job's kind; only its own dependencies are imported. `sampler`: the task's."""
+def runner_for(
+    job: JobFile,
+    report: Reporter,
+    stop: StopFlag,
+    *,
+    sampler: Sampler | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Runner:
+    """The runner of the job's kind; only its own dependencies are imported. `sampler`: the task's.
+
+    Raises NodeFaultError where a kind that runs a model does not see the GPUs that it was given.
+    """
+    if job.kind in ("teacher", "student"):
+        require_given_gpus(environment, n_processes=Attempt.of(environment).n_processes)
     match job.kind:
         case "shards":
             from kd_assets.sources.shards import ShardsRunner
@@ -88,7 +101,7 @@ class Task:
         *,
         make_runner: RunnerFactory = runner_for,
         attempt: Attempt | None = None,
-        earlier_starts: Sequence[Event] = (),
+        earlier_starts: Sequence[EarlierStart] = (),
         telemetry: UsageSpan | None = None,
         sleep: Callable[[float], None] | None = None,
     ) -> None:

@@ -224,5 +224,8 @@ def test_a_selection_that_cannot_be_is_refused(deployment: Deployment) -> None:
 def test_resources_read_as_a_sentence() -> None:
     wanted = Resources(slurm_partition="h100", gpus_per_node=4, time_minutes=2890, exclusive=True, memory_gib=1.5)
     assert resources_in_words(wanted) == "partition h100, 4 GPUs, 1.5 GiB of memory, 48 h 10 min, the whole node"
+    of_gpus = Resources(memory_gib=80, memory_of="gpu", exclude="n1", nodelist="n2")
+    assert resources_in_words(of_gpus) == "node n2, not on n1, 80 GiB of memory per GPU"
+    assert resources_in_words(Resources(memory_of="site")) == "memory as the site gives it"
     refused = Resources(slurm_partition="cpu", gpus_per_node=0, exclusive=False, sbatch_options=())
     assert resources_in_words(refused) == "partition cpu, no GPUs"

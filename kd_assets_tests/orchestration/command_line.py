@@ -20,7 +20,9 @@ class CommandLine:
         self.file = write_definitions(deployment)
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, *assets: str, partition: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    def start(
+        self, *assets: str, partition: tuple[str, ...] = (), has_dagster_home: bool = True
+    ) -> subprocess.Popen[str]:
         selection = " or ".join(f'key:"tiny/{a}"' for a in assets)
         process = subprocess.Popen(
             [
@@ -38,13 +40,14 @@ class CommandLine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "DAGSTER_HOME": self.deployment.instance.root_directory},
+            env={**os.environ, "DAGSTER_HOME": self.deployment.instance.root_directory if has_dagster_home else ""},
+            cwd=self.deployment.home,
         )
         self.started.append(process)
         return process
 
-    def run(self, *assets: str, partition: tuple[str, ...] = ()) -> tuple[int, str]:
-        process = self.start(*assets, partition=partition)
+    def run(self, *assets: str, partition: tuple[str, ...] = (), has_dagster_home: bool = True) -> tuple[int, str]:
+        process = self.start(*assets, partition=partition, has_dagster_home=has_dagster_home)
         text, _ = process.communicate(timeout=300)
         return process.returncode, text
 

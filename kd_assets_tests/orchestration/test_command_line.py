@@ -84,6 +84,14 @@ def test_what_a_killed_run_had_committed_does_not_hide_its_job_from_the_next_run
     assert command_line.deployment.n_teacher_loads() == 1
 
 
+def test_a_plan_that_dagster_will_forget_says_so_with_the_cure(command_line: CommandLine) -> None:
+    status, said = command_line.run("shard_plan", has_dagster_home=False)
+    assert (status, "DAGSTER_HOME is not set" in said) == (0, True), said
+    assert "export DAGSTER_HOME=" in said
+    status, said = command_line.run("shard_plan")
+    assert (status, "DAGSTER_HOME is not set" in said) == (0, False), said
+
+
 def test_a_reversed_range_fails_instead_of_doing_nothing(command_line: CommandLine) -> None:
     status, text = command_line.run("shards_manifest", partition=("--partition-range", f"{SHARDS[2]}...{SHARDS[0]}"))
     assert status == 1

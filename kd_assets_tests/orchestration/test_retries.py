@@ -13,6 +13,7 @@ from kd_assets.orchestration.retries import (
     Attempts,
     FailureClass,
     GiveUp,
+    NodeFaults,
     PartitionError,
     Retry,
     classify,
@@ -47,7 +48,11 @@ def test_every_ending_has_a_class(ending: Ending) -> None:
         (137, FailureClass.KILLED),
         (1, FailureClass.WORK),
         (2, FailureClass.WORK),
-        (127, FailureClass.WORK),
+        (126, FailureClass.NODE_FAULT),
+        (127, FailureClass.NODE_FAULT),
+        (132, FailureClass.NODE_FAULT),
+        (135, FailureClass.NODE_FAULT),
+        (-4, FailureClass.NODE_FAULT),
     ],
 )
 def test_a_script_that_ended_by_itself_is_classed_by_its_status(exit_code: int | None, failure: FailureClass) -> None:
@@ -81,7 +86,70 @@ def test_a_task_that_said_it_was_done_and_left_nothing_ended_without_its_results
 
 
 def test_a_script_that_never_began_is_a_launch_failure() -> None:
-    assert classify(ended(Ending.EXITED, 1), None, None, said_anything=False) is FailureClass.LAUNCH_FAILURE
+    assert (
+        classify(ended(Ending.EXITED, 1), None, None, said_anything=False, has_begun=False)
+        is FailureClass.LAUNCH_FAILURE
+    )
+
+
+@pytest.mark.parametrize("ending", [Ending.EXITED, Ending.KILLED])
+@pytest.mark.parametrize("exit_code", [1, 2, 137])
+def test_a_task_that_dies_with_a_word_and_before_its_first_event_is_a_node_fault(
+    ending: Ending, exit_code: int
+) -> None:
+    assert classify(ended(ending, exit_code), None, None, has_begun=False) is FailureClass.NODE_FAULT
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "failure"),
+    [
+        ("RuntimeError", "CUDA error: uncorrectable ECC error encountered", FailureClass.NODE_FAULT),
+        ("RuntimeError", "CUDA error: device-side assert triggered", FailureClass.WORK),
+        ("RuntimeError", "No CUDA GPUs are available", FailureClass.NODE_FAULT),
+        ("RuntimeError", "Found no NVIDIA driver on your system.", FailureClass.NODE_FAULT),
+        ("ImportError", "libcuda.so.1: cannot open shared object file: No such file", FailureClass.NODE_FAULT),
+        ("ModuleNotFoundError", "No module named 'torch'", FailureClass.WORK),
+        ("BadRecordError", "a text about NVML", FailureClass.WORK),
+    ],
+)
+def test_a_librarys_text_tells_faults_of_the_node_from_those_of_the_work(
+    error: str, message: str, failure: FailureClass
+) -> None:
+    assert classify(ended(Ending.EXITED, 1), "failed", PartitionError(name=error, message=message)) is failure
+
+
+def faults(*nodes: str) -> list[Retry | GiveUp]:
+    """What is decided about a partition that meets a fault on one of these nodes after the other."""
+    attempts, decisions = Attempts(), []
+    for node in nodes:
+        decisions.append(decide(FailureClass.NODE_FAULT, ASKED, attempts, n_parts=0, node=node))
+        attempts = getattr(decisions[-1], "attempts", attempts)
+    return decisions
+
+
+@pytest.mark.parametrize(
+    ("nodes", "why"),
+    [
+        (("n1", "n1", "n2", "n2", "n3"), "it failed so on 3 nodes (n1, n2, n3)"),
+        (("n1", "n2", "n3"), "that is no fault of one node but of the work"),
+        (("n1", "n1", "n1"), "it failed so 3 times on n1 and was given no other node"),
+        (("", "", ""), "given up after 3 attempts in a row"),
+    ],
+)
+def test_faults_of_nodes_are_bounded_by_the_number_of_nodes(nodes: tuple[str, ...], why: str) -> None:
+    *before, last = faults(*nodes)
+    assert all(isinstance(decision, Retry) for decision in before)
+    assert isinstance(last, GiveUp)
+    assert why in last.why
+
+
+def test_a_node_is_sick_with_the_faults_of_two_tasks_and_not_of_two_partitions() -> None:
+    seen = NodeFaults()
+    for task in (1, 1):
+        seen.note("n1", task, "exit status 127")
+    assert (seen.sick_nodes, seen.in_words()) == (frozenset(), "n1 (1 fault; the last: exit status 127)")
+    seen.note("n1", 2, "exit status 126")
+    assert (seen.sick_nodes, seen.in_words()) == (frozenset({"n1"}), "n1 (2 faults; the last: exit status 126)")
 
 
 def test_out_of_device_memory_is_bounded_by_the_smallest_batch_and_not_by_attempts() -> None:

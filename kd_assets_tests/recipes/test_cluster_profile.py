@@ -48,10 +48,13 @@ def test_every_field_of_the_default_profile_is_explained_and_right_when_it_is_un
         max_memory_gib=256,
         time_minutes=24 * 60,
         exclusive=True,
+        exclude="n[01-03],n07",
+        nodelist="n09",
         sbatch_options=("--reservation=maintenance", "--mail-type=FAIL"),
     )
     assert profile.kinds["shards"] == Resources(slurm_partition="cpu", cpus=8, memory_gib=32, time_minutes=120)
     assert profile.setup.splitlines() == ["module load cuda/12.8", "export HF_HOME=/shared/huggingface"]
+    assert profile.clusters == "c1"
     assert (profile.ssh, profile.ssh_options) == ("user@login.example.org", ("-p", "2222"))
     assert (profile.array_concurrency, profile.secrets) == (8, ("HF_TOKEN",))
     shown = ("poll_interval_s", "command_timeout_s", "visibility_grace_s", "absence_grace_s", "signal_s")
@@ -92,6 +95,19 @@ def test_the_example_profile_sends_tokenising_to_cpu_nodes_and_leaves_the_teache
         ("sbatch_options: [--part=x]", "--partition may not stand here: write it as the field partition"),
         ("sbatch_options: [--dependency=afterok:1]", "--dependency may not stand here: kd_assets could not follow"),
         ("sbatch_options: [--wait]", "--wait may not stand here: sbatch would not simply submit"),
+        ("sbatch_options: [--exclude=n1]", "--exclude may not stand here: write it as the field exclude"),
+        (
+            "sbatch_options: [--mem-per-gpu=4G]",
+            "--mem-per-gpu may not stand here: write it as the field memory_per_gpu",
+        ),
+        ("sbatch_options: [--clusters=a]", "--clusters may not stand here: write it as the profile's field clusters"),
+        ("nodelist: n1,n2", "nodelist: expected one node: SLURM gives each task all nodes of a list"),
+        ('nodelist: "n[1-2]"', "nodelist: expected one node"),
+        ("exclude: -n1", "exclude: expected a name"),
+        ("clusters: a,b", "clusters: expected one cluster"),
+        ("memory: none", "memory: Input should be 'site'"),
+        ("{memory_gib: 4, memory_per_gpu_gib: 2}", "memory_per_gpu_gib: memory_gib says it already: keep one of"),
+        ("{memory_gib: 4, memory: site}", "memory: memory_gib says it already"),
         ("sbatch_options: [--reservation]", "sbatch_options.0: expected --name=value"),
         ("sbatch_options: [-N2]", "sbatch_options.0: expected --name=value"),
         ("sbatch_options: [job.sh]", "sbatch_options.0: expected --name=value"),
@@ -101,6 +117,31 @@ def test_what_is_wrong_is_named_with_file_line_and_field(tmp_path: Path, line: s
     complaint = complaint_about(tmp_path, f"# a site\n\n{line}\n")
     assert complaint.startswith(f"{tmp_path}/site.yaml:3: ")
     assert said in complaint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "time: 4\n",
+        "time: 5\n",
+        "time: 6\n",
+        "kinds: {teacher: {time: 6}}\n",
+        'signal_s: 3600\ntime: "01:00:00"\n',
+    ],
+)
+def test_a_time_limit_that_ends_before_or_with_the_warning_is_refused(tmp_path: Path, text: str) -> None:
+    complaint = complaint_about(tmp_path, text)
+    assert complaint.startswith(f"{tmp_path}/site.yaml: ")
+    assert "minutes leaves no time to work: a task is told to stop" in complaint
+
+
+def test_a_recipes_time_limit_is_measured_by_the_profiles_warning(tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, "signal_s: 300\n")
+    with pytest.raises(
+        RecipeError, match=r"teacher jobs: a `time` of 4 minutes .* 300 s before .* Give it 7 minutes or"
+    ):
+        profile.resources("teacher", Resources(time_minutes=4))
+    assert profile.resources("teacher", Resources(time_minutes=7)).time_minutes == 7
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
@@ -169,6 +210,33 @@ def test_an_empty_file_asks_for_nothing(tmp_path: Path) -> None:
 )
 def test_a_time_is_whole_minutes_rounded_up(time: int | str, minutes: int) -> None:
     assert minutes_of(time) == minutes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "memory_gib", "memory_of", "max_memory_gib"),
+    [
+        ({}, 4, "cpu", 8),
+        ({"memory_gib": 64}, 64, None, None),
+        ({"memory_per_gpu_gib": 80}, 80, "gpu", None),
+        ({"memory_per_cpu_gib": 5}, 5, "cpu", 8),
+        ({"memory": "site"}, None, "site", None),
+        ({"max_memory_gib": 6}, 4, "cpu", 6),
+    ],
+)
+def test_a_word_about_memory_takes_the_place_of_what_was_said_before(
+    tmp_path: Path, recipe: dict[str, object], memory_gib: float | None, memory_of: str | None, max_memory_gib: float
+) -> None:
+    profile = profile_of(tmp_path, "memory_per_cpu_gib: 4\nmax_memory_gib: 8\n")
+    asked = profile.resources("teacher", ResourcesModel.model_validate(recipe).to_resources())
+    assert (asked.memory_gib, asked.memory_of, asked.max_memory_gib) == (memory_gib, memory_of, max_memory_gib)
+
+
+def test_what_profile_kind_and_recipe_exclude_adds_up(tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, 'exclude: "n[1-2]"\nkinds: {teacher: {exclude: n5}}\n')
+    wanted = ResourcesModel.model_validate({"exclude": "n7", "nodelist": "n9"}).to_resources()
+    asked = profile.resources("teacher", wanted)
+    assert (asked.exclude, asked.nodelist) == ("n[1-2],n5,n7", "n9")
+    assert profile.resources("shards", ResourcesModel().to_resources()).exclude == "n[1-2]"
 
 
 def test_the_memory_limit_is_not_below_the_memory() -> None:

@@ -253,6 +253,38 @@ def test_a_waiting_task_is_kept_from_more_nodes(slurm: SlurmCluster, tmp_path: P
         ours.exclude(f"{job}_1", [slurm.nodes[2]])
 
 
+def test_waiting_tasks_of_an_array_are_kept_from_a_node_with_one_command(slurm: SlurmCluster, tmp_path: Path) -> None:
+    ours = client(slurm)
+    job = submit(ours, argv(tmp_path, "sleep 60", array="0-4", sbatch_options=("--begin=now+60",)))
+    slurm.scontrol("update", f"JobId={job}_1", "StartTime=now")
+    wait_until("one runs", lambda: rows_of(ours, job)[1].state == "RUNNING")
+    first = slurm.nodes[0]
+    ours.exclude(f"{job}_0", [first], of=f"{job}_[0,2-4]")
+    shown = slurm.scontrol("-o", "show", "job", str(job)).splitlines()
+    assert {f"ExcNodeList={first}" in line for line in shown if "JobState=PENDING" in line} == {True}
+    with pytest.raises(SchedulerError):  # one of them is not waiting: SLURM says so, and keeps the rest all the same
+        ours.exclude(f"{job}_0", [slurm.nodes[1]], of=f"{job}_[0-4]")
+    shown = slurm.scontrol("-o", "show", "job", str(job)).splitlines()
+    waiting = [line for line in shown if "JobState=PENDING" in line]
+    assert waiting
+    assert all(slurm.nodes[1] in line or "[" in line.partition("ExcNodeList=")[2].split()[0] for line in waiting)
+
+
+def test_what_lives_is_found_by_its_id_and_folder_whatever_it_is_called(slurm: SlurmCluster, tmp_path: Path) -> None:
+    ours, folder = client(slurm), tmp_path / "a folder"
+    folder.mkdir()
+    job = submit(ours, argv(folder, "sleep 60", array="0-2", sbatch_options=("--begin=now+60",)))
+    slurm.scontrol("update", f"JobId={job}_1", "StartTime=now")
+    wait_until("one runs", lambda: rows_of(ours, job)[1].state == "RUNNING")
+    slurm.scontrol("update", f"JobId={job}", "JobName=somebody's own", "Comment=ask Jo")
+    assert [row for row in ours.queue() if row.job_id == job] == []
+    assert ours.live_indices(job, folder) == {0, 1, 2}
+    assert ours.live_indices(job, tmp_path) == set()
+    assert ours.live_indices(999999, folder) == set()
+    ours.cancel([str(job)])
+    wait_until("it is gone", lambda: ours.live_indices(job, folder) == set())
+
+
 def test_without_slurmdbd_there_is_no_accounting(slurm: SlurmCluster) -> None:
     assert client(slurm).accounting(["kd-demo-teacher-0"], since=time.time() - 60) is None
 

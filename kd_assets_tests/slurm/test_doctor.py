@@ -189,7 +189,7 @@ def test_preview_prints_the_very_command_lines_that_are_submitted(
     tiny_teacher: Path,
 ) -> None:
     cluster = make_cluster(nodes=1, max_array_size=2)
-    jobs = {"shards": {"n_tasks": 3, "concurrency": 2, "slurm": {"time": "00:05:00", "account": "us"}}}
+    jobs = {"shards": {"n_tasks": 3, "concurrency": 2, "slurm": {"time": "00:07:00", "account": "us"}}}
     home = tmp_path / "a home"
     home.mkdir()
     with dg.DagsterInstance.ephemeral() as instance:
@@ -202,7 +202,7 @@ def test_preview_prints_the_very_command_lines_that_are_submitted(
     assert cluster.run("squeue", "--noheader").stdout == "", "nothing was submitted"
     assert not (deployment.home / "secrets").exists()
     assert len(job.commands) == 2, "three tasks, and arrays of two at most"
-    for word in ("--partition=high", "--account=us", "--time=5", "--array=0-1%1"):  # two at once, over two arrays
+    for word in ("--partition=high", "--account=us", "--time=7", "--array=0-1%1"):  # two at once, over two arrays
         assert word in job.commands[0]
 
     scheduler = platform.make_scheduler()

@@ -117,6 +117,24 @@ def test_a_task_whose_time_runs_out_three_times_before_its_first_part_is_given_u
     assert "time limit × 3" in said
 
 
+# A node that is at fault
+
+
+def test_a_node_that_lacks_what_a_task_needs_is_left_out_and_all_is_made_elsewhere(
+    slurm: SlurmCluster, deploy: Deploy
+) -> None:
+    """It would be free at once each time, and eat every task that waits."""
+    sick = slurm.nodes[0]
+    setup = f'[ "$SLURMD_NODENAME" != {sick} ] || KD_PYTHON=/not-mounted/bin/python\n'
+    deployment = deploy(slurm, n_tasks=4, profile={"setup": setup, "array_concurrency": 1}, slurm={"exclusive": True})
+    with Background(deployment, (KEYS[0], KEYS[3])) as run:
+        run.succeeds()
+    assert deployment.n_made() == dict.fromkeys(KEYS[:4], 1)
+    assert f"node {sick} is left out from now on: {sick} (2 faults; the last: task " in run.log()
+    assert "exit status 127: a program that is not on this node: is a mount missing?" in run.log()
+    assert any(f"{sick} × " in m["nodes_at_fault"] for m in run.job_metadata())
+
+
 # Somebody does not want it, or nothing comes of it
 
 

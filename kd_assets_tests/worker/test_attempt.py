@@ -279,13 +279,34 @@ def test_the_error_says_how_often_it_was_started_and_where(tmp_path: Path) -> No
     assert "started 7 times (last on n0) and no start added a file to its results, which have 3" in str(error)
 
 
+def test_a_part_that_fits_into_no_time_limit_is_said_with_the_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    with Reporter(path, stream=io.StringIO()) as report:
+        for ran_s in (61, 60, 60, 62, 61):
+            report.emit("task_started", n_parts_on_disk=0, host="n0")
+            report.emit("teacher_loaded", load_s=40.2)
+            report.emit("task_finished", status="resumable", signal="SIGUSR1", wall_s=ran_s)
+    said = str(no_progress(starts_of(path), 0, {"KD_TIME_LIMIT_S": "360", "KD_SIGNAL_S": "300"}))
+    assert (
+        "Each was told by the time limit to stop, the longest after 62 s, of which loading took 40 s, so a part takes "
+        "more than the other 22 s. The time limit is 360 s, and a task is told 300 s before. Give the job more `time`"
+    ) in said
+
+
+def test_starts_that_something_killed_are_not_blamed_on_the_time_limit(tmp_path: Path) -> None:
+    started(tmp_path / "task.jsonl", [0] * 5)
+    said = str(no_progress(starts_of(tmp_path / "task.jsonl"), 0, {"KD_TIME_LIMIT_S": "360", "KD_SIGNAL_S": "300"}))
+    assert "look for what kills it" in said
+    assert "time limit" not in said
+
+
 def test_starts_are_read_past_half_lines_and_what_is_no_event(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     started(path, [1])
     with path.open("ab") as file:
         file.write(b'{"v": 1, "type": "task_started", "da\n\xff\xfe "task_started"\n')
     started(path, [2])
-    assert [e.data["n_parts_on_disk"] for e in starts_of(path)] == [1, 2]
+    assert [s.n_parts_on_disk for s in starts_of(path)] == [1, 2]
     assert starts_of(tmp_path / "none.jsonl") == []
 
 

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from kd_assets.errors import NO_ANSWER
+from kd_assets.errors import NO_ANSWER, SchedulerError
 from kd_assets.orchestration.driving.callbacks import Callbacks
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.joining import FollowerMarks, Joiner, MakeJobFile
@@ -26,7 +26,7 @@ from kd_assets.orchestration.driving.results import FailedResult, Results
 from kd_assets.orchestration.driving.settling import Settler
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, Storage, scheduler_waits
 from kd_assets.orchestration.planned_work import PlannedWork
-from kd_assets.orchestration.retries import Asked, FailureClass
+from kd_assets.orchestration.retries import Asked, FailureClass, NodeFaults
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import followers
 
@@ -61,6 +61,8 @@ class Driver:
         self._log = log
         self.failures: Counter[FailureClass] = Counter()
         """What kept tasks from their results, healed or not: a task counts once for each class."""
+        self.node_faults = NodeFaults()
+        """Which nodes were at fault."""
         storage = Storage(log, clock, patience_s=storage_patience_s)
         self._results = Results(work, callbacks.record, storage)
         self._marks = FollowerMarks(callbacks.run_id, storage)
@@ -71,13 +73,16 @@ class Driver:
             self._results,
             concurrency=concurrency,
             make_job_file=make_job_file,
+            node_faults=self.node_faults,
             marks=self._marks,
             log=log,
             storage=storage,
             clock=clock,
         )
         self._listener = Listener(scheduler, self._results, self.failures, log=log, storage=storage, clock=clock)
-        self._settler = Settler(scheduler, self._results, self.failures, log=log, storage=storage, clock=clock)
+        self._settler = Settler(
+            scheduler, self._results, self.failures, self.node_faults, log=log, storage=storage, clock=clock
+        )
         self._polling = scheduler_waits(scheduler.poll_interval_s)
         self._next_poll = 0.0
         self._queue_words: dict[Submission, str] = {}
@@ -137,6 +142,8 @@ class Driver:
         if not active:
             self._next_poll = now + interval_s
             return
+        if sick_nodes := self.node_faults.sick_nodes:
+            self._scheduler.keep_from(active, sick_nodes)
         try:
             poll = self._scheduler.poll(active)
             unanswered = poll.unreachable
@@ -186,7 +193,15 @@ class Driver:
         # Without its spec nothing of it was submitted, and nobody will.
         if submitting is not None and os.path.exists(submitting.spec_file):
             submitted[submitting] = None
-        self._scheduler.cancel([submission for submission in submitted if not self._is_waited_for(submission)])
+        cancelled = [submission for submission in submitted if not self._is_waited_for(submission)]
+        if not cancelled:
+            return
+        try:
+            self._scheduler.cancel(cancelled)
+        except SchedulerError as e:
+            self._log.error(f"terminated, and its jobs may go on: {e}")
+            raise
+        self._log.info(f"nothing runs any more of {', '.join(described(self._scheduler, s) for s in cancelled)}")
 
     def _is_waited_for(self, submission: Submission) -> bool:
         """Whether another run waits for a job; says what becomes of it."""

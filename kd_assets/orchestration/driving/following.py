@@ -45,6 +45,8 @@ class TaskReport:
     """Where each earlier attempt ran, and why it ended as far as the task itself can tell."""
     usage: Mapping[str, Any] = field(default_factory=dict)
     """What the last attempt used, as it last said."""
+    load_s: float | None = None
+    """How long the last attempt that loaded a model took for it."""
     token_budgets: dict[str | None, int] = field(default_factory=dict)
     """Partition → the token budget that the last attempt came down to in it; None → what it began with."""
 
@@ -57,6 +59,8 @@ class TaskReport:
         match event.type:
             case "task_started":
                 self._start(event)
+            case "teacher_loaded":
+                self.load_s = data.get("load_s")
             case "partition_failed":
                 self.errors[data["partition_key"]] = PartitionError(
                     name=data["error"], message=data["message"], while_loading=data.get("during") == "load"
@@ -138,6 +142,8 @@ class FollowedJob:
     """Task → durable files of its results when this run began to follow it."""
     failures: Counter[FailureClass] = field(default_factory=Counter)
     """Why partitions were left without a result by its tasks."""
+    faulty_nodes: Counter[str] = field(default_factory=Counter)
+    """Node → how many of its tasks met a fault there."""
     _tail: EventTail = field(init=False)
     _ending: set[int] = field(default_factory=set)
     """Tasks that may have ended, from what was read or seen last; not all of these have."""

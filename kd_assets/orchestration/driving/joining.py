@@ -22,10 +22,10 @@ from kd_assets.errors import (
 )
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.results import Look, Results
-from kd_assets.orchestration.driving.settling import n_durable_files
+from kd_assets.orchestration.driving.settling import left_out_in_words, n_durable_files
 from kd_assets.orchestration.driving.waiting import Log, Storage, Waits, scheduler_waits, storage_waits
 from kd_assets.orchestration.planned_work import PlannedWork
-from kd_assets.orchestration.retries import Asked, FailureClass
+from kd_assets.orchestration.retries import Asked, FailureClass, NodeFaults
 from kd_assets.scheduler import JobSpec, Scheduler, Submission, spread, submission_key
 from kd_assets.scheduler.submissions import followed_by, is_cancelled
 
@@ -97,6 +97,7 @@ class Joiner:
         *,
         concurrency: int,
         make_job_file: MakeJobFile,
+        node_faults: NodeFaults,
         marks: FollowerMarks,
         log: Log,
         storage: Storage,
@@ -104,6 +105,7 @@ class Joiner:
     ) -> None:
         self._work, self._recipe, self._scheduler, self._results = work, recipe, scheduler, results
         self._concurrency, self._make_job_file, self._marks = concurrency, make_job_file, marks
+        self._node_faults = node_faults
         self._log, self._storage, self._clock = log, storage, clock
         self._pending: dict[Asked, _Pending] = {}
         self._not_joined: set[Submission] = set()
@@ -146,7 +148,8 @@ class Joiner:
             elif self._storage.failed(pending, e):
                 self._give_up(pending, FailureClass.WORK, f"no job can be started: {e}")
         except SchedulerError as e:
-            self._give_up(pending, FailureClass.IMPOSSIBLE, str(e))
+            left_out = left_out_in_words(pending.asked.excluded_nodes, self._node_faults)
+            self._give_up(pending, FailureClass.IMPOSSIBLE, f"{e}{left_out}")
         else:
             pending.waits = scheduler_waits(self._scheduler.poll_interval_s)
             self._storage.reached(pending)

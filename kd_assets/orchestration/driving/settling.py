@@ -7,6 +7,7 @@ decide. Knows no dagster.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,19 @@ from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.results import Look, Results
 from kd_assets.orchestration.driving.tails import log_tail
 from kd_assets.orchestration.driving.waiting import Log, Storage
-from kd_assets.orchestration.retries import Asked, Attempts, FailureClass, Retry, classify, decide
-from kd_assets.scheduler import Scheduler, Submission
+from kd_assets.orchestration.retries import (
+    BLAMES_THE_NODE,
+    NODE_FAULT_STATUSES,
+    Asked,
+    Attempts,
+    FailureClass,
+    NodeFaults,
+    PartitionError,
+    Retry,
+    classify,
+    decide,
+)
+from kd_assets.scheduler import Scheduler, Submission, TaskState
 from kd_assets.scheduler.submissions import is_cancelled
 from kd_assets.store import count_durable_files
 
@@ -60,13 +72,16 @@ class Settler:
         scheduler: Scheduler,
         results: Results,
         failures: Counter[FailureClass],
+        node_faults: NodeFaults,
         *,
         log: Log,
         storage: Storage,
         clock: Callable[[], float],
     ) -> None:
-        """`failures`: where is counted what kept tasks from their results; a task counts once for each class."""
+        """`failures`: where is counted what kept tasks from their results; a task counts once for each class.
+        `node_faults`: the same, by node."""
         self._scheduler, self._results, self._failures = scheduler, results, failures
+        self._node_faults = node_faults
         self._log, self._storage, self._clock = log, storage, clock
         self._attempts: dict[str, Attempts] = {}
         """By partition."""
@@ -74,9 +89,18 @@ class Settler:
         self._retries: dict[Asked, ToRetry] = {}
 
     def take_retries(self) -> dict[Asked, ToRetry]:
-        """What is to be tried again since the last call, by what it asks for."""
-        retries, self._retries = self._retries, {}
+        """What is to be tried again since the last call, by what it asks for: away from all nodes that are left out by
+        now, also for what failed before one of them was."""
+        retries: dict[Asked, ToRetry] = {}
+        for asked, to_retry in self._retries.items():
+            merged = retries.setdefault(self._without_sick_nodes(asked), ToRetry())
+            merged.paths |= to_retry.paths
+            merged.tasks |= to_retry.tasks
+        self._retries = {}
         return retries
+
+    def _without_sick_nodes(self, asked: Asked) -> Asked:
+        return dataclasses.replace(asked, excluded_nodes=asked.excluded_nodes | self._node_faults.sick_nodes)
 
     def settle(self, job: FollowedJob) -> None:
         """See what became of each task of a job that has ended. Call it when all that its tasks said is read."""
@@ -149,33 +173,51 @@ class Settler:
     def _settle_partition(self, ended: _Ended, partition_key: str, paths: Sequence[str]) -> FailureClass:
         """Try the missing results of one partition again, or give them up; returns what kept it from them."""
         job, task, report, state = ended.job, ended.task, ended.job.reports[ended.task], ended.job.state(ended.task)
-        error = report.errors.get(partition_key)
-        has_begun = report.attempt >= 0 or bool(ended.log_tail)
-        failure = classify(state, report.last_word, error, said_anything=has_begun)
+        error, node = report.errors.get(partition_key), state.node or report.node
+        has_begun = report.attempt >= 0
+        said_anything = has_begun or bool(ended.log_tail)
+        failure = classify(state, report.last_word, error, said_anything=said_anything, has_begun=has_begun)
         if failure is FailureClass.CANCELLED and ended.is_cancelled_by_us:
             failure = FailureClass.INTERRUPTED
+        words = _what_happened(task, state, error)
+        if failure in BLAMES_THE_NODE and node:
+            self._note_fault(ended, node, failure, words)
         asked, attempts = asked_of(job), self._attempts.get(partition_key, Attempts())
         decision = decide(
             failure,
             asked,
             attempts,
             n_parts=attempts.n_parts + ended.n_new_files,
-            node=state.node or report.node,
+            node=node,
             token_budget=report.token_budget(partition_key),
         )
-        words = (
-            f"{error.name}: {error.message}" if error is not None else f"task {task} {state.task_id}: {state.reason}"
-        )
+        on_node = f", on node {node}" if node and node not in words.split() else ""
         if isinstance(decision, Retry):
             self._retry(ended, partition_key, paths, decision)
-            changes = changes_in_words(asked, decision.asked)
-            self._log.warning(f"{partition_key}: {failure.value} ({words}); tried again{changes}")
+            changes = changes_in_words(asked, self._without_sick_nodes(decision.asked))
+            self._log.warning(f"{partition_key}: {failure.value} ({words}{on_node}); tried again{changes}")
         else:
             why = f"; {decision.why}" if decision.why else ""
-            self._log.error(f"{partition_key}: {failure.value}: {words}{why}\n{ended.log_tail}")
+            if failure is FailureClass.TIME_LIMIT:
+                why += _time_in_words(asked, report.load_s)
+            if failure is FailureClass.IMPOSSIBLE:
+                why += left_out_in_words(asked.excluded_nodes | self._node_faults.sick_nodes, self._node_faults)
+            self._log.error(f"{partition_key}: {failure.value}: {words}{on_node}{why}\n{ended.log_tail}")
             for path in paths:
-                self._results.give_up(path, failure, f"{words}{why} (log: {ended.log_file})", ended.log_file)
+                self._results.give_up(path, failure, f"{words}{on_node}{why} (log: {ended.log_file})", ended.log_file)
         return failure
+
+    def _note_fault(self, ended: _Ended, node: str, failure: FailureClass, words: str) -> None:
+        """A node is left out from its second fault on; that is said once."""
+        sick_before = self._node_faults.sick_nodes
+        self._node_faults.note(node, (ended.job.submission, ended.task), words)
+        if (ended.job.submission, ended.task, failure) not in self._counted:
+            ended.job.faulty_nodes[node] += 1
+        for sick in self._node_faults.sick_nodes - sick_before:
+            self._log.warning(
+                f"node {sick} is left out from now on: {self._node_faults.in_words(frozenset({sick}))}. Have it looked "
+                "at; to keep all jobs from it, name it in the profile's `exclude`"
+            )
 
     def _retry(self, ended: _Ended, partition_key: str, paths: Sequence[str], decision: Retry) -> None:
         self._attempts[partition_key] = decision.attempts
@@ -191,6 +233,31 @@ class Settler:
             self._counted.add(key)
             self._failures[failure] += 1
             ended.job.failures[failure] += 1
+
+
+def _what_happened(task: int, state: TaskState, error: PartitionError | None) -> str:
+    if error is not None:
+        return f"{error.name}: {error.message}"
+    words = f"task {task} {state.task_id}: {state.reason}"
+    if state.exit_code in NODE_FAULT_STATUSES:
+        words += f", exit status {state.exit_code}: {NODE_FAULT_STATUSES[state.exit_code]}"
+    return words
+
+
+def _time_in_words(asked: Asked, load_s: float | None) -> str:
+    """What a part that fits into no time limit had, in words that follow the cause."""
+    minutes = asked.resources.time_minutes
+    limit = "the site's time limit" if minutes is None else f"the time limit of {minutes} minutes"
+    loading = "" if load_s is None else f", of which loading took {load_s:.0f} s"
+    return f": {limit}{loading}, is too short for a part. Give the job more `time`, and materialize again"
+
+
+def left_out_in_words(nodes: frozenset[str], faults: NodeFaults) -> str:
+    """Which nodes a request leaves out, in words that follow why it cannot be granted; empty where it does not."""
+    if not nodes:
+        return ""
+    why = faults.in_words(nodes)
+    return f"; it leaves out {', '.join(sorted(nodes))}{f', for tasks failed there: {why}' if why else ''}"
 
 
 def asked_of(job: FollowedJob) -> Asked:

@@ -63,6 +63,7 @@ def job_observation(
             "tasks": _table(rows),
             "interruptions": failures_in_words(interruptions) or "none",
             "failures": failures_in_words(failures) or "none",
+            "nodes_at_fault": ", ".join(f"{node} × {n}" for node, n in sorted(job.faulty_nodes.items())) or "none",
             "job_folder": dg.MetadataValue.path(str(job.submission.folder)),
             "logs": dg.MetadataValue.url(job.submission.log_folder.absolute().as_uri()),
         },

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
@@ -131,6 +131,9 @@ class LocalScheduler:
     def submitted_at(self, submission: Submission) -> float:
         with storage_errors(submission.spec_file, "look at"):
             return submission.spec_file.stat().st_mtime
+
+    def keep_from(self, submissions: Sequence[Submission], nodes: Iterable[str]) -> None:
+        """Nothing: there is one node."""
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         """TERM to every process of the jobs, KILL to what is left after the kill wait; returns once they are gone.

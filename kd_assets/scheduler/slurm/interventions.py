@@ -6,13 +6,14 @@ Only for jobs that somebody follows: who merely looks does none of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from kd_assets.durable import storage_errors
 from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnreachableError, StorageUnavailableError
 from kd_assets.scheduler.job import Ending, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.commands.client import Slurm
+from kd_assets.scheduler.slurm.commands.parsing import QueueRow
 from kd_assets.scheduler.slurm.commands.states import is_bad_node, is_held_launch, is_impossible_wait
 from kd_assets.scheduler.slurm.queue import Queue
 from kd_assets.scheduler.slurm.records import KnownJob
@@ -101,6 +102,55 @@ class Interventions:
         job.notices.append(
             f"task {task} ({before.task_id}) was requeued: its node {before.node} is {word} and is excluded from now on"
         )
+
+    # ------------------------------------------------------------------ nodes that are at fault
+
+    def keep_from_nodes(self, job: KnownJob, states: Mapping[int, TaskState], queue: Queue) -> None:
+        """Keep the tasks that wait from the nodes of `KnownJob.keep_from`, all of an array with one question and one
+        command, and each that was put back into the queue by itself: it may be kept from nodes of its own."""
+        arrays = arrays_by_task(job.arrays, queue)
+        groups: dict[tuple[int, int | None], list[tuple[int, QueueRow]]] = {}
+        """Array, and a task that is by itself → waiting tasks with their rows."""
+        for task, state in states.items():
+            array = arrays.get(task)
+            is_kept = job.keep_from <= job.kept_from.get(task, frozenset())
+            row = None if array is None or is_kept else queue.find(array, task)
+            if row is None or row.state != "PENDING" or state.phase is not TaskPhase.PENDING:
+                continue
+            own = (row.job_id, None if row.restarts == 0 and task not in job.failed_nodes else task)
+            groups.setdefault(own, []).append((task, row))
+        for group in groups.values():
+            self._keep_from(job, group)
+
+    def _keep_from(self, job: KnownJob, group: Sequence[tuple[int, QueueRow]]) -> None:
+        nodes = ", ".join(sorted(job.keep_from))
+        try:
+            self._slurm.exclude(group[0][1].task_id, sorted(job.keep_from), of=task_list([r for _, r in group]))
+        except SchedulerMisusedError:
+            raise
+        except SchedulerUnreachableError as e:  # tried again at the next look
+            job.tell_once("keep_from", f"what waits could not be kept from {nodes} yet: {e}")
+            return
+        except SchedulerError as e:  # some were started meanwhile, or no node would be left
+            job.tell_once("keep_from", f"not all that waits could be kept from {nodes}: {e}")
+        else:
+            job.notices.append(f"{len(group)} waiting tasks are kept from {nodes}, where tasks failed")
+        job.kept_from |= dict.fromkeys((task for task, _ in group), job.keep_from)
+
+
+def task_list(rows: Sequence[QueueRow]) -> str:
+    """Tasks of one array as scontrol takes them: `14_3`, `14_[0-2,7]`."""
+    indices = sorted(row.index for row in rows if row.index is not None)
+    if len(rows) == 1 or not indices:
+        return rows[0].task_id
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    words = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{rows[0].job_id}_[{words}]"
 
 
 def _requeued(job: KnownJob, tasks: Mapping[int, TaskState]) -> dict[int, TaskState]:

@@ -38,6 +38,8 @@ class Array:
     """Why it is not and will not be in the queue, in SLURM's words; its tasks are to be submitted again."""
     impossible: bool = False
     """The refusal is one that time will not change."""
+    unclear: bool = False
+    """The refusal is in words that we do not know: time may change it."""
     absent: bool = False
     """The refusal is our guess: sbatch gave no answer, and the cluster did not know the job for a while."""
 
@@ -76,6 +78,10 @@ class KnownJob:
         self.ran_on: dict[int, TaskState] = {}
         """Task → what was known of it when it was last seen running."""
         self.failed_nodes: dict[int, tuple[str, ...]] = {}
+        self.keep_from: frozenset[str] = frozenset()
+        """Nodes that what waits is to stay away from, beside those that were asked for at submission."""
+        self.kept_from: dict[int, frozenset[str]] = {}
+        """Task → of `keep_from`, those that SLURM keeps it from."""
         self.released_at: dict[int, float] = {}
         self.is_over = False
         self.notices: list[str] = []
@@ -165,12 +171,19 @@ class KnownJob:
         write_json(self.submission.answer_file(array.number), {"job_id": job_id, "found": found})
         self._take_in(dataclasses.replace(array, job_id=job_id))
 
-    def write_refusal(self, array: Array, why: str, *, impossible: bool = False, absent: bool = False) -> None:
+    def write_refusal(
+        self, array: Array, why: str, *, impossible: bool = False, unclear: bool = False, absent: bool = False
+    ) -> None:
         """That an array is not in the queue: in SLURM's words, or `absent`, as we conclude.
 
         Raises StorageUnavailableError; the array then counts as one whose answer was lost.
         """
-        refusal: dict[str, Any] = {"refused": why, "impossible": impossible, "absent": absent}
+        refusal: dict[str, Any] = {
+            "refused": why,
+            "impossible": impossible,
+            "unclear": unclear,
+            "absent": absent,
+        }
         write_json(self.submission.answer_file(array.number), refusal)
         self._take_in(dataclasses.replace(array, **refusal))
 

@@ -15,8 +15,9 @@ Four rules, each learnt from how others fail:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd_assets.contract import JobKind
@@ -33,14 +34,14 @@ from kd_assets.scheduler.folder import Submission
 from kd_assets.scheduler.job import AccountedAttempt, JobSpec, Poll, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.accounting import Accounting
 from kd_assets.scheduler.slurm.commands.client import Slurm
-from kd_assets.scheduler.slurm.commands.runners import CommandRunner, command_runner_for
-from kd_assets.scheduler.slurm.commands.states import ending_of
+from kd_assets.scheduler.slurm.commands.runners import CommandRunner, cluster_asked, command_runner_for
+from kd_assets.scheduler.slurm.commands.states import base_state, ending_of, may_come_back
 from kd_assets.scheduler.slurm.interventions import Interventions
 from kd_assets.scheduler.slurm.profile import Profile
-from kd_assets.scheduler.slurm.queue import SharedQueue
+from kd_assets.scheduler.slurm.queue import Queue, SharedQueue
 from kd_assets.scheduler.slurm.records import Array, KnownJob
 from kd_assets.scheduler.slurm.submitter import SlurmSubmitter
-from kd_assets.scheduler.slurm.task_states import explain_by_accounting, states_by_queue
+from kd_assets.scheduler.slurm.task_states import explain_by_accounting, follow_by_id, states_by_queue
 from kd_assets.scheduler.submissions import (
     SubmissionFolders,
     is_cancelled,
@@ -75,7 +76,7 @@ class SlurmScheduler:
         self._folders, self._profile, self._script = SubmissionFolders(jobs_folder), profile, script
         self._clock, self._sleep = clock, sleep
         self._slurm = Slurm(runner or command_runner_for(profile), timeout_s=profile.command_timeout_s)
-        self._queue = SharedQueue(jobs_folder / ".slurm", profile.name, self._slurm, clock)
+        self._queue = SharedQueue(jobs_folder / ".slurm", _queue_name(profile), self._slurm, clock)
         self._accounting = Accounting(self._slurm)
         self._interventions = Interventions(self._slurm, clock=clock, poll_interval_s=profile.poll_interval_s)
         self._submitter = SlurmSubmitter(
@@ -171,14 +172,22 @@ class SlurmScheduler:
                 self._submitter.submit_more(job)
         states = {j: states_by_queue(j, queue, absence_grace_s=self._profile.absence_grace_s) for j in jobs}
         explain_by_accounting(states, queue, self._accounting)
+        follow_by_id(states, queue, self._slurm)
         if acts:
             for job, tasks in states.items():
                 self._interventions.release_or_give_up(job, tasks, queue)
             self._interventions.leave_failed_nodes(states)
+            for job, tasks in states.items():
+                self._interventions.keep_from_nodes(job, tasks, queue)
         for job, tasks in states.items():
             job.remember(tasks)
             self._note_whether_over(job)
         return {job.submission: tasks for job, tasks in states.items()}
+
+    def keep_from(self, submissions: Sequence[Submission], nodes: Iterable[str]) -> None:
+        """See `Scheduler`."""
+        for job in map(self._known, submissions):
+            job.keep_from = job.keep_from.union(nodes)
 
     def _was_seen_to_be_over(self, job: KnownJob) -> bool:
         """By anybody, without a question to the cluster."""
@@ -211,7 +220,8 @@ class SlurmScheduler:
     # ------------------------------------------------------------------ ending
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
-        """scancel; returns once the queue shows none of their tasks alive.
+        """scancel; returns once each of their tasks was seen to end, or the cluster has answered for `absence_grace_s`
+        without it, be it by name, by comment or by id: one that is only not shown for a moment must not go on.
 
         Raises SchedulerUnreachableError when the cluster does not answer for CANCEL_PATIENCE_S, or when what must be
         written cannot be, and SchedulerMisusedError at once. The submissions stay marked, so that nothing more of them
@@ -219,16 +229,17 @@ class SlurmScheduler:
         """
         deadline = self._clock() + CANCEL_PATIENCE_S
         pause_s, next_scancel = CANCEL_POLL_S[0], 0.0
+        seen, alive = _Seen(), dict[str, str]()
         unmarked: Sequence[Submission] = submissions
         while self._clock() < deadline:
             unmarked, trouble = _mark_cancelled(unmarked)
             try:
-                ids, doubt = self._alive(submissions)
+                alive, doubt = self._alive(submissions, seen)
                 trouble = trouble or doubt
-                if ids and self._clock() >= next_scancel:
+                if alive and self._clock() >= next_scancel:
                     next_scancel = self._clock() + SCANCEL_AGAIN_S
-                    self._slurm.cancel(sorted(ids))
-                elif not (ids or trouble):
+                    self._slurm.cancel(sorted(alive))
+                elif not (alive or trouble):
                     return
             except SchedulerUnreachableError as e:
                 trouble = str(e)
@@ -238,7 +249,7 @@ class SlurmScheduler:
             pause_s = min(1.5 * pause_s, CANCEL_POLL_S[1])
         raise SchedulerUnreachableError(
             f"the jobs were asked to end and are not gone after {CANCEL_PATIENCE_S:.0f} s"
-            f"{f': {trouble}' if trouble else ''}. {self._by_hand(submissions)}"
+            f"{f': {trouble}' if trouble else ''}. {_in_words(alive)}{self._by_hand(submissions, alive)}"
         )
 
     def begin_cancelling(self, submissions: Sequence[Submission]) -> None:
@@ -247,17 +258,18 @@ class SlurmScheduler:
         Raises SchedulerUnreachableError when the cluster does not answer.
         """
         _mark_cancelled(submissions)
-        if ids := self._alive(submissions)[0]:
-            self._slurm.cancel(sorted(ids))
+        if alive := self._alive(submissions, _Seen())[0]:
+            self._slurm.cancel(sorted(alive))
 
-    def _by_hand(self, submissions: Sequence[Submission]) -> str:
+    def _by_hand(self, submissions: Sequence[Submission], alive: Iterable[str] = ()) -> str:
         names = ",".join(array.name for s in submissions for array in self._arrays_of(s))
-        return f"By hand: scancel --name={names}"
+        return f"By hand: scancel --name={names}" + "".join(f"; scancel {job_id}" for job_id in sorted(alive))
 
-    def _alive(self, submissions: Sequence[Submission]) -> tuple[set[str], str]:
-        """Ids of the arrays that have a task alive now; and why there may be more; empty where there are not."""
+    def _alive(self, submissions: Sequence[Submission], seen: _Seen) -> tuple[dict[str, str], str]:
+        """Id of each array that has a task alive now, and what that is in; and why there may be more; empty where there
+        are not. `seen`: over all looks of one cancellation."""
         queue = self._queue.ask(max_age_s=0.0)
-        alive: set[str] = set()
+        alive: dict[str, str] = {}
         doubt = ""
         for job in map(self._known, submissions):
             try:
@@ -270,11 +282,39 @@ class SlurmScheduler:
             except (JobFilesUnavailableError, StorageUnavailableError) as e:
                 doubt = str(e)
             for array in job.arrays:
-                rows = queue.rows.get(array.name, {}).values()
-                alive |= {str(r.job_id) for r in rows if ending_of(r.state, r.reason, r.exit_code) is None}
-                if not (array.is_refused or (array.is_answered and queue.at > array.at)):
+                for row in queue.rows.get(array.name, {}).values():
+                    if ending_of(row.state, row.reason, row.exit_code) is None:
+                        alive[str(row.job_id)] = base_state(row.state) + (f" on {row.node}" if row.node else "")
+                if array.is_refused:
+                    continue
+                if not (array.is_answered and queue.at > array.at):
                     doubt = f"whether sbatch has submitted {array.name} is not known yet"
+                elif not self._has_ended_or_is_shown(job, array, queue, seen):
+                    assert array.job_id is not None
+                    if self._slurm.live_indices(array.job_id, job.submission.folder):
+                        alive[str(array.job_id)] = "under another name"
+                        seen.absent_since.pop(array.name, None)
+                    since = seen.absent_since.setdefault(array.name, queue.at)
+                    if queue.at - since < self._profile.absence_grace_s:
+                        doubt = f"SLURM does not show job {array.job_id} ({array.name}), and nobody saw it end"
         return alive, doubt
+
+    def _has_ended_or_is_shown(self, job: KnownJob, array: Array, queue: Queue, seen: _Seen) -> bool:
+        """Whether each task of an array is in the queue, or was seen to end by anybody."""
+        for task in array.tasks:
+            row = queue.find(array, task)
+            if row is not None and ending_of(row.state, row.reason, row.exit_code) is not None:
+                seen.ended.add((array.name, task))
+
+        def unknown() -> list[int]:
+            known = {task for name, task in seen.ended if name == array.name} | job.endings.keys()
+            return [task for task in array.tasks if task not in known and queue.find(array, task) is None]
+
+        if unknown():
+            for last in self._accounting.rows([array]):
+                if ending_of(last.state, last.reason, last.exit_code) is not None and not may_come_back(last.state):
+                    seen.ended.add((array.name, array.first_task + (last.index or 0)))
+        return not unknown()
 
     # ------------------------------------------------------------------ words and files
 
@@ -314,6 +354,28 @@ class SlurmScheduler:
 
     def _known(self, submission: Submission) -> KnownJob:
         return self._jobs.setdefault(submission, KnownJob(submission))
+
+
+def _queue_name(profile: Profile) -> str:
+    """Two processes that ask different clusters do not share an answer."""
+    cluster = cluster_asked(profile)
+    return f"{profile.name}@{cluster}".replace("/", "_") if cluster else profile.name
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the looks of one cancellation have seen so far."""
+
+    ended: set[tuple[str, int]] = field(default_factory=set)
+    """Array and task."""
+    absent_since: dict[str, float] = field(default_factory=dict)
+    """Array that the cluster does not know, without that anybody saw its end → since when."""
+
+
+def _in_words(alive: Mapping[str, str]) -> str:
+    """What still runs, by job id; empty where nothing is known to."""
+    jobs = ", ".join(f"{job_id} ({state})" for job_id, state in sorted(alive.items()))
+    return f"Still there: {jobs}. " if jobs else ""
 
 
 def _mark_cancelled(submissions: Sequence[Submission]) -> tuple[list[Submission], str]:

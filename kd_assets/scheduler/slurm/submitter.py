@@ -8,6 +8,7 @@ cluster has answered without it for a while is the array taken for one that neve
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from kd_assets.scheduler.job import JobSpec, TaskPhase
 from kd_assets.scheduler.slurm.accounting import Accounting
 from kd_assets.scheduler.slurm.commands.client import Slurm, sbatch_argv
 from kd_assets.scheduler.slurm.commands.parsing import Accepted, Refused, SubmitAnswer
+from kd_assets.scheduler.slurm.commands.runners import FOR_COMMANDS_ONLY
 from kd_assets.scheduler.slurm.profile import Profile
 from kd_assets.scheduler.slurm.queue import Queue
 from kd_assets.scheduler.slurm.records import Array, KnownJob
@@ -30,6 +32,9 @@ from kd_assets.scheduler.submissions import is_cancelled
 
 PACE_S = (30.0, 300.0)
 """First and longest wait after the site refused further jobs."""
+UNCLEAR_PATIENCE_S = 1800.0
+"""How long a refusal in words that we do not know is tried again: a controller whose disk is full, or whose
+configuration is being changed, is mended in that time or by somebody who wants to be told."""
 REPLY_GRACE_S = 15.0
 """How long after an sbatch without an answer its job may still turn up: a busy controller works off its queue."""
 
@@ -101,10 +106,20 @@ class SlurmSubmitter:
         """What every task sources before it starts."""
         return (
             "# Sourced by slurm/task.sbatch: the compute environment, then the cluster profile's own lines.\n"
+            f"unset {' '.join(FOR_COMMANDS_ONLY)}\n"
             f"export KD_PYTHON={shlex.quote(self._python)}\n"
             f"export KD_N_PROCESSES={spec.resources.n_processes}\n"
+            # What the worker must see of them there (`kd_assets.worker.given_gpus`).
+            f"export KD_GPUS_PER_NODE={spec.resources.gpus_per_node or 0}\n"
+            f"{self._time_limit(spec)}"
             f"{self._profile.setup.rstrip()}\n"
         )
+
+    def _time_limit(self, spec: JobSpec) -> str:
+        """For the words of a task that its time never suffices for (`kd_assets.worker.attempt.no_progress`)."""
+        if spec.resources.time_minutes is None:
+            return ""
+        return f"export KD_TIME_LIMIT_S={60 * spec.resources.time_minutes} KD_SIGNAL_S={self._profile.signal_s}\n"
 
     def _alone(self, job: KnownJob, act: Callable[[], None]) -> None:
         """Act as the only process that submits for it, and with what the one before it wrote; never waits for another.
@@ -151,17 +166,19 @@ class SlurmSubmitter:
                 return
             first, size = next(_chunks(left, chunk))
             answer = self._sbatch(job, first, size)
-            pace.is_limited |= isinstance(answer, Refused)
+            pace.is_limited |= isinstance(answer, Refused) and answer.kind == "pace"
             if isinstance(answer, Accepted):
                 pace.wait_s, pace.chunk = PACE_S[0], min(2 * pace.chunk, self._slurm.max_array_size())
             elif isinstance(answer, Refused) and answer.kind == "impossible":
                 job.notices.append(f"SLURM refuses {len(left)} tasks: {answer.text}")
+            elif isinstance(answer, Refused) and job.arrays[-1].impossible:
+                job.notices.append(f"{job.arrays[-1].refused}; {len(left)} tasks are given up")
             elif isinstance(answer, Refused) and size > 1 and answer.is_submit_limit:
                 pace.chunk = size // 2
             elif isinstance(answer, Refused):
+                why = "refuses, and may take later" if answer.kind == "unclear" else "takes no more jobs now"
                 job.notices.append(
-                    f"SLURM takes no more jobs now ({answer.text}); {len(left)} tasks wait, next try in "
-                    f"{pace.wait_s:.0f} s"
+                    f"SLURM {why} ({answer.text}); {len(left)} tasks wait, next try in {pace.wait_s:.0f} s"
                 )
                 pace.not_before = self._clock() + pace.wait_s
                 pace.wait_s = min(2 * pace.wait_s, PACE_S[1])
@@ -192,7 +209,9 @@ class SlurmSubmitter:
         spec, number = job.spec, len(job.arrays) + 1
         name = f"{spec.name}-{job.submission.folder.name}.{number}-{secrets.token_hex(4)}"
         array = Array(number=number, name=name, first_task=first, n_tasks=size, at=self._clock())
-        argv = self._argv(job.submission, spec, array)
+        keep_from = job.keep_from
+        excluded = tuple(sorted(keep_from.union(spec.excluded_nodes)))
+        argv = self._argv(job.submission, dataclasses.replace(spec, excluded_nodes=excluded), array)
         job.write_intent(array, argv)
         try:
             answer = self._slurm.submit(argv)
@@ -200,9 +219,16 @@ class SlurmSubmitter:
             job.write_refusal(array, str(e), impossible=True)
             raise
         if isinstance(answer, Accepted):
+            job.kept_from |= dict.fromkeys(array.tasks, keep_from)
             job.write_acceptance(array, answer.job_id)
         elif isinstance(answer, Refused):
-            job.write_refusal(array, answer.text, impossible=answer.kind == "impossible")
+            is_unclear = answer.kind == "unclear"
+            refused_for_s = array.at - _unclear_since(job, array)
+            if is_unclear and refused_for_s >= UNCLEAR_PATIENCE_S:
+                why = f"{answer.text} (so it has said for {refused_for_s / 60:.0f} minutes)"
+                job.write_refusal(array, why, impossible=True)
+            else:
+                job.write_refusal(array, answer.text, impossible=answer.kind == "impossible", unclear=is_unclear)
         return answer
 
     def _argv(self, submission: Submission, spec: JobSpec, array: Array) -> list[str]:
@@ -222,6 +248,17 @@ class SlurmSubmitter:
             ],
             folder=submission.folder,
         )
+
+
+def _unclear_since(job: KnownJob, array: Array) -> float:
+    """When the unclear refusals began that `array` is the last of."""
+    since = array.at
+    for earlier in reversed(job.arrays):
+        if earlier.number != array.number:
+            if not earlier.unclear:
+                break
+            since = earlier.at
+    return since
 
 
 def _chunks(tasks: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from kd_assets.scheduler.job import Ending, TaskPhase, TaskState
 from kd_assets.scheduler.slurm.accounting import Accounting
+from kd_assets.scheduler.slurm.commands.client import Slurm
 from kd_assets.scheduler.slurm.commands.parsing import AccountingRow, QueueRow
 from kd_assets.scheduler.slurm.commands.states import RUNNING_STATES, base_state, ending_of, may_come_back
 from kd_assets.scheduler.slurm.queue import Queue
@@ -56,6 +57,29 @@ def explain_by_accounting(
             continue
         if not (may_come_back(row.state) and queue.at - job.unseen_since[task] < REQUEUE_GRACE_S):
             states[job][task] = ended_state(row, ending)
+
+
+def follow_by_id(states: Mapping[KnownJob, dict[int, TaskState]], queue: Queue, slurm: Slurm) -> None:
+    """Before a task is called lost, its job's id is asked after: somebody may have changed both name and comment. What
+    lives under it keeps its last known state. Asked only for what would be lost."""
+    for job, tasks in states.items():
+        arrays = arrays_by_task(job.arrays, queue)
+        lost: dict[int, list[int]] = {}
+        for task, state in tasks.items():
+            if state.ending is Ending.LOST and task not in job.endings:
+                lost.setdefault(arrays[task].number, []).append(task)
+        for array in job.arrays:
+            if array.number not in lost or array.job_id is None:
+                continue
+            live = slurm.live_indices(array.job_id, job.submission.folder)
+            for task in lost[array.number]:
+                if task - array.first_task in live or None in live:
+                    tasks[task] = job.states.get(task) or TaskState(phase=TaskPhase.PENDING, reason="submitted")
+                    job.tell_once(
+                        "renamed",
+                        f"SLURM job {array.job_id} has another name and comment than {array.name} was submitted "
+                        "with: it is followed by its id",
+                    )
 
 
 def arrays_by_task(arrays: Sequence[Array], queue: Queue) -> dict[int, Array]:

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
+from kd_assets.orchestration.driving.following import FollowedJob
 from kd_assets.orchestration.driving.waiting import LONGEST_BACKOFF_S
 from kd_assets.orchestration.retries import FailureClass
 from kd_assets.scheduler import Ending, JobSpec, Submission, TaskPhase
-from kd_assets.scheduler.submissions import followed_by, followers, mark_cancelled
+from kd_assets.scheduler.submissions import followed_by, followers, mark_cancelled, read_spec
 from kd_assets_tests.orchestration.driving.world import RUN_ID, START, World, interrupt
 
 # Submitting and following
@@ -262,6 +263,11 @@ ROWS = (
         words="tried again, without node node7",
     ),
     Row(
+        FailureClass.NODE_FAULT,
+        ending(Ending.EXITED, exit_code=127, node="node8"),
+        words="is a mount missing?, on node node8); tried again",
+    ),
+    Row(
         FailureClass.HOST_MEMORY,
         ending(Ending.HOST_MEMORY),
         asks=lambda spec: spec.resources.memory_gib,
@@ -286,7 +292,12 @@ ROWS = (
     Row(FailureClass.HELD, ending(Ending.HELD, reason="launch failed twice"), is_retried=False, words="launch failed"),
     Row(FailureClass.IMPOSSIBLE, ending(Ending.IMPOSSIBLE), is_retried=False),
     Row(FailureClass.CANCELLED, ending(Ending.CANCELLED), is_retried=False),
-    Row(FailureClass.WORK, failing("TeacherError"), is_retried=False, words="TeacherError: so it is (log: "),
+    Row(
+        FailureClass.WORK,
+        failing("TeacherError"),
+        is_retried=False,
+        words="TeacherError: so it is, on node node1 (log: ",
+    ),
 )
 
 
@@ -318,6 +329,114 @@ def test_what_a_failed_task_left_is_tried_again_or_given_up_by_its_class(world: 
         ]
         log_file = world.scheduler.log_file(world.scheduler.submitted[0], 0)
         assert all(row.words in f.cause and str(log_file) in f.cause and f.log_file == log_file for f in driver.failed)
+
+
+def test_a_node_is_left_out_after_its_second_fault_and_all_is_made_elsewhere(tmp_path: Path) -> None:
+    """A node without its mount is free again at once, and would be given one task after the other."""
+    world = World(tmp_path, [f"p{i}" for i in range(6)])
+
+    def on_n1(job: Submission, task: int) -> None:
+        kept_from = world.scheduler.kept_from.get(job, set()) | set(read_spec(job).excluded_nodes)
+        if "n1" not in kept_from:
+            world.end(job, task=task, node="n1", exit_code=127)
+        else:
+            world.set_state(job, task, TaskPhase.RUNNING, node="n2")
+            world.at(1, lambda: finishes(job, task))
+
+    def finishes(job: Submission, task: int) -> None:
+        world.say(job, "task_started", task, slurm_nodelist="n2")
+        for output in FollowedJob.of(job).outputs_of(task):
+            world.commit_and_say(job, Path(output.path).parent.name, task)
+        world.end(job, task=task, exit_code=0, node="n2")
+
+    def script(job: Submission) -> None:
+        for task in range(read_spec(job).n_tasks):
+            world.at(30 * task + 1, partial(on_n1, job, task))
+
+    world.on_each_submission(*[script] * 4)
+    driver = world.run(n_tasks=6)
+    assert driver.failed == []
+    assert driver.failures == {FailureClass.NODE_FAULT: 2}
+    assert driver.node_faults.sick_nodes == {"n1"}
+    assert world.log.count("node n1 is left out from now on: n1 (2 faults; the last: task") == 1
+    assert world.scheduler.kept_from[world.scheduler.submitted[0]] == {"n1"}, "also what waited already"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("RuntimeError", "CUDA error: uncorrectable ECC error encountered"),
+        ("AcceleratorError", "CUDA error: no CUDA-capable device is detected"),
+        ("RankLostError", "rank 1: RuntimeError: CUDA error: uncorrectable ECC error encountered"),
+        ("NVMLError_DriverNotLoaded", "Driver Not Loaded"),
+        ("NodeFaultError", "4 GPUs were given and none is seen"),
+    ],
+)
+def test_what_a_task_reports_of_a_broken_node_is_tried_again_elsewhere(world: World, error: str, message: str) -> None:
+    def fails(job: Submission) -> None:
+        world.say(job, "task_started")
+        for key in ("p0", "p1"):
+            world.say(job, "partition_failed", partition_key=key, error=error, message=message)
+        world.say(job, "task_finished", status="failed")
+
+    world.on_each_submission(fails, fails, world.work_through)
+    driver = world.run()
+    assert driver.failures == {FailureClass.NODE_FAULT: 2}, "once for a task, however many partitions it had"
+    assert [spec.excluded_nodes for spec in world.specs()] == [(), (), ("node1",)]
+
+
+def test_a_node_that_cannot_launch_tasks_is_left_out_by_what_waits_too(world: World) -> None:
+    """As where the folder of the logs is not mounted: SLURM itself cannot begin the script."""
+
+    def first(job: Submission) -> None:
+        world.end(job, Ending.LAUNCH_FAILURE, 0, node="n1")
+        world.end(job, Ending.LAUNCH_FAILURE, 1, node="n1")
+        world.at(60, lambda: world.work_through(job))
+
+    world = World(world.store.parents[1] / "another", [f"p{i}" for i in range(3)])
+    world.on_each_submission(first, world.work_through)
+    driver = world.run(n_tasks=3)
+    assert driver.node_faults.sick_nodes == {"n1"}
+    assert world.scheduler.kept_from[world.scheduler.submitted[0]] == {"n1"}
+
+
+def test_what_every_node_lacks_ends_with_a_message_that_says_so(world: World) -> None:
+    def on(node: str) -> Callable[[Submission], object]:
+        return lambda job: world.end(job, node=node, exit_code=127)
+
+    world.on_each_submission(on("n1"), on("n1"), on("n2"), on("n3"))
+    driver = world.run()
+    assert len(world.scheduler.submitted) == 4
+    assert "failed so on 3 nodes (n1, n2, n3)" in driver.failed[0].cause
+    assert ", on node n3" in driver.failed[0].cause
+
+
+def test_what_the_only_node_there_is_lacks_ends_after_three_starts(world: World) -> None:
+    """As on a laptop, where nothing can be left out."""
+    world.on_each_submission(*[lambda job: world.end(job, node="n1", exit_code=127)] * 3)
+    driver = world.run()
+    assert "failed so 3 times on n1 and was given no other node" in driver.failed[0].cause
+
+
+def test_a_request_that_leaves_no_node_says_which_were_left_out_and_why(world: World) -> None:
+    def refused(job: Submission) -> None:
+        raise SchedulerError("Requested node configuration is not available")
+
+    sick: Callable[[Submission], object] = lambda job: world.end(job, node="n1", exit_code=126)  # noqa: E731
+    world.on_each_submission(sick, sick, refused)
+    driver = world.run()
+    assert "not available; it leaves out n1, for tasks failed there: n1 (2 faults" in driver.failed[0].cause
+
+
+def test_a_part_that_no_time_limit_suffices_for_is_given_up_with_the_numbers(world: World) -> None:
+    def too_short(job: Submission) -> None:
+        world.say(job, "task_started")
+        world.say(job, "teacher_loaded", load_s=41.3)
+        world.end(job, Ending.TIME_LIMIT)
+
+    world.on_each_submission(*[too_short] * 3)
+    driver = world.run()
+    assert "the site's time limit, of which loading took 41 s, is too short for a part" in driver.failed[0].cause
 
 
 def test_a_smaller_token_budget_reaches_the_tasks(world: World) -> None:
@@ -572,6 +691,23 @@ def test_a_termination_cancels_the_jobs_that_nobody_else_waits_for(world: World)
     assert world.scheduler.cancelled == [ours]
     assert "goes on: run another-run waits for it, too" in world.log
     assert world.log.count("terminated: cancelling") == 1
+
+
+def test_a_termination_says_what_still_runs_and_that_nothing_does(world: World) -> None:
+    def stays(submissions: object) -> None:
+        raise SchedulerUnreachableError("the jobs are not gone. Still there: 14 (COMPLETING on n1)")
+
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.at(20, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert "info nothing runs any more of fake job 0001" in world.log
+    world.scheduler.cancel = stays  # type: ignore[method-assign]
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.at(20, interrupt)
+    with pytest.raises(SchedulerUnreachableError):
+        world.run()
+    assert "error terminated, and its jobs may go on: the jobs are not gone. Still there: 14 (COMPLETING" in world.log
 
 
 def test_a_process_that_is_stopped_without_its_run_being_terminated_leaves_its_jobs(world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class FakeScheduler:
         self.submitted: list[Submission] = []
         self.cancelled: list[Submission] = []
         self.n_polls = self.n_live = 0
+        self.kept_from: dict[Submission, set[str]] = {}
+        """Job → nodes that what waits of it is to stay away from."""
 
     def deciding(self, recipe: str, kind: JobKind) -> AbstractContextManager[None]:
         return self.folders.deciding(recipe, kind)
@@ -84,6 +86,10 @@ class FakeScheduler:
         self.n_polls += 1
         states = {s: dict(self.states[s]) for s in submissions}
         return Poll(states=states, unreachable=None if self.answers else "it is away")
+
+    def keep_from(self, submissions: Sequence[Submission], nodes: Iterable[str]) -> None:
+        for submission in submissions:
+            self.kept_from.setdefault(submission, set()).update(nodes)
 
     def cancel(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:

@@ -17,12 +17,15 @@ from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.scheduler.slurm.commands.parsing import ACCOUNTING_FIELDS, QUEUE_FIELDS
 from kd_assets.scheduler.slurm.commands.runners import Answer, CommandMissingError
 
-SbatchAnswer = Literal["accepted", "accepted, not said", "not come, not said", "impossible", "pace", "submit limit"]
+SbatchAnswer = Literal[
+    "accepted", "accepted, not said", "not come, not said", "impossible", "pace", "submit limit", "unclear"
+]
 """What becomes of an sbatch: `accepted, not said` is in the queue though its client heard nothing; `not come, not said`
 is not, and its client does not know."""
 
 _REFUSALS = {
     "impossible": "sbatch: error: Batch job submission failed: Invalid partition name specified\n",
+    "unclear": "sbatch: error: Batch job submission failed: I/O error writing script/environment to file\n",
     "pace": "sbatch: error: Batch job submission failed: Resource temporarily unavailable\n",
     "submit limit": "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job "
     "violates accounting/QOS policy (job submit limit, user's size and/or time limits)\n",
@@ -61,6 +64,7 @@ class FakeArray:
     job_id: int
     name: str
     comment: str
+    folder: str
     tasks: dict[int, FakeTask]
 
 
@@ -92,6 +96,8 @@ class FakeCluster:
         """What sacct shows."""
         self.late: list[FakeArray] = []
         """Arrays that the controller has not worked off yet: see `arrives`."""
+        self.hidden: list[FakeArray] = []
+        """Arrays that squeue does not show for now, though they are there."""
         self.node_states: dict[str, str] = {}
         self.asked: list[list[str]] = []
         """Every command line."""
@@ -175,6 +181,7 @@ class FakeCluster:
             job_id=self._last_id,
             name=_option(argv, "job-name"),
             comment=_option(argv, "comment"),
+            folder=_option(argv, "chdir"),
             tasks={index: FakeTask() for index in range(int(last) + 1)},
         )
         if answer == "not come, not said":
@@ -194,6 +201,7 @@ class FakeCluster:
             )
             for job in self.arrays
             for index, task in job.tasks.items()
+            if job not in self.hidden
         ]  # fmt: skip
         lines = ["".join(f"{cell}{separator}" for cell in row) for row in [QUEUE_FIELDS, *rows]]
         return _answer(argv, stdout="\n".join(lines) + "\n")
@@ -232,18 +240,39 @@ class FakeCluster:
             case ["release", task_id]:
                 self._find(task_id).reason = "None"
                 return _answer(argv)
+            case ["--oneliner", "show", "job", job_id] if job_id.isdecimal():
+                return self._show_job(argv, int(job_id))
             case ["--oneliner", "show", "job", task_id]:
                 nodes = ",".join(self._find(task_id).excluded) or "(null)"
                 return _answer(argv, stdout=f"JobId=1 ReqNodeList=(null) ExcNodeList={nodes} NodeList= ")
             case ["update", job, nodes]:
-                task = self._find(job.removeprefix("JobId="))
-                task.excluded = nodes.removeprefix("ExcNodeList=").split(",")
+                for task in self._find_all(job.removeprefix("JobId=")):
+                    task.excluded = nodes.removeprefix("ExcNodeList=").split(",")
                 return _answer(argv)
         raise AssertionError(f"the fake has no answer to {argv}")
+
+    def _show_job(self, argv: Sequence[str], job_id: int) -> Answer:
+        lines = [
+            f"JobId={job_id} ArrayJobId={job_id} ArrayTaskId={index} JobName={job.name} JobState={task.state} "
+            f"WorkDir={job.folder} StdErr=x\n"
+            for job in self.arrays
+            if job.job_id == job_id
+            for index, task in job.tasks.items()
+        ]
+        if not lines:
+            return _answer(argv, stderr="slurm_load_jobs error: Invalid job id specified\n", status=1)
+        return _answer(argv, stdout="".join(lines))
 
     def _sinfo(self, argv: Sequence[str]) -> Answer:
         wanted = _option(argv, "nodes").split(",")
         return _answer(argv, stdout="".join(f"{n}|{self.node_states.get(n, 'idle')}\n" for n in wanted))
+
+    def _find_all(self, words: str) -> list[FakeTask]:
+        """`14_3`, or `14_[0-2,7]`."""
+        job_id, _, indices = words.partition("_")
+        runs = [run.partition("-") for run in indices.strip("[]").split(",")]
+        found = [i for first, _, last in runs for i in range(int(first), int(last or first) + 1)]
+        return [self._find(f"{job_id}_{i}") for i in found]
 
     def _find(self, task_id: str) -> FakeTask:
         job_id, _, index = task_id.partition("_")

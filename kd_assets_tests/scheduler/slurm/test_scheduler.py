@@ -15,7 +15,7 @@ from kd_assets.errors import SchedulerError, SchedulerMisusedError, SchedulerUnr
 from kd_assets.scheduler import Ending, LocalScheduler, Submission, TaskPhase
 from kd_assets.scheduler.slurm.commands.runners import Answer
 from kd_assets.scheduler.slurm.scheduler import CANCEL_PATIENCE_S
-from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S
+from kd_assets.scheduler.slurm.submitter import REPLY_GRACE_S, UNCLEAR_PATIENCE_S
 from kd_assets.scheduler.slurm.task_states import REQUEUE_GRACE_S
 from kd_assets_tests.disks import opened_files
 from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
@@ -87,18 +87,45 @@ def test_what_can_no_longer_be_granted_ends_the_tasks_that_were_not_taken(site: 
     assert [s.ending for s in site.states(submission)[2:]] == [Ending.IMPOSSIBLE, Ending.IMPOSSIBLE]
 
 
-def test_a_site_that_takes_no_more_jobs_is_asked_again_after_longer_and_longer_pauses(site: Site) -> None:
-    site.cluster.next_answers = ["pace"] * 6
-    submission, asked_at = site.submit(), [site.clock.now]
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("pace", "SLURM takes no more jobs now (sbatch: error: "),
+        ("unclear", "SLURM refuses, and may take later (sbatch: error: "),
+    ],
+)
+def test_a_site_that_takes_no_more_jobs_is_asked_again_after_longer_and_longer_pauses(
+    site: Site, answer: SbatchAnswer, words: str
+) -> None:
+    site.cluster.next_answers = [answer] * 6
+    submission, asked_at, notices = site.submit(), [site.clock.now], list[str]()
     while site.cluster.next_answers:
         before = site.cluster.n_asked("sbatch")
-        site.look(submission, after_s=5)
+        notices += site.look(submission, after_s=5).notices
         if site.cluster.n_asked("sbatch") > before:
             asked_at.append(site.clock.now)
     pauses = [after - before for before, after in pairwise(asked_at)]
     assert pauses == [30, 60, 120, 240, 300]
+    assert [words in notice for notice in notices] == [True] * 6
     site.look(submission, after_s=300)
     assert site.state(submission).reason == "Priority"
+
+
+@pytest.mark.parametrize("is_another_process", [False, True])
+def test_a_refusal_in_unknown_words_is_final_after_half_an_hour_in_slurms_words(
+    site: Site, is_another_process: bool
+) -> None:
+    """However many processes have heard it."""
+    site.cluster.next_answers = ["unclear"] * 50
+    submission = site.submit(n_tasks=2)
+    state = site.state(submission)
+    while state.phase is not TaskPhase.ENDED:
+        scheduler = site.process() if is_another_process else None
+        state = site.state(submission, after_s=100, scheduler=scheduler)
+        assert site.clock.now < 1_800_000_000 + 2 * UNCLEAR_PATIENCE_S
+    assert site.clock.now >= 1_800_000_000 + UNCLEAR_PATIENCE_S
+    assert state.ending is Ending.IMPOSSIBLE
+    assert "I/O error writing script/environment to file (so it has said for 3" in state.reason
 
 
 def test_what_there_is_to_say_waits_for_an_answer(site: Site) -> None:
@@ -451,6 +478,42 @@ def test_a_task_that_was_started_elsewhere_before_anybody_looked_names_its_faile
 # ------------------------------------------------------------------ tasks that wait for ever
 
 
+def test_what_waits_is_kept_from_nodes_at_fault_with_one_command_an_array(site: Site) -> None:
+    submission = site.submit(n_tasks=5)
+    site.cluster.runs(1, node="n2")
+    site.scheduler.keep_from([submission], ["n1"])
+    assert site.look(submission).notices == ["4 waiting tasks are kept from n1, where tasks failed"]
+    site.look(submission)
+    assert [argv for argv in site.cluster.asked if argv[:2] == ["scontrol", "update"]] == [
+        ["scontrol", "update", "JobId=1_[0,2-4]", "ExcNodeList=n1"]
+    ]
+    site.cluster.waits(1, "BeginTime", restarts=1)
+    assert site.look(submission).notices == ["1 waiting tasks are kept from n1, where tasks failed"]
+    assert [site.cluster.task(task).excluded for task in range(5)] == [["n1"]] * 5
+
+
+def test_what_is_submitted_later_is_kept_from_nodes_at_fault_too(site: Site) -> None:
+    site.cluster.next_answers = ["pace"]
+    submission = site.submit()
+    site.scheduler.keep_from([submission], ["n1"])
+    site.look(submission, after_s=40)
+    assert [a for a in site.cluster.asked if a[0] == "sbatch"][-1].count("--exclude=n1") == 1
+    site.look(submission)
+    assert site.cluster.n_asked("scontrol") == 1, "the size of arrays only: there was nothing to change"
+
+
+def test_a_cluster_that_does_not_keep_tasks_from_a_node_is_asked_again_and_all_is_followed(site: Site) -> None:
+    submission = site.submit()
+    site.scheduler.keep_from([submission], ["n1"])
+    site.cluster.silent = {"scontrol"}
+    poll = site.look(submission)
+    assert poll.unreachable is None
+    assert "could not be kept from n1 yet" in poll.notices[0]
+    site.cluster.silent = set()
+    site.look(submission)
+    assert site.cluster.task(0).excluded == ["n1"]
+
+
 def test_a_task_whose_launch_failed_is_released_once_and_runs(site: Site) -> None:
     submission = site.submit()
     site.cluster.waits(0, "launch failed requeued held")
@@ -675,6 +738,74 @@ def test_a_job_whose_comment_somebody_changed_is_followed_and_cancelled_by_its_n
     assert site.state(submission, after_s=2 * GRACE_S).phase is TaskPhase.RUNNING
     site.scheduler.cancel([submission])
     assert site.cluster.task(0).state == "CANCELLED by 0"
+
+
+def renamed(site: Site) -> None:
+    """Somebody makes the job their own in every word."""
+    site.cluster.arrays[0].name, site.cluster.arrays[0].comment = "somebody's own", "ask Jo"
+
+
+def test_a_job_whose_name_and_comment_were_changed_is_followed_and_cancelled_by_its_id(
+    without_accounting: Site,
+) -> None:
+    site = without_accounting
+    submission = site.submit(n_tasks=2)
+    site.cluster.runs(0)
+    site.states(submission)
+    renamed(site)
+    notices: list[str] = []
+    for _ in range(4):
+        poll = site.look(submission, after_s=GRACE_S)
+        notices += poll.notices
+        assert [s.phase for s in poll.states[submission].values()] == [TaskPhase.RUNNING, TaskPhase.PENDING]
+    assert ["is followed by its id" in notice for notice in notices] == [True]
+    site.scheduler.cancel([submission])
+    assert [site.cluster.task(i).state for i in (0, 1)] == ["CANCELLED by 0", "CANCELLED by 0"]
+    before = site.clock.now
+    site.process().cancel([submission])
+    assert site.clock.now - before >= GRACE_S, "nobody has seen it end under its own name"
+
+
+def test_a_job_that_somebody_else_has_under_the_same_id_is_left_alone(without_accounting: Site) -> None:
+    """As after a controller that lost its state."""
+    site = without_accounting
+    submission = site.submit()
+    site.states(submission)
+    renamed(site)
+    site.cluster.arrays[0].folder = "/home/jo"
+    site.cluster.runs(0)
+    site.scheduler.cancel([submission])
+    assert site.cluster.task(0).state == "RUNNING"
+    site.look(submission)
+    assert site.state(submission, after_s=2 * GRACE_S).phase is TaskPhase.ENDED
+
+
+def test_a_job_that_squeue_does_not_show_for_a_moment_is_cancelled_when_it_does(without_accounting: Site) -> None:
+    site = without_accounting
+    submission, before = site.submit(), site.clock.now
+    site.cluster.runs(0)
+    site.cluster.hidden = list(site.cluster.arrays)
+    site.cluster.arrays.clear()
+    sleep = site.clock.sleep
+
+    def shown_again(seconds: float) -> None:
+        sleep(seconds)
+        if site.clock.now > before + 20 and site.cluster.hidden:
+            site.cluster.arrays, site.cluster.hidden = site.cluster.hidden, []
+
+    site.clock.sleep = shown_again  # type: ignore[method-assign]
+    site.process().cancel([submission])
+    assert site.cluster.task(0).state == "CANCELLED by 0"
+
+
+def test_what_still_runs_after_cancelling_is_told_with_its_ids(site: Site) -> None:
+    site.cluster.kills_slowly = True
+    submission = site.submit()
+    site.cluster.runs(0, node="n7")
+    with pytest.raises(
+        SchedulerUnreachableError, match=r"Still there: 1 \(COMPLETING on n7\)\. By hand: .*; scancel 1$"
+    ):
+        site.scheduler.cancel([submission])
 
 
 # ------------------------------------------------------------------ accounting

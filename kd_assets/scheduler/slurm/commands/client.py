@@ -27,6 +27,7 @@ from kd_assets.scheduler.slurm.commands.parsing import (
     excluded_nodes,
     hides_an_index,
     parse_accounting,
+    parse_live_indices,
     parse_node_states,
     parse_partitions,
     parse_queue,
@@ -47,6 +48,7 @@ _REFUSALS = (
     "Job/step already completing or completed",
     "Job is no longer pending execution",
     "Invalid user",
+    "Requested node configuration is not available",
 )
 """In the text of the other commands: an answer, and waiting does not change it."""
 
@@ -138,14 +140,25 @@ class Slurm:
         if answer.status != 0:
             raise _no_answer(answer)
 
-    def exclude(self, task_id: str, nodes: Sequence[str]) -> None:
-        """Keep a task that waits from these nodes, too. Raises SchedulerError when it no longer waits."""
+    def exclude(self, task_id: str, nodes: Sequence[str], *, of: str | None = None) -> None:
+        """Keep a task that waits from these nodes, too; or, `of` a list of tasks that are kept from the same nodes as
+        this one, all. Raises SchedulerError when one no longer waits, or when no node would be left."""
         update = f"ExcNodeList={','.join([*self.excluded_nodes(task_id), *nodes])}"
-        self._answer(["scontrol", "update", f"JobId={task_id}", update])
+        self._answer(["scontrol", "update", f"JobId={of or task_id}", update])
 
     def excluded_nodes(self, task_id: str) -> list[str]:
         """Which nodes a task is kept from, as SLURM folds them. Raises SchedulerError for one that it does not know."""
         return excluded_nodes(self._answer(["scontrol", "--oneliner", "show", "job", task_id]).stdout)
+
+    def live_indices(self, job_id: int, folder: Path) -> set[int | None]:
+        """Which tasks live of the job with this id; none where the cluster knows no such job, or one that does not work
+        in `folder`: a controller that lost its state gives ids again, and a name can be changed."""
+        answer = self._run(["scontrol", "--oneliner", "show", "job", str(job_id)])
+        if answer.status != 0:
+            if "Invalid job id" in answer.stderr:
+                return set()
+            raise _no_answer(answer)
+        return parse_live_indices(answer.stdout, str(folder))
 
     def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
         """Node → sinfo's word for it (see `states.is_bad_node`); without those that SLURM does not know."""
@@ -153,11 +166,20 @@ class Slurm:
         return parse_node_states(self._answer(argv).stdout)
 
     def max_array_size(self) -> int:
-        """One more than the largest index of an array. Asked once."""
+        """One more than the largest index of an array, at least 1. Asked once.
+
+        Raises SchedulerError where the cluster forbids arrays.
+        """
         if self._max_array_size is None:
             text = self._answer(["scontrol", "show", "config"]).stdout
             match = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
-            self._max_array_size = int(match[1]) if match else 1001  # SLURM's default
+            size = int(match[1]) if match else 1001  # SLURM's default
+            if size < 1:
+                raise SchedulerError(
+                    f"this cluster forbids job arrays (MaxArraySize={size} in its slurm.conf), and kd_assets submits "
+                    "every job as one: ask its administrators to set MaxArraySize (SLURM's default is 1001)"
+                )
+            self._max_array_size = size
         return self._max_array_size
 
     def partitions(self) -> list[PartitionInfo]:
@@ -204,6 +226,7 @@ def sbatch_argv(
     """
     wanted = spec.resources
     options = {
+        "clusters": profile.clusters,
         "job-name": name,
         "comment": comment,
         "array": array,
@@ -220,20 +243,25 @@ def sbatch_argv(
         "constraint": wanted.constraint,
         "gpus-per-node": wanted.gpus_per_node or None,
         "cpus-per-task": wanted.cpus,
-        "mem": _memory(wanted),
+        **memory_option(wanted),
         "time": wanted.time_minutes,
-        "exclude": ",".join(spec.excluded_nodes) or None,
+        "nodelist": wanted.nodelist,
+        "exclude": ",".join([*filter(None, [wanted.exclude]), *spec.excluded_nodes]) or None,
     }
     flags = ["--requeue", *(["--exclusive"] if wanted.exclusive else [])]
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
     return ["sbatch", "--parsable", *given, *flags, *(wanted.sbatch_options or ()), script, *arguments]
 
 
-def _memory(wanted: Resources) -> str | None:
-    """sbatch's `--mem`. A whole node has all of its memory (0): SLURM alone would give it the site's default."""
+def memory_option(wanted: Resources) -> dict[str, str]:
+    """sbatch's option for memory and its value; none where the site is to say. A whole node has all of its memory (0):
+    SLURM alone would give it the site's default."""
+    if wanted.memory_of == "site":
+        return {}
     if wanted.memory_gib is None:
-        return "0" if wanted.exclusive else None
-    return f"{round(wanted.memory_gib * 1024)}M"
+        return {"mem": "0"} if wanted.exclusive else {}
+    option = "mem" if wanted.memory_of is None else f"mem-per-{wanted.memory_of}"
+    return {option: f"{round(wanted.memory_gib * 1024)}M"}
 
 
 def _new_separator() -> str:

@@ -56,6 +56,19 @@ SUBMIT_LIMITS = ("MaxSubmit", "GrpSubmit", "MaxJobs", "GrpJobs")  # QOSMaxSubmit
 PACE = (*SUBMIT_LIMITS, "temporarily unable to accept job", "Resource temporarily unavailable")
 """In sbatch's text: too many jobs for now. A policy violation that names no such limit is not among them."""
 
+IMPOSSIBLE = re.compile(
+    r"unrecognized option|invalid option|option .*(requires an argument|is ambiguous)|mutually exclusive|"
+    r"invalid .*(specification|specified|value|argument|entry)|specification (invalid|can not be satisfied)|"
+    r"can not be satisfied|Requested node configuration is not available|Requested time limit is invalid|"
+    r"Requested reservation is invalid|More processors requested than permitted|violates accounting/QOS policy|"
+    r"Invalid account or account/partition combination|not permitted to use this partition|"
+    r"Access/permission denied|Invalid user|Unable to open file|Batch script is empty|"
+    r"does not look like a batch script|script contains (a )?NULL|Pathname of a file.* too long|Job size specification",
+    re.IGNORECASE,
+)
+"""In sbatch's text: the request is wrong, or the user may not make it. Any other refusal may pass: the controller
+cannot write its state, is being configured anew, or a plugin of the site's has words of its own."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueueRow:
@@ -145,8 +158,9 @@ class Refused:
     """The controller said no: the job does not exist, or only as a record of its failure."""
 
     text: str
-    kind: Literal["impossible", "pace"]
-    """`pace`: the same request may be accepted once other jobs are gone."""
+    kind: Literal["impossible", "pace", "unclear"]
+    """`pace`: the same request may be accepted once other jobs are gone. `unclear`: words that we do not know, so the
+    same request may be accepted later."""
 
     @property
     def is_submit_limit(self) -> bool:
@@ -176,7 +190,8 @@ def read_submit_answer(answer: Answer) -> SubmitAnswer:
     if any(phrase in text for phrase in PACE):
         return Refused(text=text, kind="pace")
     if re.search(r"sbatch: (error|fatal|unrecognized option|invalid option|option )", text):
-        return Refused(text=text, kind="impossible")
+        is_of_the_site = re.search(r"slurm\.conf|configuration file|plugin", text, re.IGNORECASE)
+        return Refused(text=text, kind="impossible" if IMPOSSIBLE.search(text) and not is_of_the_site else "unclear")
     return Unknown(text=text or f"sbatch ended with exit status {answer.status} and no word")
 
 
@@ -256,10 +271,13 @@ def parse_accounting(text: str, separator: str) -> list[AccountingRow]:
 
 
 def parse_partitions(text: str) -> list[PartitionInfo]:
-    """The lines of `sinfo --exact --format` with the fields `PARTITION_FIELDS`."""
+    """The lines of `sinfo --exact --format` with the fields `PARTITION_FIELDS`; others are passed over."""
     found = []
     for line in text.splitlines():
-        state, n_nodes, limit, cpus, memory, gres, name = line.split("|", len(PARTITION_FIELDS) - 1)
+        cells = line.split("|", len(PARTITION_FIELDS) - 1)
+        if len(cells) < len(PARTITION_FIELDS) or not cells[1].isdecimal():
+            continue  # a site's notice, or `CLUSTER: c1`
+        state, n_nodes, limit, cpus, memory, gres, name = cells
         seconds = _duration_s(limit)
         found.append(
             PartitionInfo(
@@ -276,8 +294,9 @@ def parse_partitions(text: str) -> list[PartitionInfo]:
 
 
 def parse_node_states(text: str) -> dict[str, str]:
-    """The lines of `sinfo --Node --format=%N|%T`: one a node and partition."""
-    return {name: state for name, _, state in (line.rpartition("|") for line in text.splitlines())}
+    """The lines of `sinfo --Node --format=%N|%T`: one a node and partition; others are passed over."""
+    found = (re.fullmatch(r"([^\s|]+)\|([^\s|]+)", line.strip()) for line in text.splitlines())
+    return {match[1]: match[2] for match in found if match is not None}
 
 
 def excluded_nodes(text: str) -> list[str]:
@@ -285,6 +304,20 @@ def excluded_nodes(text: str) -> list[str]:
     # The name and the comment of a job come before and after it, and may say the same of themselves.
     match = re.search(r" ReqNodeList=\S+ ExcNodeList=(\S+) ", text)
     return [said] if match and (said := _said(match[1])) else []
+
+
+def parse_live_indices(text: str, folder: str) -> set[int | None]:
+    """Of `scontrol --oneliner show job`: the indices of the tasks that live and whose working folder this is; the index
+    None for a plain job."""
+    found: set[int | None] = set()
+    for line in text.splitlines():
+        state = re.search(r" JobState=(\S+)", line)
+        # No word of a name can be taken for it: a path is whole, and a name comes before it.
+        if state is None or base_state(state[1]) in ENDED_STATES or f" WorkDir={folder} " not in f"{line} ":
+            continue
+        index = re.match(r"JobId=\d+ ArrayJobId=\d+ ArrayTaskId=(\S+)", line)
+        found.update(_indices(index[1]) if index else [None])
+    return found
 
 
 def _queue_rows(row: dict[str, str]) -> Iterator[QueueRow]:
@@ -342,10 +375,13 @@ def _records(text: str, separator: str, n_fields: int) -> Iterator[list[str]]:
 
 
 def _lines(text: str, separator: str, n_fields: int) -> Iterator[list[str]]:
-    """sacct's rows: the separator stands between fields, and a field may hold line ends."""
+    """sacct's rows: the separator stands between fields, and a field may hold line ends. Lines before the first row are
+    passed over."""
     fields: list[str] = []
     for line in text.splitlines(keepends=True):
         first, *others = line.split(separator)
+        if not fields and not others:  # its first field has no line end: this is a site's notice
+            continue
         if fields:
             fields[-1] += first
             fields += others

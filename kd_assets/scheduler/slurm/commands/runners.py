@@ -11,6 +11,7 @@ same environment fixes what the parsers rely on: `SLURM_TIME_FORMAT`, `SLURM_BIT
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shlex
@@ -24,14 +25,25 @@ from typing import IO, Protocol
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.slurm.profile import Profile
 
-KEPT_VARIABLES = ("HOME", "USER", "LOGNAME", "SHELL", "PATH", "LANG", "TZ", "SLURM_CONF")
-"""What SLURM's commands, and through sbatch the jobs, see of the caller's environment."""
+FOR_COMMANDS_ONLY = ("LD_LIBRARY_PATH", "SLURM_JWT")
+"""What SLURM's commands may need of the caller's environment, to be loaded and to be let in. sbatch hands it on to the
+jobs, which begin by forgetting it (see `SlurmSubmitter.environment_text`): the libraries are this machine's, and the
+token is nobody else's."""
+
+KEPT_VARIABLES = ("HOME", "USER", "LOGNAME", "SHELL", "PATH", "LANG", "TZ", "SLURM_CONF", *FOR_COMMANDS_ONLY)
+"""What SLURM's commands, and through sbatch the jobs, see of the caller's environment. Of the rest SLURM_CLUSTERS
+counts, too: see `command_runner_for`."""
 
 OWN_VARIABLES = {
     "SLURM_TIME_FORMAT": "%s",  # seconds since the epoch: no time zone, no hour that comes twice in autumn
     "SLURM_BITSTR_LEN": "0",  # `14_[0-3,7]` is cut after 64 characters otherwise
 }
+_OF_A_CLUSTER = frozenset({"sbatch", "squeue", "sacct", "scancel", "scontrol", "sinfo"})
 CONNECT_TIMEOUT_S = 10
+_NOT_STARTED_FOR_NOW = frozenset(
+    {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETXTBSY, errno.ETIMEDOUT}
+)
+"""A machine that is full of processes, or whose mount with SLURM's programs is away: it passes."""
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _REAP_S = 5.0
 
@@ -140,9 +152,38 @@ class SshRunner:
         return Answer(argv=tuple(argv), status=code, stdout=stdout, stderr=answer.stderr)
 
 
-def command_runner_for(profile: Profile) -> CommandRunner:
-    """Where a profile wants SLURM's commands to run."""
-    return LocalRunner() if profile.ssh is None else SshRunner(profile.ssh, profile.ssh_options)
+def command_runner_for(profile: Profile, environment: Mapping[str, str] = os.environ) -> CommandRunner:
+    """Where a profile wants SLURM's commands to run, and about which cluster: the profile's word, else SLURM_CLUSTERS.
+
+    Raises SchedulerError where that names several: a job would be on any of them, and is looked for on one.
+    """
+    runner = LocalRunner() if profile.ssh is None else SshRunner(profile.ssh, profile.ssh_options)
+    cluster = cluster_asked(profile, environment)
+    if "," in cluster or cluster == "all":
+        raise SchedulerError(
+            f"SLURM_CLUSTERS is {cluster!r}, and a job is followed on one cluster: name it as `clusters` in the "
+            f"profile {profile.name}, or unset SLURM_CLUSTERS where Dagster runs"
+        )
+    return ClusterRunner(runner, cluster) if cluster else runner
+
+
+def cluster_asked(profile: Profile, environment: Mapping[str, str] = os.environ) -> str:
+    """The profile's word, else SLURM_CLUSTERS, which counts on this machine only; empty: SLURM's own."""
+    return profile.clusters or ("" if profile.ssh else environment.get("SLURM_CLUSTERS", ""))
+
+
+class ClusterRunner:
+    """Runs commands about one cluster, whichever SLURM's configuration has in mind."""
+
+    def __init__(self, runner: CommandRunner, cluster: str) -> None:
+        self._runner, self._option = runner, f"--clusters={cluster}"
+
+    def run(self, argv: Sequence[str], *, timeout_s: float) -> Answer:
+        """See `CommandRunner`."""
+        command, *rest = argv
+        says_it = any(word.startswith("--clusters=") for word in rest)
+        about = [] if says_it or command not in _OF_A_CLUSTER or rest == ["--version"] else [self._option]
+        return self._runner.run([command, *about, *rest], timeout_s=timeout_s)
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -199,8 +240,11 @@ def _run(
             ) from e
         except ValueError as e:  # a NUL in an argument
             raise SchedulerError(f"{argv[0]} cannot be run with {argv[1:]!r}: {e}") from e
-        except OSError as e:  # a table of processes that is full, an argument that is too long
-            raise SchedulerError(f"{argv[0]} could not be started: {e}") from e
+        except OSError as e:
+            said_so = f"{argv[0]} could not be started: {e}"
+            if e.errno in _NOT_STARTED_FOR_NOW:
+                raise SchedulerUnreachableError(said_so) from e
+            raise SchedulerError(said_so) from e  # an argument that is too long, a file that is no program
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired as e:

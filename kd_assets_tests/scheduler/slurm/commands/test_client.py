@@ -23,6 +23,7 @@ from kd_assets.scheduler.slurm.commands.parsing import (
     Refused,
     Unknown,
     parse_accounting,
+    parse_node_states,
     parse_partitions,
     parse_queue,
     read_submit_answer,
@@ -410,7 +411,6 @@ def test_an_accepted_job_has_an_id(stdout: str, job_id: int) -> None:
         ("sbatch: error: Batch job submission failed: Invalid feature specification\n", 1),
         ("sbatch: error: Batch job submission failed: Invalid node name specified\n", 1),
         ("sbatch: error: Batch job submission failed: Requested reservation is invalid\n", 1),
-        ("sbatch: error: Batch job submission failed: Required partition not available (inactive or drain)\n", 1),
         ("sbatch: error: Invalid generic resource (gres) specification\n", 1),
         (f"sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed: {POLICY}\n", 1),
         (f"sbatch: error: QOSMaxCpuPerJobLimit\nsbatch: error: Batch job submission failed: {POLICY}\n", 1),
@@ -423,6 +423,23 @@ def test_an_accepted_job_has_an_id(stdout: str, job_id: int) -> None:
 def test_what_waiting_does_not_change_is_impossible(stderr: str, status: int) -> None:
     answer = read_submit_answer(said("", "sbatch", stderr=stderr, status=status))
     assert answer == Refused(text=" ".join(stderr.split()), kind="impossible")
+
+
+@pytest.mark.parametrize(
+    "stderr",
+    [
+        "sbatch: error: Batch job submission failed: I/O error writing script/environment to file\n",
+        "sbatch: error: Batch job submission failed: Required partition not available (inactive or drain)\n",
+        "sbatch: error: Batch job submission failed: Unspecified error\n",
+        "sbatch: error: Batch job submission failed: Requested operation is presently disabled\n",
+        "sbatch: error: Parsing error: NodeNam\nsbatch: fatal: Unable to process configuration file",
+        "sbatch: error: Invalid SlurmdPort value in slurm.conf\n",
+        "sbatch: error: Our site says: come back after the maintenance\n",
+    ],
+)
+def test_a_refusal_in_words_that_nobody_knows_may_pass(stderr: str) -> None:
+    answer = read_submit_answer(said("", "sbatch", stderr=stderr, status=1))
+    assert answer == Refused(text=" ".join(stderr.split()), kind="unclear")
 
 
 @pytest.mark.parametrize("limit", ["QOSMaxSubmitJobPerUserLimit", "AssocMaxSubmitJobLimit", "AssocGrpSubmitJobsLimit"])
@@ -536,6 +553,61 @@ def test_all_options_stand_on_the_command_line() -> None:
         "/data/jobs/demo/0001/job.json",
         "0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("resources", "memory"),
+    [
+        (Resources(memory_gib=2), ["--mem=2048M"]),
+        (Resources(memory_gib=2, memory_of="cpu"), ["--mem-per-cpu=2048M"]),
+        (Resources(memory_gib=2, memory_of="gpu", exclusive=True), ["--mem-per-gpu=2048M"]),
+        (Resources(exclusive=True), ["--mem=0"]),
+        (Resources(exclusive=True, memory_of="site"), []),
+        (Resources(), []),
+    ],
+)
+def test_memory_is_asked_for_by_one_option_or_none(resources: Resources, memory: list[str]) -> None:
+    argv = command_line(dataclasses.replace(SPEC, resources=resources))
+    assert [word for word in argv if word.startswith("--mem")] == memory
+
+
+def test_nodes_that_are_excluded_by_whoever_add_up() -> None:
+    argv = command_line(dataclasses.replace(SPEC, resources=Resources(exclude="n[1-2]", nodelist="n9")))
+    assert "--exclude=n[1-2],n3,n7" in argv
+    assert "--nodelist=n9" in argv
+
+
+def test_a_job_is_sent_to_the_cluster_of_its_profile() -> None:
+    argv = sbatch_argv(
+        profile=Profile(name="site", clusters="c1"),
+        spec=SPEC,
+        name=SPEC.name,
+        comment="",
+        array="0",
+        log_folder=Path("/logs"),
+        script="x",
+        arguments=[],
+        folder=Path("/"),
+    )
+    assert argv[2] == "--clusters=c1"
+
+
+def test_a_cluster_that_forbids_arrays_says_so() -> None:
+    client, _ = slurm(scontrol=said("MaxArraySize            = 0\n", "scontrol"))
+    with pytest.raises(SchedulerError, match=r"forbids job arrays \(MaxArraySize=0 .* ask its administrators to set"):
+        client.max_array_size()
+
+
+NOTICE = "CLUSTER: c1\n*** maintenance | on Friday ***\n\n"
+
+
+def test_a_notice_before_an_answer_is_passed_over() -> None:
+    line = "up|2|infinite|8|4000|gpu:4|batch\n"
+    assert parse_partitions(NOTICE + line) == parse_partitions(line)
+    assert parse_node_states(NOTICE + "n1|idle\nn2|down*\n") == {"n1": "idle", "n2": "down*"}
+    assert accounting(NOTICE + ACCOUNTING) == accounting(ACCOUNTING) != []
+    client, _ = slurm(scontrol=said(NOTICE + "MaxArraySize            = 7\n", "scontrol"))
+    assert client.max_array_size() == 7
 
 
 def test_what_a_job_does_not_ask_for_is_left_to_the_site() -> None:

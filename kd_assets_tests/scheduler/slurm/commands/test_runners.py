@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.scheduler.slurm.commands.runners import (
+    Answer,
     CommandMissingError,
     LocalRunner,
     SshRunner,
@@ -124,6 +126,18 @@ def test_a_word_that_no_command_can_take_is_refused() -> None:
         LocalRunner().run(["echo", "a\0b"], timeout_s=10)
     with pytest.raises(SchedulerError, match="could not be started"):
         LocalRunner().run(["echo", "a" * 3_000_000], timeout_s=10)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+def test_a_machine_that_cannot_start_a_command_for_now_gives_no_answer(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with pytest.raises(SchedulerUnreachableError, match="squeue could not be started"):
+        LocalRunner().run(["squeue"], timeout_s=1)
 
 
 def test_no_answer_in_time_names_the_command_and_the_seconds_and_leaves_no_process() -> None:
@@ -281,6 +295,45 @@ def test_a_profile_says_where_commands_run() -> None:
     assert shlex.join(runner.ssh_argv()) == (
         "ssh -o BatchMode=yes -T -x -p 2222 -o ConnectTimeout=10 -- me@login /bin/sh"
     )
+
+
+@pytest.mark.parametrize(
+    ("clusters", "environment", "expected"),
+    [
+        (None, {}, "sbatch --parsable"),
+        ("c1", {}, "sbatch --clusters=c1 --parsable"),
+        (None, {"SLURM_CLUSTERS": "c2"}, "sbatch --clusters=c2 --parsable"),
+        ("c1", {"SLURM_CLUSTERS": "c2"}, "sbatch --clusters=c1 --parsable"),
+    ],
+)
+def test_every_command_is_about_the_cluster_of_the_profile_or_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, clusters: str | None, environment: dict[str, str], expected: str
+) -> None:
+    asked: list[str] = []
+
+    def run(self: LocalRunner, argv: Sequence[str], *, timeout_s: float) -> Answer:
+        asked.append(shlex.join(argv))
+        return Answer(argv=tuple(argv), status=0, stdout="", stderr="")
+
+    monkeypatch.setattr(LocalRunner, "run", run)
+    runner = command_runner_for(Profile(name="here", clusters=clusters), environment)
+    runner.run(["sbatch", "--parsable"], timeout_s=1)
+    runner.run(["sbatch", "--version"], timeout_s=1)
+    runner.run(["true"], timeout_s=1)
+    assert asked == [expected, "sbatch --version", "true"]
+    for command in ("squeue", "sacct", "scancel", "scontrol", "sinfo"):
+        runner.run([command, "x"], timeout_s=1)
+        assert asked[-1] == expected.replace("sbatch", command).replace("--parsable", "x")
+
+
+def test_several_clusters_in_the_environment_are_refused() -> None:
+    with pytest.raises(SchedulerError, match=r"SLURM_CLUSTERS is 'c1,c2', .* name it as `clusters` in the prof"):
+        command_runner_for(Profile(name="here"), {"SLURM_CLUSTERS": "c1,c2"})
+
+
+def test_what_slurms_commands_need_to_be_loaded_and_let_in_reaches_them() -> None:
+    needed = {"LD_LIBRARY_PATH": "/opt/slurm/lib", "SLURM_JWT": "secret", "SLURM_CONF": "/etc/x.conf"}
+    assert clean_environment(needed).items() >= needed.items()
 
 
 def test_the_clean_environment_keeps_what_jobs_need() -> None:
