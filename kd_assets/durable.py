@@ -137,6 +137,7 @@ def read_patiently(read: Callable[[], T], path: Path, *, sleep: Callable[[float]
 
 def open_file(path: Path) -> io.BufferedReader:
     """The file, open for reading. OSError for anything else under this name: a pipe would be waited at for ever."""
+    require_file(path)  # before it is opened: opening a device may do something
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         _require_file(os.fstat(descriptor).st_mode)
@@ -146,9 +147,24 @@ def open_file(path: Path) -> io.BufferedReader:
         raise
 
 
+def require_file(path: Path) -> None:
+    """Raise OSError for anything but a file under this name: a pipe, a socket, a device, a folder."""
+    _require_file(os.stat(path).st_mode)
+
+
 def _require_file(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENODEV, f"it is no file ({stat.filemode(mode)})")
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENODEV, f"it is {kind} and no file")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def read_if_there(path: Path, *, known: Path | None = None) -> bytes | None:

@@ -18,7 +18,7 @@ from typing import Any
 from kd_assets.durable import open_file, replace_file
 from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
 from kd_assets.locks import locked
-from kd_assets.model_files.reading import open_regular, os_reason
+from kd_assets.model_files.reading import os_reason
 
 CHUNK_BYTES = 1 << 22
 
@@ -120,7 +120,7 @@ def hashed_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int]
     """`cached_sha256`, by reading the file whatever is known of it."""
     with _reading_errors(path):
         real = path.resolve(strict=True)
-        with open_regular(real) as f:
+        with open_file(real) as f:
             before = os.fstat(f.fileno())
             digest = hashlib.sha256()
             while chunk := f.read(CHUNK_BYTES):

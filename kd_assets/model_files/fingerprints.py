@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd_assets.durable import open_file
 from kd_assets.errors import MissingInputError
 from kd_assets.model_files.digests import (
     DigestCache,
@@ -23,7 +24,7 @@ from kd_assets.model_files.digests import (
     hashed_sha256,
     known_sha256,
 )
-from kd_assets.model_files.reading import open_regular, os_reason, read_json
+from kd_assets.model_files.reading import os_reason, read_json
 from kd_assets.model_files.weight_files import INDEX_NAME, weights_read
 
 VOLATILE_KEYS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "_commit_hash"})
@@ -127,7 +128,7 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
 def _refuse_lfs_pointer(path: Path) -> None:
     """A clone made without git-lfs has a small text in the place of each large file."""
     try:
-        with open_regular(path) as f:
+        with open_file(path) as f:
             pointer = f.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError as e:
         raise MissingInputError(f"{path} cannot be read: {os_reason(e)}") from e

@@ -6,12 +6,13 @@ for its writer, and a device has no end.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from kd_assets.durable import open_file, require_file
 from kd_assets.errors import InputError, MissingInputError
 
 MOST_JSON_BYTES = 1 << 28
@@ -22,37 +23,27 @@ MOST_LEVELS = 100
 READ_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".bin"})
 """Of files that transformers may open by itself."""
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file, for reading. Raises MissingInputError, at once, for anything else that has this name."""
-    fd = -1
-    try:
-        _refuse_other_kinds(path, os.stat(path).st_mode)  # before it is opened: opening a device may do something
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        _refuse_other_kinds(path, os.fstat(fd).st_mode)
-        return os.fdopen(fd, "rb")
-    except BaseException:
-        if fd >= 0:
-            os.close(fd)
-        raise
-
 
 def refuse_other_kinds(folder: Path) -> None:
     """Raise MissingInputError, naming it, for a pipe, socket or device in the place of a file that may be read."""
     try:
-        for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
-            if path.suffix in READ_SUFFIXES and path.exists() and not path.is_dir():
-                _refuse_other_kinds(path, path.stat().st_mode)
+        found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     except OSError as e:
         raise MissingInputError(f"the model folder {folder} cannot be read: {os_reason(e)}") from e
+    for path in found:
+        if path.suffix in READ_SUFFIXES:
+            with reading_errors(path, "put the model's own file in its place"):
+                if path.exists() and not path.is_dir():
+                    require_file(path)
+
+
+@contextlib.contextmanager
+def reading_errors(path: Path, why: str) -> Iterator[None]:
+    """Turn an OSError of the block into the MissingInputError that names the file; `why` says what to do."""
+    try:
+        yield
+    except OSError as e:
+        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}; {why}") from e
 
 
 def read_json(path: Path, why: str) -> Any:
@@ -60,11 +51,8 @@ def read_json(path: Path, why: str) -> Any:
 
     Raises MissingInputError for a file that cannot be read, InputError for one that is not JSON or too large or deep.
     """
-    try:
-        with open_regular(path) as file:
-            content = file.read(MOST_JSON_BYTES + 1)
-    except OSError as e:
-        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}; {why}") from e
+    with reading_errors(path, why), open_file(path) as file:
+        content = file.read(MOST_JSON_BYTES + 1)
     if len(content) > MOST_JSON_BYTES:
         raise InputError(f"{path} is larger than {MOST_JSON_BYTES >> 20} MiB; {why}: download it again")
     try:
@@ -96,11 +84,3 @@ def _too_deep(path: Path) -> InputError:
         f"{path} has lists and objects more than {MOST_LEVELS} deep within each other, which no configuration of a "
         "model has: download it again"
     )
-
-
-def _refuse_other_kinds(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise MissingInputError(
-            f"{path} cannot be read: it is {kind} and no file; put the model's own file in its place"
-        )

@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_assets.durable import open_file
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.model_files.reading import open_regular, os_reason
+from kd_assets.model_files.reading import os_reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,7 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        open_regular(path).close()
+        open_file(path).close()
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             return [

@@ -14,7 +14,7 @@ from kd_assets.model_files import digests
 from kd_assets.model_files.digests import DigestCache, hashed_sha256
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
-from kd_assets.model_files.reading import open_regular
+from kd_assets.model_files.reading import read_json
 from kd_assets_tests.model_files.hub_cache import link_blob
 
 
@@ -167,7 +167,7 @@ def test_a_named_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path: P
     with pytest.raises(MissingInputError, match=rf"{name} cannot be read: it is a named pipe and no file"):
         model_folder(str(folder), None)
     (tmp_path / "link").symlink_to(folder / name)
-    for read in (lambda: open_regular(tmp_path / "link"), lambda: hashed_sha256(folder / name, None)):
+    for read in (lambda: read_json(tmp_path / "link", "it says what it is"), lambda: hashed_sha256(folder / name, None)):
         with pytest.raises(MissingInputError, match="it is a named pipe"):
             read()
 

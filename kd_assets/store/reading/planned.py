@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_assets.contract import parse_json
 from kd_assets.durable import mode_if_there, read_if_there
 from kd_assets.errors import CorruptPlanError
 from kd_assets.store.fingerprint import fingerprint
 
 PLAN_FOLDER = "shard_plan"
 PLAN_NAME = "plan.json"
+_SELF_HASH = "plan_sha256"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +45,14 @@ def planned_partitions(recipe_folder: Path) -> PlannedPartitions | None:
     if data is None:
         return None
     try:
-        raw = json.loads(data)
+        raw = parse_json(data)
         input_hashes = {shard["partition_key"]: shard["input_hash"] for shard in raw["shards"]}
-        is_itself = raw["plan_hash"] == _plan_hash(raw)
+        claimed = raw.pop(_SELF_HASH, None)  # plans of earlier versions have none
+        is_itself = raw["plan_hash"] == _plan_hash(raw) and claimed in (None, fingerprint(raw))
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise _corrupt(path, f"{type(e).__name__}: {e}") from e
     if not is_itself or len(input_hashes) != len(raw["shards"]):
-        raise _corrupt(path, "its plan_hash is not that of its shards and sources")
+        raise _corrupt(path, "its hashes are not those of its shards and sources")
     return PlannedPartitions(path=path, plan_hash=raw["plan_hash"], input_hashes=input_hashes)
 
 
