@@ -35,6 +35,7 @@ _KINDS = {
     ),
     "scales of a quantised key-value cache": re.compile(
         r"(^|\.)(self_attn|attn|attention)\.([kqv]|kv|[kqv]_proj|kv_proj|qkv_proj)[._](k_|v_|q_|kv_|output_)?scale$"
+        r"|\.[kv]_cache_scale$"
     ),
     "value head": re.compile(r"^v_head\."),
 }

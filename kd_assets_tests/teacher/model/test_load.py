@@ -155,6 +155,7 @@ def test_layers_that_predict_further_tokens_are_passed_over_and_counted(folder: 
         ("mtp.layers.0.mlp.up_proj.weight", (4, 4), "multi-token prediction"),
         ("vision_tower.blocks.0.weight", (4, 4), "other modalities"),
         ("model.layers.0.self_attn.k_proj.k_scale", (1,), "scales of a quantised key-value cache"),
+        ("model.layers.0.self_attn.v_cache_scale", (1,), "scales of a quantised key-value cache"),
         ("model.layers.0.attn.bias", (1, 1, 8, 8), "attention masks"),
         ("v_head.summary.weight", (1, 4), "value head"),
     ],
