@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kd_assets.errors import EXIT_FAILED, KdAssetsError, MissingInputError, printable
-from kd_assets.store.checking.verify import VerifyReport, verify
+from kd_assets.store.checking.report import VerifyReport
+from kd_assets.store.checking.verify import verify
 from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
 
 EXIT_BROKEN_PIPE = 141

@@ -5,7 +5,8 @@ exists exactly when its manifest does, and what a manifest says about the bytes 
 """
 
 from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all
-from kd_assets.store.checking.verify import Note, Problem, VerifyReport, verify
+from kd_assets.store.checking.report import Note, Problem, VerifyReport
+from kd_assets.store.checking.verify import verify
 from kd_assets.store.fingerprint import (
     FORMAT_VERSION,
     INPUT_KEY,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_assets.store.checking.verify import VerifyReport
+from kd_assets.store.checking.report import VerifyReport
 from kd_assets_tests.campaign import judge as judging
 from kd_assets_tests.campaign.damages import CLASSES, SparedError
 from kd_assets_tests.campaign.judge import Undamaged, Verdict, judge, undamaged

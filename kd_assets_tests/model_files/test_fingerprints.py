@@ -167,7 +167,10 @@ def test_a_named_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path: P
     with pytest.raises(MissingInputError, match=rf"{name} cannot be read: it is a named pipe and no file"):
         model_folder(str(folder), None)
     (tmp_path / "link").symlink_to(folder / name)
-    for read in (lambda: read_json(tmp_path / "link", "it says what it is"), lambda: hashed_sha256(folder / name, None)):
+    for read in (
+        lambda: read_json(tmp_path / "link", "it says what it is"),
+        lambda: hashed_sha256(folder / name, None),
+    ):
         with pytest.raises(MissingInputError, match="it is a named pipe"):
             read()
 

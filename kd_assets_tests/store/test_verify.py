@@ -20,9 +20,10 @@ from kd_assets.errors import MissingInputError, NotCommittedError
 from kd_assets.store import CacheReader, Manifest, commit_file_result, committed, plan_output, read_manifest, verify
 from kd_assets.store.fingerprint import data_version
 from kd_assets.store.layout import recipe_folder_of
-from kd_assets.store.manifest import audit_record, without_non_finite
+from kd_assets.store.manifest import audit_record, without_non_finite, write_head
 from kd_assets.store.partfile import part_suffix, write_table
 from kd_assets_tests.store import examples
+from kd_assets_tests.store.planned import commit, commit_partition, write_plan
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +352,35 @@ def test_what_is_no_file_is_named_and_the_rest_goes_on(filled: Path, name: str, 
     by_path = {problem.path: problem for problem in verify(filled).problems}
     assert len(by_path) >= 2
     assert "move it away" in by_path[path].message
+
+
+def test_what_the_plan_names_and_is_not_there_is_noted_and_the_other_way_round(store: Path) -> None:
+    write_plan(store / "tiny", {"a": "1", "b": "2", "c": "3"})
+    for key, content in (("a", "1"), ("z", "9")):
+        commit_partition(store, key, content)
+    report = verify(store)
+    assert report.ok
+    of_topk = {note.kind: note.message for note in report.notes if note.path.parent.name == "topk_cache"}
+    assert "lacks 2 partitions (b, c) of the 3 that are planned" in of_topk["not_made"]
+    assert "has 1 partition (z) that the plan does not name" in of_topk["not_planned"]
+
+
+def test_plan_that_was_changed_is_found(store: Path) -> None:
+    write_plan(store / "tiny", {"a": "1"})
+    commit_partition(store, "a", "1")
+    plan = store / "tiny" / "shard_plan" / "plan.json"
+    plan.write_text(plan.read_text().replace('"/s.jsonl"', '"/t.jsonl"'))
+    assert found(store) == [("corrupt_plan", plan)]
+
+
+def test_result_that_failed_a_check_is_a_note_and_a_problem_where_it_is_current(store: Path) -> None:
+    commit_partition(store, "a", "1")
+    commit(store, "topk_cache", "a", "x" * 64, passed=False)
+    report = verify(store)
+    assert (report.problems, [note.kind for note in report.notes]) == ((), ["failed_check"])
+    failed = report.notes[0].path
+    write_head(failed, read_manifest(failed).fingerprint)
+    assert found(store) == [("failed_current", failed.parent / "head.json")]
 
 
 DEEP = b"[" * 900 + b"]" * 900

@@ -7,19 +7,21 @@ are still being made, files that are not of the format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from kd_assets.contract import CACHES
 from kd_assets.durable import file_sha256, listing, size_if_there
 from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
+    CorruptPlanError,
     NotCommittedError,
     ObstructedError,
     StoreError,
 )
+from kd_assets.store.checking.report import Note, NoteKind, Problem, ProblemKind, VerifyReport
 from kd_assets.store.checking.rows import (
     MissingParameterError,
     draws_difference,
@@ -51,71 +53,14 @@ from kd_assets.store.manifest import (
     read_manifest,
 )
 from kd_assets.store.partfile import PartFile
-from kd_assets.store.recorded_checks import draws_of
+from kd_assets.store.reading.planned import PLAN_FOLDER, PLAN_NAME, planned_partitions
+from kd_assets.store.recorded_checks import draws_of, failed_check
 from kd_assets.store.schema import hidden_size_of
 
-ProblemKind = Literal[
-    "missing_part",  # a file the manifest lists is not there
-    "truncated_part",  # it is shorter than recorded
-    "grown_part",  # it is longer
-    "changed_part",  # its size is right and its hash is not
-    "unreadable_part",  # its hash is right and it is no table
-    "wrong_schema",  # it is a table of other columns
-    "wrong_documents",  # it has another number of documents than recorded
-    "wrong_tokens",  # it has another number of tokens, or they contradict each other
-    "wrong_draws",  # its random draws are not what the cache's parameters ask for
-    "corrupt_manifest",  # not JSON, changed, or contradicting itself
-    "wrong_identity",  # a manifest whose identity lacks what tells the columns
-    "misplaced_result",  # a manifest under a folder name of another result
-    "corrupt_head",  # a head.json that is none
-    "dangling_head",  # a head.json that points to no committed result
-    "no_head",  # a partition with committed results, none of which is current: readers see none
-    "missing_result",  # committed, as the audit log says, and gone
-    "not_as_audited",  # its manifest is not the one that was committed
-    "unreadable",  # the file system does not let us look
-]
-NoteKind = Literal[
-    "unfinished",  # no manifest: still being made, or killed
-    "interrupted_commit",  # committed, and killed before head, audit line or clean-up
-    "foreign_file",  # not of the format, in a folder of the format
-    "not_audited",  # committed without a line in the recipe's audit log
-]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """Something that is wrong with a file."""
-
-    kind: ProblemKind
-    path: Path
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Note:
-    """Something that is not wrong, and worth a line."""
-
-    kind: NoteKind
-    path: Path
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyReport:
-    """What was looked at and what was found. Totals are of committed results."""
-
-    path: Path
-    n_results: int
-    n_parts: int
-    n_documents: int
-    n_tokens: int
-    n_bytes: int
-    problems: tuple[Problem, ...]
-    notes: tuple[Note, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
+PARTITIONED = ("shards_manifest", *CACHES)
+"""Assets whose partitions are those of the plan."""
+MOST_NAMED = 5
+"""Partitions that a note names one by one."""
 
 
 def verify(path: Path) -> VerifyReport:
@@ -136,6 +81,7 @@ def verify(path: Path) -> VerifyReport:
     verifier.partitions()
     for recipe_folder in recipe_folders:
         verifier.missing(recipe_folder, below=path)
+        verifier.compare_with_plan(recipe_folder, below=path)
     if not verifier.n_seen and not verifier.problems:
         raise NotCommittedError(f"{path} holds no results: give a result folder, a recipe's folder or a store's root")
     return verifier.report(path)
@@ -206,7 +152,10 @@ class _Verifier:
             self._problem("unreadable", folder / MANIFEST_NAME, str(e))
             return
         self._manifests.append(manifest)
-        if self._place(folder, manifest):
+        is_in_place, why = self._place(folder, manifest), failed_check(manifest)
+        if why is not None:
+            self._note("failed_check", folder, f"{folder} is kept to be looked at, and is never current: {why}")
+        elif is_in_place:
             self._partitions.add(folder.absolute().parent)
         try:
             expected_schema(manifest, 0)
@@ -236,15 +185,18 @@ class _Verifier:
             return
         folder = path.parent / current[:FOLDER_FINGERPRINT_LENGTH]
         try:
-            found = read_manifest(folder).fingerprint
+            manifest = read_manifest(folder)
         except NotCommittedError:
             message = f"{path} points to {folder}, which is not committed; materialize the partition again"
             self._problem("dangling_head", path, message)
         except StoreError:
             pass  # what is wrong with the result it points to is reported as that
         else:
+            found = manifest.fingerprint
             if found != current:
                 self._problem("dangling_head", path, f"{path} points to {current}, and {folder} holds {found}")
+            elif (why := failed_check(manifest)) is not None:
+                self._problem("failed_current", path, f"{path} points to {folder}, which readers refuse: {why}")
 
     def partitions(self) -> None:
         """Whether each partition in which something is committed has a current result."""
@@ -271,6 +223,34 @@ class _Verifier:
                 f"{folder} was committed on {lines[-1]['time']} and is not there (any more); materialize partition "
                 f"{folder.parent.name} again",
             )
+
+    def compare_with_plan(self, recipe_folder: Path, *, below: Path) -> None:
+        """Notes on what the recipe's plan names and an asset does not have, and the other way round; of each asset's
+        latest variant only, since older ones are of older plans."""
+        root = recipe_folder.absolute()
+        try:
+            plan = planned_partitions(root)
+        except CorruptPlanError as e:
+            self._problem("corrupt_plan", root / PLAN_FOLDER / PLAN_NAME, str(e))
+            return
+        except StoreError as e:
+            self._problem("unreadable", root / PLAN_FOLDER / PLAN_NAME, str(e))
+            return
+        if plan is None:
+            return
+        places = [Path(path).parts for path in self._audit_of(root)]
+        latest = {parts[0]: parts[1] for parts in places if len(parts) == 4}
+        for asset, variant in latest.items():
+            folder = root / asset / variant
+            if asset not in PARTITIONED or not folder.is_relative_to(below.absolute()):
+                continue
+            committed = [Path(path) for path, is_there in self._seen.items() if is_there]
+            there = {result.parent.name for result in committed if result.parents[1] == folder}
+            if missing := [key for key in plan.input_hashes if key not in there]:
+                n_planned = len(plan.input_hashes)
+                self._note("not_made", folder, f"{folder} lacks {_named(missing)} of the {n_planned} that are planned")
+            if others := sorted(there - plan.input_hashes.keys()):
+                self._note("not_planned", folder, f"{folder} has {_named(others)} that the plan does not name")
 
     def _audit_of(self, recipe_folder: Path) -> dict[str, list[dict[str, Any]]]:
         if recipe_folder not in self._audited:
@@ -402,3 +382,9 @@ def _difference(lines: list[dict[str, Any]], record: dict[str, Any]) -> str | No
         if record[name] != line[name]:
             return f"{name} is {record[name]!r:.80}, the audit log has {line[name]!r:.80}"
     return None
+
+
+def _named(partition_keys: Sequence[str]) -> str:
+    n = len(partition_keys)
+    shown = ", ".join(partition_keys) if n <= MOST_NAMED else f"{partition_keys[0]} … {partition_keys[-1]}"
+    return f"{n} partition{'s' if n > 1 else ''} ({shown})"
