@@ -279,9 +279,11 @@ def test_a_job_is_ended_when_its_processes_are_whatever_its_state_file_says(jobs
     wait_for(
         lambda: scheduler.log_file(submission, 0).exists() and "ready" in scheduler.log_file(submission, 0).read_text()
     )
+    state = submission.folder / "state.json"
+    wait_for(lambda: state.exists() and json.loads(state.read_text())["0"]["phase"] == "running")
     os.killpg(group_of(submission), signal.SIGKILL)
     states = ended(scheduler, submission)
-    assert json.loads((submission.folder / "state.json").read_text())["0"]["phase"] == "running"
+    assert json.loads(state.read_text())["0"]["phase"] == "running"
     assert states[0].phase is TaskPhase.ENDED
 
 
