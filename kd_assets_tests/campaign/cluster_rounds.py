@@ -54,12 +54,12 @@ class ClusterRounds:
         if not teacher.exists():
             make_tiny_teacher(teacher)
         with SlurmCluster(self._folder / "slurm") as cluster:
-            expected = _Round(self._folder / "undisturbed", cluster, teacher).undisturbed()
+            expected = ClusterRound(self._folder / "undisturbed", cluster, teacher).undisturbed()
             for number in numbers:
                 began = time.monotonic()
                 rng = random.Random(f"{self._seed}/{self.name}/{number}")
                 names = rng.choices(sorted(DISTURBANCES), k=rng.randrange(1, 4))
-                record = _Round(self._folder / "home", cluster, teacher).disturbed(rng, names, expected)
+                record = ClusterRound(self._folder / "home", cluster, teacher).disturbed(rng, names, expected)
                 _heal(cluster)
                 yield {
                     "campaign": self.name,
@@ -70,7 +70,7 @@ class ClusterRounds:
                 }
 
 
-class _Round:
+class ClusterRound:
     """A deployment of its own on the cluster, new."""
 
     def __init__(self, folder: Path, cluster: SlurmCluster, teacher: Path) -> None:
@@ -165,12 +165,12 @@ def _one_of(rng: random.Random, events: list[Event]) -> Event:
     return rng.choice(events)
 
 
-def _kill_worker(round_: _Round, rng: random.Random) -> None:
+def _kill_worker(round_: ClusterRound, rng: random.Random) -> None:
     if (pid := round_.worker(rng)) is not None:
         _kill(pid)
 
 
-def _kill_batch_script(round_: _Round, rng: random.Random) -> None:
+def _kill_batch_script(round_: ClusterRound, rng: random.Random) -> None:
     if (pid := round_.worker(rng)) is not None:
         with contextlib.suppress(OSError):
             _kill(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]))
@@ -181,14 +181,14 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _kill_run(round_: _Round, rng: random.Random) -> None:
+def _kill_run(round_: ClusterRound, rng: random.Random) -> None:
     assert round_.process is not None
     round_.process.kill()
     round_.run_was_killed = True
 
 
-def _kill_daemon(name: str) -> Callable[[_Round, random.Random], None]:
-    def kill(round_: _Round, rng: random.Random) -> None:
+def _kill_daemon(name: str) -> Callable[[ClusterRound, random.Random], None]:
+    def kill(round_: ClusterRound, rng: random.Random) -> None:
         daemon = name if name == "slurmctld" else f"slurmd{rng.randrange(len(round_.cluster.nodes))}"
         round_.cluster.kill(daemon)
         time.sleep(rng.uniform(0.0, 4.0))
@@ -197,21 +197,21 @@ def _kill_daemon(name: str) -> Callable[[_Round, random.Random], None]:
     return kill
 
 
-def _pause_controller(round_: _Round, rng: random.Random) -> None:
+def _pause_controller(round_: ClusterRound, rng: random.Random) -> None:
     round_.cluster.pause("slurmctld")
     time.sleep(rng.uniform(0.5, 8.0))
     round_.cluster.unpause("slurmctld")
 
 
-def _requeue(round_: _Round, rng: random.Random) -> None:
+def _requeue(round_: ClusterRound, rng: random.Random) -> None:
     _asked_of_a_task(round_, rng, "requeue")
 
 
-def _rename(round_: _Round, rng: random.Random) -> None:
+def _rename(round_: ClusterRound, rng: random.Random) -> None:
     _asked_of_a_task(round_, rng, "update", name="renamed")
 
 
-def _asked_of_a_task(round_: _Round, rng: random.Random, word: str, **changes: str) -> None:
+def _asked_of_a_task(round_: ClusterRound, rng: random.Random, word: str, **changes: str) -> None:
     if (task := round_.task_id(rng)) is None:
         return
     with contextlib.suppress(ClusterError):  # it has ended meanwhile
@@ -222,18 +222,18 @@ def _asked_of_a_task(round_: _Round, rng: random.Random, word: str, **changes: s
             round_.cluster.scontrol("update", f"JobId={task}", *(f"{k}={v}" for k, v in changes.items()))
 
 
-def _node_down(round_: _Round, rng: random.Random) -> None:
+def _node_down(round_: ClusterRound, rng: random.Random) -> None:
     node = rng.randrange(len(round_.cluster.nodes))
     round_.cluster.set_node(node, "down")
     time.sleep(rng.uniform(0.5, 3.0))
     round_.cluster.set_node(node, "resume")
 
 
-def _answers_fail(command: str) -> Callable[[_Round, random.Random], None]:
+def _answers_fail(command: str) -> Callable[[ClusterRound, random.Random], None]:
     """The command's answers are lost for a while, after the fact or before it: for runs that are started from now on,
     so the run is killed and started again."""
 
-    def fail(round_: _Round, rng: random.Random) -> None:
+    def fail(round_: ClusterRound, rng: random.Random) -> None:
         until = time.time() + rng.uniform(5.0, 12.0)
         before = "" if rng.random() < 0.5 else 'real "$@" >/dev/null 2>&1;'
         words = rng.choice(["Socket timed out on send/recv operation", "I/O error writing script/environment to file"])
@@ -244,7 +244,7 @@ def _answers_fail(command: str) -> Callable[[_Round, random.Random], None]:
     return fail
 
 
-DISTURBANCES: dict[str, Callable[[_Round, random.Random], None]] = {
+DISTURBANCES: dict[str, Callable[[ClusterRound, random.Random], None]] = {
     "worker killed": _kill_worker,
     "batch script killed": _kill_batch_script,
     "run killed": _kill_run,

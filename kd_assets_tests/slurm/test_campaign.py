@@ -1,0 +1,88 @@
+"""The sick-cluster campaign sees what goes wrong: faults are planted in a round of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kd_assets_tests.campaign import cluster_rounds
+from kd_assets_tests.campaign.cluster_rounds import DISTURBANCES, ClusterRound
+from kd_assets_tests.campaign.ledger import Record
+from kd_assets_tests.slurm.background import part_files
+from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
+from kd_assets_tests.slurm.deployment import KEYS
+
+Plant = Callable[[ClusterRound, random.Random], None]
+
+
+@pytest.fixture(scope="module")
+def expected(slurm: SlurmCluster, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return ClusterRound(tmp_path_factory.mktemp("undisturbed"), slurm, tiny_teacher).undisturbed()
+
+
+@pytest.fixture
+def round_with(
+    slurm: SlurmCluster,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Plant], Record]:
+    """What a round says in which this happened."""
+
+    def said(plant: Plant) -> Record:
+        monkeypatch.setitem(DISTURBANCES, "planted", plant)
+        return ClusterRound(tmp_path / "round", slurm, tiny_teacher).disturbed(random.Random(0), ["planted"], expected)
+
+    return said
+
+
+def committed_parts(round_: ClusterRound) -> list[Path]:
+    return [path for path in part_files(round_.deployment) if (path.parent / "manifest.json").exists()]
+
+
+def test_a_round_in_which_nothing_goes_wrong_is_clean(round_with: Callable[[Plant], Record]) -> None:
+    record = round_with(lambda round_, rng: None)
+    assert (record["bad"], record["lost"], record["bytes_differing"], record["made_twice"]) == ([], 0, 0, 0)
+
+
+def test_a_part_that_vanishes_is_lost(round_with: Callable[[Plant], Record]) -> None:
+    def vanish(round_: ClusterRound, rng: random.Random) -> None:
+        wait_until("something is committed", lambda: committed_parts(round_))
+        committed_parts(round_)[0].unlink()
+
+    assert round_with(vanish)["lost"] > 0
+
+
+def test_a_byte_that_flips_differs(round_with: Callable[[Plant], Record]) -> None:
+    def flip(round_: ClusterRound, rng: random.Random) -> None:
+        wait_until("something is committed", lambda: committed_parts(round_))
+        path = committed_parts(round_)[0]
+        data = path.read_bytes()
+        path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+
+    record = round_with(flip)
+    assert (record["bytes_differing"], record["lost"] > 0) == (1, True)
+    assert any("bytes differ" in words for words in record["bad"])
+
+
+def test_a_run_that_fails_by_itself_is_lost(round_with: Callable[[Plant], Record]) -> None:
+    def fail(round_: ClusterRound, rng: random.Random) -> None:
+        round_.deployment.tell({"units": dict.fromkeys(KEYS, "fail")})
+        round_.cluster.run("scancel", "--signal=KILL", *(line.split()[0] for line in round_.deployment.alive()))
+
+    record = round_with(fail)
+    assert record["lost"] == 1
+    assert record["bad"][0].startswith("the run failed")
+
+
+def test_a_run_that_does_not_end_is_stuck(
+    round_with: Callable[[Plant], Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_rounds, "RUN_S", 0.2)
+    record = round_with(lambda round_, rng: None)
+    assert record["stuck"] == 1
+    assert record["bad"][0].startswith("the run does not end")
