@@ -8,6 +8,7 @@ document, and never more. Nothing here knows about manifests.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,7 +77,7 @@ class PartFile:
             self._source = pa.BufferReader(self._data)
         else:
             open_file = pa.memory_map if self.path.suffix == ARROW_SUFFIX else pa.OSFile
-            self._source = open_file(str(self.path))
+            self._source = open_file(os.fsencode(self.path))  # a path need not be UTF-8
         if self.path.suffix == ARROW_SUFFIX:
             self._arrow = pa.ipc.open_file(self._source)
             self.schema: pa.Schema = self._arrow.schema

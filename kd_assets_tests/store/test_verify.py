@@ -17,7 +17,16 @@ import pytest
 from kd_assets.contract import Asset
 from kd_assets.durable import atomic_file, file_sha256
 from kd_assets.errors import MissingInputError, NotCommittedError
-from kd_assets.store import CacheReader, Manifest, commit_file_result, committed, plan_output, read_manifest, verify
+from kd_assets.store import (
+    CacheReader,
+    Manifest,
+    ResultFiles,
+    commit_file_result,
+    committed,
+    plan_output,
+    read_manifest,
+    verify,
+)
 from kd_assets.store.fingerprint import data_version
 from kd_assets.store.layout import recipe_folder_of
 from kd_assets.store.manifest import audit_record, without_non_finite, write_head
@@ -326,6 +335,15 @@ def test_folders_that_are_links_are_verified_as_they_are_read(filled: Path, tmp_
     part = sorted(folder.glob("part-*"))[0]
     examples.flip_byte(part)
     assert found(filled) == [("changed_part", part)]
+
+
+def test_store_whose_path_is_no_utf8_is_read_and_verified(tmp_path: Path) -> None:
+    store = Path(os.fsdecode(os.fsencode(tmp_path) + b"/st\xffre"))
+    for folder in examples.commit_all(store).values():
+        assert ResultFiles(folder).manifest.n_documents
+    assert verify(store).problems == ()
+    reader = CacheReader.from_folders([folder_of(store)])
+    assert len(reader[0]["input_ids"])
 
 
 def test_link_that_leads_back_up_ends(filled: Path) -> None:
