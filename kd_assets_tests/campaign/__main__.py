@@ -1,8 +1,9 @@
 """Disturbs a production for so many minutes, and says what came of it:
 
-    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages|cluster]
+    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages|services|cluster]
 
-`cluster` needs SLURM, and is done only where it is named.
+`services` (a daemon, a web server, runs and jobs as processes of their own) and `cluster` (a real SLURM) are done only
+where they are named.
 
 The folder keeps what was done: started again, a campaign that was ended or killed goes on until its minutes are
 used up, and one that is over says its summary once more. `--round N`, with `--only`, does one round and says what it
@@ -29,11 +30,17 @@ from kd_assets_tests.campaign.damage_rounds import DamageRounds
 from kd_assets_tests.campaign.kill_rounds import KillRounds
 from kd_assets_tests.campaign.ledger import Ledger
 from kd_assets_tests.campaign.production import warm_up
+from kd_assets_tests.campaign.service_rounds import ServiceRounds
 
-Rounds = DamageRounds | KillRounds | ClusterRounds
-CAMPAIGNS: dict[str, type[Rounds]] = {"damages": DamageRounds, "kills": KillRounds, "cluster": ClusterRounds}
+Rounds = DamageRounds | KillRounds | ServiceRounds | ClusterRounds
+CAMPAIGNS: dict[str, type[Rounds]] = {
+    "damages": DamageRounds,
+    "kills": KillRounds,
+    "services": ServiceRounds,
+    "cluster": ClusterRounds,
+}
 BY_DEFAULT = ("damages", "kills")
-SHARES = {"damages": 0.35, "kills": 0.65, "cluster": 1.0}
+SHARES = {"damages": 0.35, "kills": 0.65, "services": 1.0, "cluster": 1.0}
 """Of the time."""
 N_TURNS = 3
 """How often each campaign has its turn, so that one that is ended early has something of each."""
