@@ -78,6 +78,8 @@ class ClusterRound:
         self.process: subprocess.Popen[str] | None = None
         self.run_was_killed = False
         self.fakes = folder / "fakes"
+        self.sick = folder / "sick"
+        """Holds a file for each node that lacks its mounts: what starts there ends at once."""
 
     @contextlib.contextmanager
     def _deployed(self) -> Iterator[tuple[SlurmDeployment, CommandLine]]:
@@ -89,8 +91,14 @@ class ClusterRound:
         ):
             for name, value in self.cluster.env.items():
                 self.patch.setenv(name, value)
+            sick = f'[ ! -e "{self.sick}/$SLURMD_NODENAME" ] || KD_PYTHON=/not-mounted/bin/python\n'
             deployment = SlurmDeployment(
-                self._folder / "home", self._teacher, instance, self.cluster, told={"part_s": PART_S}
+                self._folder / "home",
+                self._teacher,
+                instance,
+                self.cluster,
+                told={"part_s": PART_S},
+                profile={"setup": sick},
             )
             yield deployment, CommandLine(deployment)
 
@@ -229,6 +237,13 @@ def _node_down(round_: ClusterRound, rng: random.Random) -> None:
     round_.cluster.set_node(node, "resume")
 
 
+def _black_hole(round_: ClusterRound, rng: random.Random) -> None:
+    """One node only: what fails on three is taken for the work's own fault."""
+    round_.sick.mkdir(exist_ok=True)
+    (round_.sick / round_.cluster.nodes[0]).touch()
+    _kill_worker(round_, rng)
+
+
 def _answers_fail(command: str) -> Callable[[ClusterRound, random.Random], None]:
     """The command's answers are lost for a while, after the fact or before it: for runs that are started from now on,
     so the run is killed and started again."""
@@ -254,6 +269,7 @@ DISTURBANCES: dict[str, Callable[[ClusterRound, random.Random], None]] = {
     "task requeued": _requeue,
     "task renamed": _rename,
     "node down": _node_down,
+    "node without its mounts": _black_hole,
     "run killed, sbatch's answers lost": _answers_fail("sbatch"),
     "run killed, squeue's answers lost": _answers_fail("squeue"),
 }
