@@ -11,14 +11,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_assets.durable import open_file, replace_file
-from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
+from kd_assets.errors import InputError, StorageUnavailableError
 from kd_assets.locks import locked
-from kd_assets.model_files.reading import os_reason
+from kd_assets.model_files.reading import reading_errors
 
 CHUNK_BYTES = 1 << 22
 
@@ -100,7 +100,7 @@ def known_sha256(path: Path, cache: DigestCache | None) -> str | None:
 
     Raises MissingInputError when there is no such file.
     """
-    with _reading_errors(path):
+    with reading_errors(path):
         real = path.resolve(strict=True)  # a snapshot's links lead to one blob: hashed once for all revisions
         if (named := blob_sha256(path, real)) is not None:
             return named
@@ -118,7 +118,7 @@ def cached_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int]
 
 def hashed_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int], None] = lambda n_bytes: None) -> str:
     """`cached_sha256`, by reading the file whatever is known of it."""
-    with _reading_errors(path):
+    with reading_errors(path):
         real = path.resolve(strict=True)
         with open_file(real) as f:
             before = os.fstat(f.fileno())
@@ -162,14 +162,6 @@ class HashingProgress:
         if self._clock() - self._said_s >= SAY_S:
             self._said_s = self._clock()
             self._say(f"hashing {self._where}: {_gb(self._done_bytes)} of {_gb(self._n_bytes)}")
-
-
-@contextlib.contextmanager
-def _reading_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as e:  # RuntimeError: pathlib's word for a loop of symbolic links
-        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}") from e
 
 
 def _with(entries: dict[str, list[Entry]], path: str, entry: Entry) -> dict[str, list[Entry]]:

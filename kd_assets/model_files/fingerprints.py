@@ -24,7 +24,7 @@ from kd_assets.model_files.digests import (
     hashed_sha256,
     known_sha256,
 )
-from kd_assets.model_files.reading import os_reason, read_json
+from kd_assets.model_files.reading import os_reason, read_json, reads_folder
 from kd_assets.model_files.weight_files import INDEX_NAME, weights_read
 
 VOLATILE_KEYS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "_commit_hash"})
@@ -53,6 +53,7 @@ again, and does not count."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+@reads_folder
 def weights_fingerprint(
     folder: Path, cache: DigestCache | None, *, remote_code: bool = False, say: Say | None = None
 ) -> str:
@@ -73,6 +74,7 @@ def weights_fingerprint(
     return _weights_fingerprint(folder, config, digests)
 
 
+@reads_folder
 def known_weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote_code: bool = False) -> str | None:
     """`weights_fingerprint` where it takes no reading of weights; None where some would have to be hashed."""
     config = read_json(folder / "config.json", "a model folder holds one beside its weights")
@@ -81,6 +83,7 @@ def known_weights_fingerprint(folder: Path, cache: DigestCache | None, *, remote
     return _weights_fingerprint(folder, config, digests) if len(digests) == len(known) else None
 
 
+@reads_folder
 def weight_files(folder: Path, *, remote_code: bool = False) -> list[Path]:
     """The files whose bytes are in `weights_fingerprint`. Raises what it raises for what is missing."""
     weights = weights_read(folder)
@@ -95,6 +98,7 @@ def _weights_fingerprint(folder: Path, config: Any, digests: Mapping[Path, str])
     return _fingerprint({"config": _without_volatile(config), "files": files})
 
 
+@reads_folder
 def tokenizer_fingerprint(folder: Path, cache: DigestCache | None) -> str:
     """SHA-256 (hex) of what determines a document's tokens: the `TOKENIZER_FILES` that are there, template included,
     and `TEKKEN` where it decides.

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from kd_assets.errors import MissingInputError
-from kd_assets.model_files.reading import refuse_other_kinds
+from kd_assets.model_files.reading import reading_errors, refuse_other_kinds
 
 
 def model_folder(model: str, revision: str | None) -> Path:
@@ -22,7 +22,9 @@ def model_folder(model: str, revision: str | None) -> Path:
     device in it in the place of a file: whatever opens it would wait for ever.
     """
     folder = Path(os.path.expanduser(model))
-    if not (model and folder.is_dir()):
+    with reading_errors(folder):
+        is_there = bool(model) and folder.is_dir()
+    if not is_there:
         folder = _snapshot(model, revision)
     refuse_other_kinds(folder)
     return folder.absolute()

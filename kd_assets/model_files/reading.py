@@ -7,13 +7,18 @@ for its writer, and a device has no end.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from kd_assets.durable import open_file, require_file
+from kd_assets.durable import is_passing, open_file, require_file, storage_error
 from kd_assets.errors import InputError, MissingInputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MOST_JSON_BYTES = 1 << 28
 """The index of the largest mixture of experts has 20 MB."""
@@ -26,10 +31,8 @@ READ_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".tiktoken", ".txt
 
 def refuse_other_kinds(folder: Path) -> None:
     """Raise MissingInputError, naming it, for a pipe, socket or device in the place of a file that may be read."""
-    try:
+    with reading_errors(folder, "it is the model's folder"):
         found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    except OSError as e:
-        raise MissingInputError(f"the model folder {folder} cannot be read: {os_reason(e)}") from e
     for path in found:
         if path.suffix in READ_SUFFIXES:
             with reading_errors(path, "put the model's own file in its place"):
@@ -38,12 +41,26 @@ def refuse_other_kinds(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def reading_errors(path: Path, why: str) -> Iterator[None]:
-    """Turn an OSError of the block into the MissingInputError that names the file; `why` says what to do."""
+def reading_errors(path: Path, why: str = "") -> Iterator[None]:
+    """Turn an OSError of the block into an answer that names the file: StorageUnreachableError for what passes, such as
+    a stale handle, and MissingInputError for the rest. `why` is what the file is there for, or what to do."""
     try:
         yield
-    except OSError as e:
-        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}; {why}") from e
+    except (OSError, RuntimeError) as e:  # RuntimeError: pathlib's word for a loop of symbolic links
+        if isinstance(e, OSError) and e.errno != errno.ENOENT and is_passing(e):
+            raise storage_error(e, path, "read") from e
+        raise MissingInputError(f"{path} cannot be read: {os_reason(e)}" + (f"; {why}" if why else "")) from e
+
+
+def reads_folder(read: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[Path, P], R]:
+    """For functions of a model's folder: no OSError leaves them bare (see `reading_errors`)."""
+
+    @functools.wraps(read)
+    def answered(folder: Path, /, *arguments: P.args, **options: P.kwargs) -> R:
+        with reading_errors(folder):
+            return read(folder, *arguments, **options)
+
+    return answered
 
 
 def read_json(path: Path, why: str) -> Any:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.model_files.reading import read_json
+from kd_assets.model_files.reading import read_json, reads_folder
 
 ONE_FILE = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -19,6 +19,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
+@reads_folder
 def weights_read(folder: Path) -> list[Path]:
     """The safetensors files that a model is loaded from, in the order of their names.
 
@@ -50,6 +51,7 @@ def weights_read(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(named)]
 
 
+@reads_folder
 def safetensors_of(folder: Path) -> list[Path]:
     """All of a folder, read or not."""
     if not folder.is_dir():
@@ -57,6 +59,7 @@ def safetensors_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if not path.is_dir())
 
 
+@reads_folder
 def named_weights(folder: Path) -> set[str]:
     """The names of the weight files that the model's index lists; none where it has no index."""
     index_file = folder / INDEX_NAME
@@ -69,6 +72,7 @@ def named_weights(folder: Path) -> set[str]:
     return set(map(str, weight_map.values()))
 
 
+@reads_folder
 def refuse_adapter(folder: Path) -> None:
     """transformers loads another model, the adapter's base, where the package peft is installed, and none else."""
     if (folder / "adapter_config.json").exists():

@@ -29,7 +29,7 @@ from kd_assets.durable import storage_error
 from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherChangedError
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
-from kd_assets.model_files.reading import read_json
+from kd_assets.model_files.reading import read_json, reads_folder
 from kd_assets.sources.chats import ChatRenderer, RenderedChat, TextSpan
 from kd_assets.sources.records import Record
 from kd_assets.sources.tokenizer_proof import prove
@@ -190,6 +190,7 @@ def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
     return DocumentTokeniser(tokenizer, max_length=params.max_length, n_token_ids=vocabulary_size(folder))
 
 
+@reads_folder
 def vocabulary_size(folder: Path) -> int | None:
     """Of the model beside a tokenizer, by its configuration, whose text part may be nested; None: it says none."""
     if not (folder / "config.json").exists():

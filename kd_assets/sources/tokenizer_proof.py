@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.errors import InputError, MissingInputError
+from kd_assets.model_files.reading import reads_folder
 
 Encode = Callable[[str], Sequence[int]]
 """Token ids of a text, without the special tokens that a tokenizer adds around it."""
@@ -65,6 +66,7 @@ def prove(tokenizer: Any, folder: Path) -> None:
         )
 
 
+@reads_folder
 def own_encoding(folder: Path) -> tuple[str, Encode, Sequence[str]]:
     """A folder's tokenizer file, what it makes of a text by its own library, and control tokens that it knows."""
     for name, reader in _READERS.items():

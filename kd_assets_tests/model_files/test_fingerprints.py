@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kd_assets.errors import InputError, MissingInputError
+from kd_assets.errors import InputError, MissingInputError, StorageUnreachableError
 from kd_assets.model_files import digests
 from kd_assets.model_files.digests import DigestCache, hashed_sha256
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.reading import read_json
+from kd_assets.model_files.weight_files import named_weights, weights_read
+from kd_assets.sources.tokenise import vocabulary_size
+from kd_assets.sources.tokenizer_proof import own_encoding
 from kd_assets_tests.model_files.hub_cache import link_blob
 
 
@@ -173,6 +178,38 @@ def test_a_named_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path: P
     ):
         with pytest.raises(MissingInputError, match="it is a named pipe"):
             read()
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "weights": lambda folder: weights_fingerprint(folder, None),
+    "known weights": lambda folder: known_weights_fingerprint(folder, None),
+    "tokenizer": lambda folder: tokenizer_fingerprint(folder, None),
+    "files of the weights": weights_read,
+    "names of the weights": named_weights,
+    "folder": lambda folder: model_folder(str(folder), None),
+    "vocabulary": vocabulary_size,
+    "tokenizer's own encoding": own_encoding,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.ESTALE, StorageUnreachableError), (errno.EIO, StorageUnreachableError), (errno.EACCES, MissingInputError)],
+)
+def test_a_file_system_that_fails_is_an_answer_whatever_is_asked_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, number: int, expected: type[Exception]
+) -> None:
+    """Fake: no file system here fails on demand."""
+    folder = make_model(tmp_path / "m")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder / "config.json"))
+
+    for name in ("stat", "is_dir", "is_file", "exists", "glob", "iterdir"):
+        monkeypatch.setattr(Path, name, fail)
+    with pytest.raises(expected, match=r"cannot (be )?read"):
+        READERS[reader](folder)
 
 
 def test_a_device_and_a_socket_are_refused(tmp_path: Path) -> None:
