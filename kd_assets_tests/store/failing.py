@@ -40,7 +40,7 @@ class FailingStorage:
 
     def _before(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def asked(path: Any = ".", *arguments: Any, **named: Any) -> Any:
-            if isinstance(path, (str, os.PathLike)) and Path(os.fspath(path)).is_relative_to(self._folder):
+            if isinstance(path, (str, bytes, os.PathLike)) and Path(os.fsdecode(path)).is_relative_to(self._folder):
                 self.n_calls += 1
                 if self.n_calls - 1 in self._failing:
                     raise OSError(self._number, os.strerror(self._number), str(path))
