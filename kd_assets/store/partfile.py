@@ -86,6 +86,9 @@ class PartFile:
             self._parquet = pq.ParquetFile(self._source)
             self.schema = self._parquet.schema_arrow
             counts = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
+        self.names: list[str] = (
+            self.schema.names
+        )  # here, since a damaged name is no UTF-8, and Arrow says so when asked
         self.first_rows = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
         """int64 [groups + 1]: the first row of each group, and the number of rows."""
 

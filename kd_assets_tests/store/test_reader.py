@@ -404,3 +404,14 @@ def test_shard_is_read_whole_and_verified(filled: Path) -> None:
     examples.flip_byte(part, 20)
     with pytest.raises(CorruptPartError, match=r"part-00000\.parquet"):
         read_shard(folder)
+
+
+def test_a_column_whose_name_was_damaged_is_named_as_damage(store: Path) -> None:
+    """The name stands in an Arrow file's footer as it is; a byte of it flips to what no UTF-8 has."""
+    folder = examples.commit_all(store)["hidden_state_cache"]
+    part = sorted(folder.glob("part-*.arrow"))[0]
+    data = part.read_bytes()
+    at = data.rfind(b"document_id")
+    part.write_bytes(data[:at] + b"\xee" + data[at + 1 :])
+    with pytest.raises(CorruptPartError, match="is damaged"):
+        CacheReader.from_folders([folder])
