@@ -334,15 +334,13 @@ def replace_file(path: Path, data: bytes) -> None:
     Also sweeps (`sweep_beside`), which may take the file of one who is about to rename it; so who finds it gone begins
     anew.
     """
-    for _ in range(_REPLACEMENTS):
+    for n_left in reversed(range(_REPLACEMENTS)):
         try:
             atomic_write(path, data)
             break
         except StorageUnreachableError as e:
-            if not isinstance(e.__cause__, FileNotFoundError) or not path.parent.is_dir():
+            if not n_left or not isinstance(e.__cause__, FileNotFoundError):
                 raise
-    else:
-        atomic_write(path, data)
     sweep_beside(path)
 
 

@@ -163,7 +163,8 @@ def _make_caches(context: dg.AssetExecutionContext, recipe: Recipe, platform: Pl
 
 
 def resolved(keys: Sequence[str], plan: ShardPlan, log: Log) -> list[str]:
-    """A range's partitions that the plan has: others may have been in an older one, when the run was queued."""
+    """A range's partitions that the plan has: others may have been in an older one, when the run was queued. All of
+    them where it has none, which then fail by name."""
     planned = {shard.partition_key for shard in plan.shards}
     if gone := [key for key in keys if key not in planned]:
         named = ", ".join(gone) if len(gone) <= 5 else f"{gone[0]} … {gone[-1]}"

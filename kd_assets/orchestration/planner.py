@@ -35,14 +35,14 @@ from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve
 from kd_assets.store import FORMAT_VERSION, Manifest, committed, failed_check, fingerprint, plan_output
 from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.fingerprint import INPUT_KEY
+from kd_assets.store.reading.planned import PLAN_NAME
 
-PLAN_FILE = "plan.json"
-"""The current plan. Each plan also lies under a name of its own, see `plan_file`."""
 TEACHER_FILE = "teacher.json"
 """In the recipe's folder: the teacher that its caches were last planned with (see `Planner.planned_weights`)."""
 
 
 def plan_file(plan_hash: str) -> str:
+    """The name that a plan keeps; the current one also lies under PLAN_NAME."""
     return f"{plan_hash[:16]}.json"
 
 
@@ -96,7 +96,7 @@ class Planner:
         prepare_folder(folder)
         text = plan.to_json().encode()
         replace_file(folder / plan_file(plan.plan_hash), text)
-        replace_file(folder / PLAN_FILE, text)
+        replace_file(folder / PLAN_NAME, text)
         self._plan = plan
         return plan
 
@@ -107,10 +107,10 @@ class Planner:
     def current_plan(self) -> ShardPlan:
         """The plan made last, read once. Raises MissingInputError when there is none."""
         if self._plan is None:
-            self._plan = self._read_plan(PLAN_FILE)
+            self._plan = self._read_plan(PLAN_NAME)
             if self._plan is None:
                 raise MissingInputError(
-                    f"no shard plan at {self._folder / SHARD_PLAN / PLAN_FILE}: "
+                    f"no shard plan at {self._folder / SHARD_PLAN / PLAN_NAME}: "
                     f"materialize {self._recipe.name}/{SHARD_PLAN} first"
                 )
         return self._plan

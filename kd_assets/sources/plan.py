@@ -22,8 +22,8 @@ from kd_assets.contract import RecordRange, decode, parse_json
 from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
 from kd_assets.sources.record_files import ID_FIELD, RawRecord, fields_of, iter_columns, iter_jsonl, open_source
 from kd_assets.sources.records import ShardHash
-
-_SELF_HASH = "plan_sha256"
+from kd_assets.store.fingerprint import fingerprint
+from kd_assets.store.reading.planned import SELF_HASH, plan_hash_of
 
 MAX_SHARDS = 100_000
 """Five digits of a partition key: beyond them, sorted keys would no longer be in order."""
@@ -94,7 +94,7 @@ class ShardPlan:
         for shard in raw["shards"]:
             for records in shard["records"]:
                 without_later_defaults(records)
-        return json.dumps(raw | {_SELF_HASH: _self_hash(raw)}, indent=1, sort_keys=True)
+        return json.dumps(raw | {SELF_HASH: fingerprint(raw)}, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "shard plan") -> ShardPlan:
@@ -104,9 +104,9 @@ class ShardPlan:
             raw = parse_json(text)
         except ValueError as e:
             raise ContractError(f"{where} is not JSON ({e}): materialize shard_plan again") from e
-        claimed = raw.pop(_SELF_HASH, None) if isinstance(raw, dict) else None
+        claimed = raw.pop(SELF_HASH, None) if isinstance(raw, dict) else None
         plan = decode(cls, raw, where=where)
-        if claimed not in (None, _self_hash(raw)) or plan.plan_hash != _plan_hash(plan.shards, plan.sources):
+        if claimed not in (None, fingerprint(raw)) or plan.plan_hash != _plan_hash(plan.shards, plan.sources):
             raise ContractError(f"{where} was changed after it was written: materialize shard_plan again")
         return plan
 
@@ -275,15 +275,6 @@ def _check_recipe(sources: Sequence[SourceSpec], *, documents_per_shard: int, sh
             )
 
 
-def _self_hash(raw: Mapping[str, Any]) -> str:
-    """Over all that a plan says, paths included: the `plan_hash` is over what decides content."""
-    canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def _plan_hash(shards: Sequence[PlannedShard], sources: Sequence[PinnedSource]) -> str:
-    content: dict[str, Any] = {
-        "shards": [[shard.partition_key, shard.input_hash] for shard in shards],
-        "sources": [[source.name, source.sha256, source.licence, source.revision] for source in sources],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    named = [{"partition_key": shard.partition_key, "input_hash": shard.input_hash} for shard in shards]
+    return plan_hash_of({"shards": named, "sources": [dataclasses.asdict(source) for source in sources]})

@@ -22,9 +22,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from kd_assets.contract import Event
-from kd_assets.store import verify
 from kd_assets_tests.campaign.ledger import Record
+from kd_assets_tests.campaign.outcome import outcome
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.orchestration.deployment import make_tiny_teacher
 from kd_assets_tests.slurm.background import parts
@@ -130,17 +129,8 @@ class ClusterRound:
                     record["lost"] = 1
                     record["bad"].append(f"the run failed: {text[-600:]}")
                     return record
-            return record | self._judged(expected, record["bad"])
-
-    def _judged(self, expected: dict[str, bytes], bad: list[str]) -> Record:
-        found, made = parts(self.deployment), self.deployment.n_made()
-        missing = sorted(expected.keys() - found.keys())
-        differing = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
-        twice = sorted(key for key, n in made.items() if n > 1)
-        problems = [p.message for p in verify(self.deployment.platform.recipe_folder("tiny")).problems]
-        bad += [f"missing: {name}" for name in missing] + [f"bytes differ: {name}" for name in differing]
-        bad += [f"made twice: {key}" for key in twice] + [f"verify: {message}" for message in problems]
-        return {"lost": len(missing) + len(problems), "bytes_differing": len(differing), "made_twice": len(twice)}
+            store = self.deployment.platform.recipe_folder("tiny")
+            return record | outcome(expected, parts(self.deployment), self.deployment.n_made(), store)
 
     def _wait_for_work(self) -> None:
         deadline = time.monotonic() + 60
@@ -162,15 +152,11 @@ class ClusterRound:
         """Process of a task at work."""
         ended = {(e.task, e.attempt) for e in self.deployment.job_events("task_finished")}
         live = [e for e in self.deployment.job_events("task_started") if (e.task, e.attempt) not in ended]
-        return int(_one_of(rng, live).data["pid"]) if live else None
+        return int(rng.choice(live).data["pid"]) if live else None
 
     def task_id(self, rng: random.Random) -> str | None:
         running = [line.split()[0] for line in self.deployment.alive()]
         return rng.choice(running) if running else None
-
-
-def _one_of(rng: random.Random, events: list[Event]) -> Event:
-    return rng.choice(events)
 
 
 def _kill_worker(round_: ClusterRound, rng: random.Random) -> None:
@@ -212,22 +198,18 @@ def _pause_controller(round_: ClusterRound, rng: random.Random) -> None:
 
 
 def _requeue(round_: ClusterRound, rng: random.Random) -> None:
-    _asked_of_a_task(round_, rng, "requeue")
+    _of_a_task(round_, rng, ("requeue", "{task}"), ("update", "JobId={task}", "StartTime=now+2"))
 
 
 def _rename(round_: ClusterRound, rng: random.Random) -> None:
-    _asked_of_a_task(round_, rng, "update", name="renamed")
+    _of_a_task(round_, rng, ("update", "JobId={task}", "name=renamed"))
 
 
-def _asked_of_a_task(round_: ClusterRound, rng: random.Random, word: str, **changes: str) -> None:
-    if (task := round_.task_id(rng)) is None:
-        return
-    with contextlib.suppress(ClusterError):  # it has ended meanwhile
-        if word == "requeue":
-            round_.cluster.scontrol("requeue", task)
-            round_.cluster.scontrol("update", f"JobId={task}", "StartTime=now+2")
-        else:
-            round_.cluster.scontrol("update", f"JobId={task}", *(f"{k}={v}" for k, v in changes.items()))
+def _of_a_task(round_: ClusterRound, rng: random.Random, *commands: tuple[str, ...]) -> None:
+    if (task := round_.task_id(rng)) is not None:
+        with contextlib.suppress(ClusterError):  # it has ended meanwhile
+            for words in commands:
+                round_.cluster.scontrol(*(word.format(task=task) for word in words))
 
 
 def _node_down(round_: ClusterRound, rng: random.Random) -> None:

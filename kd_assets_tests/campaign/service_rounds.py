@@ -24,8 +24,8 @@ import dagster as dg
 
 from kd_assets.scheduler import Submission
 from kd_assets.scheduler.local.scheduler import process_group
-from kd_assets.store import verify
 from kd_assets_tests.campaign.ledger import Record
+from kd_assets_tests.campaign.outcome import outcome
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.orchestration.deployment import Deployment, make_tiny_teacher
 from kd_assets_tests.orchestration.machine import Machine, everything_is_recorded
@@ -116,21 +116,9 @@ class ServiceRound:
         return {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in store.rglob("part-*")}
 
     def judged(self, expected: dict[str, str]) -> Record:
-        found = self.parts()
-        missing = sorted(expected.keys() - found.keys())
-        differing = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
         store = self.deployment.platform.recipe_folder("tiny")
         commits = Counter(json.loads(line)["path"] for line in (store / "audit.jsonl").read_text().splitlines())
-        twice = sorted(path for path, n in commits.items() if n > 1)
-        problems = [problem.message for problem in verify(store).problems]
-        bad = [f"missing: {name}" for name in missing] + [f"bytes differ: {name}" for name in differing]
-        bad += [f"made twice: {path}" for path in twice] + [f"verify: {message}" for message in problems]
-        return {
-            "lost": len(missing) + len(problems),
-            "bytes_differing": len(differing),
-            "made_twice": len(twice),
-            "bad": bad,
-        }
+        return outcome(expected, self.parts(), commits, store)
 
     # ------------------------------------------------------------------ whom it strikes
 

@@ -53,6 +53,7 @@ from kd_assets.store.manifest import (
     read_manifest,
 )
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.reading.chosen import require_place
 from kd_assets.store.reading.planned import PLAN_FOLDER, PLAN_NAME, planned_partitions
 from kd_assets.store.recorded_checks import draws_of, failed_check
 from kd_assets.store.schema import hidden_size_of
@@ -263,20 +264,12 @@ class _Verifier:
 
     def _place(self, folder: Path, manifest: Manifest) -> bool:
         """Whether the manifest is of the result that the folders above it name: readers believe the folders."""
-        absolute = folder.absolute()
-        expected = [
-            manifest.fingerprint[:FOLDER_FINGERPRINT_LENGTH],
-            manifest.partition_key,
-            manifest.variant,
-            manifest.asset,
-        ]
-        found = [absolute.name, *(parent.name for parent in absolute.parents[:3])]
-        if not is_variant_name(found[2]):  # a copy outside a store: only its own name can be compared
-            expected, found = expected[:1], found[:1]
-        if expected != found:
-            place = "/".join(reversed(expected))
-            self._problem("misplaced_result", folder, f"{folder} holds the result {place}; move it there")
-        return expected == found
+        try:
+            require_place(folder, manifest)
+        except CorruptManifestError as e:
+            self._problem("misplaced_result", folder, str(e))
+            return False
+        return True
 
     def _part(self, folder: Path, manifest: Manifest, record: PartRecord) -> None:
         path = folder / record.name

@@ -18,7 +18,7 @@ from kd_assets.store.fingerprint import fingerprint
 
 PLAN_FOLDER = "shard_plan"
 PLAN_NAME = "plan.json"
-_SELF_HASH = "plan_sha256"
+SELF_HASH = "plan_sha256"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +47,8 @@ def planned_partitions(recipe_folder: Path) -> PlannedPartitions | None:
     try:
         raw = parse_json(data)
         input_hashes = {shard["partition_key"]: shard["input_hash"] for shard in raw["shards"]}
-        claimed = raw.pop(_SELF_HASH, None)  # plans of earlier versions have none
-        is_itself = raw["plan_hash"] == _plan_hash(raw) and claimed in (None, fingerprint(raw))
+        claimed = raw.pop(SELF_HASH, None)  # plans of earlier versions have none
+        is_itself = raw["plan_hash"] == plan_hash_of(raw) and claimed in (None, fingerprint(raw))
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise _corrupt(path, f"{type(e).__name__}: {e}") from e
     if not is_itself or len(input_hashes) != len(raw["shards"]):
@@ -56,8 +56,8 @@ def planned_partitions(recipe_folder: Path) -> PlannedPartitions | None:
     return PlannedPartitions(path=path, plan_hash=raw["plan_hash"], input_hashes=input_hashes)
 
 
-def _plan_hash(raw: Mapping[str, Any]) -> str:
-    """As `kd_assets.sources.plan` makes it."""
+def plan_hash_of(raw: Mapping[str, Any]) -> str:
+    """Over a plan's keys, input hashes and pinned sources, and not over paths: what decides content."""
     return fingerprint(
         {
             "shards": [[shard["partition_key"], shard["input_hash"]] for shard in raw["shards"]],
