@@ -104,19 +104,17 @@ def _option(value: str) -> str:
     return value
 
 
+def _word_schema(*more: dict[str, Any]) -> dict[str, Any]:
+    """What `_word` accepts, as a schema for editors; `more` is refused besides."""
+    no_line = refused({"type": "string", "pattern": _CONTROL}, _ONE_LINE)
+    no_option = refused({"type": "string", "pattern": "^-"}, _NOT_AN_OPTION)
+    return {"type": "string", "pattern": "\\S", "allOf": [no_line, no_option, *more]}
+
+
 Word = Annotated[
     str,
     AfterValidator(_word),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "pattern": "\\S",
-            "allOf": [
-                refused({"type": "string", "pattern": _CONTROL}, _ONE_LINE),
-                refused({"type": "string", "pattern": "^-"}, _NOT_AN_OPTION),
-            ],
-        }
-    ),
+    WithJsonSchema(_word_schema()),
 ]
 """What follows `--partition=` and the like."""
 
@@ -132,17 +130,7 @@ def _one_node(value: str) -> str:
 OneNode = Annotated[
     str,
     AfterValidator(_one_node),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "pattern": "\\S",
-            "allOf": [
-                refused({"type": "string", "pattern": _CONTROL}, _ONE_LINE),
-                refused({"type": "string", "pattern": "^-"}, _NOT_AN_OPTION),
-                refused({"type": "string", "pattern": "[,\\[]"}, _ONE_NODE),
-            ],
-        }
-    ),
+    WithJsonSchema(_word_schema(refused({"type": "string", "pattern": "[,\\[]"}, _ONE_NODE))),
 ]
 """What follows `--nodelist=`."""
 
