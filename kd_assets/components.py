@@ -19,8 +19,8 @@ from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets.recipes.cluster_profile import Positive
 from kd_assets.recipes.models import CachesModel, JobsModel, NightlyModel, SourceModel, StudentModel, TeacherModel
-from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings
-from kd_assets.sources.plan import SourceSpec
+from kd_assets.recipes.recipe import Recipe, Sharding, Source, TeacherSettings, Tokenising
+from kd_assets.sources.spec import DatasetSpec, SourceSpec
 
 
 class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
@@ -32,6 +32,29 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
     description: str | None = None
     sources: Annotated[list[SourceModel], Field(min_length=1)]
     documents_per_shard: Positive = 10000
+    tokens_per_shard: Positive | None = None
+    """Shards of about this many tokens, in the place of so many documents."""
+    max_documents: Positive | None = None
+    max_tokens: Positive | None = None
+    """About so many tokens in all, counted as the plan estimates them."""
+    drop_duplicates: bool = False
+    """Whether exact copies of a record are left out."""
+    seed: int | None = None
+    """Take sources in stretches drawn with this seed; left out: in the order of their records."""
+    long_documents: Literal["truncate", "split", "drop"] = "truncate"
+    """What becomes of a document of more tokens than the longest max_length."""
+    overlap: Annotated[int, Field(ge=0)] = 0
+    """Tokens that a window of a split document has in common with the one before."""
+    chat_template: str | None = None
+    """A file (`$KD_HOME/mine.jinja`), or the name of one of the tokenizer's templates; left out: its default."""
+    chat_template_kwargs: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Variables for the chat template (`{enable_thinking: false}`)."""
+    tools: list[dict[str, Any]] | None = None
+    """Tools of every chat that brings none of its own, as JSON schemas."""
+    turns: Literal["all", "last", "refuse"] = "all"
+    """Chats under a template that rewrites earlier turns: a document a turn, one of the last turn, or an error."""
+    allowed_licences: list[str] | None = None
+    """Of sources; left out: every licence that is known."""
     teacher: TeacherModel
     caches: CachesModel
     student: StudentModel | None = None
@@ -59,7 +82,8 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
                     spec=SourceSpec(
                         file_format=s.format,
                         ignore_fields=tuple(sorted(set(s.ignore_fields))),
-                        **s.model_dump(exclude={"format", "made_by", "ignore_fields"}),
+                        dataset=None if s.dataset is None else DatasetSpec(**s.dataset.model_dump()),
+                        **s.model_dump(exclude={"format", "made_by", "ignore_fields", "dataset"}),
                     ),
                     made_by=s.made_by,
                 )
@@ -78,6 +102,22 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
             on_bad_record=self.on_bad_record,
             part_documents=self.part_documents,
             part_tokens=self.part_tokens,
+            sharding=Sharding(
+                tokens_per_shard=self.tokens_per_shard,
+                max_documents=self.max_documents,
+                max_tokens=self.max_tokens,
+                drop_duplicates=self.drop_duplicates,
+                seed=self.seed,
+            ),
+            tokenising=Tokenising(
+                on_long=self.long_documents,
+                overlap=self.overlap,
+                chat_template=self.chat_template,
+                chat_template_kwargs=self.chat_template_kwargs,
+                tools=None if self.tools is None else tuple(self.tools),
+                turns=self.turns,
+            ),
+            allowed_licences=None if self.allowed_licences is None else tuple(self.allowed_licences),
             tasks={
                 "shards": self.jobs.shards.to_tasks(),
                 "teacher": self.jobs.teacher.to_tasks(),

@@ -47,6 +47,8 @@ def _decode(expected: Any, raw: Any, where: str) -> Any:
     elif origin in (typing.Union, types.UnionType):  # only `X | None` occurs here
         (inner,) = (a for a in args if a is not type(None))
         decoded = None if raw is None else _decode(inner, raw, where)
+    elif origin is list and isinstance(raw, list):
+        decoded = [_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw)]
     elif origin is tuple and isinstance(raw, list):
         decoded = tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
     elif origin is dict and isinstance(raw, dict):

@@ -16,7 +16,7 @@ from kd_assets.contract.decode import decode, parse_json
 from kd_assets.durable import read_if_there
 from kd_assets.errors import ContractError
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 
 JobKind = Literal["shards", "teacher", "student"]
 
@@ -24,28 +24,61 @@ Asset = Literal["shards_manifest", "topk_cache", "hidden_state_cache", "embeddin
 
 CACHES: tuple[Asset, ...] = ("topk_cache", "hidden_state_cache", "embedding_cache")
 
+FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
+
+Compression = Literal["gzip", "zstd"]
+
+RecordShape = Literal["auto", "text", "messages", "conversations", "instruction", "completion", "preference"]
+"""What a record is made of; auto: recognised by the fields of each record."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordRange:
-    """A run of consecutive records of one source file: part of a shard."""
+    """A run of consecutive records of one source file: part of a shard. Where each record lies, and how it is read."""
 
     source: str
     """Name of the source in the recipe."""
     path: str
-    """Absolute path of the file."""
-    file_format: Literal["jsonl", "parquet", "arrow"]
+    """Absolute path of the file, or its URL."""
+    file_format: FileFormat
     first_record: int
     """0-based, counting every record of the file (blank lines of a JSONL file are no records)."""
     n_records: int
     byte_offset: int | None = None
-    """Where the first record starts in a JSONL file; None for others."""
+    """Where the first record starts in a file of text (of a compressed one: in its text); None for columns."""
     first_line: int | None = None
-    """1-based line of the first record in a JSONL file, for error messages; None for others."""
+    """1-based line of the first record in a file of lines, for error messages; None for others."""
     text_field: str = "text"
     messages_field: str = "messages"
     id_field: str = "id"
     ignore_fields: tuple[str, ...] = ()
     """Fields that a chat template or a loss may read, and that are left out all the same."""
+    # What follows came later: `without_later_defaults` of a plan leaves out what is not used.
+    file_name: str = ""
+    """Of a source of several files: the file's path within the source, part of its documents' names; else empty."""
+    compression: Compression | None = None
+    seekable_path: str | None = None
+    """The copy of a compressed file that can be entered anywhere; written while it was planned."""
+    batch_offset: int | None = None
+    """Where the record batch with the first record starts in an Arrow stream."""
+    batch_first_record: int | None = None
+    """The number of that batch's first record."""
+    file_identity: str | None = None
+    """Of a file of columns: what it was when it was planned (see `sources.files`); None where the shard's hash is over
+    its records."""
+    dropped: tuple[int, ...] = ()
+    """Numbers of records in the range that are left out: exact copies of earlier ones."""
+    shape: RecordShape = "auto"
+    fields: dict[str, str] = field(default_factory=dict)
+    """Field of the shape (`instruction`, `prompt`, `conversations`, `tools` …) → the field or column that has it."""
+    prefer: Literal["chosen", "rejected"] | None = None
+    """Which of a preference's two answers is the document."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """The source's own words for roles → system, developer, user, assistant, tool."""
+    control_tokens: Literal["tokens", "text"] = "tokens"
+    """What control tokens that a plain text spells out are: those tokens (texts rendered before), or text."""
+    records_hash: str | None = None
+    """Of a range of a shard of several: the hash of its own records; None: the shard's is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +91,24 @@ class ShardsParams:
     tokenizer_fingerprint: str
     """What `model_files.fingerprints.tokenizer_fingerprint` gave when the job was planned."""
     max_length: int
-    """Documents are cut after this many tokens."""
+    """Most tokens of a document."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     part_documents: int = 4096
+    on_long: Literal["truncate", "split", "drop"] = "truncate"
+    """What becomes of a document of more tokens: it is cut, becomes several windows, or is left out."""
+    overlap: int = 0
+    """Tokens that a window has in common with the one before."""
+    chat_template: str | None = None
+    """A chat template's text, in the place of the tokenizer's own."""
+    chat_template_name: str | None = None
+    """Of several that the tokenizer has: which."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables that the template is given besides; a record's own go before."""
+    tools: list[Any] | None = None
+    """Tools of every chat that brings none of its own."""
+    turns: Literal["all", "last", "refuse"] = "all"
+    """Chats under a template that renders earlier turns differently once others follow: a document a turn, one of the
+    last turn, or none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,8 @@ from kd_assets.model_files.weight_files import weights_read
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
-from kd_assets.sources.plan import ShardPlan, resolve_path
+from kd_assets.sources.plan import ShardPlan
+from kd_assets.sources.spec import resolve_path
 from kd_assets.store.reading.summary import inspect
 
 SPACE_MARGIN = 1.2
@@ -71,6 +72,7 @@ def size_of_the_plan(recipe: Recipe, platform: Platform) -> tuple[int, int, str]
         paths = [
             resolve_path(s.spec.path, platform.home_folder, what=s.spec.name, environment=platform.variables())
             for s in recipe.sources
+            if s.spec.path is not None
         ]
         if missing := [path for path in paths if not path.is_file()]:
             raise MissingInputError(f"the source {missing[0]} is not there, and no shard plan is made") from None

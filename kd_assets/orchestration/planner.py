@@ -31,7 +31,8 @@ from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokeni
 from kd_assets.model_files.folder import model_folder
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
-from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards, resolve_path
+from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards
+from kd_assets.sources.spec import resolve_path
 from kd_assets.store import FORMAT_VERSION, Manifest, committed, failed_check, fingerprint, plan_output
 from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.fingerprint import INPUT_KEY

@@ -13,24 +13,65 @@ from kd_assets.contract import STUDENT_HEAD_SIZE
 from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
 from kd_assets.recipes.recipe import Tasks
 
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class DatasetModel(dg.Model, dg.Resolvable):
+    """A data set that Hugging Face's `datasets` loads."""
+
+    name: str
+    """A hub id, or a folder when it starts with `/`, `.`, `~` or `$`."""
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    """A branch, a tag or a commit; the plan pins the commit. Left out: the newest."""
+
 
 class SourceModel(dg.Model, dg.Resolvable):
-    """A file of documents: records with a text field, or with a list of chat messages."""
+    """A file, several files or a data set: records with a text, with chat messages, or with fields that stand for
+    them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    path: str
-    """A file; `$NAME` stands for an environment variable, looked up when the shard plan is made."""
-    format: Literal["jsonl", "parquet", "arrow"] = "jsonl"
+    path: str | None = None
+    """A file, a folder, a pattern (`data/*.jsonl.gz`) or a URL (`s3://bucket/part-*.parquet`); `$NAME` stands for an
+    environment variable, looked up when the shard plan is made."""
+    dataset: DatasetModel | None = None
+    """In the place of `path`."""
+    format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow"] = "auto"
+    """auto: by a file's name (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`; `.gz` and `.zst` after it)."""
+    shape: Literal["auto", "text", "messages", "conversations", "instruction", "completion", "preference"] = "auto"
+    """What a record is made of; auto: recognised by its fields."""
+    fields: Annotated[dict[str, str], Field(default_factory=dict)]
+    """Field of the shape → the source's own name for it: `{instruction: question, output: answer}`."""
+    prefer: Literal["chosen", "rejected"] | None = None
+    """Of records with two answers: which of them is learned."""
+    roles: Annotated[
+        dict[str, Literal["system", "developer", "user", "assistant", "tool"]], Field(default_factory=dict)
+    ]
+    """The source's own words for roles: `{narrator: system}`."""
     text_field: str = "text"
     messages_field: str = "messages"
     id_field: str = "id"
     """A record without it is named after the source and its number."""
     ignore_fields: Annotated[list[str], Field(default_factory=list)]
     """Fields that a chat template or a loss may read (`tools`, a message's `weight`) and that are left out; counted."""
+    control_tokens: Literal["text", "tokens"] = "text"
+    """What control tokens are that plain texts spell out: text, or (texts that were rendered before) those tokens."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of the tokens of every shard, beside the weights of the other sources."""
     licence: str = "unknown"
+    """Left out: what the data set's card says."""
+    licence_accepted: str | None = None
+    """Why it may be used though its licence is unknown or not allowed; recorded in the plan."""
     revision: str | None = None
     made_by: str | None = None
     """Key of the asset that writes this file, for the lineage (`demo/corpus`)."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceModel":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("name either path or dataset")
+        return self
 
 
 def _n_devices_refused(placements: list[str], when: dict[str, Any], because: str) -> dict[str, Any]:

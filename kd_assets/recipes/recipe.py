@@ -25,7 +25,7 @@ from kd_assets.contract import (
 )
 from kd_assets.errors import RecipeError
 from kd_assets.scheduler.job import Resources
-from kd_assets.sources.plan import SourceSpec, without_later_defaults
+from kd_assets.sources.spec import SourceSpec, without_later_defaults
 from kd_assets.store import FORMAT_VERSION, fingerprint
 from kd_assets.store.computing_versions import computing_versions
 
@@ -75,6 +75,35 @@ class Tasks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """How records are chosen and cut into shards, beside `documents_per_shard`. Its fields came later: what is not used
+    is in no hash."""
+
+    tokens_per_shard: int | None = None
+    """Shards of about this many tokens, in the place of so many documents."""
+    max_documents: int | None = None
+    max_tokens: int | None = None
+    """About so many, counted as the plan estimates them."""
+    drop_duplicates: bool = False
+    """Whether exact copies of a record are left out."""
+    seed: int | None = None
+    """Sources are taken in stretches drawn with it; None: in the order of their records."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenising:
+    """How records become tokens: what `ShardsParams` says of the same names. Its fields came later, as above."""
+
+    on_long: Literal["truncate", "split", "drop"] = "truncate"
+    overlap: int = 0
+    chat_template: str | None = None
+    """A file, or the name of one of the tokenizer's templates; may hold `$NAME`."""
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    tools: tuple[Mapping[str, object], ...] | None = None
+    turns: Literal["all", "last", "refuse"] = "all"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     name: str
     sources: tuple[Source, ...]
@@ -87,6 +116,10 @@ class Recipe:
     on_bad_record: Literal["fail", "skip"] = "fail"
     part_documents: int = 256
     part_tokens: int = 131072
+    sharding: Sharding = field(default_factory=Sharding)
+    tokenising: Tokenising = field(default_factory=Tokenising)
+    allowed_licences: tuple[str, ...] | None = None
+    """Licences of sources that may be used; None: every one that is known."""
     tasks: Mapping[JobKind, Tasks] = field(default_factory=dict)
     nightly_plan_cron: str = "30 1 * * *"
     nightly_caches_cron: str = "0 2 * * *"
@@ -140,7 +173,7 @@ class Recipe:
     def _content_settings(self, asset: str) -> dict[str, object]:
         sources = [dataclasses.asdict(s) for s in self.sources]
         for source in sources:
-            without_later_defaults(source["spec"])
+            without_later_defaults(SourceSpec, source["spec"])
         tokenising: dict[str, object] = {
             "tokenizer": self.teacher.model,
             "revision": self.teacher.revision,
@@ -148,9 +181,9 @@ class Recipe:
             "on_bad_record": self.on_bad_record,
         }
         if asset == SHARD_PLAN:
-            return {"sources": sources, "documents_per_shard": self.documents_per_shard}
+            return {"sources": sources, "documents_per_shard": self.documents_per_shard, **used(self.sharding)}
         if asset == SHARDS_MANIFEST:
-            return tokenising | computing_versions(asset, {})
+            return tokenising | used(self.tokenising) | computing_versions(asset, {})
         if asset == STUDENT_SMOKE:
             return {"student": None if self.student is None else dataclasses.asdict(self.student)}
         params = content_of({str(a): p for a, p in self.cache_params.items()}[asset], seed=self.teacher.seed)
@@ -163,6 +196,12 @@ class Recipe:
             "params": params,
             "parts": [self.part_documents, self.part_tokens],
         }
+
+
+def used(settings: Sharding | Tokenising) -> dict[str, object]:
+    """The settings that are not their defaults."""
+    defaults = dataclasses.asdict(type(settings)())
+    return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
 def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:

@@ -77,7 +77,7 @@ class ChatRenderer:
     def render(self, record: Record) -> RenderedChat:
         """The chat as text, with what the assistant says. Raises BadRecordError, with the reason."""
         assert record.messages is not None
-        messages = [message._asdict() for message in record.messages]
+        messages = list(record.messages)
         text = self._render(record, messages)
         spans = self._marked_spans(record, messages, text)
         return RenderedChat(text, self._prefix_spans(record, messages, text) if spans is None else spans)

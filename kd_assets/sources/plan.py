@@ -16,12 +16,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from kd_assets.contract import RecordRange, decode, parse_json
 from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
-from kd_assets.sources.record_files import ID_FIELD, RawRecord, fields_of, iter_columns, iter_jsonl, open_source
+from kd_assets.sources.record_files import RawRecord, fields_of, iter_columns, iter_jsonl, open_source
 from kd_assets.sources.records import ShardHash
+from kd_assets.sources.spec import SourceSpec, resolve_path, without_later_defaults
 from kd_assets.store.fingerprint import fingerprint
 from kd_assets.store.reading.planned import SELF_HASH, plan_hash_of
 
@@ -29,26 +29,6 @@ MAX_SHARDS = 100_000
 """Five digits of a partition key: beyond them, sorted keys would no longer be in order."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
-_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceSpec:
-    """One file of a recipe's sources, as the recipe names it."""
-
-    name: str
-    """Stands in the ids of documents that bring none: letters, digits, `_`, `.`, `-`."""
-    path: str
-    """May hold `$NAME` and `${NAME}`; see `resolve_path`."""
-    file_format: Literal["jsonl", "parquet", "arrow"]
-    text_field: str = "text"
-    messages_field: str = "messages"
-    id_field: str = "id"
-    """A record without it is named after the source and its number."""
-    ignore_fields: tuple[str, ...] = ()
-    """Fields of records and messages that a chat template or a loss may read, left out knowingly."""
-    licence: str
-    revision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +73,7 @@ class ShardPlan:
         raw = dataclasses.asdict(self)
         for shard in raw["shards"]:
             for records in shard["records"]:
-                without_later_defaults(records)
+                without_later_defaults(RecordRange, records)
         return json.dumps(raw | {SELF_HASH: fingerprint(raw)}, indent=1, sort_keys=True)
 
     @classmethod
@@ -109,37 +89,6 @@ class ShardPlan:
         if claimed not in (None, fingerprint(raw)) or plan.plan_hash != _plan_hash(plan.shards, plan.sources):
             raise ContractError(f"{where} was changed after it was written: materialize shard_plan again")
         return plan
-
-
-def without_later_defaults(source: dict[str, Any]) -> dict[str, Any]:
-    """A source's fields without those that came later, where they are not used: what was made before stays as it is."""
-    for name, default in (("id_field", ID_FIELD), ("ignore_fields", ())):
-        if source[name] == default:
-            del source[name]
-    return source
-
-
-def resolve_path(
-    path: str, base_folder: Path, *, what: str = "path", environment: Mapping[str, str] = os.environ
-) -> Path:
-    """`path` made absolute: `$NAME` and `${NAME}` replaced, `~` expanded, relative to `base_folder`.
-
-    Raises MissingInputError, naming the variable and `what` (such as "source 'web'"), for a variable that is unset or
-    empty: a path with a hole in it would lead somewhere else.
-    """
-
-    def value_of(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if value := environment.get(name):
-            return value
-        raise MissingInputError(
-            f"{what}: the environment variable {name} of its path {path} is not set: set it where Dagster runs"
-        )
-
-    resolved = _VARIABLE.sub(value_of, path)
-    if not resolved:
-        raise MissingInputError(f"{what}: its path is empty")
-    return Path(os.path.abspath(base_folder / os.path.expanduser(resolved)))
 
 
 def plan_shards(
@@ -167,6 +116,7 @@ def plan_shards(
         return f"{shard_prefix}-{len(shards):05d}"
 
     for spec in sources:
+        assert spec.path is not None
         path = resolve_path(spec.path, base_folder or Path.cwd(), what=f"source {spec.name!r}", environment=environment)
         try:
             pinned.append(_plan_source(spec, path, documents_per_shard, next_key, shards))
@@ -184,7 +134,7 @@ def _plan_source(
         before = os.fstat(f.fileno())
         if before.st_size == 0:
             raise MissingInputError(f"{path} is empty: write its records, or take the source out of the recipe")
-        if spec.file_format == "jsonl":
+        if spec.file_format in ("jsonl", "auto"):
             records = iter_jsonl(f, path, file_hash=file_hash)
         else:
             while chunk := f.read(1 << 22):
@@ -232,7 +182,7 @@ def _take_shard(
             RecordRange(
                 source=spec.name,
                 path=str(path),
-                file_format=spec.file_format,
+                file_format="jsonl" if spec.file_format == "auto" else spec.file_format,
                 first_record=first.number,
                 n_records=n_records,
                 byte_offset=first.byte_offset,

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from kd_assets.contract import RecordRange
 from kd_assets.errors import BadRecordError, FieldNotUnderstoodError
@@ -24,11 +24,8 @@ from kd_assets.sources.record_files import ID_FIELD, TEMPLATE_FIELDS, Fields, Ra
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class Message(NamedTuple):
-    """One turn of a chat."""
-
-    role: str
-    content: str
+Message = dict[str, Any]
+"""One turn of a chat as the template is given it: `role`, `content`, and whatever else the record says of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +41,20 @@ class Record:
     messages: tuple[Message, ...] | None = None
     passed_over: tuple[str, ...] = ()
     """Its fields that nothing was made of; those of messages as `messages.name`."""
+    tools: tuple[Any, ...] | None = None
+    """What the chat template is given as `tools`."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What else of the record the chat template is given (`documents`, `chat_template_kwargs`)."""
+    ignored: tuple[str, ...] = ()
+    """Fields of messages that are left out though a template may read them: the source says so."""
+    n_prompt_characters: int = 0
+    """Of the text: the first ones, which are not learned."""
+    n_prompt_messages: int = 0
+    """The first ones, of which nothing is learned."""
+    control_tokens: Literal["tokens", "text"] = "tokens"
+    """What control tokens that the text spells out are."""
+    sample_id: str = ""
+    """Hash of source and content: the same wherever the record lies."""
 
 
 class ShardHash:
@@ -225,7 +236,7 @@ def _message(value: Any, name: str) -> Message:
         raise _NoDocumentError(f"{name}.role is {role!r:.40}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise _NoDocumentError(f"{name}.content is {_kind(content)}; expected a string")
-    return Message(role, _unicode(content, f"{name}.content"))
+    return {"role": role, "content": _unicode(content, f"{name}.content")}
 
 
 def _unicode(value: str, name: str) -> str:

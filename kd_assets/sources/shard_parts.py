@@ -234,7 +234,7 @@ def take_batch(items: Iterator[Record | BadRecordError], n_most: int) -> list[Re
             break
         batch.append(item)
         if isinstance(item, Record):
-            n_characters += len(item.text or "") + sum(len(message.content) for message in item.messages or ())
+            n_characters += len(item.text or "") + sum(len(message["content"]) for message in item.messages or ())
     return batch
 
 

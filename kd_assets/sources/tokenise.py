@@ -149,7 +149,7 @@ class DocumentTokeniser:
     def _document(
         self, record: Record, ids: Sequence[int], loss_mask: npt.NDArray[np.bool_], *, has_own_ends: bool = False
     ) -> TokenisedDocument:
-        spoken = [record.text or ""] if record.messages is None else [m.content for m in record.messages]
+        spoken = [record.text or ""] if record.messages is None else [m["content"] for m in record.messages]
         return TokenisedDocument(
             record=record,
             input_ids=np.asarray(ids[: self._max_length], dtype=np.uint32),

@@ -151,7 +151,7 @@ def test_work_in_the_hands_of_a_live_job_is_joined_and_not_submitted(deployment:
 def test_a_live_job_of_another_version_is_not_joined_and_does_not_fail_a_preview(deployment: Deployment) -> None:
     assert deployment.run("shards_manifest", partition=SHARDS[0]).success
     (theirs,) = submitted(deployment, "shards")
-    theirs.job_file.write_text(theirs.job_file.read_text().replace('"contract_version": 2', '"contract_version": 1'))
+    theirs.job_file.write_text(theirs.job_file.read_text().replace('"contract_version": 3', '"contract_version": 1'))
     for result in (deployment.home / "store" / "tiny" / "shards_manifest").glob("*/*/*/manifest.json"):
         result.unlink()
     with locked(theirs.job_lock):

@@ -93,8 +93,8 @@ def test_the_golden_recipe_loads_from_its_yaml_as_what_it_was(golden: GoldenDepl
         steps=20, batch_documents=4, max_length=24, hidden_size=32, n_layers=1, temperature=1.0
     )
     assert [(s.spec.name, s.spec.path, s.spec.file_format) for s in recipe.sources] == [
-        ("texts", "$KD_HOME/sources/texts.jsonl", "jsonl"),
-        ("chats", "$KD_HOME/sources/chats.jsonl", "jsonl"),
+        ("texts", "$KD_HOME/sources/texts.jsonl", "auto"),
+        ("chats", "$KD_HOME/sources/chats.jsonl", "auto"),
         ("table", "sources/table.parquet", "parquet"),
     ]
     keys = golden.definitions.resolve_asset_graph().get_all_asset_keys()

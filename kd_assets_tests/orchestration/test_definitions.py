@@ -21,7 +21,7 @@ from kd_assets.errors import MissingInputError, RecipeError, SchedulerError
 from kd_assets.orchestration.platform import PROJECT_FOLDER, Platform
 from kd_assets.recipes.recipe import Recipe, Source, Tasks, TeacherSettings
 from kd_assets.scheduler import LocalScheduler, Resources, SlurmScheduler
-from kd_assets.sources.plan import SourceSpec
+from kd_assets.sources.spec import SourceSpec
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from kd_assets.recipes.models import (
     TopkModel,
 )
 from kd_assets.recipes.recipe import Recipe, Tasks, TeacherSettings
-from kd_assets.sources.plan import SourceSpec
+from kd_assets.sources.spec import SourceSpec
 
 Defaults = dict[str, Any]
 REQUIRED = "required"

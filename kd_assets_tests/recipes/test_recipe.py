@@ -6,7 +6,7 @@ import pytest
 
 from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TopkParams
 from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings
-from kd_assets.sources.plan import SourceSpec
+from kd_assets.sources.spec import SourceSpec
 
 
 def a_recipe(*, draws: int = 0, seed: int = 0) -> Recipe:

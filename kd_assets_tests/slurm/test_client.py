@@ -178,11 +178,12 @@ def test_endings_as_slurm_tells_them(slurm: SlurmCluster, tmp_path: Path) -> Non
     for job in (killed, exited, no_log, cancelled):
         row = wait_for_end(ours, job)[0]
         endings[job] = (ending_of(row.state, row.reason, row.exit_code), row.exit_code)
+    # slurmd sends SIGTERM and at once, where the step was still starting, SIGKILL: either may be what ended it.
+    assert endings.pop(cancelled) in [(Ending.CANCELLED, -15), (Ending.CANCELLED, -9)]
     assert endings == {
         killed: (Ending.KILLED, -9),
         exited: (Ending.EXITED, 137),
         no_log: (Ending.LAUNCH_FAILURE, -53),
-        cancelled: (Ending.CANCELLED, -15),
     }
 
 

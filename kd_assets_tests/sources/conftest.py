@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from kd_assets.sources.records import Message, Record
+from kd_assets.sources.records import Record
 
 CORPUS = [
     "The import statement finds a module, loads it and binds a name in the local namespace.",
@@ -72,5 +72,5 @@ def chat_record(*turns: tuple[str, str], number: int = 0) -> Record:
         source="web",
         number=number,
         document_id=f"d{number}",
-        messages=tuple(Message(role, content) for role, content in turns),
+        messages=tuple({"role": role, "content": content} for role, content in turns),
     )

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
-from kd_assets.sources.plan import ShardPlan, SourceSpec, plan_shards, resolve_path
+from kd_assets.sources.plan import ShardPlan, plan_shards
 from kd_assets.sources.records import Record, ShardHash, read_records
+from kd_assets.sources.spec import SourceSpec, resolve_path
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 
@@ -342,7 +343,7 @@ def test_planning_a_large_file_takes_little_memory(tmp_path: Path) -> None:
 def test_planning_imports_neither_torch_nor_transformers_nor_dagster(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     code = (
-        "import sys\nfrom kd_assets.sources.plan import SourceSpec, plan_shards\n"
+        "import sys\nfrom kd_assets.sources.plan import plan_shards\nfrom kd_assets.sources.spec import SourceSpec\n"
         f"s = SourceSpec(name='a', path={str(path)!r}, file_format='jsonl', licence='x')\n"
         "plan_shards([s], documents_per_shard=1, shard_prefix='s')\n"
         "print(*sorted({'torch', 'transformers', 'tokenizers', 'dagster'} & set(sys.modules)))"

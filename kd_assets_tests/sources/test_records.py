@@ -24,9 +24,10 @@ from kd_assets.errors import (
     StorageUnreachableError,
 )
 from kd_assets.sources import record_files as files_module
-from kd_assets.sources.plan import ShardPlan, SourceSpec, plan_shards
+from kd_assets.sources.plan import ShardPlan, plan_shards
 from kd_assets.sources.record_files import Fields, RawRecord, iter_columns, iter_jsonl
-from kd_assets.sources.records import Message, Record, ShardHash, parse_record, read_records
+from kd_assets.sources.records import Record, ShardHash, parse_record, read_records
+from kd_assets.sources.spec import SourceSpec
 
 RANGE = RecordRange(
     source="web", path="/data/web.jsonl", file_format="jsonl", first_record=0, n_records=1, byte_offset=0, first_line=1
@@ -68,13 +69,13 @@ def test_a_chat_becomes_messages_of_role_and_content_only() -> None:
     record = parsed(
         '{"messages": [{"role": "user", "content": "hi", "x": null}, {"role": "assistant", "content": ""}]}'
     )
-    assert record.messages == (Message("user", "hi"), Message("assistant", ""))
+    assert record.messages == ({"role": "user", "content": "hi"}, {"role": "assistant", "content": ""})
     assert record.text is None
 
 
 def test_messages_win_over_text_unless_they_are_null() -> None:
     chat = [{"role": "user", "content": "hi"}]
-    assert parsed(json.dumps({"text": "rendered", "messages": chat})).messages == (Message("user", "hi"),)
+    assert parsed(json.dumps({"text": "rendered", "messages": chat})).messages == ({"role": "user", "content": "hi"},)
     assert parsed(json.dumps({"text": "plain", "messages": None})).text == "plain"
 
 
@@ -251,9 +252,9 @@ def test_chats_are_read_from_lists_of_structs(tmp_path: Path, list_type: Any) ->
     table = pa.table({"chat": pa.array(CHATS, type=list_type(struct)), "text": [None, "plain", "not used"]})
     items = read_all(write_parquet(tmp_path / "w.parquet", table), messages_field="chat")
     assert [(r.text, r.messages) for r in items if isinstance(r, Record)] == [
-        (None, (Message("user", "hi"), Message("assistant", "hello"))),
+        (None, ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})),
         ("plain", None),
-        (None, (Message("user", "again"),)),
+        (None, ({"role": "user", "content": "again"},)),
     ]
 
 
@@ -366,7 +367,7 @@ def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     file = write_arrow(saved / "data-00000-of-00001.arrow", table, rows_a_batch=2)
     records = [r for r in read_all(file) if isinstance(r, Record)]
-    assert [r.messages for r in records] == [tuple(Message(**m) for m in one) for one in chats]
+    assert [r.messages for r in records] == [tuple(one) for one in chats]
     with pytest.raises(MissingInputError, match=rf"is a folder; .* \(of this one, name {file.name} and its others"):
         plan_of(saved)
 
@@ -417,7 +418,7 @@ def test_what_a_template_or_the_loss_would_read_is_an_error_that_names_it(
     first, second = read_all(path, ignore_fields=(key,))
     assert isinstance(first, Record)
     assert isinstance(second, Record)
-    assert second.messages == (Message("user", "q"), Message("assistant", "a"))
+    assert second.messages == ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
     assert [name in record.passed_over for record in (first, second)] == [False, True]
 
 

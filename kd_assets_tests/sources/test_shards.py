@@ -37,10 +37,11 @@ from kd_assets.errors import (
 )
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources import records, shard_parts
-from kd_assets.sources.plan import SourceSpec, plan_shards
+from kd_assets.sources.plan import plan_shards
 from kd_assets.sources.record_files import RawRecord
 from kd_assets.sources.records import parse_record as parse
 from kd_assets.sources.shards import ShardsRunner
+from kd_assets.sources.spec import SourceSpec
 from kd_assets.store import Manifest, committed, plan_output, read_shard
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.sources.conftest import UNMARKED_TEMPLATE, SaveTokenizer

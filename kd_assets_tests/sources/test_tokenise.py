@@ -155,7 +155,7 @@ def test_both_ways_of_masking_agree_on_random_chats(save_tokenizer: SaveTokenize
     for one, two, chat in zip(marked, by_prefix, chats, strict=True):
         assert one.input_ids.tolist() == two.input_ids.tolist()
         assert one.loss_mask.tolist() == two.loss_mask.tolist()
-        said = [m.content + "<|eot|>" for m in chat.messages or () if m.role == "assistant"]
+        said = [m["content"] + "<|eot|>" for m in chat.messages or () if m["role"] == "assistant"]
         # A token of the header's newline and the answer's first spaces is neither's: white space is not compared.
         assert "".join(learned(save_tokenizer(), one).split()) == "".join("".join(said).split())
 
