@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from kd_assets.contract import RecordRange
 from kd_assets.durable import is_passing, read_patiently, storage_errors
 from kd_assets.errors import InputError, MissingInputError
+from kd_assets.sources.fields import TEMPLATE_FIELDS, Fields, fields_of
 
-ID_FIELD = "id"
 MAX_LINE_BYTES = 1 << 28
 """Longest line of a JSONL file. 256 MiB of text is no document: such a file is of another format."""
 BATCH_ROWS = 256
@@ -52,39 +52,6 @@ OTHER_FORMATS = {
     b"\xfe\xff": "is UTF-16: convert it to UTF-8",
 }
 """First bytes that no JSON Lines file has, and what they mean."""
-
-
-TEMPLATE_FIELDS = (
-    *("tools", "functions", "documents", "system", "tool_choice", "function_call"),
-    *("chat_template", "chat_template_kwargs"),
-)
-"""Fields of a record beside its messages that chat templates are given, or that are part of the prompt."""
-
-
-class Fields(NamedTuple):
-    """Which fields of a source's records are read."""
-
-    id: str
-    text: str
-    messages: str
-    ignored: tuple[str, ...]
-
-
-def fields_of(source: HasFields) -> Fields:
-    return Fields(source.id_field, source.text_field, source.messages_field, source.ignore_fields)
-
-
-class HasFields(Protocol):
-    """A source as the recipe or the contract names it."""
-
-    @property
-    def id_field(self) -> str: ...
-    @property
-    def text_field(self) -> str: ...
-    @property
-    def messages_field(self) -> str: ...
-    @property
-    def ignore_fields(self) -> tuple[str, ...]: ...
 
 
 class Hash(Protocol):
