@@ -24,8 +24,9 @@ from kd_assets.errors import (
     StorageUnreachableError,
 )
 from kd_assets.sources import record_files as files_module
+from kd_assets.sources.fields import Fields
 from kd_assets.sources.plan import ShardPlan, plan_shards
-from kd_assets.sources.record_files import Fields, RawRecord, iter_columns, iter_jsonl
+from kd_assets.sources.record_files import RawRecord, iter_columns, iter_jsonl
 from kd_assets.sources.records import Record, ShardHash, parse_record, read_records
 from kd_assets.sources.spec import SourceSpec
 
