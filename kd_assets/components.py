@@ -19,8 +19,8 @@ from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets.recipes.cluster_profile import Positive
 from kd_assets.recipes.models import CachesModel, JobsModel, NightlyModel, SourceModel, StudentModel, TeacherModel
-from kd_assets.recipes.recipe import Recipe, Sharding, Source, TeacherSettings, Tokenising
-from kd_assets.sources.spec import DatasetSpec, SourceSpec
+from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising
+from kd_assets.sources.spec import DatasetSpec, Sharding, SourceSpec
 
 
 class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
@@ -90,7 +90,6 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
                 for s in self.sources
             ),
             teacher=TeacherSettings(model=self.teacher.model_id, **self.teacher.model_dump(exclude={"model_id"})),
-            documents_per_shard=self.documents_per_shard,
             topk=None if caches.topk is None else TopkParams(**caches.topk.model_dump()),
             hidden_states=None
             if caches.hidden_states is None
@@ -103,6 +102,7 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
             part_documents=self.part_documents,
             part_tokens=self.part_tokens,
             sharding=Sharding(
+                documents_per_shard=self.documents_per_shard,
                 tokens_per_shard=self.tokens_per_shard,
                 max_documents=self.max_documents,
                 max_tokens=self.max_tokens,

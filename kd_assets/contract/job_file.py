@@ -64,8 +64,10 @@ class RecordRange:
     batch_first_record: int | None = None
     """The number of that batch's first record."""
     file_identity: str | None = None
-    """Of a file of columns: what it was when it was planned (see `sources.files`); None where the shard's hash is over
-    its records."""
+    """Of a file of columns: what it was when it was planned (see `sources.files`); None in plans of the first versions,
+    which read fewer columns."""
+    hashed: Literal["records", "file"] = "records"
+    """What the range's hash is over: each record, or (a large file of columns, which a plan does not read) the file."""
     dropped: tuple[int, ...] = ()
     """Numbers of records in the range that are left out: exact copies of earlier ones."""
     shape: RecordShape = "auto"

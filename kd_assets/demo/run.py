@@ -138,7 +138,7 @@ def main() -> int:
             log=log,
             n_expected=3,
         )
-        keys = [s.partition_key for s in planner_of(recipe, platform).current_plan().shards]
+        keys = planner_of(recipe, platform).current_plan().keys
         materialize(
             names,
             title="[2/3] shards, top-k, hidden states, embeddings",
@@ -155,7 +155,7 @@ def main() -> int:
 def summary(recipe: Recipe, platform: Platform, started: float) -> list[tuple[str, str]]:
     """The table's rows, from the committed results and this demo's events."""
     planner = planner_of(recipe, platform)
-    keys = [s.partition_key for s in planner.current_plan().shards]
+    keys = planner.current_plan().keys
     units = planner.teacher_work(keys, recipe.caches).units
     manifests = {a: [read_manifest(Path(o.path)) for u in units for o in u.outputs if o.asset == a] for a in CACHES}
     student, _ = planner.student_work()

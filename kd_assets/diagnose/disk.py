@@ -17,7 +17,7 @@ from kd_assets.model_files.weight_files import weights_read
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
-from kd_assets.sources.plan import ShardPlan
+from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.spec import resolve_path
 from kd_assets.store.reading.summary import inspect
 
@@ -78,7 +78,8 @@ def size_of_the_plan(recipe: Recipe, platform: Platform) -> tuple[int, int, str]
             raise MissingInputError(f"the source {missing[0]} is not there, and no shard plan is made") from None
         n_tokens = sum(path.stat().st_size for path in paths) // BYTES_A_TOKEN
         return n_tokens, max(n_tokens // 500, 1), "the sources (no shard plan yet)"
-    return sum(s.n_bytes for s in plan.shards) // BYTES_A_TOKEN, sum(s.n_records for s in plan.shards), "the shard plan"
+    n_tokens = plan.totals["n_tokens"] or plan.totals["n_bytes"] // BYTES_A_TOKEN
+    return n_tokens, plan.totals["n_documents"], "the shard plan"
 
 
 def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: int) -> dict[str, int]:

@@ -147,7 +147,7 @@ def preview(recipe: Recipe, platform: Platform, *, partitions: str | None, asset
     cannot be, SchedulerUnreachableError when the cluster does not answer.
     """
     planner = planner_of(recipe, platform)
-    keys = select_partitions([s.partition_key for s in planner.current_plan().shards], partitions)
+    keys = select_partitions(planner.current_plan().keys, partitions)
     profile = platform.profile()
     previewer = _Previewer(recipe, platform, profile, planner)
     previewer.look_at(keys, select_assets(recipe, assets))

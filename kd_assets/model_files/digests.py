@@ -135,6 +135,15 @@ def hashed_sha256(path: Path, cache: DigestCache | None, *, read: Callable[[int]
     return digest.hexdigest()
 
 
+def remember_sha256(path: Path, cache: DigestCache, sha256: str) -> None:
+    """Keep the digest of a file that was just read whole, unless it changed a moment ago."""
+    with reading_errors(path):
+        real = path.resolve(strict=True)
+        status = real.stat()
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS:
+        cache.put(real, status, sha256)
+
+
 def blob_sha256(path: Path, real: Path) -> str | None:
     """The SHA-256 that a file of the Hugging Face cache is named after; None for any other file.
 

@@ -26,7 +26,7 @@ from kd_assets.orchestration.recording.recorder import Recorder, latest_data_ver
 from kd_assets.orchestration.run import Run, as_failure, patiently
 from kd_assets.orchestration.schedules import partitions_held_by_live_runs
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
-from kd_assets.sources.plan import ShardPlan
+from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.store import read_manifest
 
 PLAN_TAG = "kd_assets/plan"
@@ -50,7 +50,7 @@ def materialize_plan(
     """Pin the sources and register one dynamic partition a shard, in sorted order."""
     with as_failure(), alive(platform.jobs_folder, context.run.run_id):
         plan = planner_of(recipe, platform).make_plan()
-    keys = [shard.partition_key for shard in plan.shards]
+    keys = plan.keys
     name = str(recipe.partitions.name)
     present = context.instance.get_dynamic_partitions(name)
     held = partitions_held_by_live_runs(context.instance, recipe, present)
@@ -66,7 +66,7 @@ def materialize_plan(
         data_version=dg.DataVersion(plan.plan_hash),
         metadata={
             "shards": len(keys),
-            "records": sum(s.n_records for s in plan.shards),
+            "records": plan.totals["n_records"],
             "bytes": sum(s.n_bytes for s in plan.sources),
             "sources": dg.MetadataValue.table(
                 [
@@ -165,7 +165,7 @@ def _make_caches(context: dg.AssetExecutionContext, recipe: Recipe, platform: Pl
 def resolved(keys: Sequence[str], plan: ShardPlan, log: Log) -> list[str]:
     """A range's partitions that the plan has: others may have been in an older one, when the run was queued. All of
     them where it has none, which then fail by name."""
-    planned = {shard.partition_key for shard in plan.shards}
+    planned = set(plan.keys)
     if gone := [key for key in keys if key not in planned]:
         named = ", ".join(gone) if len(gone) <= 5 else f"{gone[0]} … {gone[-1]}"
         log.warning(f"{len(gone)} partitions of the range are not in the plan any more, and are left out: {named}")
@@ -198,7 +198,7 @@ def materialize_student(
         work, shards = patiently(planner.student_work, context.log)
         run.carry_out(work)
     run.raise_if_anything_failed()
-    ((unit,), n_planned) = work.units, len(planner.current_plan().shards)
+    ((unit,), n_planned) = work.units, planner.current_plan().n_shards
     folder = Path(unit.outputs[0].path)
     with as_failure(), storage_errors(folder, "read"):
         manifest = read_manifest(folder)

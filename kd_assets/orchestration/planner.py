@@ -25,13 +25,22 @@ from kd_assets.contract import (
     parse_json,
 )
 from kd_assets.durable import prepare_folder, read_if_there, replace_file
-from kd_assets.errors import NO_ANSWER, MissingInputError, StorageUnavailableError, StoreError
+from kd_assets.errors import (
+    NO_ANSWER,
+    ContractError,
+    InputError,
+    MissingInputError,
+    StorageUnavailableError,
+    StoreError,
+)
 from kd_assets.model_files.digests import DigestCache, Say
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
-from kd_assets.sources.plan import PlannedShard, ShardPlan, plan_shards
+from kd_assets.sources.planning.make import plan_shards
+from kd_assets.sources.planning.plan import PinnedSource, PlannedShard, ShardPlan, plan_name, read_plan
+from kd_assets.sources.planning.token_rate import CountTokens, token_counter
 from kd_assets.sources.spec import resolve_path
 from kd_assets.store import FORMAT_VERSION, Manifest, committed, failed_check, fingerprint, plan_output
 from kd_assets.store.computing_versions import computing_versions
@@ -40,11 +49,6 @@ from kd_assets.store.reading.planned import PLAN_NAME
 
 TEACHER_FILE = "teacher.json"
 """In the recipe's folder: the teacher that its caches were last planned with (see `Planner.planned_weights`)."""
-
-
-def plan_file(plan_hash: str) -> str:
-    """The name that a plan keeps; the current one also lies under PLAN_NAME."""
-    return f"{plan_hash[:16]}.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,21 +89,40 @@ class Planner:
     # ------------------------------------------------------------------ the plan
 
     def make_plan(self) -> ShardPlan:
-        """Read every source once and make its shards the current plan. Nothing is written when a source is bad."""
+        """Look at every source, and make its shards the current plan: those that there are, and those of what is new.
+        Nothing is written when a source is bad, but for copies of compressed files."""
+        folder = self._folder / SHARD_PLAN
         plan = plan_shards(
             [s.spec for s in self._recipe.sources],
-            documents_per_shard=self._recipe.documents_per_shard,
+            self._recipe.sharding,
             shard_prefix=self._recipe.name,
             base_folder=Path(self._variables["KD_HOME"]),
             environment=self._variables,
+            previous=self._plan_before(),
+            seekable_folder=folder / "seekable",
+            digests=self._digests,
+            count_tokens=self._token_counter(),
+            allowed_licences=self._recipe.allowed_licences,
         )
-        folder = self._folder / SHARD_PLAN
         prepare_folder(folder)
-        text = plan.to_json().encode()
-        replace_file(folder / plan_file(plan.plan_hash), text)
-        replace_file(folder / PLAN_NAME, text)
+        plan.write(folder)
         self._plan = plan
         return plan
+
+    def _plan_before(self) -> ShardPlan | None:
+        """The current plan; None where there is none that can be read: then a plan begins anew, which mends it."""
+        try:
+            return self._read_plan(PLAN_NAME)
+        except ContractError as e:
+            self._say(f"the current shard plan is damaged, and is made anew: {e}")
+            return None
+
+    def _token_counter(self) -> CountTokens | None:
+        """None where the tokenizer is not here yet: a plan can be made before the teacher is."""
+        try:
+            return token_counter(self.teacher_folder)
+        except (InputError, StorageUnavailableError):
+            return None
 
     def _resolve(self, path: str, *, what: str) -> Path:
         """An absolute path; a relative one starts from KD_HOME."""
@@ -118,13 +141,10 @@ class Planner:
 
     def use_plan(self, plan_hash: str) -> None:
         """Work from this plan, though another may have been made since. Without its file, from the current one."""
-        self._plan = self._read_plan(plan_file(plan_hash))
+        self._plan = self._read_plan(plan_name(plan_hash))
 
     def _read_plan(self, name: str) -> ShardPlan | None:
-        path = self._folder / SHARD_PLAN / name
-        if (text := read_if_there(path)) is None:
-            return None
-        return ShardPlan.from_json(text, where=str(path))
+        return read_plan(self._folder / SHARD_PLAN / name)
 
     # ------------------------------------------------------------------ the teacher's files
 
@@ -218,16 +238,16 @@ class Planner:
 
     def shards_work(self, partition_keys: Sequence[str]) -> PlannedWork:
         """Tokenising of these partitions."""
-        shards = self._planned_shards()
+        plan = self.current_plan()
         units, impossible = [], {}
         for key in partition_keys:
-            if (shard := shards.get(key)) is None:
+            if (shard := plan.shard(key)) is None:
                 impossible[key] = self._not_in_plan(key)
                 continue
             units.append(
                 WorkUnit(
                     partition_key=key,
-                    n_tokens=shard.n_bytes // 4,  # about four bytes a token in English; only for balancing
+                    n_tokens=shard.n_tokens or shard.n_bytes // 4,  # of an earlier version's plan, as of English
                     records=shard.records,
                     outputs=(self.shards_output(shard),),
                 )
@@ -242,10 +262,10 @@ class Planner:
 
         `weights`: their fingerprint; None: of those on disk now, which takes hashing them where that is not known.
         """
-        shards = self._planned_shards()
+        plan = self.current_plan()
         units, impossible, unreachable = [], {}, {}
         for key in partition_keys:
-            if (planned := shards.get(key)) is None:
+            if (planned := plan.shard(key)) is None:
                 impossible[key] = self._not_in_plan(key)
                 continue
             output = self.shards_output(planned)
@@ -282,7 +302,7 @@ class Planner:
             if failed_check(manifest) is None:
                 versions[output.path] = manifest.data_version
 
-        keys = [s.partition_key for s in self.current_plan().shards]
+        keys = self.current_plan().keys
         work = self.teacher_work(keys, self._recipe.caches, weights=self.planned_weights())
         survey = work.survey(remember)
         # Which partitions are complete decides what the student is: not to know it is no answer.
@@ -370,7 +390,7 @@ class Planner:
         plan, (folder, tokenizer) = self.current_plan(), self._tokenizer_identity()
         facts: dict[str, Any] = {
             "plan_hash": plan.plan_hash,
-            "sources": [dataclasses.asdict(s) for s in plan.sources],
+            "sources": [source_in_provenance(s) for s in plan.sources],
             "tokenizer": str(folder),
             "tokenizer_fingerprint": tokenizer,
         }
@@ -384,11 +404,14 @@ class Planner:
             }
         return facts
 
-    def _planned_shards(self) -> dict[str, PlannedShard]:
-        return {shard.partition_key: shard for shard in self.current_plan().shards}
-
     def _not_in_plan(self, partition_key: str) -> str:
         return (
             f"the current shard plan of {self._recipe.name} has no shard {partition_key}: "
             f"materialize {self._recipe.name}/{SHARD_PLAN} again, or choose another partition"
         )
+
+
+def source_in_provenance(source: PinnedSource) -> dict[str, Any]:
+    """A source as each manifest has it: without its files, of which a shard names its own."""
+    raw = {name: value for name, value in dataclasses.asdict(source).items() if name != "files"}
+    return {name: value for name, value in raw.items() if value is not None or name == "revision"}

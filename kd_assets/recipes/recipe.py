@@ -25,7 +25,7 @@ from kd_assets.contract import (
 )
 from kd_assets.errors import RecipeError
 from kd_assets.scheduler.job import Resources
-from kd_assets.sources.spec import SourceSpec, without_later_defaults
+from kd_assets.sources.spec import Sharding, SourceSpec, without_later_defaults
 from kd_assets.store import FORMAT_VERSION, fingerprint
 from kd_assets.store.computing_versions import computing_versions
 
@@ -75,22 +75,6 @@ class Tasks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sharding:
-    """How records are chosen and cut into shards, beside `documents_per_shard`. Its fields came later: what is not used
-    is in no hash."""
-
-    tokens_per_shard: int | None = None
-    """Shards of about this many tokens, in the place of so many documents."""
-    max_documents: int | None = None
-    max_tokens: int | None = None
-    """About so many, counted as the plan estimates them."""
-    drop_duplicates: bool = False
-    """Whether exact copies of a record are left out."""
-    seed: int | None = None
-    """Sources are taken in stretches drawn with it; None: in the order of their records."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenising:
     """How records become tokens: what `ShardsParams` says of the same names. Its fields came later, as above."""
 
@@ -108,7 +92,6 @@ class Recipe:
     name: str
     sources: tuple[Source, ...]
     teacher: TeacherSettings
-    documents_per_shard: int
     topk: TopkParams | None = None
     hidden_states: HiddenStateParams | None = None
     embeddings: EmbeddingParams | None = None
@@ -181,7 +164,8 @@ class Recipe:
             "on_bad_record": self.on_bad_record,
         }
         if asset == SHARD_PLAN:
-            return {"sources": sources, "documents_per_shard": self.documents_per_shard, **used(self.sharding)}
+            cut = {"documents_per_shard": self.sharding.documents_per_shard, **used(self.sharding)}
+            return {"sources": sources, **cut}
         if asset == SHARDS_MANIFEST:
             return tokenising | used(self.tokenising) | computing_versions(asset, {})
         if asset == STUDENT_SMOKE:

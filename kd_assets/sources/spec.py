@@ -69,6 +69,23 @@ class SourceSpec:
     """Why it may be used though its licence is unknown or not allowed; recorded."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """How records are chosen and cut into shards."""
+
+    documents_per_shard: int = 10_000
+    # What follows came later: what is not used is in no hash.
+    tokens_per_shard: int | None = None
+    """Shards of about this many tokens, in the place of so many documents."""
+    max_documents: int | None = None
+    max_tokens: int | None = None
+    """About so many, counted as the plan estimates them."""
+    drop_duplicates: bool = False
+    """Whether exact copies of a record are left out."""
+    seed: int | None = None
+    """Sources are taken in stretches drawn with it; None: in the order of their records."""
+
+
 _FIRST_FIELDS = {"byte_offset", "first_line", "text_field", "messages_field", "revision", "path"}
 """Fields with a default that were there from the beginning."""
 
