@@ -20,7 +20,10 @@ from pathlib import Path
 from kd_assets.contract import RecordRange, decode, parse_json
 from kd_assets.errors import ContractError, InputError, MissingInputError, RecipeError
 from kd_assets.sources.fields import fields_of
-from kd_assets.sources.record_files import RawRecord, iter_columns, iter_jsonl, open_source
+from kd_assets.sources.files.columns.earlier import iter_columns
+from kd_assets.sources.files.raw import RawRecord
+from kd_assets.sources.files.storage import open_source
+from kd_assets.sources.files.text.lines import iter_jsonl
 from kd_assets.sources.records import ShardHash
 from kd_assets.sources.spec import SourceSpec, resolve_path, without_later_defaults
 from kd_assets.store.fingerprint import fingerprint
