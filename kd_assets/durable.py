@@ -269,7 +269,7 @@ def prepare_folder(path: Path) -> None:
                     raise
                 continue  # another task was faster, and sets the mode
             folder.chmod(folder.stat().st_mode & _SPECIAL_BITS | FOLDER_MODE)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
 
 
 class HashingFile(io.RawIOBase):
@@ -318,7 +318,7 @@ def atomic_file(path: Path, *, mode: int = FILE_MODE) -> Iterator[HashingFile]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def atomic_write(path: Path, data: bytes, *, mode: int = FILE_MODE) -> str:
@@ -358,7 +358,7 @@ def remove_file(path: Path) -> None:
     """Remove the file if it is there, and sync its folder."""
     with storage_errors(path, "remove"):
         path.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -381,10 +381,11 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         finally:
             os.close(descriptor)
         if is_new:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until what was created, renamed or removed in the folder is on disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

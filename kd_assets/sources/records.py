@@ -20,7 +20,8 @@ from typing import Any, Literal
 from kd_assets.contract import RecordRange
 from kd_assets.errors import BadRecordError, FieldNotUnderstoodError
 from kd_assets.sources.fields import ID_FIELD, TEMPLATE_FIELDS, Fields, fields_of
-from kd_assets.sources.record_files import RawRecord, iter_raw
+from kd_assets.sources.files.raw import RawRecord
+from kd_assets.sources.files.read import iter_raw
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

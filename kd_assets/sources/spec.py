@@ -107,6 +107,17 @@ def resolve_path(
 ) -> Path:
     """`path` made absolute: `$NAME` and `${NAME}` replaced, `~` expanded, relative to `base_folder`.
 
+    Raises MissingInputError as `with_variables` does, and for an empty path.
+    """
+    resolved = with_variables(path, what=what, environment=environment)
+    if not resolved:
+        raise MissingInputError(f"{what}: its path is empty")
+    return Path(os.path.abspath(base_folder / os.path.expanduser(resolved)))
+
+
+def with_variables(path: str, *, what: str, environment: Mapping[str, str]) -> str:
+    """`path` with `$NAME` and `${NAME}` replaced.
+
     Raises MissingInputError, naming the variable and `what` (such as "source 'web'"), for a variable that is unset or
     empty: a path with a hole in it would lead somewhere else.
     """
@@ -119,7 +130,4 @@ def resolve_path(
             f"{what}: the environment variable {name} of its path {path} is not set: set it where Dagster runs"
         )
 
-    resolved = _VARIABLE.sub(value_of, path)
-    if not resolved:
-        raise MissingInputError(f"{what}: its path is empty")
-    return Path(os.path.abspath(base_folder / os.path.expanduser(resolved)))
+    return _VARIABLE.sub(value_of, path)

@@ -23,10 +23,12 @@ from kd_assets.errors import (
     RecipeError,
     StorageUnreachableError,
 )
-from kd_assets.sources import record_files as files_module
 from kd_assets.sources.fields import Fields
+from kd_assets.sources.files import raw as raw_module
+from kd_assets.sources.files.columns.earlier import iter_columns
+from kd_assets.sources.files.raw import RawRecord
+from kd_assets.sources.files.text.lines import iter_jsonl
 from kd_assets.sources.plan import ShardPlan, plan_shards
-from kd_assets.sources.record_files import RawRecord, iter_columns, iter_jsonl
 from kd_assets.sources.records import Record, ShardHash, parse_record, read_records
 from kd_assets.sources.spec import SourceSpec
 
@@ -187,7 +189,7 @@ def test_a_repeated_id_is_a_bad_record_that_names_the_first(tmp_path: Path) -> N
 def test_a_line_without_end_is_refused_instead_of_filling_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(raw_module, "MAX_RECORD_BYTES", 1 << 20)
     path = tmp_path / "web.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + b"x" * (3 << 20))
     with pytest.raises(InputError, match=r"web\.jsonl:2: the line is longer than 1 MiB"):

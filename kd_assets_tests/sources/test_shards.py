@@ -37,8 +37,8 @@ from kd_assets.errors import (
 )
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources import records, shard_parts
+from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.plan import plan_shards
-from kd_assets.sources.record_files import RawRecord
 from kd_assets.sources.records import parse_record as parse
 from kd_assets.sources.shards import ShardsRunner
 from kd_assets.sources.spec import SourceSpec

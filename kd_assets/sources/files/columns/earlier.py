@@ -1,178 +1,28 @@
-"""Source files as records: where each lies in its file, and its content as bytes that depend on nothing but the record.
+"""Rows of Parquet and Arrow files as earlier versions made records of them: id, text, and messages of role and content.
 
-Used by the planner (inside Dagster) and by the job that tokenises; imports neither torch nor transformers. The
-invariant: a record is one line of canonical bytes (`RawRecord.content`), the same wherever and in whichever layout the
-file lies.
-
-JSON Lines (https://jsonlines.org): UTF-8, one object a line, blank lines are no records, a byte order mark, CRLF and a
-last line without newline are taken as they come. Parquet and Arrow (a stream, as `datasets.save_to_disk` writes it, or
-a file): one row a record, read in batches; each row becomes the JSON line of the columns that count. Either way memory
-holds one record or one batch, never the file.
+For ranges without a `file_identity`, whose shards' hashes are over these bytes: they stay as they are.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd_assets.contract import RecordRange
-from kd_assets.durable import is_passing, read_patiently, storage_errors
-from kd_assets.errors import InputError, MissingInputError
-from kd_assets.sources.fields import TEMPLATE_FIELDS, Fields, fields_of
+from kd_assets.errors import InputError
+from kd_assets.sources.fields import TEMPLATE_FIELDS, Fields
+from kd_assets.sources.files.raw import RawRecord
+from kd_assets.sources.files.storage import open_source
 
-MAX_LINE_BYTES = 1 << 28
-"""Longest line of a JSONL file. 256 MiB of text is no document: such a file is of another format."""
 BATCH_ROWS = 256
 """Rows of a Parquet file decoded at a time."""
-
-BLANK = b" \t\r\n"
-"""What JSON calls whitespace."""
-BOM = b"\xef\xbb\xbf"
-
-OTHER_FORMATS = {
-    b"PAR1": "is a Parquet file: set its format to parquet",
-    b"\x1f\x8b": "is compressed with gzip: decompress it",
-    b"\x28\xb5\x2f\xfd": "is compressed with zstd: decompress it",
-    b"BZh": "is compressed with bzip2: decompress it",
-    b"\xfd7zXZ": "is compressed with xz: decompress it",
-    b"PK\x03\x04": "is a zip archive: unpack it",
-    b"ARROW1": "is an Arrow file: set its format to arrow",
-    b"\xff\xff\xff\xff": "is an Arrow stream, as datasets.save_to_disk writes it: set its format to arrow",
-    b"\xff\xfe": "is UTF-16: convert it to UTF-8",
-    b"\xfe\xff": "is UTF-16: convert it to UTF-8",
-}
-"""First bytes that no JSON Lines file has, and what they mean."""
-
-
-class Hash(Protocol):
-    """What `hashlib.sha256()` returns, as far as it is used here."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-
-class RawRecord(NamedTuple):
-    """A record as the file has it. A named tuple: a plan makes millions of them."""
-
-    number: int
-    """0-based, counting the file's records."""
-    line: int | None
-    """1-based line of a JSONL file; None for a row."""
-    byte_offset: int | None
-    """Where its line starts in a JSONL file; None for a row."""
-    content: bytes
-    """The line without the whitespace around it; for a row its fields that count, as canonical JSON."""
-    columns: tuple[str, ...] = ()
-    """Those of the file that a row comes from, with values or without."""
-    others: tuple[str, ...] = ()
-    """Of a row: fields with a value that a template or a loss may read, and that are not in `content`."""
-
-
-def iter_raw(records: RecordRange) -> Iterator[RawRecord]:
-    """The records of one range, reading no more of the file than they need. Fewer where the file has shrunk."""
-    path = Path(records.path)
-    if records.file_format != "jsonl":
-        yield from iter_columns(
-            path,
-            records.file_format,
-            fields=fields_of(records),
-            first_record=records.first_record,
-            n_records=records.n_records,
-        )
-        return
-    assert records.byte_offset is not None
-    assert records.first_line is not None
-    with open_source(path) as f:
-        f.seek(records.byte_offset)
-        lines = iter_jsonl(
-            f,
-            path,
-            byte_offset=records.byte_offset,
-            first_record=records.first_record,
-            first_line=records.first_line,
-        )
-        for _, raw in zip(range(records.n_records), lines, strict=False):
-            yield raw
-
-
-@contextlib.contextmanager
-def open_source(path: Path) -> Iterator[BinaryIO]:
-    """A source file for reading. Raises MissingInputError, naming it, when it is not there or not to be read; and
-    StorageUnavailableError, also while the block reads, where its file system fails."""
-    remedy = "create it, or correct its path in the recipe"
-
-    def open_file() -> int:
-        try:
-            # Not blocking: opening a named pipe would wait for its writer for ever.
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as e:
-            if isinstance(e, OSError) and is_passing(e) and not isinstance(e, FileNotFoundError):
-                raise
-            reason = e.strerror if isinstance(e, OSError) else str(e)
-            raise MissingInputError(f"source file {path} cannot be read: {reason}; {remedy}") from e
-
-    fd = read_patiently(open_file, path)
-    with storage_errors(path, "read"):
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode):
-            os.close(fd)
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise MissingInputError(
-                f"source {path} is {kind}; a source is one JSONL, Parquet or Arrow file{_saved_to_disk(path)}: {remedy}"
-            )
-        with os.fdopen(fd, "rb", buffering=1 << 20) as f:
-            yield f
-
-
-def iter_jsonl(
-    f: BinaryIO,
-    path: Path,
-    *,
-    byte_offset: int = 0,
-    first_record: int = 0,
-    first_line: int = 1,
-    file_hash: Hash | None = None,
-) -> Iterator[RawRecord]:
-    """The records of a JSONL file from where `f` stands; `file_hash` takes in every byte that is read.
-
-    Raises InputError for a line above `MAX_LINE_BYTES` and for a file that starts as another format does.
-    """
-    number, line_number = first_record, first_line
-    while line := f.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise InputError(
-                f"{path}:{line_number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; JSONL has one record a line"
-            )
-        if file_hash is not None:
-            file_hash.update(line)
-        start = byte_offset
-        byte_offset += len(line)
-        if start == 0:
-            refuse_other_format(line, path)
-            if line.startswith(BOM):
-                line, start = line[len(BOM) :], len(BOM)
-        if content := line.strip(BLANK):
-            yield RawRecord(number, line_number, start, content)
-            number += 1
-        line_number += 1
-
-
-def refuse_other_format(first_line: bytes, path: Path) -> None:
-    """Raise InputError when a file that is said to be JSONL shows by its first line that it is something else."""
-    for magic, meaning in OTHER_FORMATS.items():
-        if first_line.startswith(magic):
-            raise InputError(f"{path} {meaning}")
-    if first_line.removeprefix(BOM).strip(BLANK) == b"[" or first_line.removeprefix(BOM).lstrip(BLANK)[:2] == b"[{":
-        raise InputError(f"{path} holds one JSON array; JSONL has one object a line (`jq -c '.[]'` converts it)")
 
 
 def iter_columns(
@@ -247,15 +97,6 @@ def _arrow_batches(f: BinaryIO, path: Path) -> tuple[Any, BatchesFrom]:
 
 _ARROW_FILE = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-
-
-def _saved_to_disk(path: Path) -> str:
-    """A hint, where a folder is one of `datasets.save_to_disk`."""
-    try:
-        files = sorted(path.glob("*.arrow"))
-    except OSError:
-        return ""
-    return f" (of this one, name {files[0].name} and its others, each with format: arrow)" if files else ""
 
 
 class _Columns(NamedTuple):

@@ -1,0 +1,1 @@
+"""Files of text: JSON Lines, JSON arrays, CSV and TSV, plain or compressed."""
