@@ -37,7 +37,14 @@ class MissingInputError(InputError):
 
 
 class BadRecordError(InputError):
-    """A line or row of a source cannot become a document; the message names file, line and reason."""
+    """A line or row of a source cannot become a document; the message names file, line and reason.
+
+    `kind`: the few words that such records are counted under.
+    """
+
+    def __init__(self, message: str, *, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class FieldNotUnderstoodError(InputError):

@@ -170,7 +170,7 @@ def _take_shard(
         return None
     partition_key = next_key()
     shard_hash = ShardHash()
-    shard_hash.begin_range(source=spec.name, first_record=first.number, fields=fields_of(spec))
+    shard_hash.begin_range(spec, source=spec.name, first_record=first.number)
     shard_hash.add(first)
     n_records, n_bytes = 1, len(first.content)
     while n_records < n_most and (record := next(records, None)) is not None:

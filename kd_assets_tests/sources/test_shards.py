@@ -36,9 +36,10 @@ from kd_assets.errors import (
     TeacherChangedError,
 )
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
-from kd_assets.sources import records, shard_parts
+from kd_assets.sources import shard_parts
 from kd_assets.sources.plan import plan_shards
 from kd_assets.sources.record_files import RawRecord
+from kd_assets.sources.records import Record, reading
 from kd_assets.sources.records import parse_record as parse
 from kd_assets.sources.shards import ShardsRunner
 from kd_assets.sources.spec import SourceSpec
@@ -145,9 +146,9 @@ def test_a_shard_without_such_fields_has_the_facts_that_it_had(tmp_path: Path, s
 def test_a_field_that_is_not_understood_is_never_skipped(
     tmp_path: Path, save_tokenizer: SaveTokenizer, on_bad_record: str
 ) -> None:
-    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {**ANSWER, "weight": 0}]}]
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER], "tool_choice": "auto"}]
     job = make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer(), on_bad_record=on_bad_record)
-    with pytest.raises(FieldNotUnderstoodError, match=r"web\.jsonl:2: the chat has 'messages\.weight'"):
+    with pytest.raises(FieldNotUnderstoodError, match=r"web\.jsonl:2: the chat has 'tool_choice'"):
         run(job)
     assert not Path(job.units[0].outputs[0].path).exists()
 
@@ -205,11 +206,11 @@ def test_each_record_is_read_and_parsed_once(
     job = make_job(tmp_path, source, save_tokenizer(), part_documents=4)
     parsed: list[int] = []
 
-    def noting(raw: RawRecord, where: RecordRange) -> records.Record:
+    def noting(raw: RawRecord, where: RecordRange) -> Record:
         parsed.append(raw.number)
         return parse(raw, where)
 
-    monkeypatch.setattr(records, "parse_record", noting)
+    monkeypatch.setattr(reading, "parse_record", noting)
     storage = FailingStorage(monkeypatch, source)
     (manifest,) = run(job)
     assert manifest.n_documents == 25

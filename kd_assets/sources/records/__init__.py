@@ -1,0 +1,11 @@
+"""Records: what makes one a document, and the hash over those of a shard.
+
+Used by the planner (inside Dagster) and by the job that tokenises; imports neither torch nor transformers. The
+invariant: the hash over a shard's records changes exactly when what its documents are made of changes.
+"""
+
+from kd_assets.sources.records.reading import parse_record, read_records
+from kd_assets.sources.records.record import ROLES, Message, Record
+from kd_assets.sources.records.shard_hash import ShardHash, planned_hash
+
+__all__ = ["ROLES", "Message", "Record", "ShardHash", "parse_record", "planned_hash", "read_records"]
