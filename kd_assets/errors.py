@@ -4,6 +4,10 @@ Anyone may import it. A message says what was expected, what was found, which fi
 `exit_code` is what the worker and the command line end with when the error reaches them.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 def printable(text: str) -> str:
     """`text` with a Python escape for every control character, bidirectional mark and lone surrogate in it.
@@ -37,7 +41,14 @@ class MissingInputError(InputError):
 
 
 class BadRecordError(InputError):
-    """A line or row of a source cannot become a document; the message names file, line and reason."""
+    """A line or row of a source cannot become a document; the message names file, line and reason.
+
+    `kind`: the few words that such records are counted under.
+    """
+
+    def __init__(self, message: str, *, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class FieldNotUnderstoodError(InputError):
@@ -83,6 +94,11 @@ class FailedCheckError(StoreError):
 
 class CorruptPlanError(StoreError):
     """The shard plan beside a recipe's results is not what was planned; what should be there cannot be told."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+        """The file of the plan that is not what was made."""
 
 
 class UnknownFieldError(StoreError):

@@ -50,6 +50,19 @@ def hash_by_identity(records: RecordRange) -> str:
     )
 
 
+class ShardHash:
+    """The input hash of a shard while its ranges are read, one after the other."""
+
+    def __init__(self) -> None:
+        self._ranges: list[str] = []
+
+    def add(self, range_hash: str) -> None:
+        self._ranges.append(range_hash)
+
+    def hexdigest(self) -> str:
+        return shard_hash(self._ranges)
+
+
 def shard_hash(range_hashes: Sequence[str]) -> str:
     """The input hash of a shard: that of its one range, or over those of several."""
     return range_hashes[0] if len(range_hashes) == 1 else fingerprint({"ranges": list(range_hashes)})

@@ -14,7 +14,8 @@ from typing import Any
 
 from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
 from kd_assets.errors import BadRecordError, ContractError, InputError, InterruptedTaskError, RecipeError
-from kd_assets.sources.records import Record, ShardHash, read_records
+from kd_assets.sources.range_hash import ShardHash
+from kd_assets.sources.records import Record, read_records
 from kd_assets.sources.shard_parts import ShardInProgress
 from kd_assets.sources.tokenise import load_tokeniser
 from kd_assets.store import ResultWriter

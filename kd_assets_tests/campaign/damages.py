@@ -49,7 +49,8 @@ def audits(home: Home) -> list[Path]:
 
 
 def plans(home: Home) -> list[Path]:
-    return [home.recipe_folder / "shard_plan" / "plan.json"]
+    folder = home.recipe_folder / "shard_plan"
+    return [folder / "plan.json", *sorted((folder / "blocks").iterdir())]
 
 
 def digests(home: Home) -> list[Path]:

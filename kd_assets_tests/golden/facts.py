@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kd_assets.contract import CACHES
+from kd_assets.sources.planning.plan import read_plan
 from kd_assets.store import CacheReader, Ragged
 from kd_assets.student.dataset import TeacherCacheDataset, collate
 
@@ -107,10 +108,11 @@ def _flat(values: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
 
 def facts_of(recipe_folder: Path) -> dict[str, Any]:
     """All facts that a store shows by itself."""
-    plan = json.loads((recipe_folder / "shard_plan" / "plan.json").read_bytes())
+    plan = read_plan(recipe_folder / "shard_plan" / "plan.json")
+    assert plan is not None
     return {
-        "plan_hash": plan["plan_hash"],
-        "input_hashes": {shard["partition_key"]: shard["input_hash"] for shard in plan["shards"]},
+        "plan_hash": plan.plan_hash,
+        "input_hashes": {shard.partition_key: shard.input_hash for shard in plan},
         "results": results_of(recipe_folder),
         "documents": {asset: documents_of(recipe_folder, asset) for asset in ("shards_manifest", *CACHES)},
         "samples": samples_of(recipe_folder),

@@ -21,6 +21,7 @@ import torch
 
 from kd_assets.contract import CACHES, EmbeddingParams, HiddenStateParams, StudentParams, TopkParams
 from kd_assets.orchestration.materialize import planner_of
+from kd_assets.sources.planning.plan import read_plan
 from kd_assets.store import committed, computing_versions, read_manifest, verify
 from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets_tests.golden.deployment import GoldenDeployment, write_project
@@ -85,7 +86,7 @@ def anew(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Iterator[Go
 
 def test_the_golden_recipe_loads_from_its_yaml_as_what_it_was(golden: GoldenDeployment) -> None:
     recipe = golden.recipe
-    assert (recipe.name, recipe.documents_per_shard, recipe.part_documents) == (RECIPE, 4, 3)
+    assert (recipe.name, recipe.sharding.documents_per_shard, recipe.part_documents) == (RECIPE, 4, 3)
     assert recipe.topk == TopkParams(k=4, max_length=24, draws=6)
     assert recipe.hidden_states == HiddenStateParams(blocks=(0, 1), max_length=6)
     assert recipe.embeddings == EmbeddingParams(max_length=32)
@@ -109,16 +110,21 @@ def test_the_code_versions_are_those_of_then_so_that_nothing_becomes_stale(golde
 
 def test_planning_again_gives_the_plan_of_then_but_for_the_paths(golden: GoldenDeployment) -> None:
     plan_file = golden.recipe_folder / "shard_plan" / "plan.json"
-    of_then = json.loads(plan_file.read_bytes())
+    of_then = read_plan(plan_file)
     result = golden.run("shard_plan")
     assert result.success, failure_text(result)
-    plan = json.loads(plan_file.read_bytes())
-    assert plan["plan_hash"] == of_then["plan_hash"] == expected()["plan_hash"]
-    assert {s["partition_key"]: s["input_hash"] for s in plan["shards"]} == expected()["input_hashes"]
-    assert without_paths(plan) == without_paths(of_then)
-    assert str(golden.home) in plan_file.read_text()
+    plan = read_plan(plan_file)
+    assert plan is not None
+    assert of_then is not None
+    assert plan.plan_hash == of_then.plan_hash == expected()["plan_hash"]
+    assert {s.partition_key: s.input_hash for s in plan} == expected()["input_hashes"]
+    places = [[(r.source, r.first_record, r.n_records, r.byte_offset, r.first_line) for r in s.records] for s in plan]
+    assert places == [
+        [(r.source, r.first_record, r.n_records, r.byte_offset, r.first_line) for r in s.records] for s in of_then
+    ]
+    assert all(source.path.startswith(str(golden.home)) for source in plan.sources)
     assert tuple(golden.instance.get_dynamic_partitions("golden_shards")) == SHARDS
-    assert data_versions(golden, result) == {("shard_plan", None): plan["plan_hash"]}
+    assert data_versions(golden, result) == {("shard_plan", None): plan.plan_hash}
 
 
 @pytest.mark.parametrize("plans_again", [True, False])
@@ -260,21 +266,12 @@ def is_same(field: str, value: Any, value_of_then: Any) -> bool:
     return torch.allclose(value.double(), value_of_then.double(), rtol=rtol, atol=atol)
 
 
-def without_paths(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan whose paths are only the names of their files; without its hash of itself, which the first had not."""
-    copied: dict[str, Any] = json.loads(json.dumps(plan))
-    copied.pop("plan_sha256", None)
-    for holder in (*copied["sources"], *(records for shard in copied["shards"] for records in shard["records"])):
-        holder["path"] = Path(holder["path"]).name
-    return copied
-
-
 def contents(recipe_folder: Path) -> dict[str, str]:
     """File → SHA-256, of everything but the plan, which names today's paths."""
     return {
         str(path.relative_to(recipe_folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(recipe_folder.rglob("*"))
-        if path.is_file() and path.parent.name != "shard_plan"
+        if path.is_file() and "shard_plan" not in path.parts
     }
 
 

@@ -17,7 +17,6 @@ import pytest
 from kd_assets.contract import RecordRange
 from kd_assets.errors import (
     BadRecordError,
-    FieldNotUnderstoodError,
     InputError,
     MissingInputError,
     RecipeError,
@@ -28,9 +27,11 @@ from kd_assets.sources.files import raw as raw_module
 from kd_assets.sources.files.columns.earlier import iter_columns
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.text.lines import iter_jsonl
-from kd_assets.sources.plan import ShardPlan, plan_shards
-from kd_assets.sources.records import Record, ShardHash, parse_record, read_records
-from kd_assets.sources.spec import SourceSpec
+from kd_assets.sources.planning.make import plan_shards
+from kd_assets.sources.planning.plan import ShardPlan
+from kd_assets.sources.range_hash import ShardHash
+from kd_assets.sources.records import Record, parse_record, read_records
+from kd_assets.sources.spec import Sharding, SourceSpec
 
 RANGE = RecordRange(
     source="web", path="/data/web.jsonl", file_format="jsonl", first_record=0, n_records=1, byte_offset=0, first_line=1
@@ -46,7 +47,7 @@ def parsed(line: str | bytes) -> Record:
 def plan_of(path: Path, *, documents_per_shard: int = 1000, **spec: Any) -> ShardPlan:
     file_format = path.suffix[1:] if path.suffix in (".parquet", ".arrow") else "jsonl"
     source = SourceSpec(name="web", path=str(path), file_format=file_format, licence="CC0-1.0", **spec)  # type: ignore[arg-type]
-    return plan_shards([source], documents_per_shard=documents_per_shard, shard_prefix="shard")
+    return plan_shards([source], Sharding(documents_per_shard=documents_per_shard), shard_prefix="shard")
 
 
 def read_all(path: Path, **spec: Any) -> list[Record | BadRecordError]:
@@ -58,13 +59,16 @@ def read_all(path: Path, **spec: Any) -> list[Record | BadRecordError]:
 
 
 def test_a_text_becomes_a_document_named_by_source_and_record() -> None:
-    assert parsed('{"text": "héllo", "other": [1]}') == Record(
+    record = parsed('{"text": "héllo", "other": [1]}')
+    assert record == Record(
         where="/data/web.jsonl:7",
         source="web",
         number=6,
         document_id="web-000000006",
         text="héllo",
         passed_over=("other",),
+        sample_id=record.sample_id,
+        file="web.jsonl",
     )
 
 
@@ -104,7 +108,7 @@ def test_an_id_names_the_document(given: str, document_id: str) -> None:
         ('{"text": ' + "[" * 100_000, "nested too deeply"),
         ('{"n": ' + "9" * 5_000 + "}", "not JSON that can be read: .*digits"),
         ("{}", r"neither 'text' nor 'messages' is there \(it has no field\)"),
-        ('{"prompt": "x", "completion": "y"}', r"neither 'text' nor 'messages' .*'prompt', 'completion'"),
+        ('{"prompt": "x", "answer": "y"}', r"neither 'text' nor 'messages' .*'prompt', 'answer'"),
         ('{"text": null}', "'text' is null, and there are no 'messages'"),
         ('{"text": null, "messages": null}', "'text' is null, and there are no 'messages'"),
         ('{"messages": null, "url": "x"}', "'messages' is null, and there is no 'text'"),
@@ -125,7 +129,7 @@ def test_an_id_names_the_document(given: str, document_id: str) -> None:
         ('{"messages": [{"role": "human", "content": "x"}]}', r"messages\[0\]\.role is 'human'"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', r"messages\[0\]\.role is \['user'\]"),
         ('{"messages": [{"role": "user", "content": null}]}', r"messages\[0\]\.content is null"),
-        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"messages\[0\]\.content is a list"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"content\[0\]\.text is null"),
         (r'{"messages": [{"role": "user", "content": "\uDFFF"}]}', r"messages\[0\]\.content holds half a surrogate"),
         ('{"id": "", "text": "x"}', "'id' is an empty string"),
         ('{"id": 1.5, "text": "x"}', "'id' is a number; expected a string or an integer"),
@@ -389,42 +393,6 @@ def test_an_arrow_file_that_was_cut_is_refused_wherever_it_was_cut(tmp_path: Pat
 # ---------------------------------------------------------------- fields that nothing is made of
 
 
-def chat(**of_the_answer: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **of_the_answer}]
-
-
-NOT_UNDERSTOOD = [
-    ({"messages": chat(tool_calls=[{"name": "f"}])}, "messages.tool_calls"),
-    ({"messages": chat(reasoning_content="hm")}, "messages.reasoning_content"),
-    ({"messages": chat(weight=0)}, "messages.weight"),
-    ({"messages": chat(name="bob")}, "messages.name"),
-    ({"messages": chat(), "tools": [{"name": "f"}]}, "tools"),
-    ({"messages": chat(), "functions": "[]"}, "functions"),
-    ({"messages": chat(), "documents": [{"title": "t"}]}, "documents"),
-]
-
-
-@pytest.mark.parametrize("layout", ["jsonl", "parquet", "arrow"])
-@pytest.mark.parametrize(("record", "name"), NOT_UNDERSTOOD)
-def test_what_a_template_or_the_loss_would_read_is_an_error_that_names_it(
-    tmp_path: Path, record: dict[str, Any], name: str, layout: str
-) -> None:
-    path = write_layout(tmp_path, layout, [{"messages": chat()}, record])
-    where = f"{path}:2" if layout == "jsonl" else f"{path}: row 2"
-    with pytest.raises(FieldNotUnderstoodError) as e:
-        read_all(path)
-    assert str(e.value).startswith(f"{where}: the chat has '{name}', which")
-    key = name.removeprefix("messages.")
-    assert str(e.value).endswith(f"ignore_fields: [{key}] of source 'web'")
-    assert not isinstance(e.value, BadRecordError), "on_bad_record: skip would pass over a whole source"
-
-    first, second = read_all(path, ignore_fields=(key,))
-    assert isinstance(first, Record)
-    assert isinstance(second, Record)
-    assert second.messages == ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
-    assert [name in record.passed_over for record in (first, second)] == [False, True]
-
-
 def write_layout(folder: Path, layout: str, records: list[dict[str, Any]]) -> Path:
     path = folder / f"web.{layout}"
     if layout == "jsonl":
@@ -438,24 +406,6 @@ def write_layout(folder: Path, layout: str, records: list[dict[str, Any]]) -> Pa
             path, pa.Table.from_pylist([{key: r.get(key) for key in {**records[0], **records[1]}} for r in records])
         )
     return path
-
-
-def test_every_field_that_is_not_understood_is_named_at_once() -> None:
-    record = {"messages": chat(tool_calls=[1], weight=1.0), "tools": [1], "url": "x"}
-    with pytest.raises(FieldNotUnderstoodError, match=r"ignore_fields: \[tools, tool_calls, weight\] of source 'web'"):
-        parsed(json.dumps(record))
-
-
-def test_fields_without_a_value_and_fields_of_a_text_are_no_error() -> None:
-    record = parsed(json.dumps({"messages": chat(tool_calls=None), "tools": None, "url": "x", "meta": {"a": 1}}))
-    assert record.passed_over == ("url", "meta")
-    assert parsed('{"text": "rendered", "tools": [1]}').passed_over == ("tools",)
-    assert parsed(json.dumps({"messages": chat(), "text": "rendered"})).passed_over == ("text",)
-
-
-def test_an_assistant_turn_of_tool_calls_alone_is_named_by_them_and_not_by_its_null_content() -> None:
-    with pytest.raises(FieldNotUnderstoodError, match=r"messages\.tool_calls"):
-        parsed(json.dumps({"messages": chat(content=None, tool_calls=[1])}))
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "parquet", "arrow"])

@@ -36,12 +36,13 @@ from kd_assets.errors import (
     TeacherChangedError,
 )
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
-from kd_assets.sources import records, shard_parts
+from kd_assets.sources import shard_parts
 from kd_assets.sources.files.raw import RawRecord
-from kd_assets.sources.plan import plan_shards
+from kd_assets.sources.planning.make import plan_shards
+from kd_assets.sources.records import Record, reading
 from kd_assets.sources.records import parse_record as parse
 from kd_assets.sources.shards import ShardsRunner
-from kd_assets.sources.spec import SourceSpec
+from kd_assets.sources.spec import Sharding, SourceSpec
 from kd_assets.store import Manifest, committed, plan_output, read_shard
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.sources.conftest import UNMARKED_TEMPLATE, SaveTokenizer
@@ -70,7 +71,7 @@ def make_job(folder: Path, source: Path, tokenizer: Path, *, documents_per_shard
     recipe_folder = folder / "store" / "demo"
     recipe_folder.mkdir(parents=True, exist_ok=True)
     units = []
-    for shard in plan_shards([spec], documents_per_shard=documents_per_shard, shard_prefix="shard").shards:
+    for shard in plan_shards([spec], Sharding(documents_per_shard=documents_per_shard), shard_prefix="shard").shards:
         identity = {"max_length": shards.max_length, "part_documents": shards.part_documents, "input": shard.input_hash}
         output = plan_output(
             "shards_manifest", identity, recipe_folder=recipe_folder, partition_key=shard.partition_key
@@ -145,9 +146,9 @@ def test_a_shard_without_such_fields_has_the_facts_that_it_had(tmp_path: Path, s
 def test_a_field_that_is_not_understood_is_never_skipped(
     tmp_path: Path, save_tokenizer: SaveTokenizer, on_bad_record: str
 ) -> None:
-    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {**ANSWER, "weight": 0}]}]
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER], "tool_choice": "auto"}]
     job = make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", rows), save_tokenizer(), on_bad_record=on_bad_record)
-    with pytest.raises(FieldNotUnderstoodError, match=r"web\.jsonl:2: the chat has 'messages\.weight'"):
+    with pytest.raises(FieldNotUnderstoodError, match=r"web\.jsonl:2: the chat has 'tool_choice'"):
         run(job)
     assert not Path(job.units[0].outputs[0].path).exists()
 
@@ -205,11 +206,11 @@ def test_each_record_is_read_and_parsed_once(
     job = make_job(tmp_path, source, save_tokenizer(), part_documents=4)
     parsed: list[int] = []
 
-    def noting(raw: RawRecord, where: RecordRange) -> records.Record:
+    def noting(raw: RawRecord, where: RecordRange) -> Record:
         parsed.append(raw.number)
         return parse(raw, where)
 
-    monkeypatch.setattr(records, "parse_record", noting)
+    monkeypatch.setattr(reading, "parse_record", noting)
     storage = FailingStorage(monkeypatch, source)
     (manifest,) = run(job)
     assert manifest.n_documents == 25

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import CACHES, Asset, RecordRange
-from kd_assets.sources.plan import PinnedSource, PlannedShard, ShardPlan, _plan_hash
+from kd_assets.sources.planning.plan import PinnedSource, PlannedShard, ShardPlan, plan_of
 from kd_assets.store import Documents, part_stats, plan_output
-from kd_assets.store.reading.planned import PLAN_FOLDER, PLAN_NAME
+from kd_assets.store.reading.planned import PLAN_FOLDER
 from kd_assets_tests.store import examples
 
 
@@ -43,10 +43,8 @@ def write_plan(recipe_folder: Path, contents: Mapping[str, str]) -> ShardPlan:
         for key, content in contents.items()
     ]
     sources = [PinnedSource(name="s", path="/s.jsonl", sha256=hash_of("s"), n_records=4, n_bytes=9, licence="CC0-1.0")]
-    plan = ShardPlan(shards=tuple(shards), sources=tuple(sources), plan_hash=_plan_hash(shards, sources))
-    folder = recipe_folder / PLAN_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLAN_NAME).write_text(plan.to_json())
+    plan = plan_of(shards, sources, settings={})
+    plan.write(recipe_folder / PLAN_FOLDER)
     return plan
 
 

@@ -104,9 +104,9 @@ def test_a_recipe_without_a_plan_is_read_as_far_as_it_is_committed_and_says_so(
         lambda raw: b"null",
         lambda raw: b"[" * 5000 + b"]" * 5000,
         lambda raw: b"\xff\xfe",
-        lambda raw: raw.replace(b"tiny-00002", b"tiny-00009"),
-        lambda raw: raw.replace(b'"input_hash": "', b'"input_hash": "0', 1),
-        lambda raw: raw.replace(b'"shards"', b'"shard"', 1),
+        lambda raw: raw.replace(b"tiny-00000", b"tiny-00009"),
+        lambda raw: raw.replace(b'"blocks"', b'"block"', 1),
+        lambda raw: raw.replace(b'"n_shards": 3', b'"n_shards": 2', 1),
         lambda raw: raw.replace(b'"sha256": "', b'"sha256": "1', 1),
     ],
 )
@@ -114,6 +114,17 @@ def test_a_plan_that_is_not_the_one_that_was_made_is_refused(recipe: Path, damag
     plan = recipe / "shard_plan" / "plan.json"
     plan.write_bytes(damage(plan.read_bytes()))
     with pytest.raises(CorruptPlanError, match=r"plan\.json is not the plan that was made .*materialize shard_plan"):
+        CacheReader(recipe, "topk_cache")
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw.replace(b'"input_hash":"', b'"input_hash":"0', 1), None])
+def test_a_block_of_the_plan_that_is_not_the_one_that_was_made_is_refused(recipe: Path, damage: Any) -> None:
+    (block,) = (recipe / "shard_plan" / "blocks").iterdir()
+    if damage is None:
+        block.unlink()
+    else:
+        block.write_bytes(damage(block.read_bytes()))
+    with pytest.raises(CorruptPlanError, match=rf"{block.name} is not the plan that was made .*materialize shard_plan"):
         CacheReader(recipe, "topk_cache")
 
 

@@ -387,6 +387,12 @@ def test_plan_that_was_changed_is_found(store: Path) -> None:
     write_plan(store / "tiny", {"a": "1"})
     commit_partition(store, "a", "1")
     plan = store / "tiny" / "shard_plan" / "plan.json"
+    (block,) = (store / "tiny" / "shard_plan" / "blocks").iterdir()
+    was = block.read_text()
+    block.write_text(was.replace('"/s.jsonl"', '"/t.jsonl"'))
+    assert found(store) == [("corrupt_plan", block)]
+    block.write_text(was)
+    assert found(store) == []
     plan.write_text(plan.read_text().replace('"/s.jsonl"', '"/t.jsonl"'))
     assert found(store) == [("corrupt_plan", plan)]
 

@@ -107,7 +107,9 @@ class _Candidates:
     kind: Literal["file", "folder", "pattern"]
 
 
-_NO_DATA = re.compile(r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock))$")
+_NO_DATA = re.compile(
+    r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock))$"
+)
 """Names in a folder that are no data: hidden ones, those of Spark (`_SUCCESS`), and what goes with a data set."""
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -124,7 +126,9 @@ def _local_files(path: Path) -> _Candidates:
             root = _fixed_part(str(path))
             found = sorted(glob.glob(str(path), recursive=True))
             return _Candidates(
-                files=[_candidate(os.path.relpath(file, root), Path(file)) for file in found if not os.path.isdir(file)],
+                files=[
+                    _candidate(os.path.relpath(file, root), Path(file)) for file in found if not os.path.isdir(file)
+                ],
                 kind="pattern",
             )
         if not stat.S_ISDIR(mode):

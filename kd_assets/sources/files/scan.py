@@ -119,6 +119,11 @@ class ColumnScan:
     columns: tuple[str, ...]
     """Names of all its columns."""
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the columns that are read."""
+        return sum(group.n_bytes for group in self.groups)
+
 
 def scan_columns(file: SourceFile, *, columns_read: Sequence[str]) -> ColumnScan:
     """The row groups of a Parquet file from its footer, those of an Arrow file from its messages' headers.

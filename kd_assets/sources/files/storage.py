@@ -23,7 +23,15 @@ REMOTE_BLOCK_BYTES = 8 << 20
 """Read of a remote file of text at a time: a request takes tens of milliseconds, whatever its size."""
 
 _REMEDY = "create it, or correct its path in the recipe"
-_PLUGINS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "http": "aiohttp"}
+_PLUGINS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+}
 """Scheme → the package that fsspec needs for it."""
 
 

@@ -18,7 +18,7 @@ from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.files.scan import ColumnScan, TextScan, scan_columns
 from kd_assets.sources.licences import decide_licence
 from kd_assets.sources.planning.before import HASHED_WHOLE, Before, key_of
-from kd_assets.sources.planning.cutting import Cutter, Share, Stretch, cut_records, cut_rows
+from kd_assets.sources.planning.cutting import Cutter, Share, Stretch, cut_records, cut_rows, group_with
 from kd_assets.sources.planning.duplicates import SeenRecords
 from kd_assets.sources.planning.plan import PinnedFile, PinnedSource
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN, MEASURED_RECORDS, CountTokens, measured_rate
@@ -56,7 +56,7 @@ class CutSource:
         """A range with what a reader needs to enter its file where it begins."""
         scan = self.column_scans.get(records.file_name)
         if scan is not None and records.file_identity is not None:
-            group = scan.group_with(records.first_record)
+            group = scan.groups[group_with(scan.groups, records.first_record)]
             if group.batch_offset is not None:
                 return dataclasses.replace(
                     records, batch_offset=group.batch_offset, batch_first_record=group.first_record
@@ -226,22 +226,23 @@ class SourceCutter:
                 changed = HASHED_WHOLE if pinned.changed == HASHED_WHOLE else file.changed
                 return kept, dataclasses.replace(pinned, path=file.path, changed=changed)
         if scan is not None and base.hashed == "file":
-            return list(cut_rows(scan.groups, base, before, cutter)), _pinned(file, scan.identity, scan.n_records)
+            return list(cut_rows(scan.groups, base, before, cutter)), _pinned(file, _plain(scan), scan.n_records)
         counted, is_copy = _Counted(), None if seen is None else seen.is_copy
         if scan is not None:
             rows = iter_raw(dataclasses.replace(base, n_records=scan.n_records))
             kept_rows = list(cut_records(counted.of(rows), base, before, cutter, is_copy))
-            return kept_rows, _pinned(file, scan.identity, counted.n_records)
+            return kept_rows, _pinned(file, _plain(scan), counted.n_records)
         text = TextScan(file, seekable_folder=self.seekable_folder)
         kept_text = list(cut_records(counted.of(text), base, before, cutter, is_copy))
         if self.digests is not None and "://" not in file.path and file.n_bytes >= REMEMBERED_BYTES:
             remember_sha256(Path(file.path), self.digests, text.sha256)
         of_text = _pinned(file, text.sha256, counted.n_records)
-        return kept_text, dataclasses.replace(of_text, seekable_path=text.seekable_path)
+        copy = None if text.seekable_path is None else str(text.seekable_path)
+        return kept_text, dataclasses.replace(of_text, seekable_path=copy)
 
     def _is_unchanged(self, file: SourceFile, scan: ColumnScan | None, pinned: PinnedFile) -> bool:
         """Whether a file is what it was, where that is known without reading it."""
-        if scan is not None and scan.identity == pinned.identity:
+        if scan is not None and _plain(scan) == pinned.identity:
             return True
         if scan is not None:
             # Of a large file the identity is not the hash of all of it, which is what an earlier version has.
@@ -287,6 +288,11 @@ class _Counted:
         for raw in raws:
             self.n_records += 1
             yield raw
+
+
+def _plain(scan: ColumnScan) -> str:
+    """The identity of a file of columns as a plan has it: where it is the hash of the whole file, just that."""
+    return scan.identity.removeprefix("sha256:")
 
 
 def _pinned(file: SourceFile, identity: str, n_records: int) -> PinnedFile:

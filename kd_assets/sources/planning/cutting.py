@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kd_assets.contract import RecordRange
+from kd_assets.sources.files.columns.batches import RowGroup
 from kd_assets.sources.files.raw import RawRecord
-from kd_assets.sources.files.scan import RowGroup
 from kd_assets.sources.range_hash import RangeHash, hash_by_identity
 
 IsCopy = Callable[[RawRecord], bool]
@@ -193,7 +193,7 @@ def cut_rows(
 def _cut_gap(groups: Sequence[RowGroup], base: RecordRange, start: int, end: int, cutter: Cutter) -> None:
     """Give rows `start` to `end` - 1 to the cutter."""
     first = at = start
-    for group in groups[_group_with(groups, start) :]:
+    for group in groups[group_with(groups, start) :]:
         stop = min(end, group.first_record + group.n_records)
         a_row = max(group.n_bytes / max(group.n_records, 1), 1e-9)
         unit = a_row if cutter.by_bytes else 1.0
@@ -214,7 +214,7 @@ def rows(
     groups: Sequence[RowGroup], base: RecordRange, first: int, stop: int, *, dropped: tuple[int, ...] = ()
 ) -> Stretch:
     """Rows `first` to `stop` - 1 of a file that is not read."""
-    at = _group_with(groups, first)
+    at = group_with(groups, first)
     entered = groups[at]
     records = dataclasses.replace(
         base,
@@ -233,6 +233,6 @@ def rows(
     return Stretch(records=dataclasses.replace(records, records_hash=hash_by_identity(records)), n_bytes=round(n_bytes))
 
 
-def _group_with(groups: Sequence[RowGroup], row: int) -> int:
+def group_with(groups: Sequence[RowGroup], row: int) -> int:
     """The position of the row group that holds a row."""
     return bisect.bisect_right(groups, row, key=lambda group: group.first_record) - 1

@@ -26,8 +26,8 @@ from kd_assets.store.reading.planned import (
     PlanHash,
     RawShard,
     block_of,
-    in_memory,
     key_ranges,
+    plan_in_memory,
     read_plan_file,
     write_plan_file,
 )
@@ -165,8 +165,7 @@ class ShardPlan:
 
     def write(self, folder: Path) -> None:
         """Write it as the folder's current plan, and under its own name, by which runs that began with it find it."""
-        blocks = (block_of(list(shards))[1] for shards in _blocks(self._file.shards()))
-        write_plan_file(self._file, blocks, folder, names=(plan_name(self.plan_hash), PLAN_NAME))
+        write_plan_file(self._file, folder, names=(plan_name(self.plan_hash), PLAN_NAME))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,25 +196,23 @@ def plan_of(
     said: Sequence[str] = (),
 ) -> ShardPlan:
     """A plan of these shards, in memory."""
-    digest, keys, blocks, held = PlanHash(), list[str](), list[Block](), list[list[RawShard]]()
+    digest, keys, blocks = PlanHash(), list[str](), list[tuple[Block, bytes]]()
     totals = dict.fromkeys(("n_records", "n_documents", "n_bytes", "n_tokens"), 0)
     for group in _blocks(_counted(shards, digest, keys, totals)):
-        raws = [raw_shard(shard) for shard in group]
-        blocks.append(block_of(raws)[0])
-        held.append(raws)
+        blocks.append(block_of([raw_shard(shard) for shard in group]))
     named = [{"licence_accepted": None, **dataclasses.asdict(source)} for source in sources]
     head = {
         "plan_format": PLAN_FORMAT,
         "plan_hash": digest.hexdigest(named),
         "keys": key_ranges(keys),
-        "blocks": [dataclasses.asdict(block) for block in blocks],
+        "blocks": [dataclasses.asdict(block) for block, _ in blocks],
         "sources": named,
         "settings": dict(settings),
         "counts": [dataclasses.asdict(c) for c in counts],
         "said": list(said),
         "totals": totals,
     }
-    return ShardPlan(in_memory(head, blocks, held))
+    return ShardPlan(plan_in_memory(head, blocks))
 
 
 def raw_shard(shard: PlannedShard) -> RawShard:

@@ -7,13 +7,14 @@ measurement stands in the plan, and is not taken again.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from kd_assets.contract import RecordRange
 from kd_assets.errors import BadRecordError
 from kd_assets.sources.files.raw import RawRecord
-from kd_assets.sources.records import parse_record, spoken_texts
+from kd_assets.sources.records import Record, parse_record
 
 ASSUMED_BYTES_PER_TOKEN = 4.0
 """Where nothing was measured: about that of English."""
@@ -30,7 +31,7 @@ def measured_rate(raws: Iterable[RawRecord], base: RecordRange, count_tokens: Co
     n_bytes = 0
     for raw in itertools.islice(raws, MEASURED_RECORDS):
         try:
-            texts += spoken_texts(parse_record(raw, base))
+            texts += _texts(parse_record(raw, base))
         except BadRecordError:
             continue
         n_bytes += len(raw.content)
@@ -38,6 +39,18 @@ def measured_rate(raws: Iterable[RawRecord], base: RecordRange, count_tokens: Co
             break
     n_tokens = count_tokens(texts) if texts else 0
     return n_bytes / n_tokens if n_tokens else None
+
+
+def _texts(record: Record) -> list[str]:
+    """What a record says, without what a template puts around it."""
+    if record.messages is None:
+        return [record.text or ""]
+    return [
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for message in record.messages
+        for name, value in message.items()
+        if name != "role" and value is not None
+    ]
 
 
 def token_counter(tokenizer_folder: Path) -> CountTokens | None:

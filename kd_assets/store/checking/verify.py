@@ -231,8 +231,10 @@ class _Verifier:
         root = recipe_folder.absolute()
         try:
             plan = planned_partitions(root)
+            if plan is not None:
+                dict(plan.input_hashes)  # reads every block
         except CorruptPlanError as e:
-            self._problem("corrupt_plan", root / PLAN_FOLDER / PLAN_NAME, str(e))
+            self._problem("corrupt_plan", e.path, str(e))
             return
         except StoreError as e:
             self._problem("unreadable", root / PLAN_FOLDER / PLAN_NAME, str(e))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,10 +47,8 @@ class Block:
     """Consecutive shards of a plan, in a file of their own."""
 
     name: str
-    """Of the file, after its content; empty for the block that is held in memory."""
+    """Of the file, after its content."""
     sha256: str
-    first: str
-    """Partition key of its first shard."""
     n_shards: int
 
 
@@ -62,6 +61,8 @@ class PlanFile:
     head: Mapping[str, Any]
     """Without its hash of itself."""
     blocks: tuple[Block, ...]
+    held: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """Blocks that lie nowhere yet, by their names: of a plan that was just made, or was one file."""
     _read: dict[int, list[RawShard]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -79,10 +80,23 @@ class PlanFile:
 
     def shard(self, key: str) -> RawShard | None:
         """The shard of this key; None where the plan has none. Reads one block at most."""
-        at = bisect.bisect_right([block.first for block in self.blocks], key) - 1
-        if at < 0:
+        if (position := self.positions.get(key)) is None:
             return None
-        return next((shard for shard in self._block(at) if shard["partition_key"] == key), None)
+        at = bisect.bisect_right(self._starts, position) - 1
+        shard = self._block(at)[position - self._starts[at]]
+        if shard["partition_key"] != key:
+            raise _corrupt(self.path, f"its block {self.blocks[at].name} has other shards than it says")
+        return shard
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Partition key → its place in the plan's order."""
+        return {key: position for position, key in enumerate(self.keys)}
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The position of each block's first shard."""
+        return list(itertools.accumulate((block.n_shards for block in self.blocks), initial=0))[:-1]
 
     def shards(self) -> Iterator[RawShard]:
         """All of them, block by block."""
@@ -91,17 +105,24 @@ class PlanFile:
 
     def _block(self, at: int) -> list[RawShard]:
         if at not in self._read:
-            block = self.blocks[at]
-            path = self.path.parent / "blocks" / block.name
-            data = read_if_there(path)
-            if data is None:
-                raise _corrupt(path, "it is missing")
-            if hashlib.sha256(data).hexdigest() != block.sha256:
-                raise _corrupt(path, "its hash is not that which the plan has of it")
             while len(self._read) >= BLOCKS_KEPT:
                 del self._read[next(iter(self._read))]
-            self._read[at] = json.loads(data)
+            shards = json.loads(self._data(self.blocks[at]))
+            if len(shards) != self.blocks[at].n_shards:
+                raise _corrupt(self.path, f"its block {self.blocks[at].name} has {len(shards)} shards")
+            self._read[at] = shards
         return self._read[at]
+
+    def _data(self, block: Block) -> bytes:
+        if block.name in self.held:
+            return self.held[block.name]
+        path = self.path.parent / "blocks" / block.name
+        data = read_if_there(path)
+        if data is None:
+            raise _corrupt(path, "it is missing")
+        if hashlib.sha256(data).hexdigest() != block.sha256:
+            raise _corrupt(path, "its hash is not that which the plan has of it")
+        return data
 
 
 class InputHashes(Mapping[str, str]):
@@ -110,10 +131,6 @@ class InputHashes(Mapping[str, str]):
     def __init__(self, plan: PlanFile) -> None:
         self._plan = plan
 
-    @cached_property
-    def _keys(self) -> frozenset[str]:
-        return frozenset(self._plan.keys)
-
     def __getitem__(self, key: str) -> str:
         shard = self._plan.shard(key)
         if shard is None:
@@ -121,7 +138,7 @@ class InputHashes(Mapping[str, str]):
         return str(shard["input_hash"])
 
     def __contains__(self, key: object) -> bool:
-        return key in self._keys
+        return key in self._plan.positions
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plan.keys)
@@ -177,12 +194,12 @@ def parse_plan_file(data: bytes, path: Path) -> PlanFile:
     return plan
 
 
-def write_plan_file(plan: PlanFile, blocks: Iterator[bytes], folder: Path, *, names: Sequence[str]) -> None:
-    """Write the plan's blocks, then its head under each of `names`: a plan that can be found is whole."""
+def write_plan_file(plan: PlanFile, folder: Path, *, names: Sequence[str]) -> None:
+    """Write the blocks that lie nowhere yet, then the head under each of `names`: a plan that is found is whole."""
     prepare_folder(folder / "blocks")
-    for block, data in zip(plan.blocks, blocks, strict=True):
-        if read_if_there(folder / "blocks" / block.name) != data:
-            replace_file(folder / "blocks" / block.name, data)
+    for name, data in plan.held.items():
+        if read_if_there(folder / "blocks" / name) != data:
+            replace_file(folder / "blocks" / name, data)
     head = json.dumps(dict(plan.head) | {SELF_HASH: fingerprint(plan.head)}, indent=1, sort_keys=True).encode()
     for name in names:
         replace_file(folder / name, head)
@@ -193,8 +210,7 @@ def block_of(shards: Sequence[RawShard]) -> tuple[Block, bytes]:
     lines = ",\n".join(canonical_json(shard) for shard in shards)
     data = f"[\n{lines}\n]\n".encode()
     sha256 = hashlib.sha256(data).hexdigest()
-    first = str(shards[0]["partition_key"])
-    return Block(name=f"{sha256[:16]}.json", sha256=sha256, first=first, n_shards=len(shards)), data
+    return Block(name=f"{sha256[:16]}.json", sha256=sha256, n_shards=len(shards)), data
 
 
 def key_ranges(keys: Sequence[str]) -> list[tuple[str, int]]:
@@ -251,25 +267,17 @@ def _of_one_file(raw: dict[str, Any], path: Path) -> PlanFile:
     hashes = {shard["partition_key"]: shard["input_hash"] for shard in shards}
     if len(hashes) != len(shards) or raw["plan_hash"] != plan_hash_of({**raw, "shards": shards}):
         raise _corrupt(path, "its hashes are not those of its shards and sources")
-    blocks = tuple(
-        Block(name="", sha256="", first=shards[at]["partition_key"], n_shards=len(shards[at : at + BLOCK_SHARDS]))
-        for at in range(0, len(shards), BLOCK_SHARDS)
-    )
-    read = {i: shards[i * BLOCK_SHARDS : (i + 1) * BLOCK_SHARDS] for i in range(len(blocks))}
+    blocks = [block_of(shards[at : at + BLOCK_SHARDS]) for at in range(0, len(shards), BLOCK_SHARDS)]
     head = {**raw, "keys": key_ranges(list(hashes))}
-    return _InMemory(path=path, head=head, blocks=blocks, _read=read)
+    return plan_in_memory(head, blocks, path=path)
 
 
-class _InMemory(PlanFile):
-    """A plan that is held whole."""
-
-    def _block(self, at: int) -> list[RawShard]:
-        return self._read[at]
-
-
-def in_memory(head: Mapping[str, Any], blocks: Sequence[Block], shards: Sequence[Sequence[RawShard]]) -> PlanFile:
-    """A plan that was just made and lies nowhere yet."""
-    return _InMemory(path=Path(PLAN_NAME), head=head, blocks=tuple(blocks), _read=dict(enumerate(map(list, shards))))
+def plan_in_memory(
+    head: Mapping[str, Any], blocks: Sequence[tuple[Block, bytes]], *, path: Path = Path(PLAN_NAME)
+) -> PlanFile:
+    """A plan whose blocks lie nowhere yet."""
+    held = {block.name: data for block, data in blocks}
+    return PlanFile(path=path, head=json.loads(json.dumps(head)), blocks=tuple(block for block, _ in blocks), held=held)
 
 
 def _consecutive(first: str, n: int, at: int | None = None) -> Any:
@@ -283,4 +291,4 @@ def _consecutive(first: str, n: int, at: int | None = None) -> Any:
 
 
 def _corrupt(path: Path, why: str) -> CorruptPlanError:
-    return CorruptPlanError(f"{path} is not the plan that was made ({why:.200}): materialize shard_plan again")
+    return CorruptPlanError(f"{path} is not the plan that was made ({why:.200}): materialize shard_plan again", path)

@@ -27,7 +27,7 @@ from kd_assets.contract import (
 )
 from kd_assets.demo.tokenizer import train_tokenizer
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from kd_assets.sources.plan import plan_shards
+from kd_assets.sources.planning.make import plan_shards
 from kd_assets.sources.spec import SourceSpec
 from kd_assets.store import FORMAT_VERSION, INPUT_KEY, plan_output, read_manifest
 from kd_assets_tests.benchmarks.teacher import passages

@@ -282,5 +282,3 @@ def _parse_header(header: bytes) -> tuple[int, int, int]:
         position, relative = field(message, 2, "<I")
         _, n_rows = field(position + relative, 0, "<q")
     return kind, n_rows, n_body_bytes
-
-
