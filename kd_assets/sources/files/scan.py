@@ -49,8 +49,8 @@ class TextScan:
         with contextlib.ExitStack() as stack:
             f = stack.enter_context(open_source(file.path))
             _require_unchanged(file, f)
-            whole = stack.enter_context(io.BufferedReader(_Hashing(f), _BUFFER_BYTES))
-            text: BinaryIO = whole
+            hashing = _Hashing(f)
+            whole = text = stack.enter_context(io.BufferedReader(hashing, _BUFFER_BYTES))
             copy: SeekableCopy | None = None
             if file.compression is not None:
                 text = stack.enter_context(decompressed(whole, file.path, file.compression))
@@ -58,10 +58,11 @@ class TextScan:
                     copy = stack.enter_context(seekable_copy(self._seekable_folder))
                     text = stack.enter_context(io.BufferedReader(_Copying(text, copy), _BUFFER_BYTES))
             yield from text_records(text, file.path, file.file_format)
-            while text.read(_BUFFER_BYTES):
-                pass  # what follows the last record is in the hash, too
+            for rest in (text, whole):  # what follows the last record is in the hash, too, and is copied
+                while rest.read(_BUFFER_BYTES):
+                    pass
             _require_unchanged(file, f)
-            self.sha256, self.n_bytes = _hash_of(whole), file.n_bytes
+            self.sha256, self.n_bytes = hashing.digest.hexdigest(), file.n_bytes
             self.seekable_path = copy.keep(self.sha256) if copy is not None else None
 
 
@@ -81,14 +82,6 @@ class _Hashing(io.RawIOBase):
         self.digest.update(data)
         buffer[: len(data)] = data
         return len(data)
-
-
-def _hash_of(whole: io.BufferedReader) -> str:
-    while whole.read(_BUFFER_BYTES):
-        pass  # a decompressor may stop before the end of what it is given
-    raw = whole.raw
-    assert isinstance(raw, _Hashing)
-    return raw.digest.hexdigest()
 
 
 class _Copying(io.RawIOBase):

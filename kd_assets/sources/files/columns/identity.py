@@ -26,7 +26,7 @@ def file_identity(f: BinaryIO, path: str, file_format: str) -> str:
     """
     n_bytes = size_of(f)
     if n_bytes <= WHOLE_BYTES:
-        return f"sha256:{hashlib.file_digest(f, 'sha256').hexdigest()}"
+        return f"sha256:{_sha256(f)}"
     digest = hashlib.sha256(f"{file_format} {n_bytes}\n".encode())
     with arrow_errors(path, file_format):
         if file_format == "parquet":
@@ -41,3 +41,10 @@ def file_identity(f: BinaryIO, path: str, file_format: str) -> str:
         f.seek((n_bytes - BLOCK_BYTES) * i // (N_BLOCKS - 1))
         digest.update(f.read(BLOCK_BYTES))
     return f"sample:{digest.hexdigest()}"
+
+
+def _sha256(f: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while data := f.read(1 << 20):
+        digest.update(data)
+    return digest.hexdigest()
