@@ -4,8 +4,8 @@ Used by the planner (inside Dagster) and by the job that tokenises; imports neit
 invariant: the hash over a shard's records changes exactly when what its documents are made of changes.
 """
 
-from kd_assets.sources.records.reading import parse_record, read_records
+from kd_assets.sources.records.reading import file_of, parse_record, read_records
 from kd_assets.sources.records.record import ROLES, Message, Record
 from kd_assets.sources.records.shard_hash import ShardHash, planned_hash
 
-__all__ = ["ROLES", "Message", "Record", "ShardHash", "parse_record", "planned_hash", "read_records"]
+__all__ = ["ROLES", "Message", "Record", "ShardHash", "file_of", "parse_record", "planned_hash", "read_records"]
