@@ -16,9 +16,10 @@ from kd_assets.contract import JobFile, Output, Reporter, WorkUnit
 from kd_assets.errors import BadRecordError, ContractError, InputError, InterruptedTaskError, RecipeError
 from kd_assets.sources.range_hash import ShardHash
 from kd_assets.sources.records import Record, read_records
+from kd_assets.sources.shard_facts import bad_record_facts, length_facts, samples_of, source_facts, template_facts
 from kd_assets.sources.shard_parts import ShardInProgress
 from kd_assets.sources.tokenise import load_tokeniser
-from kd_assets.store import ResultWriter
+from kd_assets.store import SAMPLES_NAME, ResultWriter, Samples
 from kd_assets.store.fingerprint import INPUT_KEY
 from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
@@ -71,6 +72,9 @@ class ShardsRunner:
                 fail_on_bad_record=self._params.on_bad_record == "fail",
             )
             facts = shard.make() | passed_over_fields(records)
+            samples = samples_of(writer.folder, writer.finished, records)
+            facts |= self._described(unit, records, shard.bad, samples)
+            writer.write_beside(SAMPLES_NAME, samples.to_parquet())
             wall_s = time.monotonic() - started
             writer.commit(
                 parts=shard.n_parts,
@@ -87,7 +91,22 @@ class ShardsRunner:
                 facts=facts,
             )
         self._warn(unit, facts)
-        return {name: value for name, value in facts.items() if name not in ("bad_records", "passed_over_fields")}
+        return {name: value for name, value in facts.items() if isinstance(value, (int, float))}
+
+    def _described(
+        self,
+        unit: WorkUnit,
+        records: Sequence[Record | BadRecordError],
+        bad: Sequence[BadRecordError],
+        samples: Samples,
+    ) -> dict[str, Any]:
+        return {
+            **length_facts(samples),
+            **source_facts(unit.records, self._job.provenance.get("sources", ())),
+            **bad_record_facts(bad),
+            "tokenizer_fingerprint": self._params.tokenizer_fingerprint,
+            **template_facts(records, self._tokenise.chat_template),
+        }
 
     def close(self) -> None:
         """Nothing is held open between units."""

@@ -76,6 +76,15 @@ class DocumentTokeniser:
         outcomes = [next(texts if record.messages is None else chats) for record in records]
         return [self._within_the_embeddings(outcome) for outcome in outcomes]
 
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template that chats are rendered by; None where there is none."""
+        try:
+            template: str = self._tokenizer.get_chat_template()
+        except ValueError:
+            return None
+        return template
+
     def _within_the_embeddings(self, outcome: TokenisedDocument | BadRecordError) -> TokenisedDocument | BadRecordError:
         """An error instead of a document with a token that the teacher has no embedding for (a token that was added to
         a tokenizer, and no row to the model)."""

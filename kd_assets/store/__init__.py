@@ -31,11 +31,13 @@ from kd_assets.store.writing.encode import (
     encode_topk,
     part_stats,
 )
+from kd_assets.store.writing.samples import SAMPLES_NAME, Samples
 from kd_assets.store.writing.writer import ResultWriter, commit_file_result, raise_if_busy, set_head
 
 __all__ = [
     "FORMAT_VERSION",
     "INPUT_KEY",
+    "SAMPLES_NAME",
     "CacheReader",
     "CheckResult",
     "Chosen",
@@ -50,6 +52,7 @@ __all__ = [
     "Ragged",
     "ResultFiles",
     "ResultWriter",
+    "Samples",
     "Shard",
     "VerifyReport",
     "append_audit",

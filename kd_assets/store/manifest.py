@@ -28,6 +28,8 @@ from kd_assets.store.layout import (
 )
 
 _SELF_HASH = "manifest_sha256"
+FILES_FACT = "files"
+"""The fact that names files beside the parts: name → `n_bytes` and `sha256`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +43,15 @@ class PartRecord:
     n_bytes: int
     sha256: str
     stats: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileBeside:
+    """A file that goes with a result and is none of its parts: nothing of its content depends on it."""
+
+    name: str
+    n_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +86,15 @@ class Manifest:
         """The parameters that made the result, as its identity has them."""
         params = self.identity.get("params")
         return params if isinstance(params, dict) else {}
+
+    @property
+    def files_beside(self) -> tuple[FileBeside, ...]:
+        """The files that its fact `files` names, in the order of their names; results of earlier versions have none."""
+        files = self.facts.get(FILES_FACT)
+        if not isinstance(files, dict):
+            return ()
+        named = ({**(said if isinstance(said, dict) else {}), "name": name} for name, said in sorted(files.items()))
+        return tuple(decode(FileBeside, file, where=f"facts.{FILES_FACT}") for file in named)
 
     def to_json(self) -> str:
         raw = without_non_finite(dataclasses.asdict(self))
@@ -134,9 +154,10 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         )
     try:
         manifest = decode(Manifest, raw, where=str(path))
+        contradiction = _contradiction(manifest)
     except ContractError as e:
         raise CorruptManifestError(str(e)) from e
-    if contradiction := _contradiction(manifest):
+    if contradiction:
         raise CorruptManifestError(f"{path} contradicts itself: {contradiction}")
     return manifest
 
@@ -146,7 +167,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     parts = manifest.parts
     if [part.index for part in parts] != list(range(len(parts))):
         return f"parts {[part.index for part in parts]} are not 0 to {len(parts) - 1}"
-    if odd_name := _odd_name(parts):
+    if odd_name := _odd_name([*(part.name for part in parts), *(file.name for file in manifest.files_beside)]):
         return odd_name
     for name in ("n_documents", "n_tokens", "n_bytes"):
         total, summed = getattr(manifest, name), sum(getattr(part, name) for part in parts)
@@ -159,16 +180,16 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def _odd_name(parts: Sequence[PartRecord]) -> str | None:
-    if odd := [part.name for part in parts if not is_file_name(part.name)]:
+def _odd_name(names: Sequence[str]) -> str | None:
+    if odd := [name for name in names if not is_file_name(name)]:
         return f"a part is named {odd[0]!r:.80}"
-    return "two parts have one name" if len({part.name for part in parts}) < len(parts) else None
+    return "two parts have one name" if len(set(names)) < len(names) else None
 
 
 def committed(folder: Path, fingerprint: str) -> Manifest | None:
     """The manifest when the folder holds the committed result of this fingerprint, else None.
 
-    A result whose part files are missing or of another size counts as not committed, so that a rerun mends it. Raises
+    A result whose files are missing or of another size counts as not committed, so that a rerun mends it. Raises
     CorruptManifestError when the folder holds another result: it is never overwritten; and StorageUnreachableError when
     the store is not there to be looked at.
     """
@@ -183,7 +204,8 @@ def committed(folder: Path, fingerprint: str) -> Manifest | None:
             f"{path} is of fingerprint {manifest.fingerprint}, expected {fingerprint}: something else is in this "
             "folder; move it away"
         )
-    is_whole = all(size_if_there(folder / part.name) == part.n_bytes for part in manifest.parts)
+    files: tuple[PartRecord | FileBeside, ...] = (*manifest.parts, *manifest.files_beside)
+    is_whole = all(size_if_there(folder / file.name) == file.n_bytes for file in files)
     return manifest if is_whole else None
 
 

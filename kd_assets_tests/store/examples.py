@@ -147,6 +147,7 @@ def commit(
     partition_key: str = PARTITION,
     max_documents: int = 2,
     checks: Mapping[str, Any] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> tuple[Path, Manifest]:
     """A committed result of the example documents, two to a part."""
     whole = documents() if docs is None else docs
@@ -160,6 +161,8 @@ def commit(
             part = kept.slice(plan.first_document, plan.n_documents)
             rows = table(asset, part, draws=draws)
             result.write_part(plan.index, rows, n_tokens=part.n_tokens, stats=part_stats(asset, rows))
+        for name, data in (beside or {}).items():
+            result.write_beside(name, data)
         recorded = {"recomputed": RECOMPUTED} if checks is None else checks
         manifest = result.commit(parts=len(plans), checks=recorded, provenance={"host": "here"})
     return Path(out.path), manifest

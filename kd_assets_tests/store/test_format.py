@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from kd_assets.errors import (
 from kd_assets.store import (
     CacheReader,
     Documents,
+    Samples,
     canonical_json,
     commit_file_result,
     committed,
@@ -117,6 +120,75 @@ def test_reader_gives_no_document_of_a_part_that_is_not_the_one_that_was_committ
         assert reader[0]["document_id"] == "document-0"
         with pytest.raises(CorruptPartError, match=r"part-00001\."):
             reader[2]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "gone", "flip", "none"])
+def test_file_beside_the_parts_is_named_in_the_facts_and_is_none_of_the_content(store: Path, harm: str) -> None:
+    """[F57]"""
+    _, without = examples.commit(store / "without", "shards_manifest")
+    folder, manifest = examples.commit(store, "shards_manifest", beside={"notes.bin": b"beside"})
+    parts = {part.name: (folder / part.name).stat().st_mtime_ns for part in manifest.parts}
+    sha256 = hashlib.sha256(b"beside").hexdigest()
+    assert manifest.facts == {"files": {"notes.bin": {"n_bytes": 6, "sha256": sha256}}}
+    assert (manifest.data_version, manifest.n_bytes) == (without.data_version, without.n_bytes)
+    assert (verify(folder).problems, verify(folder).notes) == ((), ())
+    if harm != "none":
+        damage(folder / "notes.bin", harm)
+        (problem,) = verify(folder).problems
+        expected = {"truncate": "truncated_part", "gone": "missing_part", "flip": "changed_part"}[harm]
+        assert (problem.kind, problem.path) == (expected, folder / "notes.bin")
+    # As with parts, the size is looked at each time and the hash when something is verified or written.
+    assert (committed(folder, manifest.fingerprint) is None) == (harm in ("truncate", "gone"))
+    _, again = examples.commit(store, "shards_manifest", beside={"notes.bin": b"beside"})
+    assert again.facts == manifest.facts
+    assert verify(folder).problems == ()
+    assert {name: (folder / name).stat().st_mtime_ns for name in parts} == parts, "no part is made again"
+
+
+def test_result_of_an_earlier_version_is_left_without_files_beside_its_parts(store: Path) -> None:
+    """[F57]"""
+    folder, manifest = examples.commit(store, "shards_manifest")
+    _, again = examples.commit(store, "shards_manifest", beside={"notes.bin": b"beside"})
+    assert again == manifest
+    assert not (folder / "notes.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "files", [{"../x": {"n_bytes": 1, "sha256": "0"}}, {"part-00000.parquet": {"n_bytes": 1, "sha256": "0"}}, {"x": 1}]
+)
+def test_manifest_whose_files_beside_cannot_be_is_refused(store: Path, files: Any) -> None:
+    """[F57]"""
+    folder, manifest = examples.commit(store, "shards_manifest")
+    changed = dataclasses.replace(manifest, facts={"files": files})
+    (folder / "manifest.json").write_text(changed.to_json())
+    with pytest.raises(CorruptManifestError):
+        read_manifest(folder)
+
+
+def test_samples_have_a_row_a_document(tmp_path: Path) -> None:
+    """[F58] What they say of records is in the tests of the facts of a shard."""
+    samples = Samples(
+        document_id=["a", "b#1"],
+        parent_id=["a", "b"],
+        sample_id=["0" * 32, "1" * 32],
+        source=["web", "web"],
+        file=["x.jsonl", "y.jsonl"],
+        record_number=np.array([0, 7]),
+        n_tokens=np.array([3, 4]),
+        n_loss_tokens=np.array([3, 1]),
+    )
+    data = samples.to_parquet()
+    assert data == samples.to_parquet()
+    assert pq.read_table(io.BytesIO(data)).to_pylist() == [
+        {
+            **{"document_id": "a", "parent_id": "a", "sample_id": "0" * 32, "source": "web", "file": "x.jsonl"},
+            **{"record_number": 0, "n_tokens": 3, "n_loss_tokens": 3},
+        },
+        {
+            **{"document_id": "b#1", "parent_id": "b", "sample_id": "1" * 32, "source": "web", "file": "y.jsonl"},
+            **{"record_number": 7, "n_tokens": 4, "n_loss_tokens": 1},
+        },
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ names

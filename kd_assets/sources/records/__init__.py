@@ -4,7 +4,7 @@ Used by the planner (inside Dagster) and by the job that tokenises; imports neit
 invariant: the hash over a shard's records changes exactly when what its documents are made of changes.
 """
 
-from kd_assets.sources.records.reading import parse_record, read_records
+from kd_assets.sources.records.reading import file_of, parse_record, read_records
 from kd_assets.sources.records.record import ROLES, Message, Record
 
-__all__ = ["ROLES", "Message", "Record", "parse_record", "read_records"]
+__all__ = ["ROLES", "Message", "Record", "file_of", "parse_record", "read_records"]

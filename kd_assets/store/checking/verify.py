@@ -45,6 +45,7 @@ from kd_assets.store.layout import (
     require_folder,
 )
 from kd_assets.store.manifest import (
+    FileBeside,
     Manifest,
     PartRecord,
     audit_record,
@@ -165,6 +166,8 @@ class _Verifier:
             self._problem("wrong_identity", path, f"{path}: {e}; it was written so: materialize it again elsewhere")
         for record in manifest.parts:
             self._part(folder, manifest, record)
+        for file in manifest.files_beside:
+            self._is_whole(folder / file.name, file)
         try:
             self._surroundings(folder, manifest)
         except StoreError as e:
@@ -275,25 +278,38 @@ class _Verifier:
 
     def _part(self, folder: Path, manifest: Manifest, record: PartRecord) -> None:
         path = folder / record.name
-        remedy = "remove this file and materialize the partition again: only what is missing is made"
+        if not self._is_whole(path, record):
+            return
         try:
-            n_bytes = size_if_there(path)
-            if n_bytes is None:
-                self._problem("missing_part", path, f"{path} is missing; materialize the partition again")
-                return
-            if n_bytes != record.n_bytes:
-                kind: ProblemKind = "truncated_part" if n_bytes < record.n_bytes else "grown_part"
-                self._problem(kind, path, f"{path} has {n_bytes} bytes, expected {record.n_bytes}; {remedy}")
-                return
-            digest = file_sha256(path)
-            if digest != record.sha256:
-                self._problem("changed_part", path, f"{path} has sha256 {digest}, expected {record.sha256}; {remedy}")
-                return
             self._rows(path, manifest, record)
         except ObstructedError as e:
             self._problem("missing_part", path, f"{e}; then materialize the partition again")
         except StoreError as e:
             self._problem("unreadable", path, str(e))
+
+    def _is_whole(self, path: Path, record: PartRecord | FileBeside) -> bool:
+        """Whether a file has the bytes that its record is of; a problem is noted where it has not."""
+        remedy = "remove this file and materialize the partition again: only what is missing is made"
+        try:
+            n_bytes = size_if_there(path)
+            if n_bytes is None:
+                self._problem("missing_part", path, f"{path} is missing; materialize the partition again")
+                return False
+            if n_bytes != record.n_bytes:
+                kind: ProblemKind = "truncated_part" if n_bytes < record.n_bytes else "grown_part"
+                self._problem(kind, path, f"{path} has {n_bytes} bytes, expected {record.n_bytes}; {remedy}")
+                return False
+            digest = file_sha256(path)
+            if digest != record.sha256:
+                self._problem("changed_part", path, f"{path} has sha256 {digest}, expected {record.sha256}; {remedy}")
+                return False
+        except ObstructedError as e:
+            self._problem("missing_part", path, f"{e}; then materialize the partition again")
+            return False
+        except StoreError as e:
+            self._problem("unreadable", path, str(e))
+            return False
+        return True
 
     def _rows(self, path: Path, manifest: Manifest, record: PartRecord) -> None:
         """What the rows of a part say, compared with the manifest. The bytes are those that were written, so a
@@ -329,7 +345,8 @@ class _Verifier:
             self._problem("wrong_tokens", path, f"{path} has {n_tokens} tokens, expected {record.n_tokens}; {remedy}")
 
     def _surroundings(self, folder: Path, manifest: Manifest) -> None:
-        ours = {MANIFEST_NAME, LEASE_NAME, JOURNAL_NAME, *(record.name for record in manifest.parts)}
+        files: tuple[PartRecord | FileBeside, ...] = (*manifest.parts, *manifest.files_beside)
+        ours = {MANIFEST_NAME, LEASE_NAME, JOURNAL_NAME, *(file.name for file in files)}
         names = listing(folder)
         for name in names:
             if name not in ours:

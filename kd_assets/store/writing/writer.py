@@ -45,6 +45,8 @@ from kd_assets.store.layout import (
     result_folder,
 )
 from kd_assets.store.manifest import (
+    FILES_FACT,
+    FileBeside,
     Manifest,
     PartRecord,
     audit_commit,
@@ -92,8 +94,9 @@ class ResultWriter:
         self._journal = Journal(self.folder / JOURNAL_NAME, output.fingerprint)
         self._finished: dict[int, PartRecord] = {}
         self._committed: Manifest | None = None
+        self._beside: dict[str, dict[str, Any]] = {}
         self.forgotten: tuple[str, ...] = ()
-        """Parts of earlier attempts that failed verification and have to be made again, each with the reason."""
+        """Files of earlier attempts that failed verification and have to be made again, each with the reason."""
 
     @property
     def finished(self) -> Mapping[int, PartRecord]:
@@ -141,6 +144,19 @@ class ResultWriter:
                 file.write(data)
         return self._finished[index]
 
+    def write_beside(self, name: str, data: bytes) -> None:
+        """Write a file that goes with the result and is none of its parts; the commit names it, with its hash.
+
+        Nothing of the result's content depends on it: it is in no data version. A result that was committed before is
+        left as it is.
+        """
+        assert self._lease.held, "a file is written inside the writer's with block"
+        if not is_file_name(name):
+            raise ValueError(f"{name!r} cannot be a file of a result")
+        if self._committed is None:
+            sha256 = atomic_write(self.folder / name, data)
+            self._beside[name] = {"n_bytes": len(data), "sha256": sha256}
+
     def commit(
         self,
         *,
@@ -164,7 +180,8 @@ class ResultWriter:
         if self._committed is not None:
             _finish_commit(self.folder, self._committed, is_new=False)
             return self._committed
-        manifest = self._manifest(checks=checks, provenance=provenance, facts=facts)
+        beside = {FILES_FACT: self._beside} if self._beside else {}
+        manifest = self._manifest(checks=checks, provenance=provenance, facts={**facts, **beside})
         if not self._finished:  # a commit needs its journal beside it, and without parts there is none yet
             self._journal.rewrite(self._finished.values())
         atomic_write(self.folder / MANIFEST_NAME, manifest.to_json().encode())
@@ -260,6 +277,9 @@ class ResultWriter:
                 self._finished[record.index] = record
             else:
                 reasons.append(f"{record.name}: {reason}")
+        beside = manifest.files_beside if manifest is not None else ()
+        harm = {file.name: _damage(self.folder / file.name, file) for file in beside}
+        reasons += [f"{name}: {reason}" for name, reason in harm.items() if reason is not None]
         self.forgotten = tuple(reasons)
         if manifest is not None and not reasons:
             self._committed = manifest
@@ -330,7 +350,7 @@ def _finish_commit(folder: Path, manifest: Manifest, *, is_new: bool) -> None:
         remove_file(folder / JOURNAL_NAME)
 
 
-def _damage(path: Path, record: PartRecord) -> str | None:
+def _damage(path: Path, record: PartRecord | FileBeside) -> str | None:
     """Why the file is not the one that was recorded; None when it is. Raises StorageUnavailableError where that cannot
     be told."""
     n_bytes = size_if_there(path)
