@@ -28,7 +28,7 @@ def decide_licence(
 
     Raises RecipeError for one that is unknown, or not among the `allowed` (None: every one that is known), unless the
     source's `licence_accepted` says why it may be used all the same: then that stands beside it. `known`: the plan that
-    is current has this source with this licence; it stays allowed, with a warning, so that an upgrade stops no one.
+    is current has this source, of an unknown licence, too; it stays, with a warning, so that an upgrade stops no one.
     """
     licence = spec.licence.strip() or UNKNOWN
     if is_unknown(licence) and card and card.strip():
@@ -43,7 +43,7 @@ def decide_licence(
     if spec.licence_accepted is not None and spec.licence_accepted.strip():
         return f"{licence} (accepted: {spec.licence_accepted.strip()})"
     message = f"source {spec.name!r}: {why}; or accept it with licence_accepted of the source, which says why"
-    if not known:
+    if not (known and is_unknown(licence)):
         raise RecipeError(message)
     warn(f"{message}. The current plan has it already, so it is used once more")
     return licence

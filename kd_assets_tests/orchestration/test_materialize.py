@@ -23,6 +23,7 @@ from kd_assets.dagster_internals import (
     input_data_version_tag,
 )
 from kd_assets.errors import NotCommittedError
+from kd_assets.orchestration import planner as planner_module
 from kd_assets.orchestration import platform as platform_module
 from kd_assets.orchestration.driving.listening import progress_in_words
 from kd_assets.orchestration.driving.results import FailedResult
@@ -33,7 +34,7 @@ from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.retries import FailureClass
 from kd_assets.orchestration.run import as_failure, as_markdown, failed_in_words
 from kd_assets.scheduler import LocalScheduler
-from kd_assets.sources.plan import ShardPlan
+from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.store import CacheReader, read_manifest, verify
 from kd_assets.store import manifest as manifest_module
 from kd_assets.student.dataset import TeacherCacheDataset
@@ -449,7 +450,7 @@ def test_a_run_reads_its_plan_its_profile_and_each_manifest_that_it_reuses_once(
         ),
     )
     n_profiles = counted(monkeypatch, platform_module, "read_profile", lambda path: "profile")
-    n_plans = counted(monkeypatch, ShardPlan, "from_json", lambda text, **where: "plan")
+    n_plans = counted(monkeypatch, planner_module, "read_plan", lambda path: "plan")
     n_manifests = counted(monkeypatch, manifest_module, "parse_manifest", lambda data, path: str(path.parent))
     on_slurm = Deployment(deployment.home, Path("unused"), deployment.instance, platform=slurm, **deployment.attributes)
     assert on_slurm.run("shards_manifest", *CACHES, partition_range=ALL).success

@@ -6,7 +6,7 @@ import pytest
 
 from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TopkParams
 from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings
-from kd_assets.sources.spec import SourceSpec
+from kd_assets.sources.spec import Sharding, SourceSpec
 
 
 def a_recipe(*, draws: int = 0, seed: int = 0) -> Recipe:
@@ -15,7 +15,7 @@ def a_recipe(*, draws: int = 0, seed: int = 0) -> Recipe:
         name="r",
         sources=(Source(spec=source),),
         teacher=TeacherSettings(model="m", seed=seed),
-        documents_per_shard=10,
+        sharding=Sharding(documents_per_shard=10),
         topk=TopkParams(k=4, max_length=100, draws=draws),
         hidden_states=HiddenStateParams(blocks=(1,), max_length=50),
         embeddings=EmbeddingParams(max_length=300),

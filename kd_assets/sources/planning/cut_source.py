@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +98,8 @@ class SourceCutter:
     digests: DigestCache | None
     count_tokens: CountTokens | None
     allowed_licences: Sequence[str] | None
-    known_licences: Mapping[str, str]
-    """Of the sources that the plan before had, whatever else was different then."""
+    known_sources: Collection[str]
+    """Those that the plan before had, whatever else was different then."""
     total_weight: float
 
     def see_again(self, spec: SourceSpec, seen: SeenRecords) -> None:
@@ -121,7 +121,10 @@ class SourceCutter:
             raise type(e)(named + str(e).removeprefix(named)) from e
 
     def _cut(self, spec: SourceSpec, found: FoundSource, seen: SeenRecords | None) -> CutSource:
-        licence = decide_licence(spec, found.licence, self.allowed_licences, known=spec.name in self.known_licences)
+        said = list(found.said)
+        licence = decide_licence(
+            spec, found.licence, self.allowed_licences, known=spec.name in self.known_sources, warn=said.append
+        )
         scans = {
             file.name: scan_columns(file, columns_read=fields_read(spec))
             for file in found.files
@@ -152,11 +155,10 @@ class SourceCutter:
                 n_bytes=sum(f.n_bytes for f in files),
                 licence=licence,
                 revision=found.revision or spec.revision,
-                licence_accepted=spec.licence_accepted,
                 bytes_per_token=rate,
                 files=tuple(files),
             ),
-            said=tuple(f"source {spec.name!r}: {line}" for line in found.said),
+            said=tuple(f"source {spec.name!r}: {line.removeprefix(f'source {spec.name!r}: ')}" for line in said),
             kept=tuple(kept),
             shares=tuple(cutter.finish()),
             amount=cutter.amount,

@@ -67,7 +67,7 @@ def plan_shards(
         digests=digests,
         count_tokens=count_tokens,
         allowed_licences=allowed_licences,
-        known_licences={} if previous is None else {s.name: s.licence for s in previous.sources},
+        known_sources=() if previous is None else {s.name for s in previous.sources},
         total_weight=sum(spec.weight or 0 for spec in sources),
     )
     with contextlib.ExitStack() as opened:

@@ -84,7 +84,6 @@ class PinnedSource:
     revision: str | None = None
     """The recipe's word, or the commit of a data set."""
     # What follows came later.
-    licence_accepted: str | None = None
     bytes_per_token: float | None = None
     """Of its records, measured on its first ones; None: assumed."""
     files: tuple[PinnedFile, ...] = ()
@@ -200,7 +199,7 @@ def plan_of(
     totals = dict.fromkeys(("n_records", "n_documents", "n_bytes", "n_tokens"), 0)
     for group in _blocks(_counted(shards, digest, keys, totals)):
         blocks.append(block_of([raw_shard(shard) for shard in group]))
-    named = [{"licence_accepted": None, **dataclasses.asdict(source)} for source in sources]
+    named = [dataclasses.asdict(source) for source in sources]
     head = {
         "plan_format": PLAN_FORMAT,
         "plan_hash": digest.hexdigest(named),

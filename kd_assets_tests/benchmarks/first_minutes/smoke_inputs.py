@@ -28,7 +28,7 @@ from kd_assets.contract import (
 from kd_assets.demo.tokenizer import train_tokenizer
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from kd_assets.sources.planning.make import plan_shards
-from kd_assets.sources.spec import SourceSpec
+from kd_assets.sources.spec import Sharding, SourceSpec
 from kd_assets.store import FORMAT_VERSION, INPUT_KEY, plan_output, read_manifest
 from kd_assets_tests.benchmarks.teacher import passages
 
@@ -103,7 +103,7 @@ def shards_job(folder: Path, source: Path, teacher: Path) -> JobFile:
         tokenizer=str(teacher), tokenizer_fingerprint=tokenizer_fingerprint(teacher, None), max_length=MAX_LENGTH
     )
     spec = SourceSpec(name="manual", path=str(source), file_format="jsonl", licence="PSF-2.0")
-    (shard,) = plan_shards([spec], documents_per_shard=N_DOCUMENTS, shard_prefix=RECIPE).shards
+    (shard,) = plan_shards([spec], Sharding(documents_per_shard=N_DOCUMENTS), shard_prefix=RECIPE).shards
     variant = {"tokenizer_fingerprint": params.tokenizer_fingerprint, "max_length": MAX_LENGTH}
     output = output_of(
         "shards_manifest", variant, folder=folder, partition_key=shard.partition_key, input_hash=shard.input_hash

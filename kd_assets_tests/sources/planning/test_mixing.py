@@ -137,7 +137,7 @@ def test_exact_copies_are_left_out_and_counted_across_files_and_formats(tmp_path
 
 def test_a_copy_that_is_appended_is_the_one_that_is_left_out(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one.jsonl", ["a", "b"]), write(tmp_path / "two.jsonl", ["c"])
-    options = {"documents_per_shard": 2, "drop_duplicates": True}
+    options: dict[str, Any] = {"documents_per_shard": 2, "drop_duplicates": True}
     before = plan(spec(one, "one"), spec(two, "two"), **options)
     write(one, ["a", "b", "c", "a", "e"])
     after = plan(spec(one, "one"), spec(two, "two"), previous=before, **options)
