@@ -83,7 +83,7 @@ def find_source(spec: SourceSpec, *, base_folder: Path, environment: Mapping[str
 
 def _saved_to_disk(path: Path) -> FoundSource | None:
     """What a plain path to a folder of `datasets.save_to_disk` names."""
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json")):
         return None
     from kd_assets.sources.files.data_sets import find_saved
 
@@ -107,7 +107,9 @@ class _Candidates:
     kind: Literal["file", "folder", "pattern"]
 
 
-_NO_DATA = re.compile(r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock))$")
+_NO_DATA = re.compile(
+    r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock))$"
+)
 """Names in a folder that are no data: hidden ones, those of Spark (`_SUCCESS`), and what goes with a data set."""
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -124,7 +126,9 @@ def _local_files(path: Path) -> _Candidates:
             root = _fixed_part(str(path))
             found = sorted(glob.glob(str(path), recursive=True))
             return _Candidates(
-                files=[_candidate(os.path.relpath(file, root), Path(file)) for file in found if not os.path.isdir(file)],
+                files=[
+                    _candidate(os.path.relpath(file, root), Path(file)) for file in found if not os.path.isdir(file)
+                ],
                 kind="pattern",
             )
         if not stat.S_ISDIR(mode):

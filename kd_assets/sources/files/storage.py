@@ -23,7 +23,15 @@ REMOTE_BLOCK_BYTES = 8 << 20
 """Read of a remote file of text at a time: a request takes tens of milliseconds, whatever its size."""
 
 _REMEDY = "create it, or correct its path in the recipe"
-_PLUGINS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "http": "aiohttp"}
+_PLUGINS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+}
 """Scheme → the package that fsspec needs for it."""
 
 
@@ -71,9 +79,8 @@ def _open_local(path: Path) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(mode):
             os.close(fd)
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise MissingInputError(
-                f"source {path} is {kind}; a source is one JSONL, Parquet or Arrow file{_saved_to_disk(path)}: {_REMEDY}"
-            )
+            expected = f"a source is one JSONL, Parquet or Arrow file{_saved_to_disk(path)}"
+            raise MissingInputError(f"source {path} is {kind}; {expected}: {_REMEDY}")
         with os.fdopen(fd, "rb", buffering=1 << 20) as f:
             yield f
 

@@ -114,7 +114,10 @@ def test_an_array_gives_the_same_elements_whatever_the_size_of_what_is_read_at_a
     [
         (b'[{"text": "a"}, {"text": "b"}', "after its element 2 comes the end of the file and no ',' or ']'"),
         (b'[{"text": "a"} {"text": "b"}]', "after its element 1 comes '{' and no ','"),
-        (b'[{"text": "a"}, {"text": }]' + b" " * 100, r"element 2 of its array \(byte 16\) is not JSON: Expecting value"),
+        (
+            b'[{"text": "a"}, {"text": }]' + b" " * 100,
+            r"element 2 of its array \(byte 16\) is not JSON: Expecting value",
+        ),
         (b'[{"text": "a"}, {"text": "b', r"element 2 of its array \(byte 16\) is not JSON: Unterminated"),
         (b'[{"text": "a"},]', "element 2 of its array"),
         (b'[{"text": "a"}]\n[{"text": "b"}]', r"after its array of 1 elements comes '\['"),
@@ -231,7 +234,12 @@ def test_a_late_range_reads_one_or_two_frames_of_the_copy(tmp_path: Path, monkey
     file, scan, records = big_copy(tmp_path)
     read: list[int] = []
     frame_text = seekable._Text._frame_text
-    monkeypatch.setattr(seekable._Text, "_frame_text", lambda self, n: (read.append(n), frame_text(self, n))[1])
+
+    def noting(text: Any, number: int) -> bytes:
+        read.append(number)
+        return frame_text(text, number)
+
+    monkeypatch.setattr(seekable._Text, "_frame_text", noting)
     assert list(iter_raw(range_of(file, records[290:292], scan=scan))) == records[290:292]
     assert len(read) <= 2
     assert list(iter_raw(range_of(file, records, scan=scan))) == records
@@ -318,7 +326,9 @@ def test_nul_bytes_are_a_bad_record_and_no_crash(tmp_path: Path) -> None:
 
 
 def test_whoever_stops_before_the_end_leaves_no_copy(tmp_path: Path) -> None:
-    records = iter(TextScan(written(tmp_path / "web.jsonl.gz", gzip.compress(lines(["a", "b"]))), seekable_folder=tmp_path / "c"))
+    records = iter(
+        TextScan(written(tmp_path / "web.jsonl.gz", gzip.compress(lines(["a", "b"]))), seekable_folder=tmp_path / "c")
+    )
     next(records)
     del records
     assert list((tmp_path / "c").iterdir()) == []

@@ -62,7 +62,7 @@ def arrow_errors(path: str, file_format: str) -> Iterator[None]:
 
 
 def layout(f: BinaryIO, path: str, file_format: str, columns_read: Sequence[str]) -> Layout:
-    """What a file says of its rows; none of them is read. Raises InputError where it was cut or is of another format."""
+    """What a file says of its rows; none is read. Raises InputError where it was cut or is of another format."""
     with arrow_errors(path, file_format):
         return _parquet_layout(f, columns_read) if file_format == "parquet" else _arrow_layout(f, path)
 
@@ -282,5 +282,3 @@ def _parse_header(header: bytes) -> tuple[int, int, int]:
         position, relative = field(message, 2, "<I")
         _, n_rows = field(position + relative, 0, "<q")
     return kind, n_rows, n_body_bytes
-
-

@@ -46,7 +46,9 @@ class _Decompressing(io.RawIOBase):
         try:
             data = self._text.read(len(buffer))
         except EOFError as e:
-            raise InputError(f"{self._path} was cut: it ends inside a {self._compression} member: write it again") from e
+            raise InputError(
+                f"{self._path} was cut: it ends inside a {self._compression} member: write it again"
+            ) from e
         except (gzip.BadGzipFile, zlib.error, pa.ArrowException) as e:
             raise self._damaged(e) from e
         except OSError as e:
@@ -61,7 +63,8 @@ class _Decompressing(io.RawIOBase):
         if "truncated" in reason.lower():
             return InputError(f"{self._path} was cut: it ends inside a {self._compression} frame: write it again")
         return InputError(
-            f"{self._path} cannot be read as {self._compression} ({reason}): write it again, or correct its name's suffix"
+            f"{self._path} cannot be read as {self._compression} ({reason}): write it again, or correct "
+            "its name's suffix"
         )
 
     def close(self) -> None:

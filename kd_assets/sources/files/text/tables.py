@@ -51,7 +51,9 @@ def _header(rows: _Rows, path: str, file_format: str) -> tuple[str, ...]:
     if repeated:
         raise InputError(f"{path}: its header names {repeated[0]!r} twice: rename all but one column")
     if columns and columns[0][:1] in ("{", "["):
-        raise InputError(f"{path} starts as JSON does, not with the header of a {file_format} table: correct its format")
+        raise InputError(
+            f"{path} starts as JSON does, not with the header of a {file_format} table: correct its format"
+        )
     return columns
 
 
