@@ -199,6 +199,10 @@ print("heavy:", sorted({{"torch", "transformers", "tensorflow", "jax"}} & set(sy
 
 def test_reading_needs_neither_datasets_nor_fsspec() -> None:
     """A node of the cluster has the first not, and the second only by chance; a URL needs it."""
-    program = "import sys\nfrom kd_assets.sources.files import read\nprint({'datasets', 'fsspec', 'pandas'} & set(sys.modules))"
+    program = (
+        "import sys\n"
+        "from kd_assets.sources.files import read\n"
+        "print({'datasets', 'fsspec', 'pandas'} & set(sys.modules))\n"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "set()\n", done.stdout + done.stderr
