@@ -83,7 +83,7 @@ def find_source(spec: SourceSpec, *, base_folder: Path, environment: Mapping[str
 
 def _saved_to_disk(path: Path) -> FoundSource | None:
     """What a plain path to a folder of `datasets.save_to_disk` names."""
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json")):
         return None
     from kd_assets.sources.files.data_sets import find_saved
 
