@@ -25,18 +25,15 @@ class Given:
         return named(field, self.records)
 
     def has(self, field: str) -> bool:
-        """Whether a field of a shape has a value; null is none."""
-        return self.fields.get(self.own(field)) is not None
+        """Whether a field of a shape has a value that the source does not leave out; null is none."""
+        name = self.own(field)
+        return self.fields.get(name) is not None and name not in self.records.ignore_fields
 
     def take(self, field: str) -> Any:
         """The value of a field of a shape, None where it has none; the document is made of it."""
         name = self.own(field)
         self._taken.add(name)
         return self.fields.get(name)
-
-    def leaves_out(self, field: str) -> bool:
-        """Whether the source says that this field beside a chat is left out."""
-        return self.own(field) in self.records.ignore_fields
 
     def leave_out_of_messages(self, field: str, key: str) -> None:
         """Note a key of a message that the source says is left out."""
