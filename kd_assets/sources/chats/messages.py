@@ -148,6 +148,21 @@ def parts_as_text(messages: Sequence[Message]) -> list[Message] | None:
     return joined
 
 
+def text_as_parts(messages: Sequence[Message]) -> list[Message]:
+    """The messages with each text as a part, for templates that go through parts and take a text for none."""
+    return [{**m, "content": as_parts(m["content"])} if isinstance(m.get("content"), str) else m for m in messages]
+
+
+def as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def n_missing_texts(messages: Sequence[Message], text: str) -> int:
+    """How many messages have content that is not in the text as it is: lost, or cut as the template means it."""
+    contents = [message.get("content") for message in messages]
+    return sum(isinstance(content, str) and content.strip() not in text for content in contents)
+
+
 def refuse_media(messages: Sequence[Message], where: str) -> None:
     """Raise BadRecordError for a part that is no text, whatever the template would put in its place: a teacher of text
     would read a placeholder."""

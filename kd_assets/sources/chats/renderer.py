@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,10 @@ from kd_assets.sources.chats.messages import (
     has_null_content,
     has_parts,
     messages_for,
+    n_missing_texts,
     parts_as_text,
     refuse_media,
+    text_as_parts,
     unhandled_part,
 )
 from kd_assets.sources.chats.template import ChatTemplate, TextSpan
@@ -56,9 +59,8 @@ class ChatRenderer:
         """
         template, messages = self.prepared(record)
         form, chat = self._first_that_renders(record, template, messages)
-        text = chat.first(len(form.messages))
-        documents = self._documents(record, chat, text)
-        n_unrendered = unrendered_messages(chat, text)
+        documents = self._documents(record, chat)
+        n_unrendered = unrendered_messages(chat, [document.text for document in documents])
         if not form.emptied_null_content and not n_unrendered:
             return documents
         return [
@@ -77,9 +79,9 @@ class ChatRenderer:
         if unread := [name for name, v in beside.items() if v and name not in template.reads.variables]:
             raise FieldNotUnderstoodError(
                 f"{record.where}: the chat has {', '.join(map(repr, unread))} beside its messages, and its chat "
-                "template never reads that: documents made without it would not be what it means. Use a chat template that "
-                f"reads it (chat_template), or leave it out knowingly: ignore_fields: [{', '.join(unread)}] of source "
-                f"{record.source!r}"
+                "template never reads that: documents made without it would not be what it means. Use a chat template "
+                f"that reads it (chat_template), or leave it out knowingly: "
+                f"ignore_fields: [{', '.join(unread)}] of source {record.source!r}"
             )
         return template, messages_for(record, template.reads)
 
@@ -100,9 +102,27 @@ class ChatRenderer:
             except BadRecordError as e:
                 refused = refused or e
             else:
-                return form, chat
+                return self._in_parts_if_needed(record, template, form, chat)
+        if "text" in template.reads.names and not has_parts(messages):
+            with contextlib.suppress(BadRecordError):
+                form = Form(text_as_parts(messages), False)
+                chat = self._conversation(record, template, form.messages)
+                if not n_missing_texts(messages, chat.first(len(messages))):
+                    return form, chat
         assert refused is not None
         raise refused
+
+    def _in_parts_if_needed(
+        self, record: Record, template: ChatTemplate, form: Form, chat: Conversation
+    ) -> tuple[Form, Conversation]:
+        """The same, with texts as parts where the template leaves texts out and writes all of such parts."""
+        n = len(form.messages)
+        if "text" not in template.reads.names or not n_missing_texts(form.messages, chat.first(n)):
+            return form, chat
+        in_parts = Form(text_as_parts(form.messages), form.emptied_null_content)
+        other = self._conversation(record, template, in_parts.messages)
+        text = other.first_or_none(n)
+        return (form, chat) if text is None or n_missing_texts(form.messages, text) else (in_parts, other)
 
     def _forms(self, template: ChatTemplate, messages: list[Message]) -> Iterator[Form]:
         yield from forms(messages, template.reads)
@@ -119,8 +139,8 @@ class ChatRenderer:
             control_token=self.control_token,
         )
 
-    def _documents(self, record: Record, chat: Conversation, text: str) -> list[RenderedChat]:
-        n_prompt = record.n_prompt_messages
+    def _documents(self, record: Record, chat: Conversation) -> list[RenderedChat]:
+        text, n_prompt = chat.first(len(chat.messages)), record.n_prompt_messages
         if (spans := self._marked(record, chat, text)) is not None:
             return [RenderedChat(text=text, assistant_spans=spans)]
         turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i >= n_prompt]
@@ -137,11 +157,8 @@ class ChatRenderer:
             )
         taken = turns[-1:] if self._turns == "last" else turns
         return [
-            RenderedChat(
-                text=turn, assistant_spans=[(chat.header_end(i), len(turn))], unlearned_turns=len(turns) - len(taken)
-            )
-            for i in taken
-            for turn in (chat.first(i + 1),)
+            RenderedChat(text=turn, assistant_spans=[span], unlearned_turns=len(turns) - len(taken))
+            for turn, span in map(chat.turn_document, taken)
         ]
 
     def _marked(self, record: Record, chat: Conversation, text: str) -> list[TextSpan] | None:
@@ -202,15 +219,14 @@ def spells_null(chat: Conversation, text: str) -> bool:
     return any(text.count(word) > empty.count(word) for word in ("None", "null"))
 
 
-def unrendered_messages(chat: Conversation, text: str) -> int:
-    """How many messages have content of which nothing would be missed in the text."""
+def unrendered_messages(chat: Conversation, texts: Sequence[str]) -> int:
+    """How many messages have content that could be any other: the template does not write it."""
     n = 0
     for i, message in enumerate(chat.messages):
         content = message.get("content")
-        if not isinstance(content, str) or not content.strip() or content.strip() in text:
+        if not isinstance(content, str) or any(content.strip() in text for text in texts):
             continue
-        try:
-            n += chat.render([*chat.messages[:i], *chat.messages[i + 1 :]]) == text
-        except BadRecordError:  # it is needed at that place
-            continue
+        other = {**message, "content": "Alpha is the first."}
+        with contextlib.suppress(BadRecordError):
+            n += chat.render([*chat.messages[:i], other, *chat.messages[i + 1 :]]) == chat.first(len(chat.messages))
     return n

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd_assets.errors import BadRecordError
-from kd_assets.sources.chats.messages import REASONING
+from kd_assets.sources.chats.messages import REASONING, as_parts
 from kd_assets.sources.chats.template import ChatTemplate, TextSpan
 from kd_assets.sources.records import Message
 
@@ -39,7 +39,7 @@ class RenderedChat:
     unlearned_turns: int = 0
     """Assistant turns of the chat that are in no document as what is learned: the recipe asks for the last alone."""
     unrendered_messages: int = 0
-    """Messages without which the text would be the same: the template does not write them."""
+    """Messages whose content the template does not write."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,32 +82,61 @@ class Conversation:
         if end is None:
             return None
         start = self.header_end(i)
+        if start is None:
+            return None
         return (start, end) if end == len(turn) or end > start else None
 
-    def header_end(self, i: int) -> int:
-        """Where what the assistant says begins in the rendering of the messages up to assistant message `i`."""
+    def turn_document(self, i: int) -> tuple[str, TextSpan]:
+        """Assistant message `i` as the last one, with everything before it as the model would see it then; and where in
+        that text it is. Raises BadRecordError where it cannot be told from the rest."""
+        turn = self.first(i + 1)
+        if (start := self.header_end(i)) is not None:
+            return turn, (start, len(turn))
+        if (joined := self._after_its_prompt(i)) is not None:
+            return joined
+        raise BadRecordError(
+            f"{self.where}: the chat template renders assistant message {i} neither after its generation prompt "
+            "nor after the messages before it, so what the assistant says cannot be told from the rest: put "
+            "{% generation %}...{% endgeneration %} around it in the template"
+        )
+
+    def _after_its_prompt(self, i: int) -> tuple[str, TextSpan] | None:
+        """Message `i` after the prompt that the model is given for it, where the template rewrites that prompt once the
+        answer is there (Mistral's leave out the system message then). None where the two do not end alike."""
+        turn, prompt = self.first(i + 1), self.first_or_none(i, prompt=True)
+        asked = self.messages[i - 1].get("content") if i else None
+        if prompt is None or not isinstance(asked, str) or not asked.strip():
+            return None
+        header = turn[: self._common_header(i)]
+        end = len(header.rstrip())
+        n_alike = common_length(prompt[::-1], header[:end][::-1])
+        if asked.strip() not in prompt[len(prompt) - n_alike :]:
+            return None
+        return prompt + turn[end:], (len(prompt), len(prompt) + len(turn) - end)
+
+    def header_end(self, i: int) -> int | None:
+        """Where what the assistant says begins in the rendering of the messages up to assistant message `i`; None where
+        that rewrites the messages before it."""
         turn = self.first(i + 1)
         before, prompted = self.first_or_none(i), self.first_or_none(i, prompt=True)
         if prompted is not None and prompted != before and turn.startswith(prompted):
             return len(prompted)
         # There is no prompt (the template does not look at add_generation_prompt), or the turn begins otherwise (a
         # prompt that ends by opening a thought): the header is what every assistant turn here begins with.
-        header_end = min(common_length(turn, other) for other in self._with_any_content(i))
+        header_end = self._common_header(i)
         # A template that refuses so short a chat has nothing to compare with; that the last message before it is in the
         # header has to do.
         n_before = (0 if i == 0 else 1) if before is None else kept(before, turn, self.control_token)
-        if n_before is None or header_end < n_before:
-            raise BadRecordError(
-                f"{self.where}: the chat template renders assistant message {i} neither after its generation prompt "
-                "nor after the messages before it, so what the assistant says cannot be told from the rest: put "
-                "{% generation %}...{% endgeneration %} around it in the template"
-            )
-        return header_end
+        return None if n_before is None or header_end < n_before else header_end
 
-    def _with_any_content(self, i: int) -> list[str]:
-        """The rendering up to message `i`, had it said something else."""
+    def _common_header(self, i: int) -> int:
+        """How far the rendering up to message `i` does not depend on what that says."""
         others = {name: value for name, value in self.messages[i].items() if name not in _SAID_BESIDES_CONTENT}
-        return [self.render([*self.messages[:i], {**others, "content": content}]) for content in _ANY_CONTENT]
+        in_parts = isinstance(self.messages[i].get("content"), list)
+        return min(
+            common_length(self.first(i + 1), self.render([*self.messages[:i], {**others, "content": content}]))
+            for content in (as_parts(text) if in_parts else text for text in _ANY_CONTENT)
+        )
 
 
 def kept(text: str, whole: str, control_token: re.Pattern[str]) -> int | None:
