@@ -78,12 +78,15 @@ def forms(messages: list[Message], reads: TemplateReads) -> Iterator[Form]:
     items, unless the template asks by itself whether it is a string.
     """
     as_objects, as_text = _with_arguments(messages, _parsed), _with_arguments(messages, _as_json)
-    others = [messages, as_objects, as_text] if reads.tells_arguments_as_text else [as_objects, messages, as_text]
-    for i, form in enumerate(others):
-        if form not in others[:i]:
-            yield Form(form, False)
-            if (filled := _with_empty_content(form)) != form:
-                yield Form(filled, True)
+    by_arguments = [messages, as_objects, as_text] if reads.tells_arguments_as_text else [as_objects, messages, as_text]
+    emptied = [Form(_with_empty_content(form), True) for form in by_arguments]
+    # Some templates write the calls of a message only where its content is null.
+    nulled = [Form(_with_null_content(form), False) for form in by_arguments]
+    tried: list[list[Message]] = []
+    for form in (*(Form(form, False) for form in by_arguments), *emptied, *nulled):
+        if form.messages not in tried:
+            tried.append(form.messages)
+            yield form
 
 
 def _with_arguments(messages: Sequence[Message], convert: Callable[[Any], Any]) -> list[Message]:
@@ -123,6 +126,21 @@ def _as_json(arguments: Any) -> Any:
 
 def _with_empty_content(messages: Sequence[Message]) -> list[Message]:
     return [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
+
+
+def _with_null_content(messages: Sequence[Message]) -> list[Message]:
+    """Content that is empty beside tool calls made null."""
+    return [{**m, "content": None} if m.get("tool_calls") and m.get("content") == "" else m for m in messages]
+
+
+def called_names(messages: Sequence[Message]) -> Iterator[str]:
+    """What the tools are called that messages call."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+                yield name
 
 
 def has_parts(messages: Sequence[Message]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from kd_assets.errors import BadRecordError, FieldNotUnderstoodError, RecipeError
 from kd_assets.sources.chats.messages import (
     Form,
+    called_names,
     forms,
     has_null_content,
     has_parts,
@@ -91,6 +92,7 @@ class ChatRenderer:
         """The messages in the first form that the template takes. Raises the error of the first form where none is."""
         refuse_media(messages, record.where)
         refused: BadRecordError | None = None
+        without_calls: tuple[Form, Conversation] | None = None
         for form in self._forms(template, messages):
             chat = self._conversation(record, template, form.messages)
             try:
@@ -102,7 +104,11 @@ class ChatRenderer:
             except BadRecordError as e:
                 refused = refused or e
             else:
-                return self._in_parts_if_needed(record, template, form, chat)
+                if all(name in text for name in called_names(form.messages)):
+                    return self._in_parts_if_needed(record, template, form, chat)
+                without_calls = without_calls or (form, chat)
+        if without_calls is not None:
+            return without_calls
         if "text" in template.reads.names and not has_parts(messages):
             with contextlib.suppress(BadRecordError):
                 form = Form(text_as_parts(messages), False)
@@ -220,9 +226,13 @@ def spells_null(chat: Conversation, text: str) -> bool:
 
 
 def unrendered_messages(chat: Conversation, texts: Sequence[str]) -> int:
-    """How many messages have content that could be any other: the template does not write it."""
+    """How many messages call a tool that is not named in the texts, or have content that could be any other: the
+    template does not write it."""
     n = 0
     for i, message in enumerate(chat.messages):
+        if any(not any(name in text for text in texts) for name in called_names([message])):
+            n += 1
+            continue
         content = message.get("content")
         if not isinstance(content, str) or any(content.strip() in text for text in texts):
             continue

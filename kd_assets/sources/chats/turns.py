@@ -39,7 +39,7 @@ class RenderedChat:
     unlearned_turns: int = 0
     """Assistant turns of the chat that are in no document as what is learned: the recipe asks for the last alone."""
     unrendered_messages: int = 0
-    """Messages whose content the template does not write."""
+    """Messages whose content or tool calls the template does not write."""
 
 
 @dataclass(kw_only=True, slots=True)
