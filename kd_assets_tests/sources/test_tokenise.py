@@ -16,7 +16,8 @@ from kd_assets.errors import BadRecordError, InputError, MissingInputError, Reci
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources.chats import TEMPLATE_DATE, with_fixed_date
 from kd_assets.sources.records import Record
-from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser, tokens_in_spans
+from kd_assets.sources.token_offsets import tokens_in_spans
+from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser
 from kd_assets_tests.sources.conftest import (
     MARKED_TEMPLATE,
     UNMARKED_TEMPLATE,
@@ -38,9 +39,9 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def tokenised(folder: Path, *records: Record, **changes: Any) -> list[TokenisedDocument]:
-    documents = load_tokeniser(params(folder, **changes))(records)
-    assert all(isinstance(document, TokenisedDocument) for document in documents), documents
-    return [document for document in documents if isinstance(document, TokenisedDocument)]
+    outcomes = load_tokeniser(params(folder, **changes))(records)
+    assert all(isinstance(outcome, list) for outcome in outcomes), outcomes
+    return [document for outcome in outcomes if isinstance(outcome, list) for document in outcome]
 
 
 def learned(folder: Path, document: TokenisedDocument) -> str:
@@ -170,21 +171,23 @@ def test_a_document_does_not_depend_on_its_batch(save_tokenizer: SaveTokenizer) 
         assert one.loss_mask.tolist() == two.loss_mask.tolist()
 
 
-def test_a_template_that_rewrites_earlier_turns_needs_marks(save_tokenizer: SaveTokenizer) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused_where_the_recipe_says_so(
+    save_tokenizer: SaveTokenizer,
+) -> None:
     forgetful = (
         "{% for m in messages %}{{ '<|start|>' + m['role'] + '\\n' }}"
         "{{ m['content'].split('</think>')[-1] if not loop.last else m['content'] }}<|eot|>{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
     )
     chat = (("user", "q"), ("assistant", "<think>hm</think>a"), ("user", "q2"), ("assistant", "a2"))
-    tokenise = load_tokeniser(params(save_tokenizer(forgetful)))
+    tokenise = load_tokeniser(params(save_tokenizer(forgetful), turns="refuse"))
     refused, fine = tokenise([chat_record(*chat), chat_record(*chat[:2])])
     assert isinstance(refused, BadRecordError)
     assert str(refused).startswith(
         "web.jsonl:1: the chat template has no {% generation %} mark that can be followed, and renders message 1 "
         "differently once others follow"
     )
-    assert isinstance(fine, TokenisedDocument)
+    assert isinstance(fine, list)
 
 
 IN_A_MACRO = (
@@ -259,7 +262,7 @@ def test_a_template_that_refuses_a_chat_spoils_no_other(save_tokenizer: SaveToke
         [chat_record(*CHAT, number=4), chat_record(*CHAT[1:]), text_record("text")]
     )
     assert str(outcomes[0]) == "web.jsonl:5: the chat template refuses the messages: no system, please"
-    assert [isinstance(outcome, TokenisedDocument) for outcome in outcomes] == [False, True, True]
+    assert [isinstance(outcome, list) for outcome in outcomes] == [False, True, True]
 
 
 @pytest.mark.parametrize("mistake", ["{{ 1 / 0 }}", "{{ messages[99].role.x }}", "{{ 'a' + 1 }}", "{{ nothing.a.b }}"])
