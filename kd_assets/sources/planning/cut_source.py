@@ -136,7 +136,7 @@ class SourceCutter:
         cutter = self._cutter(spec, found, scans, rate or ASSUMED_BYTES_PER_TOKEN)
         kept, files = list[Stretch](), list[PinnedFile]()
         for file in found.files:
-            base = base_range(spec, file, scans.get(file.name), reads_rows=reads_rows)
+            base = self._base(spec, file, scans.get(file.name), reads_rows=reads_rows)
             stretches, pinned = self._cut_file(base, file, scans.get(file.name), cutter, seen)
             kept += stretches
             files.append(pinned)
@@ -197,12 +197,35 @@ class SourceCutter:
             return None
         file = found.files[0]
         scan = scans.get(file.name)
-        base = base_range(spec, file, scan, reads_rows=True)
+        base = self._base(spec, file, scan, reads_rows=True)
         n_most = 0 if scan is None else min(scan.n_records, MEASURED_RECORDS)
         raws: Iterable[RawRecord] = TextScan(file, seekable_folder=None)
         if scan is not None:
             raws = iter_raw(dataclasses.replace(base, n_records=n_most))
         return measured_rate(raws, base, self.count_tokens)
+
+    def _base(self, spec: SourceSpec, file: SourceFile, scan: ColumnScan | None, *, reads_rows: bool) -> RecordRange:
+        """How the records of a file are read; of none of them."""
+        return RecordRange(
+            source=spec.name,
+            path=file.path,
+            file_format=file.file_format,
+            first_record=0,
+            n_records=0,
+            text_field=spec.text_field,
+            messages_field=spec.messages_field,
+            id_field=spec.id_field,
+            ignore_fields=spec.ignore_fields,
+            file_name=file.name,
+            compression=file.compression,
+            file_identity=None if scan is None else scan.identity,
+            hashed="records" if scan is None or reads_rows else "file",
+            shape=spec.shape,
+            fields=dict(spec.fields),
+            prefer=spec.prefer,
+            roles=dict(spec.roles),
+            control_tokens=spec.control_tokens or self.before.control_tokens.get(spec.name, "text"),
+        )
 
     def _cutter(self, spec: SourceSpec, found: FoundSource, scans: Mapping[str, ColumnScan], rate: float) -> Cutter:
         share = 1.0 if spec.weight is None else spec.weight / self.total_weight
@@ -255,30 +278,6 @@ class SourceCutter:
         if "://" in file.path:
             return bool(file.changed) and (file.changed, file.n_bytes) == (pinned.changed, pinned.n_bytes)
         return self.digests is not None and known_sha256(Path(file.path), self.digests) == pinned.identity
-
-
-def base_range(spec: SourceSpec, file: SourceFile, scan: ColumnScan | None, *, reads_rows: bool) -> RecordRange:
-    """How the records of a file are read; of none of them."""
-    return RecordRange(
-        source=spec.name,
-        path=file.path,
-        file_format=file.file_format,
-        first_record=0,
-        n_records=0,
-        text_field=spec.text_field,
-        messages_field=spec.messages_field,
-        id_field=spec.id_field,
-        ignore_fields=spec.ignore_fields,
-        file_name=file.name,
-        compression=file.compression,
-        file_identity=None if scan is None else scan.identity,
-        hashed="records" if scan is None or reads_rows else "file",
-        shape=spec.shape,
-        fields=dict(spec.fields),
-        prefer=spec.prefer,
-        roles=dict(spec.roles),
-        control_tokens=spec.control_tokens,
-    )
 
 
 class _Counted:
