@@ -108,7 +108,8 @@ class _Candidates:
 
 
 _NO_DATA = re.compile(
-    r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock))$"
+    r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock)"
+    r"|(dataset_infos?|dataset_dict|state)\.json)$"
 )
 """Names in a folder that are no data: hidden ones, those of Spark (`_SUCCESS`), and what goes with a data set."""
 _MAGIC = re.compile(r"[*?\[]")
@@ -194,7 +195,8 @@ def _remote_candidate(name: str, url: str, listed: dict[str, Any]) -> _Candidate
 def _found(candidates: _Candidates, wanted: FileFormat | Literal["auto"], where: str) -> FoundSource:
     is_folder = candidates.kind == "folder"
     left_out = [c for c in candidates.files if is_folder and _NO_DATA.match(os.path.basename(c.name))]
-    kept = [c for c in candidates.files if c not in left_out]
+    left_out_paths = {c.path for c in left_out}
+    kept = [c for c in candidates.files if c.path not in left_out_paths]
     formats = {c.path: format_of_name(c.path) if wanted == "auto" else wanted for c in kept}
     unknown = [c.name for c in kept if formats[c.path] is None and is_folder]
     if unknown:

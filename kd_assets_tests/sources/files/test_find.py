@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
-from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError
+from kd_assets.contract import RecordRange
+from kd_assets.errors import InputError, MissingInputError, StorageUnavailableError, StorageUnreachableError
 from kd_assets.sources.files.find import find_source
 from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.spec import SourceSpec
-from kd_assets_tests.sources.files.conftest import found, lines, one, range_of, scanned
+from kd_assets_tests.sources.files.conftest import COMPRESS, found, lines, one, range_of, scanned
+from kd_assets_tests.sources.files.hub import running_hub
 from kd_assets_tests.store.failing import FailingStorage
 
 
@@ -68,11 +73,21 @@ def test_the_recipe_says_the_format_where_names_say_another(tmp_path: Path) -> N
 
 
 def test_a_folder_is_all_its_data_files_by_name_and_what_is_left_out_is_said(tmp_path: Path) -> None:
-    fill(tmp_path, "b.jsonl", "a/z.jsonl.gz", "a/.cache/x.jsonl", ".hidden.jsonl", "LICENSE", "_SUCCESS", "c.parquet")
+    fill(
+        tmp_path,
+        "b.jsonl",
+        "a/z.jsonl.gz",
+        "a/.cache/x.jsonl",
+        ".hidden.jsonl",
+        "LICENSE",
+        "_SUCCESS",
+        "c.parquet",
+        "dataset_info.json",
+    )
     (tmp_path / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A data set\n")
     result = found(tmp_path)
     assert [file.name for file in result.files] == ["a/z.jsonl.gz", "b.jsonl", "c.parquet"]
-    assert result.said == (f"left out of {tmp_path}: .hidden.jsonl, LICENSE, README.md, _SUCCESS",)
+    assert result.said == (f"left out of {tmp_path}: .hidden.jsonl, LICENSE, README.md, _SUCCESS, dataset_info.json",)
     assert result.licence == "cc-by-4.0"
 
 
@@ -164,6 +179,60 @@ def test_files_by_url_are_found_scanned_and_read(tmp_path: Path) -> None:
     memory.rm("/files-find/sub/a.jsonl")
     with pytest.raises(MissingInputError, match=r"source memory:///files-find/sub/a\.jsonl is not there"):
         list(iter_raw(range_of(file, records)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+def test_a_store_that_fails_while_a_file_is_read_is_no_fault_of_the_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure is a fake; that of a store cannot be had on demand."""
+    data = lines([os.urandom(2000).hex() for _ in range(1000)])
+    if name.endswith((".parquet", ".arrow")):
+        local = tmp_path / name
+        table = pa.table({"text": [os.urandom(2000).hex() for _ in range(1000)]})
+        if name == "a.parquet":
+            pq.write_table(table, local)
+        else:
+            with pa.ipc.new_stream(local, table.schema) as writer:
+                writer.write_table(table, max_chunksize=100)
+        data = local.read_bytes()
+    elif not name.endswith(".jsonl"):
+        data = COMPRESS[name.rpartition(".")[2]](data)
+    fsspec.filesystem("memory").pipe(f"/files-fail/{name}", data)
+    file = one(f"memory://files-fail/{name}")
+    planned = RecordRange(
+        source="w",
+        path=file.path,
+        file_format=file.file_format,
+        compression=file.compression,
+        first_record=0,
+        n_records=1000,
+        byte_offset=0,
+        file_identity="x",
+    )
+    assert len(list(iter_raw(planned))) == 1000
+    read = MemoryFile.read
+
+    def failing(self: MemoryFile, size: int = -1) -> bytes:
+        if self.tell() > 1_000_000:
+            raise TimeoutError("no answer")
+        return bytes(read(self, size))
+
+    monkeypatch.setattr(MemoryFile, "read", failing)
+    with pytest.raises(StorageUnreachableError, match=rf"cannot read {file.path}: no answer"):
+        list(iter_raw(planned))
+
+
+def test_files_of_a_web_server_are_read(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(lines(["a", "b"]))
+    with running_hub() as server:
+        server.data_sets["some/set"] = {"c" * 40: tmp_path}
+        file = one(f"{server.url}/datasets/some/set/resolve/{'c' * 40}/train.jsonl?download=true")
+        assert file.file_format == "jsonl"
+        _, records = scanned(file)
+        assert list(iter_raw(range_of(file, records[1:]))) == records[1:]
+        with pytest.raises(MissingInputError, match="is not there"):
+            found(f"{server.url}/nothing.jsonl")
 
 
 def test_a_url_of_an_unknown_kind_or_without_its_plugin_says_what_to_install() -> None:
