@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from kd_assets.contract import JobFile, RecordRange, Reporter, ShardsParams, WorkUnit
+from kd_assets.contract import JobFile, Reporter, ShardsParams, WorkUnit
 from kd_assets.errors import (
     BadRecordError,
     ContractError,
@@ -40,7 +40,6 @@ from kd_assets.sources import shard_parts
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.planning.make import plan_shards
 from kd_assets.sources.records import Record, reading
-from kd_assets.sources.records import parse_record as parse
 from kd_assets.sources.shards import ShardsRunner
 from kd_assets.sources.spec import Sharding, SourceSpec
 from kd_assets.store import Manifest, committed, plan_output, read_shard
@@ -209,11 +208,12 @@ def test_each_record_is_read_and_parsed_once(
     job = make_job(tmp_path, source, save_tokenizer(), part_documents=4)
     parsed: list[int] = []
 
-    def noting(raw: RawRecord, where: RecordRange) -> Record:
+    def noting(parser: reading.RecordParser, raw: RawRecord) -> Record:
         parsed.append(raw.number)
-        return parse(raw, where)
+        return parse(parser, raw)
 
-    monkeypatch.setattr(reading, "parse_record", noting)
+    parse = reading.RecordParser.parse
+    monkeypatch.setattr(reading.RecordParser, "parse", noting)
     storage = FailingStorage(monkeypatch, source)
     (manifest,) = run(job)
     assert manifest.n_documents == 25

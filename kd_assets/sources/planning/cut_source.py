@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_assets.contract import RecordRange
-from kd_assets.errors import InputError, MissingInputError
+from kd_assets.errors import BadRecordError, InputError, MissingInputError
 from kd_assets.model_files.digests import DigestCache, cached_sha256, known_sha256, remember_sha256
 from kd_assets.sources.fields import fields_read
 from kd_assets.sources.files.find import FoundSource, SourceFile, find_source
@@ -23,12 +24,15 @@ from kd_assets.sources.planning.duplicates import SeenRecords
 from kd_assets.sources.planning.plan import PinnedFile, PinnedSource
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN, MEASURED_RECORDS, CountTokens, measured_rate
 from kd_assets.sources.range_hash import RangeHash, hash_by_identity, header_of
+from kd_assets.sources.records import parse_record
 from kd_assets.sources.spec import Sharding, SourceSpec, resolve_path
 from kd_assets.store.fingerprint import fingerprint
 
 ROWS_READ_BYTES = 64 << 20
 """Columns of a source that are read while it is planned, so that its shards are named by their rows, and stay what they
 are when a file is written anew. Of more only the footers are read: shards are named by their file then."""
+PROBED_ROWS = 20
+"""Of columns: what none of so many rows fits, none will."""
 REMEMBERED_BYTES = 16 << 20
 """Files whose hash is kept, so that they are not read again while they do not change; smaller ones are read faster."""
 
@@ -190,19 +194,16 @@ class SourceCutter:
 
     def _rate(self, spec: SourceSpec, found: FoundSource, scans: Mapping[str, ColumnScan]) -> float | None:
         """Bytes of a token: as they were measured first, so that a share stays what it is."""
+        file = found.files[0]
+        base = self._base(spec, file, scans.get(file.name), reads_rows=True)
+        if file.name in scans:
+            refuse_misfit_columns(_first_records(file, base, scans), base)
         before = self.before.sources.get(spec.name)
         if before is not None and before.bytes_per_token is not None:
             return before.bytes_per_token
         if self.count_tokens is None:
             return None
-        file = found.files[0]
-        scan = scans.get(file.name)
-        base = self._base(spec, file, scan, reads_rows=True)
-        n_most = 0 if scan is None else min(scan.n_records, MEASURED_RECORDS)
-        raws: Iterable[RawRecord] = TextScan(file, seekable_folder=None)
-        if scan is not None:
-            raws = iter_raw(dataclasses.replace(base, n_records=n_most))
-        return measured_rate(raws, base, self.count_tokens)
+        return measured_rate(_first_records(file, base, scans), base, self.count_tokens)
 
     def _base(self, spec: SourceSpec, file: SourceFile, scan: ColumnScan | None, *, reads_rows: bool) -> RecordRange:
         """How the records of a file are read; of none of them."""
@@ -278,6 +279,30 @@ class SourceCutter:
         if "://" in file.path:
             return bool(file.changed) and (file.changed, file.n_bytes) == (pinned.changed, pinned.n_bytes)
         return self.digests is not None and known_sha256(Path(file.path), self.digests) == pinned.identity
+
+
+def _first_records(file: SourceFile, base: RecordRange, scans: Mapping[str, ColumnScan]) -> Iterator[RawRecord]:
+    """At least `MEASURED_RECORDS` of a file, or all that it has."""
+    if (scan := scans.get(file.name)) is None:
+        return iter(TextScan(file, seekable_folder=None))
+    return iter_raw(dataclasses.replace(base, n_records=min(scan.n_records, MEASURED_RECORDS)))
+
+
+def refuse_misfit_columns(raws: Iterable[RawRecord], base: RecordRange) -> None:
+    """Raise the first error of rows none of which can be a document for what its columns are: so would all others be,
+    and the job would say so of each."""
+    first: BadRecordError | None = None
+    for raw in itertools.islice(raws, PROBED_ROWS):
+        try:
+            parse_record(raw, base)
+        except BadRecordError as e:
+            if e.kind not in ("no shape fits", "not of its shape", "bad id"):
+                return
+            first = first or e
+        else:
+            return
+    if first is not None:
+        raise first
 
 
 class _Counted:
