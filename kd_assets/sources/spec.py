@@ -113,6 +113,8 @@ def resolve_path(
     resolved = with_variables(path, what=what, environment=environment)
     if not resolved:
         raise MissingInputError(f"{what}: its path is empty")
+    if "\0" in resolved:
+        raise MissingInputError(f"{what}: its path {resolved!r} cannot be read: it holds a NUL")
     return Path(os.path.abspath(base_folder / os.path.expanduser(resolved)))
 
 

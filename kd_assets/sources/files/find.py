@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_assets.contract import Compression, FileFormat
-from kd_assets.durable import storage_errors
+from kd_assets.durable import is_passing, storage_errors
 from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.files.formats import compression_of, format_of_content, format_of_name
 from kd_assets.sources.files.storage import (
@@ -119,7 +119,9 @@ def _local_files(path: Path) -> _Candidates:
     with storage_errors(path, "read"):
         try:
             mode = path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError) as e:
+        except OSError as e:
+            if is_passing(e) and not isinstance(e, FileNotFoundError):
+                raise
             if not _MAGIC.search(str(path)):
                 raise MissingInputError(
                     f"source file {path} cannot be read: {e.strerror}; create it, or correct its path in the recipe"

@@ -184,7 +184,8 @@ class SourceCutter:
         before = self.before.sources.get(spec.name)
         there = {file.name for file in found.files}
         gone = [f for f in (() if before is None else before.files) if f.name not in there]
-        if before is not None and gone and before.path == self.place(spec):
+        is_the_same = before is not None and before.path == self.place(spec)
+        if before is not None and gone and is_the_same and before.revision == (found.revision or spec.revision):
             more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
             raise MissingInputError(
                 f"{gone[0].path}{more}, of which the current plan has {sum(f.n_records for f in gone):,} records, is "
