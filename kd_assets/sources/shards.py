@@ -99,12 +99,16 @@ class ShardsRunner:
         bad: Sequence[BadRecordError],
         samples: Samples,
     ) -> dict[str, Any]:
+        params = self._params
+        template = params.chat_template
+        if template is None:
+            template = self._tokenise.chat_template(params.chat_template_name)
         return {
             **length_facts(samples),
             **source_facts(unit.records, self._job.provenance.get("sources", ())),
             **bad_record_facts(bad),
-            "tokenizer_fingerprint": self._params.tokenizer_fingerprint,
-            **template_facts(records, self._tokenise.chat_template),
+            "tokenizer_fingerprint": params.tokenizer_fingerprint,
+            **template_facts(records, template),
         }
 
     def close(self) -> None:

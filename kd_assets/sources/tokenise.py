@@ -76,11 +76,10 @@ class DocumentTokeniser:
         outcomes = [next(texts if record.messages is None else chats) for record in records]
         return [self._within_the_embeddings(outcome) for outcome in outcomes]
 
-    @property
-    def chat_template(self) -> str | None:
-        """The text of the template that chats are rendered by; None where there is none."""
+    def chat_template(self, name: str | None = None) -> str | None:
+        """The text of the tokenizer's chat template, of several the one of this name; None where it has none."""
         try:
-            template: str = self._tokenizer.get_chat_template()
+            template: str = self._tokenizer.get_chat_template(name)
         except ValueError:
             return None
         return template
