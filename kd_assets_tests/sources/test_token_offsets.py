@@ -17,7 +17,8 @@ from kd_assets_tests.sources.test_tokenise import LONG_CHAT, tokenizer_of
 def byte_tokenizer(template: str) -> Any:
     from transformers import ByT5Tokenizer
 
-    tokenizer = ByT5Tokenizer(bos_token="<|bos|>", eos_token="<|eot|>", additional_special_tokens=["<|start|>"])
+    tokenizer = ByT5Tokenizer(eos_token="<|eot|>", extra_ids=0)
+    tokenizer.add_special_tokens({"bos_token": "<|bos|>", "additional_special_tokens": ["<|start|>"]})
     tokenizer.chat_template = template
     return tokenizer
 

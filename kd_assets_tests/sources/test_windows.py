@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def test_windows_hold_every_token_and_each_is_learned_once(save_tokenizer: SaveT
     assert [len(w.input_ids) for w in windows[:-1]] == [8] * (len(windows) - 1)
     learned = [i for w in windows for i in w.input_ids[w.loss_mask].tolist()]
     assert learned == whole.input_ids.tolist()
-    for one, two in zip(windows, windows[1:], strict=False):
+    for one, two in itertools.pairwise(windows):
         assert one.input_ids.tolist()[8 - overlap :] == two.input_ids.tolist()[:overlap]
         assert not two.loss_mask[:overlap].any()
 
