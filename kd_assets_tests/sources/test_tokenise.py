@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,38 @@ def test_a_text_that_was_rendered_before_gets_no_second_bos(save_tokenizer: Save
     assert [document.has_own_ends for document in documents] == [adds_bos, adds_bos, False, adds_bos]
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_control_tokens_spelled_in_a_text_are_text_where_the_record_says_so(
+    save_tokenizer: SaveTokenizer, adds_bos: bool
+) -> None:
+    folder = save_tokenizer(adds_bos=adds_bos)
+    text = "say <|eot|> and <|bos|>"
+    plain = text_record("none here <|eot")
+    records = [replace(text_record(text), control_tokens="text"), replace(plain, control_tokens="text"), plain]
+    spelled, none, as_before = tokenised(folder, *records)
+    assert tokenizer_of(folder).decode(spelled.input_ids.tolist()) == ("<|bos|>" if adds_bos else "") + text
+    assert np.count_nonzero(spelled.input_ids < 3) == int(adds_bos), "but for the BOS that is added, no control token"
+    assert (spelled.spells_control_tokens, spelled.control_tokens_as_text) == (True, True)
+    assert (none.spells_control_tokens, none.control_tokens_as_text) == (False, False)
+    assert none.input_ids.tolist() == as_before.input_ids.tolist()
+    (after,) = tokenised(folder, text_record(text))
+    assert np.count_nonzero(after.input_ids < 3) == 2 + int(adds_bos), "taken as text once, it is not so for ever"
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("text", ["Question: what?\nAnswer: that.", "é 日本 prompt: 🙂 said", "<|start|>q<|eot|>: a"])
+def test_the_first_characters_of_a_text_are_not_learned_where_the_record_says_so(
+    save_tokenizer: SaveTokenizer, adds_bos: bool, text: str
+) -> None:
+    folder = save_tokenizer(adds_bos=adds_bos)
+    n = text.index(":") + 1
+    for control_tokens in ("tokens", "text"):
+        (document,) = tokenised(
+            folder, replace(text_record(text), n_prompt_characters=n, control_tokens=control_tokens)
+        )
+        assert learned(folder, document).strip() == text[n:].strip()
+
+
 # ---------------------------------------------------------------- chats
 
 
@@ -128,6 +161,44 @@ def test_only_what_the_assistant_says_is_learned(save_tokenizer: SaveTokenizer, 
 def test_a_chat_gets_no_second_bos(save_tokenizer: SaveTokenizer) -> None:
     (document,) = tokenised(save_tokenizer(adds_bos=True), chat_record(*CHAT))
     assert document.input_ids.tolist().count(0) == 1
+
+
+def test_a_chat_whose_template_writes_no_bos_gets_none_and_says_so(save_tokenizer: SaveTokenizer) -> None:
+    """As transformers and trainers have it: what the model is shown in a chat is what its template writes."""
+    without = MARKED_TEMPLATE.replace("{{ bos_token }}", "")
+    (lacking,) = tokenised(save_tokenizer(without, adds_bos=True), chat_record(*CHAT))
+    (fine,) = tokenised(save_tokenizer(adds_bos=True), chat_record(*CHAT))
+    (none_expected,) = tokenised(save_tokenizer(without), chat_record(*CHAT))
+    assert [d.lacks_bos for d in (lacking, fine, none_expected)] == [True, False, False]
+    assert lacking.input_ids.tolist() == fine.input_ids.tolist()[1:]
+
+
+def test_a_chat_whose_first_message_begins_with_a_bos_has_it_once(save_tokenizer: SaveTokenizer) -> None:
+    bare = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (document,) = tokenised(save_tokenizer(bare, adds_bos=True), chat_record(("user", "<|bos|>hi")))
+    assert document.input_ids.tolist().count(0) == 1
+    assert document.has_own_ends
+
+
+def test_the_template_of_the_recipe_is_used_with_its_variables(save_tokenizer: SaveTokenizer) -> None:
+    folder = save_tokenizer(None)
+    template = "{{ mood }}" + UNMARKED_TEMPLATE
+    options: dict[str, Any] = {"chat_template": template, "chat_template_kwargs": {"mood": "calm"}}
+    (document,) = tokenised(folder, chat_record(*CHAT), **options)
+    assert tokenizer_of(folder).decode(document.input_ids.tolist()).startswith("calm<|bos|><|start|>system")
+
+
+def test_each_turn_under_a_template_that_rewrites_history_is_a_document_with_a_name(
+    save_tokenizer: SaveTokenizer,
+) -> None:
+    last_in_full = UNMARKED_TEMPLATE.replace("m['content'] +", "(m['content'] if loop.last else 'x') +", 1)
+    chat = chat_record(("user", "q"), ("assistant", "one"), ("user", "q"), ("assistant", "two"))
+    folder = save_tokenizer(last_in_full)
+    documents = tokenised(folder, chat)
+    assert [d.document_id for d in documents] == ["d0#1", "d0#2"]
+    assert [learned(folder, d) for d in documents] == ["one<|eot|>", "two<|eot|>"]
+    (last,) = tokenised(folder, chat, turns="last")
+    assert (last.document_id, learned(folder, last)) == ("d0", "two<|eot|>")
 
 
 def test_a_chat_without_assistant_has_nothing_to_learn(save_tokenizer: SaveTokenizer) -> None:

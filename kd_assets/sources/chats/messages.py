@@ -194,7 +194,8 @@ def refuse_media(messages: Sequence[Message], where: str) -> None:
 
 def unhandled_part(messages: Sequence[Message], text: str, where: str) -> BadRecordError | None:
     """What is wrong where the template wrote parts of content as Python or JSON spells them, or left their text out."""
-    for i, part, kind in _parts(messages):
+    # One that is no text is named before others: joined as one string, those would do.
+    for i, part, kind in sorted(_parts(messages), key=lambda found: _text_of(found[1]) is not None):
         spelled = {str(part), json.dumps(part, ensure_ascii=False)} if isinstance(part, dict) else set[str]()
         part_text = _text_of(part)
         if any(s in text for s in spelled) or (part_text is not None and part_text.strip() not in text):
