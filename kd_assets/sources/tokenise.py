@@ -1,16 +1,16 @@
 """Records in, token ids and loss masks out: what the teacher reads and what a student learns to predict.
 
 Runs in jobs only (it loads a tokenizer); the planner never imports it. The invariant: a document's tokens depend on the
-record, the tokenizer's files and `max_length`, on nothing else: not on its batch, not on the day.
+record, the tokenizer's files and the recipe's parameters, on nothing else: not on its batch, not on the day.
 
 Choices, all of them what a user of Hugging Face's own calls expects:
 - A text is tokenised as `tokenizer(text)` does it, with the special tokens that the tokenizer adds; every token is
-  learned. A chat is rendered by the tokenizer's chat template, which writes its own special tokens; only what the
-  assistant says is learned.
-- Control tokens spelled out in a text or message (`<|eot_id|>`) become those tokens, as in training on the same data:
-  texts that were rendered from a chat beforehand depend on it, and get no second BOS or EOS. Since it also lets a
-  document pose as another speaker, such documents are counted, never passed over in silence.
-- How a chat becomes text, and what of it the assistant says, is in `chats`.
+  learned, but for a prompt that the record names. A chat is rendered by a chat template, which writes its own special
+  tokens: none is added to them, and a chat whose template writes no BOS though the tokenizer adds one is counted.
+- Control tokens spelled out in a message (`<|eot_id|>`) become those tokens, as in training on the same data; in a text
+  they do so where the record says `tokens`: texts that were rendered from a chat beforehand depend on it, and get no
+  second BOS or EOS. Since it also lets a document pose as another speaker, such documents are counted either way.
+- How a chat becomes text, and what of it the assistant says, is in `chats`; what is too long, in `windows`.
 """
 
 from __future__ import annotations
