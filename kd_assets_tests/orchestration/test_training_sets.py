@@ -44,7 +44,7 @@ sources:
     path: $KD_HOME/chats/*.jsonl
     licence: CC0-1.0
     ignore_fields: [tool_call_id]
-    weight: 4
+    weight: 2
   - name: names
     path: $KD_HOME/names.csv
     fields: {prompt: question, completion: answer}
@@ -184,7 +184,9 @@ def test_texts_and_answers_of_the_other_shapes_are_learned_whole(trained: Traine
 def test_the_metadata_says_what_became_of_every_record(trained: Trained) -> None:
     recorded = trained.deployment.materializations(trained.result.run_id, "shards_manifest")
     for manifest in trained.shard_manifests():
-        ((metadata,),) = [[m.metadata for m in found] for (_, key), found in recorded.items() if key == manifest.partition_key]
+        ((metadata,),) = [
+            [m.metadata for m in found] for (_, key), found in recorded.items() if key == manifest.partition_key
+        ]
         ignored = str(metadata["fields ignored"].value)
         assert all(name in ignored for name in ("chapter", "code point", "messages.tool_call_id"))
         assert metadata["licences"].value == "CC0-1.0, PSF-2.0, Unicode-3.0"

@@ -130,10 +130,14 @@ def write_calendar_talk(path: Path) -> list[Json]:
     talk = [
         {
             "conversations": [
-                {"from": "human", "value": f"Which day of the week was the first of {calendar.month_name[month]} 2000?"},
-                {"from": "gpt", "value": calendar.day_name[calendar.weekday(2000, month, 1)]},
+                {
+                    "from": "human",
+                    "value": f"Which day of the week was the first of {calendar.month_name[month]} {year}?",
+                },
+                {"from": "gpt", "value": calendar.day_name[calendar.weekday(year, month, 1)]},
             ]
         }
+        for year in (1999, 2000, 2001)
         for month in range(1, 13)
     ]
     path.write_text(json.dumps(talk, indent=1))
