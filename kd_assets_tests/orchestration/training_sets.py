@@ -37,7 +37,7 @@ TOOLS: Mapping[str, Callable[..., Any]] = {
 
 
 def write_manual(path: Path) -> list[str]:
-    """Chapters of Python's manual as JSON lines, compressed, with a field that nothing is made of; returns the texts."""
+    """Chapters of Python's manual as compressed JSON lines, with a field that nothing is made of; returns the texts."""
     texts = [text[:600] for _, text in sorted(topics.items())[:N_TOPICS]]
     lines = [json.dumps({"text": text, "chapter": i}, ensure_ascii=False) for i, text in enumerate(texts)]
     with pa.CompressedOutputStream(str(path), "zstd") as file:

@@ -140,9 +140,13 @@ def test_plan_whose_head_or_block_is_another_is_refused_by_name(store: Path, par
         assert planned_partitions(store) is None
         return
     with pytest.raises(CorruptPlanError, match=re.escape(f"{path} is not the plan that was made")):
-        planned = planned_partitions(store)
-        assert planned is not None
-        planned.input_hashes["a-00000"]
+        input_hash_of(store, "a-00000")
+
+
+def input_hash_of(store: Path, key: str) -> str:
+    planned = planned_partitions(store)
+    assert planned is not None
+    return planned.input_hashes[key]
 
 
 def test_reader_reads_exactly_what_the_plan_names(store: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from kd_assets.errors import RecipeError
 from kd_assets.model_files.digests import DigestCache
+from kd_assets.sources.fields import why_not
 from kd_assets.sources.planning.before import Before, before_of, key_of
 from kd_assets.sources.planning.cut_source import CutSource, SourceCutter
 from kd_assets.sources.planning.cutting import Share, Stretch
@@ -124,6 +125,10 @@ def check_recipe(sources: Sequence[SourceSpec], sharding: Sharding, *, shard_pre
             raise RecipeError(
                 f"source {spec.name!r}: ignore_fields has {used[0]!r}, which is what documents are made of"
             )
+        if (why := why_not(spec)) is not None:
+            raise RecipeError(f"source {spec.name!r}: {why}")
+        if spec.prefer is not None and spec.shape not in ("auto", "preference"):
+            raise RecipeError(f"source {spec.name!r}: prefer is of shape preference, and its shape is {spec.shape}")
     without = [spec.name for spec in sources if spec.weight is None]
     if without and len(without) < len(sources):
         raise RecipeError(
