@@ -1,4 +1,4 @@
-"""Sources that grow: `<recipe>_new_data` looks at what they are, has them planned anew, and asks for what is missing then.
+"""Sources that grow: `<recipe>_new_data` has them planned anew, and asks for what is missing then.
 
 A look reads no data: names, sizes, times of change (ETags of objects, the commit of a data set). The invariants: the
 same state of the sources is planned once, the same partitions of a plan are asked for once (what failed is for people

@@ -59,9 +59,9 @@ def why_it_does_not_fit(bill: Bill) -> str | None:
     }.get(largest.asset, "a smaller max_length")
     return (
         f"the caches do not fit: {bytes_in_words(bill.bytes_left)} are still to be written to {bill.folder}, and "
-        f"{bytes_in_words(bill.free_bytes)} are free, {bytes_in_words(bill.bytes_missing)} too few. {largest.asset} takes "
-        f"the most ({bytes_in_words(largest.n_bytes or 0)}): move KD_HOME to a larger disk, choose {less}, or plan less "
-        "(max_tokens); when_space_is_short: warn lets the plan be made all the same"
+        f"{bytes_in_words(bill.free_bytes)} are free, {bytes_in_words(bill.bytes_missing)} too few. "
+        f"{largest.asset} takes the most ({bytes_in_words(largest.n_bytes or 0)}): move KD_HOME to a larger disk, "
+        f"choose {less}, or plan less (max_tokens); when_space_is_short: warn lets the plan be made all the same"
     )
 
 
