@@ -1,7 +1,7 @@
 """`kd-assets`: looks at results, and at what a run would do. One function a subcommand, all listed in `COMMANDS`.
 
 `inspect` and `verify` need what the store needs, and the `tokenizers` library to show text where it is installed;
-`plan`, `preview` and `doctor` belong to the control plane, which is loaded by name, so that the others work without dagster.
+`plan`, `preview` and `doctor` belong to the control plane, which is loaded by name: the others work without dagster.
 Errors are one line on stderr; the exit status is that of the error (see `kd_assets.errors`).
 """
 
@@ -331,7 +331,7 @@ COMMANDS: tuple[Subcommand, ...] = (
     ),
     Subcommand(
         name="plan",
-        description="what the plan would be now and what its caches would cost; writes nothing; exit 1: they do not fit",
+        description="what the plan would be now and what it would cost; writes nothing; exit 1 when it does not fit",
         add_arguments=_plan_arguments,
         run=_plan,
     ),
