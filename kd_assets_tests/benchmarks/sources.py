@@ -223,7 +223,8 @@ def late_shard_cost_ratio(folder: Path, sizes: Sizes) -> dict[str, Any]:
     for path in (plain, zst, parquet):
         shards = planned(path, documents_per_shard=n // 40).shards
         first, last = shards[0], shards[39]
-        read_shard(first), read_shard(last)
+        read_shard(first)
+        read_shard(last)
         pairs = [(timed(lambda: read_shard(first)), timed(lambda: read_shard(last))) for _ in range(4 * sizes.rounds)]  # noqa: B023
         a_record = first.n_records / last.n_records
         ratios[path.name.removeprefix("late.")] = round(statistics.median(b / a for a, b in pairs) * a_record, 3)
@@ -257,7 +258,8 @@ def plan_100k(folder: Path, sizes: Sizes) -> dict[str, Any]:
     source = folder / "home" / "texts"
     source.mkdir()
     rows = sizes.shards * 100 // 20
-    pq.write_table(pa.table({"text": ["a text of some words"] * rows}), source / "00.parquet", row_group_size=10_000)
+    table = pa.table({"text": ["a text of some words"] * rows})
+    pq.write_table(table, source / "00.parquet", row_group_size=10_000, compression="none", use_dictionary=False)
     for i in range(1, 20):
         (source / f"{i:02d}.parquet").hardlink_to(source / "00.parquet")
     made, read = child("plan", str(folder / "home")), child("read", str(folder / "home"))
@@ -308,13 +310,14 @@ def planner_at(home: str) -> Any:
     from kd_assets.orchestration.materialize import planner_of
     from kd_assets.orchestration.platform import Platform
 
-    recipe = TeacherCaches(
-        recipe="bench",
-        sources=[{"name": "web", "path": "texts", "licence": "CC0-1.0"}],
-        documents_per_shard=100,
-        teacher={"model_id": "$KD_HOME/tokenizer"},
-        caches={"topk": {"k": 4, "max_length": 64}},
-    ).to_recipe()  # type: ignore[call-arg]
+    attributes: dict[str, Any] = {
+        "recipe": "bench",
+        "sources": [{"name": "web", "path": "texts", "licence": "CC0-1.0"}],
+        "documents_per_shard": 100,
+        "teacher": {"model_id": "$KD_HOME/tokenizer"},
+        "caches": {"topk": {"k": 4, "max_length": 64}},
+    }
+    recipe = TeacherCaches(**attributes).to_recipe()
     return planner_of(recipe, Platform(home=home))
 
 
