@@ -77,12 +77,16 @@ def plan_shards(
             if (of_source := seen[spec.name]) is not None:
                 cutter.see_again(spec, of_source)
         cuts = {spec.name: cutter.cut(spec, seen[spec.name]) for spec in sources}
-    shards = [_planned(key, share, cuts) for key, share in _assembled(cuts, sharding, before, shard_prefix)]
+    shards, n_tokens = list[PlannedShard](), dict.fromkeys(cuts, 0.0)
+    for key, share in _assembled(cuts, sharding, before, shard_prefix):
+        shards.append(_planned(key, share, cuts))
+        for stretch in share.stretches:
+            n_tokens[stretch.records.source] += cuts[stretch.records.source].n_tokens(stretch)
     return plan_of(
         shards,
         [cut.pinned for cut in cuts.values()],
         settings=settings,
-        counts=_counts(cuts, shards),
+        counts=_counts(cuts, shards, n_tokens),
         said=[line for cut in cuts.values() for line in cut.said],
     )
 
@@ -199,7 +203,9 @@ def _planned(key: str, share: Share, cuts: Mapping[str, CutSource]) -> PlannedSh
     )
 
 
-def _counts(cuts: Mapping[str, CutSource], shards: Sequence[PlannedShard]) -> list[SourceCounts]:
+def _counts(
+    cuts: Mapping[str, CutSource], shards: Sequence[PlannedShard], n_tokens: Mapping[str, float]
+) -> list[SourceCounts]:
     """What became of each source's records."""
     n_records, n_dropped = dict.fromkeys(cuts, 0), dict.fromkeys(cuts, 0)
     for shard in shards:
@@ -212,6 +218,7 @@ def _counts(cuts: Mapping[str, CutSource], shards: Sequence[PlannedShard]) -> li
             n_documents=n_records[name] - n_dropped[name],
             n_duplicates=n_dropped[name],
             n_left=cut.pinned.n_records - n_records[name],
+            n_tokens=round(n_tokens[name]),
         )
         for name, cut in cuts.items()
     ]
