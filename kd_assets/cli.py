@@ -1,7 +1,7 @@
 """`kd-assets`: looks at results, and at what a run would do. One function a subcommand, all listed in `COMMANDS`.
 
 `inspect` and `verify` need what the store needs, and the `tokenizers` library to show text where it is installed;
-`preview` and `doctor` belong to the control plane, which is loaded by name, so that the others work without dagster.
+`plan`, `preview` and `doctor` belong to the control plane, which is loaded by name: the others work without dagster.
 Errors are one line on stderr; the exit status is that of the error (see `kd_assets.errors`).
 """
 
@@ -248,6 +248,23 @@ def _control_plane(module: str) -> Any:
         ) from e
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a folder of kd_assets/defs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Exit 1 when the caches do not fit where they will lie."""
+    bills = _control_plane("kd_assets.diagnose.bill")
+    recipe = _control_plane("kd_assets.components").load_recipe(arguments.recipe)
+    bill = bills.bill_of(recipe, _control_plane("kd_assets.orchestration.platform").Platform.from_environment())
+    if arguments.json:
+        _show_json(bill.to_json())
+    else:
+        _show(*bills.text_lines(bill))
+    return 0 if bills.fits(bill) else EXIT_FAILED
+
+
 def _preview_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a folder of kd_assets/defs")
     which = parser.add_mutually_exclusive_group()
@@ -311,6 +328,12 @@ COMMANDS: tuple[Subcommand, ...] = (
         description="check every hash and every count; exit 1 with the file named when something is wrong",
         add_arguments=_verify_arguments,
         run=_verify,
+    ),
+    Subcommand(
+        name="plan",
+        description="what the plan would be now and what it would cost; writes nothing; exit 1 when it does not fit",
+        add_arguments=_plan_arguments,
+        run=_plan,
     ),
     Subcommand(
         name="preview",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from kd_assets.contract import EmbeddingParams, HiddenStateParams, StudentParams, TopkParams
 from kd_assets.errors import RecipeError
+from kd_assets.model_files.size import TeacherShape
 from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets.recipes.cluster_profile import Positive
@@ -55,6 +56,8 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
     """Chats under a template that rewrites earlier turns: a document a turn, one of the last turn, or an error."""
     allowed_licences: list[str] | None = None
     """Of sources; left out: every licence that is known."""
+    when_space_is_short: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a plan whose caches do not fit where they will lie."""
     teacher: TeacherModel
     caches: CachesModel
     student: StudentModel | None = None
@@ -89,7 +92,11 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
                 )
                 for s in self.sources
             ),
-            teacher=TeacherSettings(model=self.teacher.model_id, **self.teacher.model_dump(exclude={"model_id"})),
+            teacher=TeacherSettings(
+                model=self.teacher.model_id,
+                size=None if self.teacher.size is None else TeacherShape(**self.teacher.size.model_dump()),
+                **self.teacher.model_dump(exclude={"model_id", "size"}),
+            ),
             topk=None if caches.topk is None else TopkParams(**caches.topk.model_dump()),
             hidden_states=None
             if caches.hidden_states is None
@@ -118,6 +125,7 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
                 turns=self.turns,
             ),
             allowed_licences=None if self.allowed_licences is None else tuple(self.allowed_licences),
+            when_space_is_short=self.when_space_is_short,
             tasks={
                 "shards": self.jobs.shards.to_tasks(),
                 "teacher": self.jobs.teacher.to_tasks(),

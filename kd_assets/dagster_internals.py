@@ -28,6 +28,7 @@ from dagster._core.definitions.data_version import (
     NULL_EVENT_POINTER,
 )
 from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 from dagster._core.storage.tags import (
@@ -45,6 +46,7 @@ __all__ = [
     "PARTITION_NAME_TAG",
     "CheckTarget",
     "InterruptSignals",
+    "UnresolvedAssetJobDefinition",
     "already_recorded",
     "input_data_version_tag",
     "input_tags",

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kd_assets.diagnose.finding import Finding, bytes_in_words, fail, ok, warn
+from kd_assets.diagnose.finding import Finding, fail, ok, warn
 from kd_assets.diagnose.preview import BYTES_A_TOKEN
 from kd_assets.errors import InputError, MissingInputError, NotCommittedError
 from kd_assets.model_files.digests import DigestCache, hashed_sha256, known_sha256
@@ -14,9 +14,10 @@ from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.reading import read_json
 from kd_assets.model_files.safetensors_file import stored_tensors
 from kd_assets.model_files.weight_files import weights_read
+from kd_assets.orchestration.billing.space import bytes_in_words, bytes_needed
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
-from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
+from kd_assets.recipes.recipe import Recipe
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.spec import resolve_path
 from kd_assets.store.reading.summary import inspect
@@ -80,28 +81,6 @@ def size_of_the_plan(recipe: Recipe, platform: Platform) -> tuple[int, int, str]
         return n_tokens, max(n_tokens // 500, 1), "the sources (no shard plan yet)"
     n_tokens = plan.totals["n_tokens"] or plan.totals["n_bytes"] // BYTES_A_TOKEN
     return n_tokens, plan.totals["n_documents"], "the shard plan"
-
-
-def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: int) -> dict[str, int]:
-    """Asset → bytes at most, from the columns of FORMAT.md: every cache carries ids (4) and mask (1) of its tokens."""
-    per_token = {SHARDS_MANIFEST: 5.0}
-    per_document = {SHARDS_MANIFEST: 100.0}
-    kept = {SHARDS_MANIFEST: recipe.max_length}
-    if (topk := recipe.topk) is not None:
-        per_token["topk_cache"] = 5 + topk.k * (4 + 2) + 8
-        kept["topk_cache"] = topk.max_length
-    if (hidden := recipe.hidden_states) is not None:
-        per_token["hidden_state_cache"] = 5 + len(hidden.blocks) * hidden_size * 2
-        kept["hidden_state_cache"] = hidden.max_length
-    if (embeddings := recipe.embeddings) is not None:
-        per_token["embedding_cache"], per_document["embedding_cache"] = 5.0, 2 * hidden_size * 4
-        kept["embedding_cache"] = embeddings.max_length
-    return {
-        str(asset): int(
-            min(n_tokens, n_documents * kept[asset]) * a_token + n_documents * per_document.get(asset, 100.0)
-        )
-        for asset, a_token in per_token.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------------- the teacher

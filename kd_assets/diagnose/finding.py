@@ -47,11 +47,3 @@ def safely(what: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Findin
         yield from check()
     except (KdAssetsError, OSError) as e:
         yield fail(what, str(e))
-
-
-def bytes_in_words(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError

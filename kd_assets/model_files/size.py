@@ -55,7 +55,54 @@ class TeacherSize:
         return None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherShape:
+    """What of a teacher decides what a pass costs; known without its weights."""
+
+    parameters: float
+    """All of them, the embeddings included."""
+    hidden_size: int
+    n_blocks: int
+    vocabulary: int
+    tied_embeddings: bool = False
+    """Whether the head is the table of embeddings."""
+
+    def flops_a_token(self, *, n_blocks: int, with_head: bool) -> float:
+        """Of the first `n_blocks` blocks, with the head or without: two for each parameter that a token meets.
+
+        (Kaplan et al. 2020, section 2.1; attention over long texts adds a little. Embeddings are looked up.)
+        """
+        table = self.vocabulary * self.hidden_size
+        in_blocks = max(self.parameters - table * (1 if self.tied_embeddings else 2), 0.0)
+        return 2 * (in_blocks * min(n_blocks, self.n_blocks) / self.n_blocks + (table if with_head else 0))
+
+
 # ----------------------------------------------------------------------------------------------------- what it weighs
+
+
+def teacher_shape(folder: Path) -> TeacherShape:
+    """Of the teacher in a folder, from its configuration and the heads of its safetensors files.
+
+    Raises MissingInputError where they are missing, InputError where the configuration does not say.
+    """
+    config = _read_config(folder)
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    try:
+        hidden_size, n_blocks = int(text["hidden_size"]), int(text["num_hidden_layers"])
+        vocabulary = int(text["vocab_size"])
+    except (LookupError, TypeError, ValueError) as e:
+        raise InputError(
+            f"{folder}/config.json does not say how large the teacher is ({e}): set teacher.size of the recipe"
+        ) from e
+    tensors = [tensor for path in weights_read(folder) for tensor in stored_tensors(path)]
+    return TeacherShape(
+        parameters=float(sum(tensor.n_numbers for tensor in tensors)),
+        hidden_size=hidden_size,
+        n_blocks=n_blocks,
+        vocabulary=vocabulary,
+        tied_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+    )
 
 
 def teacher_size(

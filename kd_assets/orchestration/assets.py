@@ -1,11 +1,13 @@
-"""What a recipe is in Dagster: its assets, checks, jobs, schedules and sensor. A table of contents."""
+"""What a recipe is in Dagster: its assets, checks, jobs, schedules and sensors. A table of contents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
+from kd_assets.dagster_internals import UnresolvedAssetJobDefinition
 from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.materialize import materialize_caches, materialize_plan, materialize_student
+from kd_assets.orchestration.new_data import LOOK_EVERY_S, look_for_new_data
 from kd_assets.orchestration.orphans import settle_dead_runs, settle_orphans
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.recorder import check_specs
@@ -18,11 +20,12 @@ def recipe_definitions(recipe: Recipe, description: str | None = None) -> dg.Def
     assets = [shard_plan_asset(recipe, description), caches_assets(recipe)]
     if recipe.student is not None:
         assets.append(student_asset(recipe))
-    return dg.Definitions.merge(
-        dg.Definitions(
-            assets=assets, schedules=[plan_schedule(recipe), caches_schedule(recipe)], sensors=[orphan_sensor(recipe)]
-        ),
-        recipe_jobs(recipe),
+    jobs = recipe_jobs(recipe)
+    return dg.Definitions(
+        assets=assets,
+        jobs=jobs,
+        schedules=[plan_schedule(recipe), caches_schedule(recipe)],
+        sensors=[orphan_sensor(recipe), new_data_sensor(recipe, jobs[:2])],
     )
 
 
@@ -117,7 +120,7 @@ def student_asset(recipe: Recipe) -> dg.AssetsDefinition:
     return student_smoke
 
 
-def recipe_jobs(recipe: Recipe) -> dg.Definitions:
+def recipe_jobs(recipe: Recipe) -> list[UnresolvedAssetJobDefinition]:
     """`<recipe>_plan`, `<recipe>_caches` and, with a student, `<recipe>_student`."""
     jobs = [
         dg.define_asset_job(
@@ -138,7 +141,7 @@ def recipe_jobs(recipe: Recipe) -> dg.Definitions:
             description="Train the small student on every complete shard.",
         )
         jobs.append(student)
-    return dg.Definitions(jobs=jobs)
+    return jobs
 
 
 def plan_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
@@ -185,3 +188,19 @@ def orphan_sensor(recipe: Recipe) -> dg.SensorDefinition:
             yield dg.SkipReason(f"nobody knows what lives, since there is no answer: {e}")
 
     return orphans
+
+
+def new_data_sensor(recipe: Recipe, jobs: Sequence[UnresolvedAssetJobDefinition]) -> dg.SensorDefinition:
+    """`jobs`: of the plan and of the caches, the very ones that the recipe's definitions have."""
+
+    @dg.sensor(
+        name=f"{recipe.name}_new_data",
+        jobs=list(jobs),
+        minimum_interval_seconds=LOOK_EVERY_S,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="Has sources planned anew that have changed, and then asks for the partitions that are missing.",
+    )
+    def new_data(context: dg.SensorEvaluationContext, platform: Platform) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        yield from look_for_new_data(context, recipe, platform)
+
+    return new_data

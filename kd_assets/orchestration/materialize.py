@@ -15,7 +15,10 @@ import dagster as dg
 from kd_assets.contract import Asset
 from kd_assets.dagster_internals import already_recorded, is_forgotten_at_its_end
 from kd_assets.durable import storage_errors
+from kd_assets.errors import InputError, KdAssetsError
 from kd_assets.model_files.digests import Say
+from kd_assets.orchestration.billing.bill import Bill, make_bill
+from kd_assets.orchestration.billing.words import rows, why_it_does_not_fit
 from kd_assets.orchestration.driving.waiting import Log
 from kd_assets.orchestration.orphans import alive
 from kd_assets.orchestration.planner import Planner
@@ -49,8 +52,13 @@ def materialize_plan(
     context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform
 ) -> dg.MaterializeResult[None]:
     """Pin the sources and register one dynamic partition a shard, in sorted order."""
+    planner = planner_of(recipe, platform)
     with as_failure(), alive(platform.jobs_folder, context.run.run_id):
-        plan = planner_of(recipe, platform).make_plan()
+        plan = planner.draft_plan(keeps_copies=True)
+        bill = bill_to_show(recipe, platform, planner, plan, context.log)
+        planner.adopt_plan(plan)
+    for line in plan.said:
+        context.log.warning(line)
     keys = plan.keys
     name = str(recipe.partitions.name)
     present = context.instance.get_dynamic_partitions(name)
@@ -68,25 +76,62 @@ def materialize_plan(
         metadata={
             "shards": len(keys),
             "records": plan.totals["n_records"],
+            "documents": plan.totals["n_documents"],
+            "tokens": plan.totals["n_tokens"],
             "bytes": sum(s.n_bytes for s in plan.sources),
-            "sources": dg.MetadataValue.table(
-                [
-                    dg.TableRecord(
-                        {
-                            "name": s.name,
-                            "path": s.path,
-                            "records": s.n_records,
-                            "bytes": s.n_bytes,
-                            "sha256": s.sha256,
-                            "licence": s.licence,
-                            "revision": s.revision or "",
-                        }
-                    )
-                    for s in plan.sources
-                ]
-            ),
+            "sources": sources_table(plan),
+            **({} if bill is None else {"bill": bill_table(bill)}),
             "folder": dg.MetadataValue.path(str(platform.recipe_folder(recipe.name) / SHARD_PLAN)),
         },
+    )
+
+
+def bill_to_show(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardPlan, log: Log) -> Bill | None:
+    """The bill of a plan that is about to become current; None where none could be made, which stops no plan.
+
+    Raises InputError where the caches do not fit, unless the recipe says that a warning will do.
+    """
+    try:
+        bill = make_bill(recipe, platform, planner, plan)
+    except (KdAssetsError, OSError) as e:
+        log.warning(f"no bill could be made: {e}")
+        return None
+    if (why := why_it_does_not_fit(bill)) is not None:
+        if recipe.when_space_is_short == "refuse":
+            raise InputError(f"{why}. The plan that was current still is")
+        log.warning(why)
+    for task in bill.tasks:
+        if task.warning:
+            log.info(task.warning)
+    return bill
+
+
+def sources_table(plan: ShardPlan) -> dg.TableMetadataValue:
+    counts = {c.source: c for c in plan.counts}
+    records: list[dict[str, str | int]] = []
+    for s in plan.sources:
+        count = counts.get(s.name)
+        records.append(
+            {
+                "name": s.name,
+                "path": s.path,
+                "records": s.n_records,
+                "documents": s.n_records if count is None else count.n_documents,
+                "tokens": 0 if count is None else count.n_tokens,
+                "copies left out": 0 if count is None else count.n_duplicates,
+                "left over": 0 if count is None else count.n_left,
+                "bytes": s.n_bytes,
+                "sha256": s.sha256,
+                "licence": s.licence,
+                "revision": s.revision or "",
+            }
+        )
+    return dg.MetadataValue.table([dg.TableRecord(record) for record in records])
+
+
+def bill_table(bill: Bill) -> dg.TableMetadataValue:
+    return dg.MetadataValue.table(
+        [dg.TableRecord({"what": what, "how much": much, "from": rests_on}) for what, much, rests_on in rows(bill)]
     )
 
 

@@ -93,23 +93,32 @@ class Planner:
     def make_plan(self) -> ShardPlan:
         """Look at every source, and make its shards the current plan: those that there are, and those of what is new.
         Nothing is written when a source is bad, but for copies of compressed files."""
-        folder = self._folder / SHARD_PLAN
-        plan = plan_shards(
+        plan = self.draft_plan(keeps_copies=True)
+        self.adopt_plan(plan)
+        return plan
+
+    def draft_plan(self, *, keeps_copies: bool = False) -> ShardPlan:
+        """The plan that `make_plan` would make now, not written. `keeps_copies`: of compressed files, which jobs need
+        and who only looks does not."""
+        return plan_shards(
             [s.spec for s in self._recipe.sources],
             self._recipe.sharding,
             shard_prefix=self._recipe.name,
             base_folder=Path(self._variables["KD_HOME"]),
             environment=self._variables,
             previous=self._plan_before(),
-            seekable_folder=folder / "seekable",
+            seekable_folder=self._folder / SHARD_PLAN / "seekable" if keeps_copies else None,
             digests=self._digests,
             count_tokens=self._token_counter(),
             allowed_licences=self._recipe.allowed_licences,
         )
+
+    def adopt_plan(self, plan: ShardPlan) -> None:
+        """Make a draft the current plan."""
+        folder = self._folder / SHARD_PLAN
         prepare_folder(folder)
         plan.write(folder)
         self._plan = plan
-        return plan
 
     def _plan_before(self) -> ShardPlan | None:
         """The current plan; None where there is none that can be read: then a plan begins anew, which mends it."""

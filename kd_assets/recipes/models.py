@@ -90,6 +90,18 @@ _SPLIT_IS_SEVERAL = "2 or more, or left out, beside a placement over several dev
 _NAMES_ITS_METHOD = "name the method: quant_method, as the to_dict() of its transformers configuration does"
 
 
+class TeacherSizeModel(dg.Model, dg.Resolvable):
+    """How large a teacher is, for the bill of a plan that is made where its files are not."""
+
+    parameters: Annotated[float, Field(gt=0)]
+    """All of them: `70_600_000_000` or `7.06e+10` (YAML takes `70.6e9` for a word)."""
+    hidden_size: Positive
+    n_blocks: Positive
+    vocabulary: Positive
+    tied_embeddings: bool = False
+    """Whether the head is the table of embeddings."""
+
+
 class TeacherModel(dg.Model, dg.Resolvable):
     """The model that is run. (`model_id` and not `model`: dagster's Resolvable has a method of that name.)"""
 
@@ -120,6 +132,8 @@ class TeacherModel(dg.Model, dg.Resolvable):
     recompute_documents: Annotated[int, Field(ge=1)] = 2
     seed: int = 0
     made_by: str | None = None
+    size: TeacherSizeModel | None = None
+    """Where the teacher's files are not on the machine that plans: what its bill is made from."""
 
     @field_validator("quantization")
     @classmethod

@@ -24,6 +24,7 @@ from kd_assets.contract import (
     TopkParams,
 )
 from kd_assets.errors import RecipeError
+from kd_assets.model_files.size import TeacherShape
 from kd_assets.scheduler.job import Resources
 from kd_assets.sources.records.beside import OURS
 from kd_assets.sources.spec import Sharding, SourceSpec, without_later_defaults
@@ -50,6 +51,8 @@ class TeacherSettings(TeacherOptions):
 
     made_by: str | None = None
     """Key of the asset that makes the model, where one does."""
+    size: TeacherShape | None = None
+    """For the bill, where the model's files are not on the machine that plans; it decides nothing else."""
 
     @property
     def changes_to_the_model(self) -> dict[str, object]:
@@ -104,6 +107,8 @@ class Recipe:
     tokenising: Tokenising = field(default_factory=Tokenising)
     allowed_licences: tuple[str, ...] | None = None
     """Licences of sources that may be used; None: every one that is known."""
+    when_space_is_short: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a plan whose caches do not fit on the disk. In no code version: it decides nothing about them."""
     tasks: Mapping[JobKind, Tasks] = field(default_factory=dict)
     nightly_plan_cron: str = "30 1 * * *"
     nightly_caches_cron: str = "0 2 * * *"

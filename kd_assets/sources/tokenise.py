@@ -31,7 +31,7 @@ from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.reading import read_json, reads_folder
 from kd_assets.sources.chats import ChatRenderer, RenderedChat, TextSpan
 from kd_assets.sources.chats.messages import texts_in
-from kd_assets.sources.chats.renderer import control_tokens
+from kd_assets.sources.control_tokens import all_special, any_of, control_tokens_of
 from kd_assets.sources.records import Record
 from kd_assets.sources.token_offsets import SlowTokens, tokens_in_spans
 from kd_assets.sources.tokenizer_proof import prove
@@ -97,13 +97,13 @@ class DocumentTokeniser:
         added = tokenizer("", verbose=False)["input_ids"]
         self._adds_bos = tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]
         self._adds_eos = tokenizer.eos_token_id is not None and added[-1:] == [tokenizer.eos_token_id]
-        self._control_token = control_tokens(tokenizer)
-        self._control_ids = np.array(
-            [i for i, t in tokenizer.added_tokens_decoder.items() if t.special], dtype=np.int64
-        )
         self._slow = None if tokenizer.is_fast else SlowTokens(tokenizer)
         self._make_renderer = make_renderer or (lambda: ChatRenderer(tokenizer))
         self._chat: ChatRenderer | None = None
+        self._control = control_tokens_of(tokenizer, self.chat_template)
+        self._control_token = any_of(self._control.values())
+        self._control_ids = np.array(sorted(self._control), dtype=np.int64)
+        self._taking_text: Any = None
 
     def __call__(self, records: Sequence[Record]) -> list[Outcome]:
         """One outcome for each record, in order.
@@ -154,24 +154,31 @@ class DocumentTokeniser:
         encoded = {
             text: self._encode(
                 [record.text or "" for record, is_text in zip(records, as_text, strict=True) if is_text == text],
-                split_special_tokens=text,
+                as_text=text,
             )
             for text in (False, True)
         }
         for record, spells, text in zip(records, spelling, as_text, strict=True):
             yield self._text_documents(record, next(encoded[text]), spells=spells, as_text=text)
 
-    def _encode(self, texts: Sequence[str], *, split_special_tokens: bool) -> Iterator[list[int]]:
+    def _encode(self, texts: Sequence[str], *, as_text: bool) -> Iterator[list[int]]:
         if not texts:
             return iter(())
-        encoded = self._tokenizer(
-            list(texts),
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **({"split_special_tokens": True} if split_special_tokens else {}),
+        tokenizer = self._tokenizer_for_text() if as_text else self._tokenizer
+        split = {"split_special_tokens": True} if as_text else {}
+        encoded = tokenizer(
+            list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **split
         )
         return iter(encoded["input_ids"])
+
+    def _tokenizer_for_text(self) -> Any:
+        """A tokenizer that takes every control token as text when it is told to split special tokens: also those that
+        their model's tokenizer does not call special."""
+        if self._taking_text is None:
+            self._taking_text = (
+                self._tokenizer if self._slow is not None else all_special(self._tokenizer, self._control)
+            )
+        return self._taking_text
 
     def _text_documents(self, record: Record, ids: list[int], *, spells: bool, as_text: bool) -> Outcome:
         once = self._with_ends_once(ids)
@@ -206,22 +213,23 @@ class DocumentTokeniser:
             return np.ones(len(ids), dtype=np.bool_)
         text = record.text or ""
         split = {"split_special_tokens": True} if as_text else {}
-        bare = self._tokenizer(text, add_special_tokens=False, verbose=False, **split)["input_ids"]
+        tokenizer = self._tokenizer_for_text() if as_text else self._tokenizer
+        bare = tokenizer(text, add_special_tokens=False, verbose=False, **split)["input_ids"]
         n_before = next(
             (i for i in range(len(ids) - len(bare) + 1) if list(ids[i : i + len(bare)]) == list(bare)), None
         )
-        mask = self._in_spans(text, bare, [(record.n_prompt_characters, len(text))], **split)
+        mask = self._in_spans(tokenizer, text, bare, [(record.n_prompt_characters, len(text))], **split)
         if n_before is None or mask is None:
             return cannot_tell(record)
         n_after = len(ids) - n_before - len(bare)
         return np.concatenate([np.zeros(n_before, dtype=np.bool_), mask, np.ones(n_after, dtype=np.bool_)])
 
     def _in_spans(
-        self, text: str, ids: Sequence[int], spans: Sequence[TextSpan], **options: Any
+        self, tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[TextSpan], **options: Any
     ) -> npt.NDArray[np.bool_] | None:
         if self._slow is not None:
             return self._slow.in_spans(text, ids, spans)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
         return tokens_in_spans(encoded["offset_mapping"], spans)
 
     def _with_ends_once(self, ids: list[int]) -> list[int]:

@@ -16,12 +16,13 @@ import pytest
 from kd_assets.diagnose import doctor
 from kd_assets.diagnose.cluster import gpus_of, misfits_of
 from kd_assets.diagnose.compute_python import check_local_python
-from kd_assets.diagnose.disk import bytes_needed, check_space, check_weights
+from kd_assets.diagnose.disk import check_space, check_weights
 from kd_assets.diagnose.doctor import examine
 from kd_assets.diagnose.finding import Finding, Status
 from kd_assets.diagnose.node_probe import Probe, probe_argv, read_answer
 from kd_assets.diagnose.nodes import probe_findings
 from kd_assets.model_files import digests
+from kd_assets.orchestration.billing.space import bytes_needed
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import Profile, Resources
 from kd_assets.scheduler.slurm.commands.parsing import PartitionInfo

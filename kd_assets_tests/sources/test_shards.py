@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -56,9 +56,19 @@ def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
     return path
 
 
-def make_job(folder: Path, source: Path, tokenizer: Path, *, documents_per_shard: int = 1000, **params: Any) -> JobFile:
+def make_job(
+    folder: Path,
+    source: Path,
+    tokenizer: Path,
+    *,
+    documents_per_shard: int = 1000,
+    control_tokens: Literal["text", "tokens"] = "tokens",
+    **params: Any,
+) -> JobFile:
     """A job over all shards of one source file, planned as the control plane does it."""
-    spec = SourceSpec(name="web", path=str(source), file_format="jsonl", licence="CC0-1.0")
+    spec = SourceSpec(
+        name="web", path=str(source), file_format="jsonl", licence="CC0-1.0", control_tokens=control_tokens
+    )
     shards = ShardsParams(
         **{
             "tokenizer": str(tokenizer),

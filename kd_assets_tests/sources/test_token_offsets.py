@@ -25,7 +25,7 @@ def byte_tokenizer(template: str) -> Any:
 
 @pytest.fixture(scope="module")
 def sentencepiece_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    import sentencepiece
+    sentencepiece = pytest.importorskip("sentencepiece")
     from transformers import GPTSw3Tokenizer
 
     folder: Path = tmp_path_factory.mktemp("sentencepiece")

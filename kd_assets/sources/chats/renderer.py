@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from kd_assets.sources.chats.messages import (
 )
 from kd_assets.sources.chats.template import ChatTemplate, TextSpan
 from kd_assets.sources.chats.turns import Conversation, RenderedChat, kept
+from kd_assets.sources.control_tokens import any_of, special_tokens_of
 from kd_assets.sources.records import Message, Record
 
 Turns = Literal["all", "last", "refuse"]
@@ -49,7 +49,7 @@ class ChatRenderer:
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._variables, self._turns = dict(variables or {}), turns
         self._tools = list(tools) if tools else None
-        self.control_token = control_tokens(tokenizer)
+        self.control_token = any_of(special_tokens_of(tokenizer))
         sources = _templates_of(tokenizer, of_tokenizer, chat_template, template_name)
         self.source = "\n".join(sources[use] for use in sorted(sources))
         """The text of its template; of two, one after the other."""
@@ -201,9 +201,9 @@ def _templates_of(tokenizer: Any, name: str, chat_template: str | None, template
     if not own:
         asked = "" if template_name is None else f" (the recipe asks for the one called {template_name!r})"
         raise RecipeError(
-            f"{name} has no chat template{asked}, and records of the source become chats (messages, instructions): name "
-            "a template's file with chat_template of the recipe, add a chat_template.jinja to the tokenizer's folder, or "
-            "give texts instead"
+            f"{name} has no chat template{asked}, and records of the source become chats (messages, instructions): "
+            "name a template's file with chat_template of the recipe, add a chat_template.jinja to the tokenizer's "
+            "folder, or give texts instead"
         )
     several = own if isinstance(own, dict) else {"default": own}
     if template_name is None and "default" in several:
@@ -212,12 +212,6 @@ def _templates_of(tokenizer: Any, name: str, chat_template: str | None, template
         return {"default": several[template_name]}
     asked = "no chat_template_name is given" if template_name is None else f"none is called {template_name!r}"
     raise RecipeError(f"{name} has the chat templates {', '.join(sorted(several))}, and {asked}: name one of them")
-
-
-def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Finds the tokenizer's control tokens in a text, the longest first."""
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
 
 def spells_null(chat: Conversation, text: str) -> bool:

@@ -31,6 +31,8 @@ from kd_assets.store.fingerprint import fingerprint
 ROWS_READ_BYTES = 64 << 20
 """Columns of a source that are read while it is planned, so that its shards are named by their rows, and stay what they
 are when a file is written anew. Of more only the footers are read: shards are named by their file then."""
+VALUES_READ_BYTES = 1 << 30
+"""The same limit for their values, which may be far more than a file that compresses well."""
 PROBED_ROWS = 20
 """Of columns: what none of so many rows fits, none will."""
 REMEMBERED_BYTES = 16 << 20
@@ -135,7 +137,9 @@ class SourceCutter:
             if file.file_format in ("parquet", "arrow")
         }
         n_column_bytes = sum(file.n_bytes for file in found.files if file.name in scans)
-        reads_rows = n_column_bytes <= ROWS_READ_BYTES or seen is not None
+        n_value_bytes = sum(scan.n_bytes for scan in scans.values())
+        is_small = n_column_bytes <= ROWS_READ_BYTES and n_value_bytes <= VALUES_READ_BYTES
+        reads_rows = is_small or seen is not None
         rate = self._rate(spec, found, scans)
         cutter = self._cutter(spec, found, scans, rate or ASSUMED_BYTES_PER_TOKEN)
         kept, files = list[Stretch](), list[PinnedFile]()

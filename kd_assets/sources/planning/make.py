@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_assets.errors import RecipeError
+from kd_assets.errors import InputError, RecipeError
 from kd_assets.model_files.digests import DigestCache
 from kd_assets.sources.fields import why_not
 from kd_assets.sources.planning.before import Before, before_of, key_of
@@ -78,13 +78,34 @@ def plan_shards(
             if (of_source := seen[spec.name]) is not None:
                 cutter.see_again(spec, of_source)
         cuts = {spec.name: cutter.cut(spec, seen[spec.name]) for spec in sources}
-    shards = [_planned(key, share, cuts) for key, share in _assembled(cuts, sharding, before, shard_prefix)]
-    return plan_of(
+    shards, n_tokens = list[PlannedShard](), dict.fromkeys(cuts, 0.0)
+    for key, share in _assembled(cuts, sharding, before, shard_prefix):
+        shards.append(_planned(key, share, cuts))
+        for stretch in share.stretches:
+            n_tokens[stretch.records.source] += cuts[stretch.records.source].n_tokens(stretch)
+    plan = plan_of(
         shards,
         [cut.pinned for cut in cuts.values()],
         settings=settings,
-        counts=_counts(cuts, shards),
+        counts=_counts(cuts, shards, n_tokens),
         said=[line for cut in cuts.values() for line in cut.said],
+    )
+    if not plan.n_shards:
+        raise InputError(f"no shard can be made: {_why_there_is_none(cuts)}")
+    return plan
+
+
+def _why_there_is_none(cuts: Mapping[str, CutSource]) -> str:
+    """Why sources with records give no shard, and what to do."""
+    copies = [name for name, cut in cuts.items() if not cut.kept and not cut.shares]
+    if copies:
+        return (
+            f"every record of source {copies[0]!r} is a copy of another one (drop_duplicates), and a mixture takes "
+            "some of each source: take it out of the recipe, or leave drop_duplicates out"
+        )
+    return (
+        "max_documents or max_tokens leaves room for less than a document of each source, or a source has too few for "
+        "its weight: raise them"
     )
 
 
@@ -204,7 +225,9 @@ def _planned(key: str, share: Share, cuts: Mapping[str, CutSource]) -> PlannedSh
     )
 
 
-def _counts(cuts: Mapping[str, CutSource], shards: Sequence[PlannedShard]) -> list[SourceCounts]:
+def _counts(
+    cuts: Mapping[str, CutSource], shards: Sequence[PlannedShard], n_tokens: Mapping[str, float]
+) -> list[SourceCounts]:
     """What became of each source's records."""
     n_records, n_dropped = dict.fromkeys(cuts, 0), dict.fromkeys(cuts, 0)
     for shard in shards:
@@ -217,6 +240,7 @@ def _counts(cuts: Mapping[str, CutSource], shards: Sequence[PlannedShard]) -> li
             n_documents=n_records[name] - n_dropped[name],
             n_duplicates=n_dropped[name],
             n_left=cut.pinned.n_records - n_records[name],
+            n_tokens=round(n_tokens[name]),
         )
         for name, cut in cuts.items()
     ]

@@ -100,6 +100,8 @@ class SourceCounts:
     """Left out as exact copies of others."""
     n_left: int
     """Not in any shard: beyond a cap, or left over where another source of the mixture ended."""
+    n_tokens: int = 0
+    """About so many, of its documents."""
 
 
 class ShardPlan:

@@ -78,7 +78,7 @@ def test_a_teacher_that_ran_elsewhere_is_noticed(tmp_path: Path) -> None:
     events = Path(job.events_folder)
     events.mkdir()
     (events / "task-00000.jsonl").write_text(
-        '{"v": 2, "type": "teacher_loaded", "time": 1.0, "task": 0, "attempt": 0, "data": {"device": "cpu"}}\n'
+        '{"v": 3, "type": "teacher_loaded", "time": 1.0, "task": 0, "attempt": 0, "data": {"device": "cpu"}}\n'
     )
     assert device_problems(job, "cpu") == []
     assert device_problems(job, "cuda") == ["the teacher ran on cpu, expected cuda"]
