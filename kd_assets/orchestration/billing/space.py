@@ -49,7 +49,7 @@ def bytes_at_most(recipe: Recipe, amounts: Sequence[Amount], hidden_size: int | 
         for asset in found:
             found[asset] = (found[asset] or 0) + of_source[asset]
     if hidden_size is None:
-        found |= {asset: None for asset in found if asset in ("hidden_state_cache", "embedding_cache")}
+        found |= dict.fromkeys(found.keys() & {"hidden_state_cache", "embedding_cache"})
     return found
 
 
