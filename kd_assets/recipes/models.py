@@ -55,8 +55,9 @@ class SourceModel(dg.Model, dg.Resolvable):
     """A record without it is named after the source and its number."""
     ignore_fields: Annotated[list[str], Field(default_factory=list)]
     """Fields that a chat template or a loss may read (`tools`, a message's `weight`) and that are left out; counted."""
-    control_tokens: Literal["text", "tokens"] = "text"
-    """What control tokens are that plain texts spell out: text, or (texts that were rendered before) those tokens."""
+    control_tokens: Literal["text", "tokens"] | None = None
+    """What control tokens are that plain texts spell out: text (the default), or, in texts that were rendered before,
+    those tokens."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the tokens of every shard, beside the weights of the other sources."""
     licence: str = "unknown"

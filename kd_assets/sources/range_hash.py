@@ -81,6 +81,7 @@ def header_of(records: RecordRange) -> list[Any]:
         "fields": records.fields,
         "prefer": records.prefer,
         "roles": records.roles,
+        "control_tokens": "" if records.control_tokens == "tokens" else records.control_tokens,
     }
     used = {name: value for name, value in later.items() if value}
     return [*header, used] if used else header

@@ -73,7 +73,8 @@ def _sums(values: Any, lengths: Int64Array) -> Int64Array:
     """Sums over consecutive runs of these lengths, each at least 1."""
     if not len(lengths):
         return np.zeros(0, np.int64)
-    return np.add.reduceat(values.astype(np.int64), np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return np.add.reduceat(values, starts, dtype=np.int64)
 
 
 def length_facts(samples: Samples) -> dict[str, Any]:

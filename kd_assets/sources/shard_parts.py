@@ -1,14 +1,15 @@
 """The records of one shard become its part files, with what became of them.
 
-The invariant: a part holds the documents of the records that follow those of the part before, cut after
-`part_documents`, so every attempt cuts alike, and one that resumes goes on after the last whole part with the same
-result, facts included.
+The invariant: a part holds the documents of the records that follow those of the part before, up to the record with
+which it has `part_documents` or more, so every attempt cuts alike, and one that resumes goes on after the last whole
+part with the same result, facts included.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,9 @@ import numpy.typing as npt
 
 from kd_assets.contract import Reporter, WorkUnit
 from kd_assets.errors import BadRecordError, InputError, InterruptedTaskError
+from kd_assets.sources.chats.messages import texts_in
 from kd_assets.sources.records import Record
-from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument
+from kd_assets.sources.tokenise import DocumentTokeniser, Outcome, TokenisedDocument
 from kd_assets.store import Documents, PartRecord, ResultWriter, encode_shard
 from kd_assets.store.partfile import PartFile
 from kd_assets.worker.stop_flag import StopFlag
@@ -44,13 +46,33 @@ class RecordCounts:
     n_own_ends_documents: int = 0
     n_documents_without_loss: int = 0
     n_loss_tokens: int = 0
+    # What follows came later: it is said where there is any.
+    n_fanned_out_turns: int = 0
+    """Documents beyond the first of chats that became one a turn."""
+    n_unlearned_turns: int = 0
+    """Assistant turns that are learned in no document: the recipe asks for the last of each chat alone."""
+    n_split_documents: int = 0
+    n_windows: int = 0
+    """That split documents became."""
+    n_dropped_documents: int = 0
+    """Longer than `max_length`, and left out."""
+    n_control_tokens_as_text_documents: int = 0
+    """Of `n_control_token_documents`: those whose control tokens were taken as text."""
+    n_documents_without_bos: int = 0
+    """Chats whose template writes no BOS, though the tokenizer begins each text with one."""
+    n_emptied_null_contents: int = 0
+    """Documents with a message whose content is null, given as an empty text to a template that takes no null."""
+    n_documents_with_unrendered_messages: int = 0
+    """The template writes nothing of one of their messages."""
 
     def add(self, other: RecordCounts) -> None:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def as_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        """Those that came later only where they are not zero: manifests that were made before do not have them."""
+        first = self.__slots__[: self.__slots__.index("n_fanned_out_turns")]
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) or name in first}
 
     @classmethod
     def of_part(cls, part: PartRecord) -> RecordCounts:
@@ -118,6 +140,9 @@ class ShardInProgress:
     bad: list[BadRecordError] = field(default_factory=list)
     lengths: list[npt.NDArray[np.int64]] = field(default_factory=list)
     """Tokens of each document, part by part."""
+    _tokenised: deque[tuple[Record | BadRecordError, Outcome]] = field(default_factory=deque)
+    """Of the batch in hand: records that no part has taken yet."""
+    _record_ids: frozenset[str] | None = None
     progress: ShardProgress = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +175,10 @@ class ShardInProgress:
 
     def _pass_over(self, items: Iterator[Record | BadRecordError], part: PartRecord) -> None:
         counts = RecordCounts.of_part(part)
-        for _ in itertools.islice(items, counts.n_records):
+        n_taken = min(len(self._tokenised), counts.n_records)
+        for _ in range(n_taken):
+            self._tokenised.popleft()
+        for _ in itertools.islice(items, counts.n_records - n_taken):
             pass
         with PartFile(self.writer.folder / part.name) as file:
             lengths = file.read(["n_tokens"])["n_tokens"].to_numpy().astype(np.int64)
@@ -162,36 +190,56 @@ class ShardInProgress:
     def _take_part(self, items: Iterator[Record | BadRecordError]) -> Part:
         """Tokenise records until the part is full or none are left."""
         part = Part(documents=[], counts=RecordCounts(), bad=[])
-        while batch := take_batch(items, self.part_documents - len(part.documents)):
-            part.counts.n_records += len(batch)
-            outcomes = iter(self.tokenise([item for item in batch if isinstance(item, Record)]))
-            n_tokens = 0
-            for item in batch:
-                outcome = next(outcomes) if isinstance(item, Record) else item
+        while self._tokenised or self._tokenise_batch(items, self.part_documents - len(part.documents)):
+            n_records = n_tokens = 0
+            while self._tokenised and len(part.documents) < self.part_documents:
+                _, outcome = self._tokenised.popleft()
+                n_records += 1
                 n_tokens += self._take(outcome, part)
-            self.progress.advance(n_records=len(batch), n_tokens=n_tokens, made=True)
+            part.counts.n_records += n_records
+            self.progress.advance(n_records=n_records, n_tokens=n_tokens, made=True)
+            if len(part.documents) >= self.part_documents:
+                break
         return part
 
-    def _take(self, outcome: TokenisedDocument | BadRecordError, part: Part) -> int:
-        """Put one outcome into the part; returns the tokens it brings."""
-        counts = part.counts
-        if isinstance(outcome, BadRecordError):
+    def _tokenise_batch(self, items: Iterator[Record | BadRecordError], n_most: int) -> bool:
+        """Tokenise the next records; False where there are none."""
+        batch = take_batch(items, n_most)
+        outcomes = iter(self.tokenise([item for item in batch if isinstance(item, Record)]))
+        self._tokenised.extend((item, next(outcomes) if isinstance(item, Record) else item) for item in batch)
+        return bool(batch)
+
+    def _take(self, outcome: Outcome, part: Part) -> int:
+        """Put one record's outcome into the part; returns the tokens it brings."""
+        bad = outcome if isinstance(outcome, BadRecordError) else self._repeated_id(outcome)
+        if bad is not None:
             if self.fail_on_bad_record:
-                raise BadRecordError(f"{outcome}; mend it, or set on_bad_record: skip") from outcome
-            counts.n_bad_records += 1
-            part.bad.append(outcome)
+                raise BadRecordError(f"{bad}; mend it, or set on_bad_record: skip") from bad
+            part.counts.n_bad_records += 1
+            part.bad.append(bad)
             return 0
-        if not len(outcome.input_ids):
-            counts.n_empty_documents += 1
-            return 0
-        n_loss_tokens = int(np.count_nonzero(outcome.loss_mask))
-        counts.n_truncated_documents += outcome.truncated
-        counts.n_control_token_documents += outcome.spells_control_tokens
-        counts.n_own_ends_documents += outcome.has_own_ends
-        counts.n_documents_without_loss += n_loss_tokens == 0
-        counts.n_loss_tokens += n_loss_tokens
-        part.documents.append(outcome)
-        return len(outcome.input_ids)
+        assert not isinstance(outcome, BadRecordError)
+        taken = [document for document in outcome if len(document.input_ids)]
+        part.counts.add(counts_of(outcome))
+        part.documents += taken
+        return sum(len(document.input_ids) for document in taken)
+
+    def _repeated_id(self, documents: Sequence[TokenisedDocument]) -> BadRecordError | None:
+        """What is wrong where a document of a turn or a window would be called as another record, or as what may be
+        made of that."""
+        for document in documents:
+            if not document.name_in_record:
+                continue
+            if self._record_ids is None:
+                self._record_ids = frozenset(r.document_id for r in self.records if isinstance(r, Record))
+            turn = document.name_in_record.partition("/")[0]
+            for name in filter(None, (turn, document.name_in_record)):
+                if (taken := document.record.document_id + name) in self._record_ids:
+                    return BadRecordError(
+                        f"{document.record.where}: it becomes several documents, and the name of one of them, "
+                        f"{taken!r}, is the id of another record: give one of the two another id"
+                    )
+        return None
 
     def _write(self, part: Part, finished: PartRecord | None) -> None:
         lengths = np.array([len(document.input_ids) for document in part.documents], dtype=np.int64)
@@ -224,6 +272,41 @@ class ShardInProgress:
         }
 
 
+def counts_of(documents: Sequence[TokenisedDocument]) -> RecordCounts:
+    """What became of one record that is not bad."""
+    counts = RecordCounts()
+    for document in documents:
+        if document.dropped:
+            counts.n_dropped_documents += 1
+        elif not len(document.input_ids):
+            counts.n_empty_documents += 1
+        else:
+            counts.add(counts_of_document(document))
+    turns = {document.name_in_record.partition("/")[0] for document in documents}
+    counts.n_fanned_out_turns = max(len(turns) - 1, 0)
+    if documents and (chat := documents[0].chat) is not None:
+        counts.n_unlearned_turns = chat.unlearned_turns
+    return counts
+
+
+def counts_of_document(document: TokenisedDocument) -> RecordCounts:
+    n_loss_tokens = int(np.count_nonzero(document.loss_mask))
+    chat = document.chat
+    return RecordCounts(
+        n_truncated_documents=int(document.truncated),
+        n_control_token_documents=int(document.spells_control_tokens),
+        n_own_ends_documents=int(document.has_own_ends),
+        n_documents_without_loss=int(n_loss_tokens == 0),
+        n_loss_tokens=n_loss_tokens,
+        n_split_documents=int(document.window == 1),
+        n_windows=int(document.window > 0),
+        n_control_tokens_as_text_documents=int(document.control_tokens_as_text),
+        n_documents_without_bos=int(document.lacks_bos),
+        n_emptied_null_contents=int(chat is not None and chat.emptied_null_content),
+        n_documents_with_unrendered_messages=int(chat is not None and chat.unrendered_messages > 0),
+    )
+
+
 def take_batch(items: Iterator[Record | BadRecordError], n_most: int) -> list[Record | BadRecordError]:
     """The next records, as many as are tokenised at once: at most `n_most`, and one at least while there are any."""
     batch: list[Record | BadRecordError] = []
@@ -234,14 +317,14 @@ def take_batch(items: Iterator[Record | BadRecordError], n_most: int) -> list[Re
             break
         batch.append(item)
         if isinstance(item, Record):
-            n_characters += len(item.text or "") + sum(len(message["content"]) for message in item.messages or ())
+            n_characters += len(item.text or "") + sum(map(len, texts_in(item.messages)))
     return batch
 
 
 def as_documents(documents: Sequence[TokenisedDocument], lengths: npt.NDArray[np.int64]) -> Documents:
     """The documents as flat arrays; `lengths` int64 [D]."""
     return Documents(
-        document_ids=[document.record.document_id for document in documents],
+        document_ids=[document.document_id for document in documents],
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         input_ids=np.concatenate([document.input_ids for document in documents]),
         loss_mask=np.concatenate([document.loss_mask for document in documents]),
@@ -252,7 +335,8 @@ def no_documents(unit: WorkUnit, counts: RecordCounts, bad: Sequence[BadRecordEr
     """What to raise when not one record of a shard became a document."""
     paths = ", ".join(sorted({records.path for records in unit.records}))
     first = f"; the first: {bad[0]}" if bad else ""
+    dropped = f", {counts.n_dropped_documents:,} too long" if counts.n_dropped_documents else ""
     return BadRecordError(
         f"none of the {counts.n_records:,} records of {unit.partition_key} in {paths} became a document "
-        f"({counts.n_bad_records:,} bad, {counts.n_empty_documents:,} without tokens){first}"
+        f"({counts.n_bad_records:,} bad, {counts.n_empty_documents:,} without tokens{dropped}){first}"
     )

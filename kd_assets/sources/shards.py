@@ -128,19 +128,44 @@ class ShardsRunner:
                 else ""
             )
             raise BadRecordError(f"{bad[0]}{more}; mend it, or set on_bad_record: skip") from bad[0]
+        for record in records:
+            if isinstance(record, Record):
+                self._tokenise.refuse_unread(record)
         return records
 
     def _warn(self, unit: WorkUnit, facts: Mapping[str, Any]) -> None:
         for name, message in (
             ("n_bad_records", "records could not become documents and were skipped"),
             ("n_empty_documents", "documents have no tokens and were kept out"),
-            ("n_control_token_documents", "documents spell out control tokens, which count as such"),
+            ("n_control_token_documents", control_tokens_message(facts)),
             ("n_own_ends_documents", "texts have BOS or EOS themselves, and were given no second"),
             ("n_documents_without_loss", "documents have no token that a student learns"),
+            (
+                "n_fanned_out_turns",
+                "documents are further turns of chats that became a document a turn, since the "
+                "chat template renders earlier turns differently",
+            ),
+            ("n_unlearned_turns", "turns are learned in no document: turns is last"),
+            ("n_split_documents", "documents are longer than max_length and were split"),
+            ("n_dropped_documents", "documents are longer than max_length and were left out"),
+            (
+                "n_documents_without_bos",
+                "chats begin without BOS, which the tokenizer adds to texts and the chat "
+                "template does not write: put {{ bos_token }} into chat_template if the teacher needs it",
+            ),
+            ("n_emptied_null_contents", "documents have content that is null, given to the chat template as empty"),
+            ("n_documents_with_unrendered_messages", "documents have a message that the chat template leaves out"),
         ):
-            if count := facts[name]:
+            if count := facts.get(name, 0):
                 total = f"{count:,} of {facts['n_records']:,}"
                 self._report.emit("warning", partition_key=unit.partition_key, message=f"{total} {message}")
+
+
+def control_tokens_message(facts: Mapping[str, Any]) -> str:
+    as_text = facts.get("n_control_tokens_as_text_documents", 0)
+    if not as_text:
+        return "documents spell out control tokens, which count as such"
+    return f"documents spell out control tokens, which count as text in {as_text:,} of them and as such in the others"
 
 
 def passed_over_fields(records: Sequence[Record | BadRecordError]) -> dict[str, Any]:

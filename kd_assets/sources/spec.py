@@ -61,8 +61,9 @@ class SourceSpec:
     """Which of a preference's two answers is the document."""
     roles: dict[str, str] = field(default_factory=dict)
     """The source's own words for roles → system, developer, user, assistant, tool."""
-    control_tokens: Literal["tokens", "text"] = "text"
-    """What control tokens are that a plain text spells out: text, or those tokens, where texts were rendered before."""
+    control_tokens: Literal["tokens", "text"] | None = None
+    """What control tokens are that a plain text spells out: text, or those tokens, where texts were rendered before.
+    None: text; tokens in a source that was planned first when they were that."""
     weight: float | None = None
     """Its share of the tokens of every shard, beside the weights of the others; None: its shards are its own."""
     licence_accepted: str | None = None
@@ -112,6 +113,8 @@ def resolve_path(
     resolved = with_variables(path, what=what, environment=environment)
     if not resolved:
         raise MissingInputError(f"{what}: its path is empty")
+    if "\0" in resolved:
+        raise MissingInputError(f"{what}: its path {resolved!r} cannot be read: it holds a NUL")
     return Path(os.path.abspath(base_folder / os.path.expanduser(resolved)))
 
 

@@ -1,22 +1,21 @@
 """Records in, token ids and loss masks out: what the teacher reads and what a student learns to predict.
 
 Runs in jobs only (it loads a tokenizer); the planner never imports it. The invariant: a document's tokens depend on the
-record, the tokenizer's files and `max_length`, on nothing else: not on its batch, not on the day.
+record, the tokenizer's files and the recipe's parameters, on nothing else: not on its batch, not on the day.
 
 Choices, all of them what a user of Hugging Face's own calls expects:
 - A text is tokenised as `tokenizer(text)` does it, with the special tokens that the tokenizer adds; every token is
-  learned. A chat is rendered by the tokenizer's chat template, which writes its own special tokens; only what the
-  assistant says is learned.
-- Control tokens spelled out in a text or message (`<|eot_id|>`) become those tokens, as in training on the same data:
-  texts that were rendered from a chat beforehand depend on it, and get no second BOS or EOS. Since it also lets a
-  document pose as another speaker, such documents are counted, never passed over in silence.
-- How a chat becomes text, and what of it the assistant says, is in `chats`.
+  learned, but for a prompt that the record names. A chat is rendered by a chat template, which writes its own special
+  tokens: none is added to them, and a chat whose template writes no BOS though the tokenizer adds one is counted.
+- Control tokens spelled out in a message (`<|eot_id|>`) become those tokens, as in training on the same data; in a text
+  they do so where the record says `tokens`: texts that were rendered from a chat beforehand depend on it, and get no
+  second BOS or EOS. Since it also lets a document pose as another speaker, such documents are counted either way.
+- How a chat becomes text, and what of it the assistant says, is in `chats`; what is too long, in `windows`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,88 +30,207 @@ from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.reading import read_json, reads_folder
 from kd_assets.sources.chats import ChatRenderer, RenderedChat, TextSpan
+from kd_assets.sources.chats.messages import texts_in
+from kd_assets.sources.control_tokens import all_special, any_of, control_tokens_of
 from kd_assets.sources.records import Record
+from kd_assets.sources.token_offsets import SlowTokens, tokens_in_spans
 from kd_assets.sources.tokenizer_proof import prove
+from kd_assets.sources.windows import OnLong, Windows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenisedDocument:
-    """A record's tokens, L of them."""
+    """The tokens of a document that was made of a record, L of them."""
 
     record: Record
+    """The parent: several documents may be of one record."""
+    name_in_record: str = ""
+    """Empty, or what makes its id another than its record's: `#2` for the second turn, `/3` for the third window."""
     input_ids: npt.NDArray[np.uint32]
-    """uint32 [L]; L = 0 where the record holds nothing but what the tokenizer adds by itself."""
+    """uint32 [L]; L = 0 where the record holds nothing but what the tokenizer adds by itself, or was dropped."""
     loss_mask: npt.NDArray[np.bool_]
     """bool [L]."""
     truncated: bool
     """Tokens after `max_length` were cut off."""
+    window: int = 0
+    """Which window of a document that was split, from 1; 0: it was not."""
+    dropped: bool = False
+    """It has more than `max_length` tokens, and the recipe leaves out such documents."""
     spells_control_tokens: bool
-    """Its text or messages spell out control tokens, which were taken as such."""
+    """Its text or messages spell out control tokens."""
+    control_tokens_as_text: bool = False
+    """They were taken as text, not as those tokens."""
     has_own_ends: bool = False
     """Its text has the BOS or EOS that the tokenizer would have added: it was rendered before, and has each once."""
+    lacks_bos: bool = False
+    """A chat whose template writes no BOS, where the tokenizer begins each text with one."""
+    chat: RenderedChat | None = None
+    """The rendering that it was made of."""
+
+    @property
+    def document_id(self) -> str:
+        return self.record.document_id + self.name_in_record
+
+
+Outcome = list[TokenisedDocument] | BadRecordError
+"""What became of a record: its documents, or why there are none."""
 
 
 class DocumentTokeniser:
-    """Tokenises batches of records with one tokenizer (a fast one of transformers, already loaded)."""
+    """Tokenises batches of records with one tokenizer of transformers, already loaded."""
 
-    def __init__(self, tokenizer: Any, *, max_length: int, n_token_ids: int | None = None) -> None:
-        """`n_token_ids`: how many the teacher has embeddings for, where that is known."""
-        if max_length < 1:
-            raise RecipeError(f"max_length is {max_length}: a document keeps at least one token")
-        self._tokenizer = tokenizer
-        self._max_length, self._n_token_ids = max_length, n_token_ids
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        n_token_ids: int | None = None,
+        on_long: OnLong = "truncate",
+        overlap: int = 0,
+        make_renderer: Callable[[], ChatRenderer] | None = None,
+    ) -> None:
+        """`n_token_ids`: how many the teacher has embeddings for, where that is known. `make_renderer`: called once
+        there is a chat, since texts need no template."""
+        self._windows = Windows(max_length=max_length, on_long=on_long, overlap=overlap)
+        self._tokenizer, self._n_token_ids = tokenizer, n_token_ids
         self._n_added = int(tokenizer.num_special_tokens_to_add(pair=False))
         added = tokenizer("", verbose=False)["input_ids"]
         self._adds_bos = tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id]
         self._adds_eos = tokenizer.eos_token_id is not None and added[-1:] == [tokenizer.eos_token_id]
-        special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
-        self._control_token = re.compile("|".join(map(re.escape, reversed(special))) or "(?!)")
+        self._slow = None if tokenizer.is_fast else SlowTokens(tokenizer)
+        self._make_renderer = make_renderer or (lambda: ChatRenderer(tokenizer))
         self._chat: ChatRenderer | None = None
+        self._control = control_tokens_of(tokenizer, self.chat_template)
+        self._control_token = any_of(self._control.values())
+        self._control_ids = np.array(sorted(self._control), dtype=np.int64)
+        self._taking_text: Any = None
 
-    def __call__(self, records: Sequence[Record]) -> list[TokenisedDocument | BadRecordError]:
-        """One outcome for each record, in order. Raises RecipeError when chats cannot be rendered at all."""
+    def __call__(self, records: Sequence[Record]) -> list[Outcome]:
+        """One outcome for each record, in order.
+
+        Raises RecipeError when chats cannot be rendered at all, and FieldNotUnderstoodError as `refuse_unread` does.
+        """
         texts = self._tokenise_texts([record for record in records if record.messages is None])
         chats = self._tokenise_chats([record for record in records if record.messages is not None])
-        outcomes = [next(texts if record.messages is None else chats) for record in records]
-        return [self._within_the_embeddings(outcome) for outcome in outcomes]
+        return [self._within_the_embeddings(next(texts if r.messages is None else chats)) for r in records]
 
     @property
     def chat_template(self) -> str | None:
         """The text of the template that chats are rendered by; None where there is none."""
         try:
-            template: str = self._tokenizer.get_chat_template()
-        except ValueError:
+            return self._renderer().source
+        except RecipeError:
             return None
-        return template
 
-    def _within_the_embeddings(self, outcome: TokenisedDocument | BadRecordError) -> TokenisedDocument | BadRecordError:
-        """An error instead of a document with a token that the teacher has no embedding for (a token that was added to
+    def refuse_unread(self, record: Record) -> None:
+        """Raise FieldNotUnderstoodError where a chat has what its template never reads, without rendering it."""
+        if record.messages is not None:
+            self._renderer().prepared(record)
+
+    def _renderer(self) -> ChatRenderer:
+        if self._chat is None:
+            self._chat = self._make_renderer()
+        return self._chat
+
+    def _within_the_embeddings(self, outcome: Outcome) -> Outcome:
+        """An error instead of documents with a token that the teacher has no embedding for (a token that was added to
         a tokenizer, and no row to the model)."""
         if isinstance(outcome, BadRecordError) or self._n_token_ids is None:
             return outcome
-        beyond = outcome.input_ids[outcome.input_ids >= self._n_token_ids]
-        if not len(beyond):
-            return outcome
-        token = self._tokenizer.convert_ids_to_tokens(int(beyond[0]))
-        return BadRecordError(
-            f"{outcome.record.where}: {token!r} is token {int(beyond[0])}, and the teacher has embeddings for ids 0 to "
-            f"{self._n_token_ids - 1} (vocab_size in its config.json): take it out of the record, or name a teacher "
-            "whose embeddings were resized"
-        )
+        for document in outcome:
+            beyond = document.input_ids[document.input_ids >= self._n_token_ids]
+            if len(beyond):
+                token = self._tokenizer.convert_ids_to_tokens(int(beyond[0]))
+                return BadRecordError(
+                    f"{document.record.where}: {token!r} is token {int(beyond[0])}, and the teacher has "
+                    f"embeddings for ids 0 to {self._n_token_ids - 1} (vocab_size in its config.json): take it out of "
+                    "the record, or name a teacher whose embeddings were resized"
+                )
+        return outcome
 
-    def _tokenise_texts(self, records: Sequence[Record]) -> Iterator[TokenisedDocument | BadRecordError]:
-        if not records:
-            return
-        encoded = self._tokenizer(
-            [record.text for record in records],
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
+    def _tokenise_texts(self, records: Sequence[Record]) -> Iterator[Outcome]:
+        spelling = [self._control_token.search(record.text or "") is not None for record in records]
+        as_text = [spells and record.control_tokens == "text" for record, spells in zip(records, spelling, strict=True)]
+        encoded = {
+            text: self._encode(
+                [record.text or "" for record, is_text in zip(records, as_text, strict=True) if is_text == text],
+                as_text=text,
+            )
+            for text in (False, True)
+        }
+        for record, spells, text in zip(records, spelling, as_text, strict=True):
+            yield self._text_documents(record, next(encoded[text]), spells=spells, as_text=text)
+
+    def _encode(self, texts: Sequence[str], *, as_text: bool) -> Iterator[list[int]]:
+        if not texts:
+            return iter(())
+        tokenizer = self._tokenizer_for_text() if as_text else self._tokenizer
+        split = {"split_special_tokens": True} if as_text else {}
+        encoded = tokenizer(
+            list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **split
         )
-        for record, ids in zip(records, encoded["input_ids"], strict=True):
-            once = self._with_ends_once(ids)
-            kept = once if len(ids) > self._n_added else []  # a document of a lone BOS teaches nothing
-            yield self._document(record, kept, np.ones(len(kept), dtype=np.bool_), has_own_ends=len(once) < len(ids))
+        return iter(encoded["input_ids"])
+
+    def _tokenizer_for_text(self) -> Any:
+        """A tokenizer that takes every control token as text when it is told to split special tokens: also those that
+        their model's tokenizer does not call special."""
+        if self._taking_text is None:
+            self._taking_text = (
+                self._tokenizer if self._slow is not None else all_special(self._tokenizer, self._control)
+            )
+        return self._taking_text
+
+    def _text_documents(self, record: Record, ids: list[int], *, spells: bool, as_text: bool) -> Outcome:
+        once = self._with_ends_once(ids)
+        kept = once if len(ids) > self._n_added else []  # a document of a lone BOS teaches nothing
+        if as_text and self._n_control(kept) > self._n_control(self._tokenizer("", verbose=False)["input_ids"]):
+            return BadRecordError(
+                f"{record.where}: the text spells out control tokens, and this tokenizer cannot take them as text: "
+                "mend the text, or have them taken as those tokens (control_tokens: tokens)"
+            )
+        learned = self._after_the_prompt(record, kept, as_text=as_text)
+        if isinstance(learned, BadRecordError):
+            return learned
+        document = TokenisedDocument(
+            record=record,
+            input_ids=np.asarray(kept, dtype=np.uint32),
+            loss_mask=learned,
+            truncated=False,
+            spells_control_tokens=spells,
+            control_tokens_as_text=as_text,
+            has_own_ends=len(once) < len(ids),
+        )
+        return self._windows.of(document)
+
+    def _n_control(self, ids: Sequence[int]) -> int:
+        return int(np.isin(np.asarray(ids, dtype=np.int64), self._control_ids).sum())
+
+    def _after_the_prompt(
+        self, record: Record, ids: Sequence[int], *, as_text: bool
+    ) -> npt.NDArray[np.bool_] | BadRecordError:
+        """What is learned of a text's tokens: all that hold a character after its prompt, and an EOS that was added."""
+        if not record.n_prompt_characters or not ids:
+            return np.ones(len(ids), dtype=np.bool_)
+        text = record.text or ""
+        split = {"split_special_tokens": True} if as_text else {}
+        tokenizer = self._tokenizer_for_text() if as_text else self._tokenizer
+        bare = tokenizer(text, add_special_tokens=False, verbose=False, **split)["input_ids"]
+        n_before = next(
+            (i for i in range(len(ids) - len(bare) + 1) if list(ids[i : i + len(bare)]) == list(bare)), None
+        )
+        mask = self._in_spans(tokenizer, text, bare, [(record.n_prompt_characters, len(text))], **split)
+        if n_before is None or mask is None:
+            return cannot_tell(record)
+        n_after = len(ids) - n_before - len(bare)
+        return np.concatenate([np.zeros(n_before, dtype=np.bool_), mask, np.ones(n_after, dtype=np.bool_)])
+
+    def _in_spans(
+        self, tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[TextSpan], **options: Any
+    ) -> npt.NDArray[np.bool_] | None:
+        if self._slow is not None:
+            return self._slow.in_spans(text, ids, spans)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
+        return tokens_in_spans(encoded["offset_mapping"], spans)
 
     def _with_ends_once(self, ids: list[int]) -> list[int]:
         """The tokens of a text without the BOS and EOS that the tokenizer added to those that the text has itself."""
@@ -122,51 +240,68 @@ class DocumentTokeniser:
             ids = ids[:-1]
         return ids
 
-    def _tokenise_chats(self, records: Sequence[Record]) -> Iterator[TokenisedDocument | BadRecordError]:
-        if not records:
-            return
-        if self._chat is None:
-            self._chat = ChatRenderer(self._tokenizer)
-        rendered: list[RenderedChat | BadRecordError] = []
+    def _tokenise_chats(self, records: Sequence[Record]) -> Iterator[Outcome]:
+        rendered: list[list[RenderedChat] | BadRecordError] = []
         for record in records:
             try:
-                rendered.append(self._chat.render(record))
+                rendered.append(self._renderer().render(record))
             except BadRecordError as e:
                 rendered.append(e)
-        encoded = self._encode_chats([chat.text for chat in rendered if not isinstance(chat, BadRecordError)])
-        for record, chat in zip(records, rendered, strict=True):
-            if isinstance(chat, BadRecordError):
-                yield chat
+        encoded = self._encode_chats([c for chats in rendered if not isinstance(chats, BadRecordError) for c in chats])
+        for record, chats in zip(records, rendered, strict=True):
+            if isinstance(chats, BadRecordError):
+                yield chats
             else:
-                ids, offsets = next(encoded)
-                yield self._document(record, ids, tokens_in_spans(offsets, chat.assistant_spans))
+                yield self._chat_documents(record, [(chat, *next(encoded)) for chat in chats])
 
-    def _encode_chats(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[TextSpan]]]:
-        """Ids and offsets of each rendered chat."""
-        if not texts:
-            return iter(())
+    def _chat_documents(
+        self, record: Record, chats: Sequence[tuple[RenderedChat, list[int], npt.NDArray[np.bool_] | None]]
+    ) -> Outcome:
+        spells = any(self._control_token.search(text) for text in texts_in(record.messages))
+        documents = []
+        for n, (chat, ids, mask) in enumerate(chats, 1):
+            if mask is None:
+                return cannot_tell(record)
+            # A message that begins with a BOS of its own, right after the template's.
+            second_bos = int(self._adds_bos and ids[:2] == [self._tokenizer.bos_token_id] * 2)
+            document = TokenisedDocument(
+                record=record,
+                name_in_record=f"#{n}" if len(chats) > 1 else "",
+                input_ids=np.asarray(ids[second_bos:], dtype=np.uint32),
+                loss_mask=mask[second_bos:],
+                truncated=False,
+                spells_control_tokens=spells,
+                has_own_ends=bool(second_bos),
+                lacks_bos=self._adds_bos and self._tokenizer.bos_token_id not in ids,
+                chat=chat,
+            )
+            documents += self._windows.of(document)
+        return documents
+
+    def _encode_chats(self, chats: Sequence[RenderedChat]) -> Iterator[tuple[list[int], npt.NDArray[np.bool_] | None]]:
+        """Ids and learned tokens of each rendered chat; None for the latter where a slow tokenizer cannot tell."""
+        if not chats:
+            return
         encoded = self._tokenizer(
-            texts,
+            [chat.text for chat in chats],
             add_special_tokens=False,  # the template has written them
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=True,
+            return_offsets_mapping=self._slow is None,
             verbose=False,
         )
-        return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for k, (chat, ids) in enumerate(zip(chats, encoded["input_ids"], strict=True)):
+            if self._slow is None:
+                yield ids, tokens_in_spans(encoded["offset_mapping"][k], chat.assistant_spans)
+            else:
+                yield ids, self._slow.in_spans(chat.text, ids, chat.assistant_spans)
 
-    def _document(
-        self, record: Record, ids: Sequence[int], loss_mask: npt.NDArray[np.bool_], *, has_own_ends: bool = False
-    ) -> TokenisedDocument:
-        spoken = [record.text or ""] if record.messages is None else [m["content"] for m in record.messages]
-        return TokenisedDocument(
-            record=record,
-            input_ids=np.asarray(ids[: self._max_length], dtype=np.uint32),
-            loss_mask=loss_mask[: self._max_length],
-            truncated=len(ids) > self._max_length,
-            spells_control_tokens=any(self._control_token.search(text) for text in spoken),
-            has_own_ends=has_own_ends,
-        )
+
+def cannot_tell(record: Record) -> BadRecordError:
+    return BadRecordError(
+        f"{record.where}: this tokenizer does not say where its tokens lie in a text, and they do not spell this one, "
+        "so what is learned cannot be told from the rest: save the tokenizer with a tokenizer.json"
+    )
 
 
 def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
@@ -196,7 +331,25 @@ def load_tokeniser(params: ShardsParams) -> DocumentTokeniser:
             ) from e
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {e}") from e
     prove(tokenizer, folder)
-    return DocumentTokeniser(tokenizer, max_length=params.max_length, n_token_ids=vocabulary_size(folder))
+
+    def make_renderer() -> ChatRenderer:
+        return ChatRenderer(
+            tokenizer,
+            chat_template=params.chat_template,
+            template_name=params.chat_template_name,
+            variables=params.chat_template_kwargs,
+            tools=params.tools,
+            turns=params.turns,
+        )
+
+    return DocumentTokeniser(
+        tokenizer,
+        max_length=params.max_length,
+        n_token_ids=vocabulary_size(folder),
+        on_long=params.on_long,
+        overlap=params.overlap,
+        make_renderer=make_renderer,
+    )
 
 
 @reads_folder
@@ -209,17 +362,3 @@ def vocabulary_size(folder: Path) -> int | None:
         if isinstance(part, dict) and isinstance(size := part.get("vocab_size"), int) and size > 0:
             return size
     return None
-
-
-def tokens_in_spans(offsets: Sequence[TextSpan], spans: Sequence[TextSpan]) -> npt.NDArray[np.bool_]:
-    """bool [L]: which of L tokens, at these characters, hold a character of one of the spans.
-
-    Byte-level tokenizers leave spaces out of a token's offsets, so a token of spaces alone is empty at the character
-    after it; it counts as holding the character before that.
-    """
-    start_L, end_L = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-    start_L = start_L - (start_L == end_L)
-    mask_L = np.zeros(len(start_L), dtype=np.bool_)
-    for start, end in spans:
-        mask_L |= (start_L < end) & (end_L > start)
-    return mask_L

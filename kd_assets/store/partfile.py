@@ -116,6 +116,9 @@ class PartFile:
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """These columns of all rows."""
+        if self.path.suffix != ARROW_SUFFIX and self.n_groups:
+            # a third of the time that its groups take one by one
+            return self._patiently(lambda: self._parquet.read(columns=list(columns), use_threads=False).select(columns))
         schema = pa.schema([self.schema.field(name) for name in columns], metadata=self.schema.metadata)
         groups = [self.read_group(group, columns) for group in range(self.n_groups)]
         return pa.concat_tables(groups) if groups else schema.empty_table()

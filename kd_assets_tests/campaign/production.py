@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from kd_assets.components import TeacherCaches
 from kd_assets.contract import CACHES, JobFile, Output, Reporter, WorkUnit

@@ -21,7 +21,7 @@ from kd_assets.errors import MissingInputError, RecipeError, SchedulerError
 from kd_assets.orchestration.platform import PROJECT_FOLDER, Platform
 from kd_assets.recipes.recipe import Recipe, Source, Tasks, TeacherSettings
 from kd_assets.scheduler import LocalScheduler, Resources, SlurmScheduler
-from kd_assets.sources.spec import SourceSpec
+from kd_assets.sources.spec import Sharding, SourceSpec
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def a_recipe(**changes: object) -> Recipe:
         "name": "r",
         "sources": (Source(spec=SourceSpec(name="s", path="/s", file_format="jsonl", licence="CC0-1.0")),),
         "teacher": TeacherSettings(model="m"),
-        "documents_per_shard": 10,
+        "sharding": Sharding(documents_per_shard=10),
         "topk": TopkParams(k=4, max_length=100),
         "embeddings": EmbeddingParams(max_length=300),
     }

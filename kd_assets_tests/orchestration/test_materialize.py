@@ -96,6 +96,38 @@ def test_each_partition_has_its_own_metadata_and_versions(full_run: FullRun) -> 
     assert len(versions) == len(found), "every partition of every asset has content of its own"
 
 
+def test_a_run_that_made_shards_shows_the_lengths_of_all_of_them_once(full_run: FullRun) -> None:
+    deployment, first = full_run
+    second = deployment.run("shards_manifest", partition_range=ALL)
+    pictures = [observed_lengths(deployment, result.run_id) for result in (first, second)]
+    assert [len(found) for found in pictures] == [1, 0], "nothing was made by the second"
+    (observation,) = pictures[0]
+    assert (observation.asset_key, observation.partition) == (deployment.recipe.key("shards_manifest"), None)
+    assert (observation.metadata["shards"].value, observation.metadata["documents"].value) == (3, 12)
+    assert str(observation.metadata["lengths"].value).startswith("![")
+
+
+def observed_lengths(deployment: Deployment, run_id: str) -> list[dg.AssetObservation]:
+    records = deployment.instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION).records
+    events = [r.event_log_entry.dagster_event for r in records]
+    found = [e.asset_observation_data.asset_observation for e in events if e is not None]
+    return [observation for observation in found if "lengths" in observation.metadata]
+
+
+def test_fields_that_nothing_was_made_of_and_licences_are_in_the_metadata_of_a_shard(deployment: Deployment) -> None:
+    lines = [json.loads(line) for line in deployment.corpus.read_text().splitlines()]
+    lines[0] |= {"meta": 1, "url": "x"}
+    lines[1] |= {"meta": None}
+    deployment.corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    deployment.plan()
+    result = deployment.run("shards_manifest", partition=SHARDS[0])
+    assert result.success, failure_text(result)
+    ((record,),) = deployment.materializations(result.run_id).values()
+    assert record.metadata["fields ignored"].value == "meta (2 documents), url (1 document)"
+    assert record.metadata["licences"].value == deployment.recipe.sources[0].spec.licence
+    assert record.metadata["learned_share"].value == 1.0
+
+
 def test_one_cache_of_one_partition_makes_that_and_no_other(deployment: Deployment) -> None:
     assert deployment.run("shards_manifest", partition_range=ALL).success
     result = deployment.run("hidden_state_cache", partition=SHARDS[1])
@@ -392,7 +424,7 @@ def test_partitions_are_registered_in_sorted_order_also_when_the_source_grows_an
     deployment.instance.add_dynamic_partitions("tiny_shards", [SHARDS[2], SHARDS[0]])
     deployment.write(documents(12))
     deployment.plan()
-    assert partitions() == list(SHARDS)
+    assert partitions() == [f"tiny-{i:05d}" for i in range(4)], "the first shard keeps its three documents"
 
 
 def test_a_run_that_includes_the_plan_works_from_that_plan(deployment: Deployment) -> None:

@@ -141,6 +141,7 @@ class Background:
         return [
             {name: str(value.value) for name, value in o.metadata.items() if isinstance(value.value, str)}
             for o in observations
+            if "job" in o.metadata
         ]
 
 

@@ -303,16 +303,12 @@ def test_any_range_of_any_layout_gives_the_rows_of_that_range(tmp_path: Path, se
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"body": ["x"]}, "neither a column 'text' nor 'messages'; it has 'body'.*text_field"),
-        ({"text": [1]}, "column 'text' has type int64; expected string"),
-        ({"text": [b"x"]}, "column 'text' has type binary"),
-        ({"messages": ["x"]}, "column 'messages' has type string"),
-        ({"messages": [[{"from": "human", "value": "x"}]]}, r"expected list<struct<role: string, content: string>>"),
-        ({"messages": [[{"role": "user", "content": [1]}]]}, "column 'messages' has type"),
-        (
-            {"text": ["x"], "id": [True]},
-            "column 'id' has type bool; expected string, integer or float; name .* id_field",
-        ),
+        ({"body": ["x"]}, "no column that documents are made of; it has 'body'"),
+        ({"text": [1]}, "'text' is a number; expected a string"),
+        ({"text": [b"x"]}, "column 'text' has binary"),
+        ({"messages": ["x"]}, "'messages' is a string"),
+        ({"messages": [[{"role": "user", "content": 1}]]}, "content is a number"),
+        ({"text": ["x"], "id": [True]}, "'id' is a boolean; expected a string or an integer"),
     ],
 )
 def test_a_column_of_the_wrong_type_is_refused_when_planned(
@@ -375,8 +371,6 @@ def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
     file = write_arrow(saved / "data-00000-of-00001.arrow", table, rows_a_batch=2)
     records = [r for r in read_all(file) if isinstance(r, Record)]
     assert [r.messages for r in records] == [tuple(one) for one in chats]
-    with pytest.raises(MissingInputError, match=rf"is a folder; .* \(of this one, name {file.name} and its others"):
-        plan_of(saved)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])

@@ -161,6 +161,10 @@ def test_the_fingerprints_of_tokenizer_and_template_are_there(tmp_path: Path, sa
         assert manifest.facts["tokenizer_fingerprint"] == job.shards.tokenizer_fingerprint
         hashes[template] = manifest.facts["chat_template_sha256"]
     assert hashes == {template: hashlib.sha256(template.encode()).hexdigest() for template in hashes}
+    (manifest,) = run(
+        job_of(tmp_path / "recipes own", save_tokenizer(MARKED_TEMPLATE), chat_template=UNMARKED_TEMPLATE)
+    )
+    assert manifest.facts["chat_template_sha256"] == hashes[UNMARKED_TEMPLATE]
     (manifest,) = run(job_of(tmp_path / "texts", save_tokenizer(), [{"text": "x"}]))
     assert "chat_template_sha256" not in manifest.facts, "no record is a chat"
 

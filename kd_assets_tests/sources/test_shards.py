@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from kd_assets.contract import JobFile, RecordRange, Reporter, ShardsParams, WorkUnit
+from kd_assets.contract import JobFile, Reporter, ShardsParams, WorkUnit
 from kd_assets.errors import (
     BadRecordError,
     ContractError,
@@ -40,7 +40,6 @@ from kd_assets.sources import shard_parts
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.planning.make import plan_shards
 from kd_assets.sources.records import Record, reading
-from kd_assets.sources.records import parse_record as parse
 from kd_assets.sources.shards import ShardsRunner
 from kd_assets.sources.spec import Sharding, SourceSpec
 from kd_assets.store import Manifest, committed, plan_output, read_shard
@@ -209,11 +208,12 @@ def test_each_record_is_read_and_parsed_once(
     job = make_job(tmp_path, source, save_tokenizer(), part_documents=4)
     parsed: list[int] = []
 
-    def noting(raw: RawRecord, where: RecordRange) -> Record:
+    def noting(parser: reading.RecordParser, raw: RawRecord) -> Record:
         parsed.append(raw.number)
-        return parse(raw, where)
+        return parse(parser, raw)
 
-    monkeypatch.setattr(reading, "parse_record", noting)
+    parse = reading.RecordParser.parse
+    monkeypatch.setattr(reading.RecordParser, "parse", noting)
     storage = FailingStorage(monkeypatch, source)
     (manifest,) = run(job)
     assert manifest.n_documents == 25
@@ -550,3 +550,78 @@ def test_progress_is_reported(tmp_path: Path, save_tokenizer: SaveTokenizer, mon
     assert [event["data"]["done_documents"] for event in events] == [4, 8, 10]
     assert events[-1]["data"]["done_tokens"] == manifest.n_tokens
     assert {"partition_key", "n_documents", "n_tokens", "tokens_per_s"} <= events[-1]["data"].keys()
+
+
+# ---------------------------------------------------------------- several documents of one record
+
+REWRITES = UNMARKED_TEMPLATE.replace("m['content'] +", "(m['content'] if loop.last else 'x') +", 1)
+
+
+def long_chats(n: int) -> list[Any]:
+    return [{"id": f"c{i}", "messages": [QUESTION, {**ANSWER, "content": f"{i}"}] * (1 + i % 3)} for i in range(n)]
+
+
+def test_a_part_is_closed_after_the_record_that_fills_it(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", long_chats(12))
+    whole = make_job(tmp_path / "whole", source, save_tokenizer(REWRITES))
+    cut = make_job(tmp_path / "cut", source, save_tokenizer(REWRITES), part_documents=4)
+    (one,), (two,) = run(whole), run(cut)
+    assert contents(whole) == contents(cut)
+    assert one.facts == two.facts
+    assert [part.n_documents for part in two.parts] == [6, 6, 6, 6]
+    assert (two.facts["n_records"], two.facts["n_documents"], two.facts["n_fanned_out_turns"]) == (12, 24, 12)
+    assert contents(cut)[0][0][:6] == ["c0", "c1#1", "c1#2", "c2#1", "c2#2", "c2#3"]
+
+
+def test_a_lost_part_of_such_records_is_made_again_with_the_same_result(
+    tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", long_chats(30))
+    whole = make_job(tmp_path / "whole", source, save_tokenizer(REWRITES), part_documents=4)
+    (one,) = run(whole)
+    again = make_job(tmp_path / "again", source, save_tokenizer(REWRITES), part_documents=4)
+    run(again)
+    folder = Path(again.units[0].outputs[0].path)
+    (folder / "manifest.json").unlink()
+    (folder / one.parts[1].name).unlink()
+    (two,) = run(again)
+    assert contents(whole) == contents(again)
+    assert one.facts == two.facts
+    assert [part.sha256 for part in one.parts] == [part.sha256 for part in two.parts]
+
+
+def test_windows_of_long_documents_are_counted(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", [{"text": "x " * 200}, {"text": "short"}])
+    job = make_job(tmp_path, source, save_tokenizer(), on_long="split", overlap=4)
+    (manifest,) = run(job)
+    assert manifest.facts["n_split_documents"] == 1
+    assert manifest.facts["n_windows"] == manifest.facts["n_documents"] - 1
+    assert manifest.facts["n_truncated_documents"] == 0
+    assert contents(job)[0][0][0] == "web-000000000/1"
+
+
+def test_long_documents_that_are_left_out_are_counted_and_told(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", [{"text": "x " * 200}, {"text": "short"}])
+    stream = io.StringIO()
+    (manifest,) = run(make_job(tmp_path, source, save_tokenizer(), on_long="drop"), stream=stream)
+    assert (manifest.facts["n_dropped_documents"], manifest.facts["n_documents"]) == (1, 1)
+    assert manifest.facts["n_empty_documents"] == 0
+    assert "1 of 2 documents are longer than max_length and were left out" in stream.getvalue()
+
+
+@pytest.mark.parametrize("taken", ["c#2", "c"])
+def test_a_document_never_takes_the_name_of_another_record(
+    tmp_path: Path, save_tokenizer: SaveTokenizer, taken: str
+) -> None:
+    chats = [{"id": "c", "messages": [QUESTION, ANSWER] * 2}, {"id": taken, "messages": [QUESTION, ANSWER]}]
+    job = make_job(tmp_path, write_jsonl(tmp_path / "web.jsonl", chats), save_tokenizer(REWRITES))
+    with pytest.raises(BadRecordError, match=r"'c#2', is the id of another record|id 'c' is already that of"):
+        run(job)
+
+
+def test_a_setting_that_a_template_never_reads_writes_nothing(tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    source = write_jsonl(tmp_path / "web.jsonl", [{"messages": [QUESTION, ANSWER]}])
+    job = make_job(tmp_path, source, save_tokenizer(), chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(RecipeError, match="'enable_thinking', which it never reads"):
+        run(job)
+    assert not Path(job.units[0].outputs[0].path).exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from kd_assets.errors import BadRecordError, InputError, MissingInputError, Reci
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources.chats import TEMPLATE_DATE, with_fixed_date
 from kd_assets.sources.records import Record
-from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser, tokens_in_spans
+from kd_assets.sources.token_offsets import tokens_in_spans
+from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser
 from kd_assets_tests.sources.conftest import (
     MARKED_TEMPLATE,
     UNMARKED_TEMPLATE,
@@ -38,9 +40,9 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def tokenised(folder: Path, *records: Record, **changes: Any) -> list[TokenisedDocument]:
-    documents = load_tokeniser(params(folder, **changes))(records)
-    assert all(isinstance(document, TokenisedDocument) for document in documents), documents
-    return [document for document in documents if isinstance(document, TokenisedDocument)]
+    outcomes = load_tokeniser(params(folder, **changes))(records)
+    assert all(isinstance(outcome, list) for outcome in outcomes), outcomes
+    return [document for outcome in outcomes if isinstance(outcome, list) for document in outcome]
 
 
 def learned(folder: Path, document: TokenisedDocument) -> str:
@@ -108,6 +110,38 @@ def test_a_text_that_was_rendered_before_gets_no_second_bos(save_tokenizer: Save
     assert [document.has_own_ends for document in documents] == [adds_bos, adds_bos, False, adds_bos]
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_control_tokens_spelled_in_a_text_are_text_where_the_record_says_so(
+    save_tokenizer: SaveTokenizer, adds_bos: bool
+) -> None:
+    folder = save_tokenizer(adds_bos=adds_bos)
+    text = "say <|eot|> and <|bos|>"
+    plain = text_record("none here <|eot")
+    records = [replace(text_record(text), control_tokens="text"), replace(plain, control_tokens="text"), plain]
+    spelled, none, as_before = tokenised(folder, *records)
+    assert tokenizer_of(folder).decode(spelled.input_ids.tolist()) == ("<|bos|>" if adds_bos else "") + text
+    assert np.count_nonzero(spelled.input_ids < 3) == int(adds_bos), "but for the BOS that is added, no control token"
+    assert (spelled.spells_control_tokens, spelled.control_tokens_as_text) == (True, True)
+    assert (none.spells_control_tokens, none.control_tokens_as_text) == (False, False)
+    assert none.input_ids.tolist() == as_before.input_ids.tolist()
+    (after,) = tokenised(folder, text_record(text))
+    assert np.count_nonzero(after.input_ids < 3) == 2 + int(adds_bos), "taken as text once, it is not so for ever"
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("text", ["Question: what?\nAnswer: that.", "é 日本 prompt: 🙂 said", "<|start|>q<|eot|>: a"])
+def test_the_first_characters_of_a_text_are_not_learned_where_the_record_says_so(
+    save_tokenizer: SaveTokenizer, adds_bos: bool, text: str
+) -> None:
+    folder = save_tokenizer(adds_bos=adds_bos)
+    n = text.index(":") + 1
+    for control_tokens in ("tokens", "text"):
+        (document,) = tokenised(
+            folder, replace(text_record(text), n_prompt_characters=n, control_tokens=control_tokens)
+        )
+        assert learned(folder, document).strip() == text[n:].strip()
+
+
 # ---------------------------------------------------------------- chats
 
 
@@ -127,6 +161,44 @@ def test_only_what_the_assistant_says_is_learned(save_tokenizer: SaveTokenizer, 
 def test_a_chat_gets_no_second_bos(save_tokenizer: SaveTokenizer) -> None:
     (document,) = tokenised(save_tokenizer(adds_bos=True), chat_record(*CHAT))
     assert document.input_ids.tolist().count(0) == 1
+
+
+def test_a_chat_whose_template_writes_no_bos_gets_none_and_says_so(save_tokenizer: SaveTokenizer) -> None:
+    """As transformers and trainers have it: what the model is shown in a chat is what its template writes."""
+    without = MARKED_TEMPLATE.replace("{{ bos_token }}", "")
+    (lacking,) = tokenised(save_tokenizer(without, adds_bos=True), chat_record(*CHAT))
+    (fine,) = tokenised(save_tokenizer(adds_bos=True), chat_record(*CHAT))
+    (none_expected,) = tokenised(save_tokenizer(without), chat_record(*CHAT))
+    assert [d.lacks_bos for d in (lacking, fine, none_expected)] == [True, False, False]
+    assert lacking.input_ids.tolist() == fine.input_ids.tolist()[1:]
+
+
+def test_a_chat_whose_first_message_begins_with_a_bos_has_it_once(save_tokenizer: SaveTokenizer) -> None:
+    bare = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (document,) = tokenised(save_tokenizer(bare, adds_bos=True), chat_record(("user", "<|bos|>hi")))
+    assert document.input_ids.tolist().count(0) == 1
+    assert document.has_own_ends
+
+
+def test_the_template_of_the_recipe_is_used_with_its_variables(save_tokenizer: SaveTokenizer) -> None:
+    folder = save_tokenizer(None)
+    template = "{{ mood }}" + UNMARKED_TEMPLATE
+    options: dict[str, Any] = {"chat_template": template, "chat_template_kwargs": {"mood": "calm"}}
+    (document,) = tokenised(folder, chat_record(*CHAT), **options)
+    assert tokenizer_of(folder).decode(document.input_ids.tolist()).startswith("calm<|bos|><|start|>system")
+
+
+def test_each_turn_under_a_template_that_rewrites_history_is_a_document_with_a_name(
+    save_tokenizer: SaveTokenizer,
+) -> None:
+    last_in_full = UNMARKED_TEMPLATE.replace("m['content'] +", "(m['content'] if loop.last else 'x') +", 1)
+    chat = chat_record(("user", "q"), ("assistant", "one"), ("user", "q"), ("assistant", "two"))
+    folder = save_tokenizer(last_in_full)
+    documents = tokenised(folder, chat)
+    assert [d.document_id for d in documents] == ["d0#1", "d0#2"]
+    assert [learned(folder, d) for d in documents] == ["one<|eot|>", "two<|eot|>"]
+    (last,) = tokenised(folder, chat, turns="last")
+    assert (last.document_id, learned(folder, last)) == ("d0", "two<|eot|>")
 
 
 def test_a_chat_without_assistant_has_nothing_to_learn(save_tokenizer: SaveTokenizer) -> None:
@@ -170,21 +242,23 @@ def test_a_document_does_not_depend_on_its_batch(save_tokenizer: SaveTokenizer) 
         assert one.loss_mask.tolist() == two.loss_mask.tolist()
 
 
-def test_a_template_that_rewrites_earlier_turns_needs_marks(save_tokenizer: SaveTokenizer) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused_where_the_recipe_says_so(
+    save_tokenizer: SaveTokenizer,
+) -> None:
     forgetful = (
         "{% for m in messages %}{{ '<|start|>' + m['role'] + '\\n' }}"
         "{{ m['content'].split('</think>')[-1] if not loop.last else m['content'] }}<|eot|>{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
     )
     chat = (("user", "q"), ("assistant", "<think>hm</think>a"), ("user", "q2"), ("assistant", "a2"))
-    tokenise = load_tokeniser(params(save_tokenizer(forgetful)))
+    tokenise = load_tokeniser(params(save_tokenizer(forgetful), turns="refuse"))
     refused, fine = tokenise([chat_record(*chat), chat_record(*chat[:2])])
     assert isinstance(refused, BadRecordError)
     assert str(refused).startswith(
         "web.jsonl:1: the chat template has no {% generation %} mark that can be followed, and renders message 1 "
         "differently once others follow"
     )
-    assert isinstance(fine, TokenisedDocument)
+    assert isinstance(fine, list)
 
 
 IN_A_MACRO = (
@@ -259,7 +333,7 @@ def test_a_template_that_refuses_a_chat_spoils_no_other(save_tokenizer: SaveToke
         [chat_record(*CHAT, number=4), chat_record(*CHAT[1:]), text_record("text")]
     )
     assert str(outcomes[0]) == "web.jsonl:5: the chat template refuses the messages: no system, please"
-    assert [isinstance(outcome, TokenisedDocument) for outcome in outcomes] == [False, True, True]
+    assert [isinstance(outcome, list) for outcome in outcomes] == [False, True, True]
 
 
 @pytest.mark.parametrize("mistake", ["{{ 1 / 0 }}", "{{ messages[99].role.x }}", "{{ 'a' + 1 }}", "{{ nothing.a.b }}"])

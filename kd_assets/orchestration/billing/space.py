@@ -46,8 +46,7 @@ def bytes_at_most(recipe: Recipe, amounts: Sequence[Amount], hidden_size: int | 
     found: dict[Asset, int | None] = {SHARDS_MANIFEST: 0, **dict.fromkeys(recipe.caches, 0)}
     for amount in amounts:
         of_source = bytes_needed(recipe, amount.n_tokens, amount.n_documents, hidden_size or 0)
-        for asset in found:
-            found[asset] = (found[asset] or 0) + of_source[asset]
+        found = {asset: (n_bytes or 0) + of_source[asset] for asset, n_bytes in found.items()}
     if hidden_size is None:
         found |= dict.fromkeys(found.keys() & {"hidden_state_cache", "embedding_cache"})
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ NUMBERS = (
     "padding_fraction",
     "token_budget",
     "n_bad_records",
+    "n_truncated_documents",
+    "learned_share",
+    "median_document_tokens",
+    "p95_document_tokens",
+    "max_document_tokens",
 )
 """Facts that Dagster plots over partitions, where they are known."""
 
@@ -57,6 +63,10 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
             metadata[name] = value
     if (picture := telemetry_picture_markdown(facts.get("telemetry"))) is not None:
         metadata["telemetry"] = dg.MetadataValue.md(picture)
+    if ignored := fields_in_words(facts.get("passed_over_fields")):
+        metadata["fields ignored"] = ignored
+    if licences := facts.get("licences"):
+        metadata["licences"] = ", ".join(map(str, licences))
     metadata |= {
         "dagster/uri": str(folder),
         "folder": dg.MetadataValue.path(str(folder)),
@@ -74,3 +84,10 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "provenance": dg.MetadataValue.json(dict(provenance)),
     }
     return metadata
+
+
+def fields_in_words(counts: Mapping[str, int] | None) -> str:
+    """`meta (10,000 documents), url (1 document)`: fields of records that nothing was made of, the most frequent
+    first."""
+    ordered = sorted((counts or {}).items(), key=lambda field: (-field[1], field[0]))
+    return ", ".join(f"{name} ({n:,} document{'' if n == 1 else 's'})" for name, n in ordered)

@@ -1,8 +1,8 @@
 """A data set of the hub or of a folder as the Arrow files that `datasets` keeps of it.
 
 Planning needs `datasets` (the extra `control`); whoever reads the files does not. A revision of the hub is resolved to
-its commit, which is pinned; where the hub does not answer, what is cached here is taken, and said. The hub's token comes
-from the environment (`HF_TOKEN`) alone. Data sets that bring code are refused: `datasets` has not run any since 4.0.
+its commit, which is pinned; where the hub does not answer, what is cached here is taken, and said. The hub's token
+comes from the environment (`HF_TOKEN`) alone. Data sets that bring code are refused: `datasets` runs none since 4.0.
 """
 
 from __future__ import annotations
@@ -117,12 +117,10 @@ class _OnHub:
 
 def _ask_hub(spec: DatasetSpec, environment: Mapping[str, str]) -> _OnHub | str:
     """The commit of a revision and the card's licence; or why the hub gave no answer."""
-    import httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -135,8 +133,8 @@ def _ask_hub(spec: DatasetSpec, environment: Mapping[str, str]) -> _OnHub | str:
         info = api.dataset_info(spec.name, revision=spec.revision, timeout=30.0)
     except GatedRepoError as e:
         raise MissingInputError(
-            f"{name} is gated: ask for access on its page of the hub, and set HF_TOKEN where Dagster runs to the token of "
-            "an account that has it"
+            f"{name} is gated: ask for access on its page of the hub, and set HF_TOKEN where Dagster runs to the token "
+            "of an account that has it"
         ) from e
     except RevisionNotFoundError as e:
         raise MissingInputError(f"{name} has no revision {spec.revision!r}: name a branch, tag or commit of it") from e
@@ -147,11 +145,25 @@ def _ask_hub(spec: DatasetSpec, environment: Mapping[str, str]) -> _OnHub | str:
         ) from e
     except HfHubHTTPError as e:
         return f"the hub answers {e.response.status_code}"
-    except (OfflineModeIsEnabled, httpx.HTTPError, OSError) as e:
+    except Exception as e:
+        if not _is_no_answer(e):
+            raise
         return f"the hub cannot be reached ({type(e).__name__})"
     card: Any = info.card_data
     licence = licence_named(card.get("license"), card.get("license_name")) if card is not None else None
     return _OnHub(commit=str(info.sha), licence=licence)
+
+
+def _is_no_answer(e: BaseException | None) -> bool:
+    """Whether the hub did not answer: its client and `datasets` use HTTP libraries that change with their versions."""
+    while e is not None:
+        if isinstance(e, (ConnectionError, TimeoutError)) or type(e).__module__.partition(".")[0] in _HTTP_LIBRARIES:
+            return True
+        e = e.__cause__
+    return False
+
+
+_HTTP_LIBRARIES = ("httpx", "httpx2", "requests", "urllib3", "aiohttp")
 
 
 def _token(environment: Mapping[str, str]) -> str | bool:
@@ -179,13 +191,15 @@ def _prepared(spec: DatasetSpec, name: str, commit: str | None, environment: Map
         builder.download_and_prepare(download_config=download)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as e:
         raise MissingInputError(f"data set {name} cannot be loaded: {e}") from e
-    except (ConnectionError, TimeoutError) as e:
-        raise StorageUnreachableError(f"data set {name} cannot be fetched ({e}): run again once the hub answers") from e
     except Exception as e:  # a reader of any format, on files that anybody may have written
+        if _is_no_answer(e):
+            raise StorageUnreachableError(
+                f"data set {name} cannot be fetched ({e.__cause__ or e}): run again once the hub answers"
+            ) from e
         if "scripts are no longer supported" in str(e):
             raise InputError(
-                f"data set {name} needs code of its own to be read, which is not run: convert it to Parquet (on the hub, "
-                "its branch refs/convert/parquet has it)"
+                f"data set {name} needs code of its own to be read, which is not run: convert it to Parquet (on the "
+                "hub, its branch refs/convert/parquet has it)"
             ) from e
         cause = f"{type(e).__name__}: {e.__cause__ or e}"
         raise InputError(f"data set {name} cannot be read by datasets ({cause}): correct it, or its config") from e
@@ -227,8 +241,8 @@ def _cached(spec: DatasetSpec, environment: Mapping[str, str], *, reason: str) -
         folders = [path for path in folders if path.name == spec.revision]
     if not folders:
         raise StorageUnreachableError(
-            f"data set {spec.name!r}: {reason}, and {root} has no copy of {spec.revision or 'it'}: plan again where the "
-            "hub answers (a copy is found by its commit, not by a branch)"
+            f"data set {spec.name!r}: {reason}, and {root} has no copy of {spec.revision or 'it'}: plan again where "
+            "the hub answers (a copy is found by its commit, not by a branch)"
         )
     if spec.config is None and len(configs) > 1:
         raise InputError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_assets.contract import Compression, FileFormat
-from kd_assets.durable import storage_errors
+from kd_assets.durable import is_passing, storage_errors
 from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.files.formats import compression_of, format_of_content, format_of_name
 from kd_assets.sources.files.storage import (
@@ -83,7 +83,7 @@ def find_source(spec: SourceSpec, *, base_folder: Path, environment: Mapping[str
 
 def _saved_to_disk(path: Path) -> FoundSource | None:
     """What a plain path to a folder of `datasets.save_to_disk` names."""
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json")):
         return None
     from kd_assets.sources.files.data_sets import find_saved
 
@@ -108,7 +108,8 @@ class _Candidates:
 
 
 _NO_DATA = re.compile(
-    r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock))$"
+    r"(?i)^([._].*|(readme|licen[sc]e|notice|changelog|citation|croissant)(\..*)?|.*\.(md|crc|lock)"
+    r"|(dataset_infos?|dataset_dict|state)\.json)$"
 )
 """Names in a folder that are no data: hidden ones, those of Spark (`_SUCCESS`), and what goes with a data set."""
 _MAGIC = re.compile(r"[*?\[]")
@@ -118,7 +119,9 @@ def _local_files(path: Path) -> _Candidates:
     with storage_errors(path, "read"):
         try:
             mode = path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError) as e:
+        except OSError as e:
+            if is_passing(e) and not isinstance(e, FileNotFoundError):
+                raise
             if not _MAGIC.search(str(path)):
                 raise MissingInputError(
                     f"source file {path} cannot be read: {e.strerror}; create it, or correct its path in the recipe"
@@ -194,7 +197,8 @@ def _remote_candidate(name: str, url: str, listed: dict[str, Any]) -> _Candidate
 def _found(candidates: _Candidates, wanted: FileFormat | Literal["auto"], where: str) -> FoundSource:
     is_folder = candidates.kind == "folder"
     left_out = [c for c in candidates.files if is_folder and _NO_DATA.match(os.path.basename(c.name))]
-    kept = [c for c in candidates.files if c not in left_out]
+    left_out_paths = {c.path for c in left_out}
+    kept = [c for c in candidates.files if c.path not in left_out_paths]
     formats = {c.path: format_of_name(c.path) if wanted == "auto" else wanted for c in kept}
     unknown = [c.name for c in kept if formats[c.path] is None and is_folder]
     if unknown:

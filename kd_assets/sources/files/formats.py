@@ -64,8 +64,8 @@ def format_of_content(path: str, compression: Compression | None) -> FileFormat:
             json.loads(line.decode("utf-8", "surrogateescape"))
     except ValueError as e:
         raise InputError(
-            f"{path} holds neither an array of objects nor one object a line ({e} in its first line): write it as one of "
-            "them (`jq -c '.[]'` writes lines)"
+            f"{path} holds neither an array of objects nor one object a line ({e} in its first line): write it as one "
+            "of them (`jq -c '.[]'` writes lines)"
         ) from e
     return "jsonl"
 
@@ -75,7 +75,7 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL
 
 def licence_of_card(card: str) -> str | None:
     """What the front matter of a README.md says: https://huggingface.co/docs/hub/datasets-cards."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     found = _FRONT_MATTER.match(card)
     if found is None:

@@ -61,8 +61,8 @@ def check_identity(records: RecordRange) -> None:
         found = file_identity(f, records.path, records.file_format)
     if found != records.file_identity:
         raise InputError(
-            f"{records.path} changed after it was planned (it was {records.file_identity}, and is {found}): materialize "
-            "shard_plan again, or bring the file back"
+            f"{records.path} changed after it was planned (it was {records.file_identity}, and is {found}): "
+            "materialize shard_plan again, or bring the file back"
         )
 
 

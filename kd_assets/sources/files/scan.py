@@ -31,9 +31,10 @@ _BUFFER_BYTES = 1 << 20
 class TextScan:
     """The records of a file of text (jsonl, json, csv, tsv), plain or compressed: iterate over it once, to the end.
 
-    After that `sha256`, `n_bytes` and `seekable_path` are there. A compressed file is copied to `seekable_folder`, where
-    one is given, as it can be read from anywhere; whoever stops before the end leaves no copy. Raises MissingInputError
-    for a file that is not there or empty, InputError for one that was cut, is of another format, or changes meanwhile.
+    After that `sha256`, `n_bytes` and `seekable_path` are there. Where a `seekable_folder` is given, a compressed file
+    is copied there as it can be read from anywhere; whoever stops before the end leaves no copy. Raises
+    MissingInputError for a file that is not there or empty, InputError for one that was cut, is of another format, or
+    changes meanwhile.
     """
 
     def __init__(self, file: SourceFile, *, seekable_folder: Path | None = None) -> None:
@@ -50,13 +51,13 @@ class TextScan:
             f = stack.enter_context(open_source(file.path))
             _require_unchanged(file, f)
             hashing = _Hashing(f)
-            whole = text = stack.enter_context(io.BufferedReader(hashing, _BUFFER_BYTES))
-            copy: SeekableCopy | None = None
+            whole: BinaryIO = stack.enter_context(io.BufferedReader(hashing, _BUFFER_BYTES))
+            text, copy = whole, None
             if file.compression is not None:
                 text = stack.enter_context(decompressed(whole, file.path, file.compression))
                 if self._seekable_folder is not None:
                     copy = stack.enter_context(seekable_copy(self._seekable_folder))
-                    text = stack.enter_context(io.BufferedReader(_Copying(text, copy), _BUFFER_BYTES))
+                    text = stack.enter_context(_copying(text, copy))
             yield from text_records(text, file.path, file.file_format)
             for rest in (text, whole):  # what follows the last record is in the hash, too, and is copied
                 while rest.read(_BUFFER_BYTES):
@@ -82,6 +83,10 @@ class _Hashing(io.RawIOBase):
         self.digest.update(data)
         buffer[: len(data)] = data
         return len(data)
+
+
+def _copying(text: BinaryIO, copy: SeekableCopy) -> io.BufferedReader:
+    return io.BufferedReader(_Copying(text, copy), _BUFFER_BYTES)
 
 
 class _Copying(io.RawIOBase):

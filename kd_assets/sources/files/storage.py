@@ -79,9 +79,8 @@ def _open_local(path: Path) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(mode):
             os.close(fd)
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise MissingInputError(
-                f"source {path} is {kind}; a source is one JSONL, Parquet or Arrow file{_saved_to_disk(path)}: {_REMEDY}"
-            )
+            expected = f"a source is one JSONL, Parquet or Arrow file{_saved_to_disk(path)}"
+            raise MissingInputError(f"source {path} is {kind}; {expected}: {_REMEDY}")
         with os.fdopen(fd, "rb", buffering=1 << 20) as f:
             yield f
 

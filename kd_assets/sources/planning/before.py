@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from kd_assets.contract import RecordRange
 from kd_assets.sources.planning.plan import PinnedFile, PinnedSource, PlannedShard, ShardPlan
@@ -31,6 +31,8 @@ class Before:
     sizes: Mapping[RangeKey, int] = field(default_factory=dict)
     """A range → bytes of its records (of a shard of several about its part)."""
     sources: Mapping[str, PinnedSource] = field(default_factory=dict)
+    control_tokens: Mapping[str, Literal["tokens", "text"]] = field(default_factory=dict)
+    """Source → what control tokens that its texts spell out were; it stays that unless the recipe says otherwise."""
     n_numbers: int = 0
     """Numbers of partition keys that are taken."""
 
@@ -53,12 +55,14 @@ def before_of(previous: ShardPlan | None, settings: Mapping[str, Any], sharding:
             ranges.setdefault((records.source, records.file_name), []).append(records)
             key = key_of(records)
             places[key], sizes[key] = (shard.partition_key, i), n_bytes[i]
+    control_tokens = {source: of_file[-1].control_tokens for (source, _), of_file in ranges.items()}
     for of_file in ranges.values():
         of_file.sort(key=lambda r: r.first_record)
     return Before(
         ranges=ranges,
         places=places,
         sizes=sizes,
+        control_tokens=control_tokens,
         sources={source.name: _with_files(source) for source in previous.sources},
         n_numbers=int(previous.keys[-1].rpartition("-")[2]) + 1 if previous.keys else 0,
     )

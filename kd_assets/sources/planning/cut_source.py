@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_assets.contract import RecordRange
-from kd_assets.errors import InputError, MissingInputError
+from kd_assets.errors import BadRecordError, InputError, MissingInputError
 from kd_assets.model_files.digests import DigestCache, cached_sha256, known_sha256, remember_sha256
 from kd_assets.sources.fields import fields_read
 from kd_assets.sources.files.find import FoundSource, SourceFile, find_source
@@ -23,6 +24,7 @@ from kd_assets.sources.planning.duplicates import SeenRecords
 from kd_assets.sources.planning.plan import PinnedFile, PinnedSource
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN, MEASURED_RECORDS, CountTokens, measured_rate
 from kd_assets.sources.range_hash import RangeHash, hash_by_identity, header_of
+from kd_assets.sources.records import parse_record
 from kd_assets.sources.spec import Sharding, SourceSpec, resolve_path
 from kd_assets.store.fingerprint import fingerprint
 
@@ -31,6 +33,8 @@ ROWS_READ_BYTES = 64 << 20
 are when a file is written anew. Of more only the footers are read: shards are named by their file then."""
 VALUES_READ_BYTES = 1 << 30
 """The same limit for their values, which may be far more than a file that compresses well."""
+PROBED_ROWS = 20
+"""Of columns: what none of so many rows fits, none will."""
 REMEMBERED_BYTES = 16 << 20
 """Files whose hash is kept, so that they are not read again while they do not change; smaller ones are read faster."""
 
@@ -140,7 +144,7 @@ class SourceCutter:
         cutter = self._cutter(spec, found, scans, rate or ASSUMED_BYTES_PER_TOKEN)
         kept, files = list[Stretch](), list[PinnedFile]()
         for file in found.files:
-            base = base_range(spec, file, scans.get(file.name), reads_rows=reads_rows)
+            base = self._base(spec, file, scans.get(file.name), reads_rows=reads_rows)
             stretches, pinned = self._cut_file(base, file, scans.get(file.name), cutter, seen)
             kept += stretches
             files.append(pinned)
@@ -184,7 +188,8 @@ class SourceCutter:
         before = self.before.sources.get(spec.name)
         there = {file.name for file in found.files}
         gone = [f for f in (() if before is None else before.files) if f.name not in there]
-        if before is not None and gone and before.path == self.place(spec):
+        is_the_same = before is not None and before.path == self.place(spec)
+        if before is not None and gone and is_the_same and before.revision == (found.revision or spec.revision):
             more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
             raise MissingInputError(
                 f"{gone[0].path}{more}, of which the current plan has {sum(f.n_records for f in gone):,} records, is "
@@ -194,19 +199,39 @@ class SourceCutter:
 
     def _rate(self, spec: SourceSpec, found: FoundSource, scans: Mapping[str, ColumnScan]) -> float | None:
         """Bytes of a token: as they were measured first, so that a share stays what it is."""
+        file = found.files[0]
+        base = self._base(spec, file, scans.get(file.name), reads_rows=True)
+        if file.name in scans:
+            refuse_misfit_columns(_first_records(file, base, scans), base)
         before = self.before.sources.get(spec.name)
         if before is not None and before.bytes_per_token is not None:
             return before.bytes_per_token
         if self.count_tokens is None:
             return None
-        file = found.files[0]
-        scan = scans.get(file.name)
-        base = base_range(spec, file, scan, reads_rows=True)
-        n_most = 0 if scan is None else min(scan.n_records, MEASURED_RECORDS)
-        raws: Iterable[RawRecord] = TextScan(file, seekable_folder=None)
-        if scan is not None:
-            raws = iter_raw(dataclasses.replace(base, n_records=n_most))
-        return measured_rate(raws, base, self.count_tokens)
+        return measured_rate(_first_records(file, base, scans), base, self.count_tokens)
+
+    def _base(self, spec: SourceSpec, file: SourceFile, scan: ColumnScan | None, *, reads_rows: bool) -> RecordRange:
+        """How the records of a file are read; of none of them."""
+        return RecordRange(
+            source=spec.name,
+            path=file.path,
+            file_format=file.file_format,
+            first_record=0,
+            n_records=0,
+            text_field=spec.text_field,
+            messages_field=spec.messages_field,
+            id_field=spec.id_field,
+            ignore_fields=spec.ignore_fields,
+            file_name=file.name,
+            compression=file.compression,
+            file_identity=None if scan is None else scan.identity,
+            hashed="records" if scan is None or reads_rows else "file",
+            shape=spec.shape,
+            fields=dict(spec.fields),
+            prefer=spec.prefer,
+            roles=dict(spec.roles),
+            control_tokens=spec.control_tokens or self.before.control_tokens.get(spec.name, "text"),
+        )
 
     def _cutter(self, spec: SourceSpec, found: FoundSource, scans: Mapping[str, ColumnScan], rate: float) -> Cutter:
         share = 1.0 if spec.weight is None else spec.weight / self.total_weight
@@ -261,28 +286,28 @@ class SourceCutter:
         return self.digests is not None and known_sha256(Path(file.path), self.digests) == pinned.identity
 
 
-def base_range(spec: SourceSpec, file: SourceFile, scan: ColumnScan | None, *, reads_rows: bool) -> RecordRange:
-    """How the records of a file are read; of none of them."""
-    return RecordRange(
-        source=spec.name,
-        path=file.path,
-        file_format=file.file_format,
-        first_record=0,
-        n_records=0,
-        text_field=spec.text_field,
-        messages_field=spec.messages_field,
-        id_field=spec.id_field,
-        ignore_fields=spec.ignore_fields,
-        file_name=file.name,
-        compression=file.compression,
-        file_identity=None if scan is None else scan.identity,
-        hashed="records" if scan is None or reads_rows else "file",
-        shape=spec.shape,
-        fields=dict(spec.fields),
-        prefer=spec.prefer,
-        roles=dict(spec.roles),
-        control_tokens=spec.control_tokens,
-    )
+def _first_records(file: SourceFile, base: RecordRange, scans: Mapping[str, ColumnScan]) -> Iterator[RawRecord]:
+    """At least `MEASURED_RECORDS` of a file, or all that it has."""
+    if (scan := scans.get(file.name)) is None:
+        return iter(TextScan(file, seekable_folder=None))
+    return iter_raw(dataclasses.replace(base, n_records=min(scan.n_records, MEASURED_RECORDS)))
+
+
+def refuse_misfit_columns(raws: Iterable[RawRecord], base: RecordRange) -> None:
+    """Raise the first error of rows none of which can be a document for what its columns are: so would all others be,
+    and the job would say so of each."""
+    first: BadRecordError | None = None
+    for raw in itertools.islice(raws, PROBED_ROWS):
+        try:
+            parse_record(raw, base)
+        except BadRecordError as e:
+            if e.kind not in ("no shape fits", "not of its shape", "bad id"):
+                return
+            first = first or e
+        else:
+            return
+    if first is not None:
+        raise first
 
 
 class _Counted:

@@ -22,7 +22,7 @@ def refuse_not_used(given: Given, where: str, *, is_chat: bool, but: tuple[str, 
     names = [
         given.own(field)
         for field in TEMPLATE_FIELDS
-        if field not in but and given.fields.get(given.own(field)) not in (None, "", []) and not given.leaves_out(field)
+        if field not in but and given.has(field) and given.fields[given.own(field)] not in ("", [])
     ]
     if names:
         raise not_understood(names, where, given, what="chat" if is_chat else "text")
@@ -47,7 +47,7 @@ def tools_of(given: Given) -> tuple[Any, ...] | None:
     may be JSON text of the list. None where there are none."""
     found: dict[str, tuple[Any, ...]] = {}
     for field in ("tools", "functions"):
-        if given.has(field) and not given.leaves_out(field):
+        if given.has(field):
             name = given.own(field)
             items = json_list(given.take(field), repr(name))
             for i, item in enumerate(items):
@@ -69,10 +69,10 @@ def tools_of(given: Given) -> tuple[Any, ...] | None:
 def variables_of(given: Given) -> dict[str, Any]:
     """What else the template is given: the record's `documents`, and each of its `chat_template_kwargs`."""
     variables: dict[str, Any] = {}
-    if given.has("documents") and not given.leaves_out("documents"):
+    if given.has("documents"):
         documents = json_list(given.take("documents"), repr(given.own("documents")))
         variables |= {"documents": documents} if documents else {}
-    if given.has("chat_template_kwargs") and not given.leaves_out("chat_template_kwargs"):
+    if given.has("chat_template_kwargs"):
         name = given.own("chat_template_kwargs")
         kwargs = json_object(given.take("chat_template_kwargs"), repr(name))
         if odd := [key for key in kwargs if key in OURS or not key.isidentifier()]:
@@ -86,7 +86,7 @@ def with_system(messages: tuple[Message, ...], given: Given) -> tuple[Message, .
 
     Where they begin with one it must be the same, or be left out: which of two holds is not ours to say.
     """
-    if not given.has("system") or given.leaves_out("system"):
+    if not given.has("system"):
         return messages
     name = given.own("system")
     system = string(given.take("system"), repr(name))

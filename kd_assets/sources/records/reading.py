@@ -11,10 +11,10 @@ from kd_assets.errors import BadRecordError, RecipeError
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.read import check_identity, iter_raw
 from kd_assets.sources.range_hash import RangeHash, ShardHash, hash_by_identity
-from kd_assets.sources.records.beside import USED_BESIDE_CHATS, not_understood, refuse_not_used
-from kd_assets.sources.records.given import Given
-from kd_assets.sources.records.record import Record, sample_id
-from kd_assets.sources.records.shapes import content_of, shape_of
+from kd_assets.sources.records.beside import not_understood, refuse_not_used
+from kd_assets.sources.records.given import Given, OwnNames
+from kd_assets.sources.records.record import Content, Record, sample_id
+from kd_assets.sources.records.shapes import content_of, order_of_shapes, shape_of
 from kd_assets.sources.records.values import NoDocumentError, kind_of, parse_object, unicode_text
 
 
@@ -23,13 +23,14 @@ def read_records(ranges: Sequence[RecordRange], shard_hash: ShardHash) -> Iterat
 
     Document ids are unique within what is yielded: a repeated one is a bad record. `shard_hash` takes in every record
     that passes; it is complete once the iterator is exhausted. Raises MissingInputError and InputError for files that
-    cannot be read as what they are said to be, FieldNotUnderstoodError and RecipeError as `parse_record` does.
+    cannot be read as what they are said to be, FieldNotUnderstoodError and RecipeError as `RecordParser.parse` does.
     """
     seen: dict[str, str] = {}
     for records in ranges:
+        parser = RecordParser(records)
         for raw in _hashed(records, shard_hash):
             try:
-                record = parse_record(raw, records)
+                record = parser.parse(raw)
             except BadRecordError as e:
                 yield e
                 continue
@@ -55,43 +56,62 @@ def _hashed(records: RecordRange, shard_hash: ShardHash) -> Iterator[RawRecord]:
     shard_hash.add(hash_by_identity(records) if records.hashed == "file" else digest.of(records))
 
 
-def parse_record(raw: RawRecord, records: RecordRange) -> Record:
-    """The record that `raw` holds.
+class RecordParser:
+    """Parses the records of one range; what it says of all of them is worked out once."""
 
-    Raises BadRecordError with file, line and reason; FieldNotUnderstoodError where it has what a template or a loss
-    would read and nothing here does; RecipeError where the recipe does not say which of two answers to take.
-    """
-    where = f"{records.path}:{raw.line}" if raw.line is not None else f"{records.path}: row {raw.number + 1}"
-    try:
-        given = Given(parse_object(raw.content), raw, records)
-        shape = shape_of(given, records.shape)
+    def __init__(self, records: RecordRange) -> None:
+        self._records, self._names = records, OwnNames(records)
+        self._order, self._file = order_of_shapes(records), file_of(records)
+
+    def parse(self, raw: RawRecord) -> Record:
+        """The record that `raw` holds.
+
+        Raises BadRecordError with file, line and reason; FieldNotUnderstoodError where it has what a template or a loss
+        would read and nothing here does; RecipeError where the recipe does not say which of two answers to take.
+        """
+        records = self._records
+        where = f"{records.path}:{raw.line}" if raw.line is not None else f"{records.path}: row {raw.number + 1}"
+        try:
+            given = Given(parse_object(raw.content), raw, self._names)
+            content = self._content(given, raw, where)
+            return Record(
+                where=where,
+                source=records.source,
+                number=raw.number,
+                document_id=_document_id(given.fields.get(records.id_field), records, raw.number),
+                text=content.text,
+                messages=content.messages,
+                passed_over=given.passed_over(is_chat=content.messages is not None),
+                tools=content.tools,
+                variables=content.variables,
+                ignored=given.ignored,
+                n_prompt_characters=content.n_prompt_characters,
+                n_prompt_messages=content.n_prompt_messages,
+                control_tokens=records.control_tokens,
+                sample_id=sample_id(records.source, content),
+                file=self._file,
+            )
+        except NoDocumentError as e:
+            raise BadRecordError(f"{where}: {e}", kind=e.kind) from e
+
+    def _content(self, given: Given, raw: RawRecord, where: str) -> Content:
+        """What the document is made of, once nothing is left of the record that would have to be in it."""
+        shape = shape_of(given, self._order)
         _refuse_not_read(given, raw, where)
         try:
             content = content_of(given, shape)
         except RecipeError as e:
             raise RecipeError(f"{where}: {e}") from e
-        is_chat = content.messages is not None
-        if is_chat or shape != "text":
-            refuse_not_used(given, where, is_chat=is_chat, but=USED_BESIDE_CHATS if is_chat else ())
-        return Record(
-            where=where,
-            source=records.source,
-            number=raw.number,
-            document_id=_document_id(given.fields.get(records.id_field), records, raw.number),
-            text=content.text,
-            messages=content.messages,
-            passed_over=given.passed_over(is_chat=is_chat),
-            tools=content.tools,
-            variables=content.variables,
-            ignored=given.ignored,
-            n_prompt_characters=content.n_prompt_characters,
-            n_prompt_messages=content.n_prompt_messages,
-            control_tokens=records.control_tokens,
-            sample_id=sample_id(records.source, content),
-            file=file_of(records),
-        )
-    except NoDocumentError as e:
-        raise BadRecordError(f"{where}: {e}", kind=e.kind) from e
+        if content.messages is not None:
+            refuse_not_used(given, where, is_chat=True)
+        elif shape != "text":
+            refuse_not_used(given, where, is_chat=False, but=())
+        return content
+
+
+def parse_record(raw: RawRecord, records: RecordRange) -> Record:
+    """`RecordParser.parse` of one record."""
+    return RecordParser(records).parse(raw)
 
 
 def file_of(records: RecordRange) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,17 +67,22 @@ def sample_id(source: str, content: Content) -> str:
     The same wherever the record lies and whatever file holds it: a field that is null and one that is not there are
     the same, as in Parquet; ids and fields that are left out are not in it.
     """
-    made_of: dict[str, Any] = {"text": content.text} if content.messages is None else {"messages": content.messages}
+    if content.messages is None:
+        made_of: dict[str, Any] = {"text": content.text}
+    else:
+        made_of = {"messages": _without_nulls(content.messages)}
     for name in ("tools", "variables", "n_prompt_characters", "n_prompt_messages"):
         if value := getattr(content, name):
-            made_of[name] = value
-    canonical = json.dumps([source, _without_nulls(made_of)], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:SAMPLE_ID_DIGITS]
+            made_of[name] = _without_nulls(value)
+    return hashlib.sha256(_canonical([source, made_of]).encode("utf-8")).hexdigest()[:SAMPLE_ID_DIGITS]
+
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (list, tuple)):
         return [_without_nulls(item) for item in value]
     return value

@@ -8,10 +8,10 @@ messages because there the template renders anew. A shape whose fields the sourc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from kd_assets.contract import RecordShape
+from kd_assets.contract import RecordRange
 from kd_assets.errors import RecipeError
 from kd_assets.sources.records.beside import tools_of, variables_of, with_system
 from kd_assets.sources.records.given import Given
@@ -34,20 +34,28 @@ SHAPES: dict[Shape, tuple[tuple[str, ...], ...]] = {
 OPTIONAL: dict[Shape, tuple[str, ...]] = {"preference": ("prompt",), "instruction": ("input",)}
 
 
-def shape_of(given: Given, said: RecordShape) -> Shape:
-    """The shape of a record. Raises NoDocumentError, with its keys, where it has none or not the one that is `said`."""
+def order_of_shapes(records: RecordRange) -> tuple[Shape, ...]:
+    """In which order they are tried on a record of this range."""
+    return tuple(sorted(SHAPES, key=lambda shape: not _is_asked_for(records, shape)))
+
+
+def shape_of(given: Given, order: Sequence[Shape]) -> Shape:
+    """The shape of a record, tried in this `order`. Raises NoDocumentError, with its keys, where it has none or not the
+    one that the source says."""
+    said = given.records.shape
     if said != "auto":
         if not fits(given, said):
             raise _not_of(given, said)
         return said
-    for shape in sorted(SHAPES, key=lambda shape: not _is_asked_for(given, shape)):
+    for shape in order:
         if fits(given, shape):
             return shape
     raise _no_shape(given)
 
 
 def fits(given: Given, shape: Shape) -> bool:
-    if shape == "preference" and given.records.prefer is not None and given.has(given.records.prefer):
+    prefer = given.records.prefer
+    if shape == "preference" and prefer is not None and given.has(prefer):
         return True
     return any(all(map(given.has, fields)) for fields in SHAPES[shape])
 
@@ -58,13 +66,13 @@ def content_of(given: Given, shape: Shape) -> Content:
     return _MAKERS[shape](given)
 
 
-def _is_asked_for(given: Given, shape: Shape) -> bool:
+def _is_asked_for(records: RecordRange, shape: Shape) -> bool:
     """Whether the source says something that is of this shape alone."""
-    if shape == "preference" and given.records.prefer is not None:
+    if shape == "preference" and records.prefer is not None:
         return True
     fields = {field for fields in SHAPES[shape] for field in fields} | set(OPTIONAL.get(shape, ()))
     # Of two shapes: it tells neither.
-    return bool((fields - {"prompt"}) & given.records.fields.keys())
+    return bool((fields - {"prompt"}) & records.fields.keys())
 
 
 def _text(given: Given) -> Content:

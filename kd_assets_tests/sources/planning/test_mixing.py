@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kd_assets.contract import RecordRange
 from kd_assets.errors import RecipeError
+from kd_assets.sources.files.raw import RawRecord
+from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.planning import cut_source
 from kd_assets.sources.planning.make import plan_shards
 from kd_assets.sources.planning.plan import PlannedShard, ShardPlan
+from kd_assets.sources.planning.token_rate import MEASURED_RECORDS
 from kd_assets.sources.spec import Sharding, SourceSpec
 from kd_assets_tests.sources.planning.test_growth import named, spec, texts_of, write
 
@@ -181,11 +185,12 @@ def test_large_files_of_columns_are_cut_by_their_footers_alone(tmp_path: Path, m
     path.parent.mkdir()
     pq.write_table(pa.table({"text": rows}), path, row_group_size=130)
 
-    def unread(records: object) -> None:
-        raise AssertionError("rows were read")
+    def some(records: RecordRange) -> Iterator[RawRecord]:
+        assert records.n_records <= MEASURED_RECORDS, "all rows were read"
+        return iter_raw(records)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cut_source, "iter_raw", unread)
+        patched.setattr(cut_source, "iter_raw", some)
         made = plan(spec(tmp_path / "data"), tokens_per_shard=2000)
         by_documents = plan(spec(tmp_path / "data"), documents_per_shard=300)
         capped = plan(spec(tmp_path / "data"), documents_per_shard=300, max_documents=450)

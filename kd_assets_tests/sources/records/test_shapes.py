@@ -83,6 +83,17 @@ def test_everything_that_the_document_is_not_made_of_is_named() -> None:
     assert parsed({"messages": CHAT, "text": None}).passed_over == ()
 
 
+def test_a_field_that_the_source_ignores_is_of_no_shape() -> None:
+    record = parsed({"instruction": "I", "input": "N", "output": "O"}, ignore_fields=("input",))
+    assert record.messages == ({"role": "user", "content": "I"}, {"role": "assistant", "content": "O"})
+    assert record.passed_over == ("input",)
+    record = parsed(
+        {"conversations": [{"from": "gpt", "value": "S"}], "prompt": "P", "response": "R"},
+        ignore_fields=("conversations",),
+    )
+    assert record.text == "PR"
+
+
 def test_columns_without_a_value_in_a_row_are_named_too() -> None:
     assert parsed({"text": "x"}, columns=("text", "id", "messages", "url")).passed_over == ("url",)
 

@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_assets.errors import InputError
-from kd_assets.sources.files.storage import size_of
+from kd_assets.sources.files.storage import REMOTE_BLOCK_BYTES, is_url, size_of
 
 BATCH_ROWS = 256
 """Rows decoded at a time."""
 _PAGE_BUFFER_BYTES = 1 << 20
-"""Read of a Parquet column at a time; otherwise a whole row group's share of it, which may be gigabytes, is."""
+"""Read of a Parquet column at a time, without `pre_buffer`; otherwise all that is asked for is held, a whole file's
+share of the column."""
 
 _FILE_MAGIC = b"ARROW1"
 _FILE_START = 8
@@ -62,7 +63,7 @@ def arrow_errors(path: str, file_format: str) -> Iterator[None]:
 
 
 def layout(f: BinaryIO, path: str, file_format: str, columns_read: Sequence[str]) -> Layout:
-    """What a file says of its rows; none of them is read. Raises InputError where it was cut or is of another format."""
+    """What a file says of its rows; none is read. Raises InputError where it was cut or is of another format."""
     with arrow_errors(path, file_format):
         return _parquet_layout(f, columns_read) if file_format == "parquet" else _arrow_layout(f, path)
 
@@ -86,7 +87,7 @@ def iter_batches(
 ) -> Iterator[tuple[int, Any]]:
     """Rows `first` to `stop` - 1 in batches, each after the number of its first row. Fewer where the file has fewer."""
     if file_format == "parquet":
-        batches = _parquet_batches(f, columns, first, stop)
+        batches = _parquet_batches(f, path, columns, first, stop)
     else:
         batches = _arrow_batches(f, path, columns, batch_offset, batch_first_record or 0)
     with arrow_errors(path, file_format):
@@ -115,8 +116,11 @@ def _parquet_layout(f: BinaryIO, columns_read: Sequence[str]) -> Layout:
     return Layout(metadata.schema.to_arrow_schema(), tuple(groups))
 
 
-def _parquet_batches(f: BinaryIO, columns: Sequence[str], first: int, stop: int) -> Iterator[tuple[int, Any]]:
-    file = pq.ParquetFile(f, buffer_size=_PAGE_BUFFER_BYTES)
+def _parquet_batches(
+    f: BinaryIO, path: str, columns: Sequence[str], first: int, stop: int
+) -> Iterator[tuple[int, Any]]:
+    buffer_bytes = REMOTE_BLOCK_BYTES if is_url(path) else _PAGE_BUFFER_BYTES
+    file = pq.ParquetFile(f, buffer_size=buffer_bytes, pre_buffer=False)
     groups: list[int] = []
     number = row = 0
     for i in range(file.metadata.num_row_groups):

@@ -61,7 +61,7 @@ BatchesFrom = Callable[[Sequence[str], int, int | None], Batches]
 
 def _parquet_batches(f: BinaryIO, path: Path) -> tuple[Any, BatchesFrom]:
     """Row groups before and after the rows that are asked for are not read."""
-    file = pq.ParquetFile(f)
+    file = pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False)  # else all that is asked for is held
 
     def batches_from(names: Sequence[str], first: int, stop: int | None) -> Batches:
         groups, number = _row_groups(file.metadata, first, file.metadata.num_rows if stop is None else stop)

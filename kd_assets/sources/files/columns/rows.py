@@ -45,12 +45,15 @@ class RowReader:
 
     def records(self, batch: Any, first: int) -> Iterator[RawRecord]:
         """The rows of a batch of `names`, the first of which has this number."""
-        rows = pa.Table.from_batches([batch]).select(self.names)
         try:
-            columns = [column.to_pylist() for column in rows.cast(self._schema, safe=False).columns]
+            batch.validate()
+            rows = pa.Table.from_batches([batch]).select(self.names).cast(self._schema, safe=False)
+            rows.validate(full=True)  # of a damaged file, offsets may lead anywhere
+            columns = [column.to_pylist() for column in rows.columns]
         except (pa.ArrowNotImplementedError, OverflowError, ValueError) as e:
             raise InputError(
-                f"{self._path}: rows {first + 1} to {first + len(batch)} cannot be read ({e}): convert the column"
+                f"{self._path}: rows {first + 1} to {first + len(batch)} cannot be read ({e}): write the file again, "
+                "or convert the column"
             ) from e
         for i, values in enumerate(zip(*columns, strict=True)):
             row = {}
@@ -63,25 +66,20 @@ class RowReader:
 
 def _form(found: Any, where: str) -> tuple[Any, _Convert]:
     """The type that a column is cast to, and what becomes of its values."""
-    types = pa.types
     if isinstance(found, pa.BaseExtensionType):
         return _form(found.storage_type, where)
-    if types.is_dictionary(found):
+    if pa.types.is_dictionary(found):
         return _form(found.value_type, where)
-    if types.is_string(found) or types.is_large_string(found) or types.is_string_view(found):
-        return pa.large_binary(), _decoded
-    if types.is_null(found) or types.is_boolean(found) or types.is_integer(found):
-        return found, _same
-    if types.is_floating(found):
-        return found, _finite
-    if types.is_decimal(found):
-        return found, str
-    if types.is_date(found):
-        return found, _iso
-    if types.is_timestamp(found):  # Python's have no nanoseconds
+    for fits, target, convert in _PLAIN:
+        if any(is_type(found) for is_type in fits):
+            return found if target is None else target, convert
+    if pa.types.is_timestamp(found):  # Python's have no nanoseconds
         return pa.timestamp("us", found.tz), _iso
-    if types.is_time(found):
-        return pa.time64("us"), _iso
+    return _nested_form(found, where)
+
+
+def _nested_form(found: Any, where: str) -> tuple[Any, _Convert]:
+    types = pa.types
     if types.is_map(found):
         key, convert_key = _form(found.key_type, where)
         item, convert_item = _form(found.item_type, where)
@@ -97,8 +95,8 @@ def _form(found: Any, where: str) -> tuple[Any, _Convert]:
         target, convert = _form(found.value_type, where)
         return pa.large_list(target), _list_converter(convert)
     raise InputError(
-        f"{where} has {found}, which is no text, number, date, list or object: convert it, or name another column in the "
-        "source's fields"
+        f"{where} has {found}, which is no text, number, date, list or object: convert it, or name another column in "
+        "the source's fields"
     )
 
 
@@ -143,3 +141,15 @@ def _whole(value: float) -> int | str | None:
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() else repr(value)
+
+
+_PLAIN: tuple[tuple[tuple[Callable[[Any], bool], ...], Any, _Convert], ...] = (
+    # As bytes: a string of Arrow's that is not UTF-8 would be a crash.
+    ((pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view), pa.large_binary(), _decoded),
+    ((pa.types.is_null, pa.types.is_boolean, pa.types.is_integer), None, _same),
+    ((pa.types.is_floating,), None, _finite),
+    ((pa.types.is_decimal,), None, str),
+    ((pa.types.is_date,), None, _iso),
+    ((pa.types.is_time,), pa.time64("us"), _iso),
+)
+"""Types without parts: the type that they are cast to (None: none), and what becomes of their values."""

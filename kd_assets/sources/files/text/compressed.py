@@ -63,7 +63,8 @@ class _Decompressing(io.RawIOBase):
         if "truncated" in reason.lower():
             return InputError(f"{self._path} was cut: it ends inside a {self._compression} frame: write it again")
         return InputError(
-            f"{self._path} cannot be read as {self._compression} ({reason}): write it again, or correct its name's suffix"
+            f"{self._path} cannot be read as {self._compression} ({reason}): write it again, or correct "
+            "its name's suffix"
         )
 
     def close(self) -> None:

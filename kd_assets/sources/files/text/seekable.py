@@ -1,9 +1,9 @@
 """A copy of a compressed text that can be entered anywhere, so that its last shard costs what its first one costs.
 
 Layout: zstd frames, each of `FRAME_BYTES` of text (the last has the rest), then one skippable frame (RFC 8878, 3.1.2)
-with an entry a frame (where it starts, how long it is, CRC-32 of its text) and the footer. So `zstd -d` gives the text,
-and byte n of it lies in frame n // FRAME_BYTES. The copy is named after the SHA-256 of the file that it was made of. The
-idea is that of zstd's own seekable format, with checksums that the standard library computes.
+with an entry a frame (where it starts, how long it is, CRC-32 of its text) and the footer. So `zstd -d` gives the
+text, and byte n of it lies in frame n // FRAME_BYTES. The copy is named after the SHA-256 of the file that it was made
+of. The idea is that of zstd's own seekable format, with checksums that the standard library computes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.files.storage import open_source, size_of
 
 FRAME_BYTES = 1 << 20
-_LEVEL = 3
-"""Zstd's own default: written at some 300 MB of text a second."""
+_LEVEL = 1
+"""The copy lasts as long as its plan: fast to write beats small."""
 
 _ENTRY = struct.Struct("<QLL")
 """Start and length of a frame in the copy, CRC-32 of its text."""
