@@ -58,7 +58,7 @@ class SourceModel(dg.Model, dg.Resolvable):
     control_tokens: Literal["text", "tokens"] | None = None
     """What control tokens are that plain texts spell out: text (the default), or, in texts that were rendered before,
     those tokens."""
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Its share of the tokens of every shard, beside the weights of the other sources."""
     licence: str = "unknown"
     """Left out: what the data set's card says."""

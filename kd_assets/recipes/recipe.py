@@ -26,6 +26,7 @@ from kd_assets.contract import (
 from kd_assets.errors import RecipeError
 from kd_assets.model_files.size import TeacherShape
 from kd_assets.scheduler.job import Resources
+from kd_assets.sources.records.beside import OURS
 from kd_assets.sources.spec import Sharding, SourceSpec, without_later_defaults
 from kd_assets.store import FORMAT_VERSION, fingerprint
 from kd_assets.store.computing_versions import computing_versions
@@ -116,6 +117,22 @@ class Recipe:
         if not self.caches:
             raise RecipeError(
                 f"recipe {self.name} caches nothing: name at least one of topk, hidden_states, embeddings"
+            )
+        overlap, on_long = self.tokenising.overlap, self.tokenising.on_long
+        if overlap and on_long != "split":
+            raise RecipeError(
+                f"recipe {self.name}: overlap is of windows, and long documents are {on_long}: set long_documents: "
+                "split, or leave overlap out"
+            )
+        if overlap >= self.max_length:
+            raise RecipeError(
+                f"recipe {self.name}: overlap is {overlap}, and a window has {self.max_length} tokens, the longest "
+                "max_length of its caches: make overlap smaller"
+            )
+        if ours := sorted(set(OURS) & self.tokenising.chat_template_kwargs.keys()):
+            raise RecipeError(
+                f"recipe {self.name}: chat_template_kwargs has {ours[0]!r}, which is not its to say: "
+                + ("set tools of the recipe" if ours[0] == "tools" else "it comes from each record")
             )
 
     @property

@@ -65,3 +65,18 @@ def fields_read(source: HasFields) -> tuple[str, ...]:
     standard = ("id", *SHAPE_FIELDS, *TEMPLATE_FIELDS)
     others: Mapping[str, str] = {name: own for name, own in source.fields.items() if name not in standard}
     return tuple(dict.fromkeys([*(named(field, source) for field in standard), *others.values()]))
+
+
+def why_not(source: HasFields) -> str | None:
+    """What is wrong with the names that a recipe gives the fields of a source; None where nothing is."""
+    known = (ID_FIELD, *SHAPE_FIELDS, *TEMPLATE_FIELDS)
+    for field, own in source.fields.items():
+        if field not in known:
+            return f"fields has {field!r}, which is of no shape: it takes {', '.join(known)}"
+        if own in source.ignore_fields:
+            return (
+                f"fields says that {own!r} is its {field}, and ignore_fields that it is left out: take out one of them"
+            )
+        if twin := next((other for other in known if other != field and named(other, source) == own), None):
+            return f"{own!r} is both its {twin} and its {field}: name another one in fields"
+    return None

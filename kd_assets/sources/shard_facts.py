@@ -93,7 +93,8 @@ def length_facts(samples: Samples) -> dict[str, Any]:
 
 
 def source_facts(ranges: Sequence[RecordRange], sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The rows that the shard covers, file by file, and their licences; `sources` as the plan pins them."""
+    """The rows that the shard covers, file by file, their licences, and how many are left out as copies of others;
+    `sources` as the plan pins them."""
     pinned = {source.get("name"): source for source in sources}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for records in ranges:
@@ -112,7 +113,9 @@ def source_facts(ranges: Sequence[RecordRange], sources: Sequence[Mapping[str, A
         row["first"], row["last"] = min(row["first"], records.first_record), max(row["last"], last)
         row["records"] += records.n_records - len(records.dropped)
     licences = {str(pinned.get(source, {}).get("licence", "unknown")) for source, _ in rows}
-    return {"source_rows": list(rows.values()), "licences": sorted(licences)}
+    n_duplicates = sum(len(records.dropped) for records in ranges)
+    facts = {"source_rows": list(rows.values()), "licences": sorted(licences)}
+    return facts | ({"n_duplicates": n_duplicates} if n_duplicates else {})
 
 
 def bad_record_facts(bad: Sequence[BadRecordError]) -> dict[str, Any]:

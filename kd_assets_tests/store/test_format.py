@@ -27,6 +27,7 @@ from kd_assets.durable import append_line
 from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
+    CorruptPlanError,
     FailedCheckError,
     InputError,
     NotCommittedError,
@@ -46,6 +47,7 @@ from kd_assets.store import (
     part_stats,
     plan_output,
     plan_parts,
+    planned_partitions,
     read_manifest,
     result_folder,
     set_head,
@@ -85,16 +87,66 @@ def test_result_that_failed_a_check_is_committed_and_not_made_current_and_reader
     assert CacheReader.from_folders([folder], allow_failed=True).manifests == (manifest,)
 
 
-def test_plan_has_its_partitions_and_their_inputs_and_is_hashed_over_them(store: Path) -> None:
+def test_plan_is_a_head_and_blocks_of_partitions_and_their_inputs_and_is_hashed_over_them(store: Path) -> None:
     """[F54]"""
-    write_plan(store, {"a-00000": "one", "a-00001": "two"})
-    raw = json.loads((store / "shard_plan" / "plan.json").read_bytes())
-    assert raw["plan_hash"] == fingerprint(
-        {
-            "shards": [["a-00000", hash_of("one")], ["a-00001", hash_of("two")]],
-            "sources": [["s", hash_of("s"), "CC0-1.0", None]],
-        }
-    )
+    write_plan(store, {"a-00000": "one", "a-00001": "two", "a-00005": "three"})
+    folder = store / "shard_plan"
+    head = json.loads((folder / "plan.json").read_bytes())
+    assert (folder / f"{head['plan_hash'][:16]}.json").read_bytes() == (folder / "plan.json").read_bytes()
+    assert head.pop("plan_sha256") == fingerprint(head)
+    assert head["plan_format"] == 2
+    assert head["keys"] == [["a-00000", 2], ["a-00005", 1]]
+    shards = []
+    for block in head["blocks"]:
+        data = (folder / "blocks" / block["name"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == block["sha256"]
+        found = json.loads(data)
+        assert len(found) == block["n_shards"]
+        shards += [[shard["partition_key"], shard["input_hash"]] for shard in found]
+    assert shards == [["a-00000", hash_of("one")], ["a-00001", hash_of("two")], ["a-00005", hash_of("three")]]
+    assert head["plan_hash"] == fingerprint({"shards": shards, "sources": [["s", hash_of("s"), "CC0-1.0", None]]})
+
+
+@pytest.mark.parametrize("has_own_hash", [True, False])
+def test_plan_of_an_earlier_version_is_one_file_with_its_shards(store: Path, has_own_hash: bool) -> None:
+    """[F59]"""
+    key, input_hash = "tiny-00001", hash_of("one")
+    named = [["s", hash_of("s"), "CC0-1.0", None]]
+    plan: dict[str, Any] = {
+        "shards": [{"partition_key": key, "input_hash": input_hash}],
+        "sources": [dict(zip(("name", "sha256", "licence", "revision"), named[0], strict=True))],
+        "plan_hash": fingerprint({"shards": [[key, input_hash]], "sources": named}),
+    }
+    plan |= {"plan_sha256": fingerprint(plan)} if has_own_hash else {}
+    (store / "shard_plan").mkdir(parents=True)
+    (store / "shard_plan" / "plan.json").write_text(json.dumps(plan))
+    planned = planned_partitions(store)
+    assert planned is not None
+    assert dict(planned.input_hashes) == {key: input_hash}
+    assert planned.plan_hash == plan["plan_hash"]
+    (store / "shard_plan" / "plan.json").write_text(json.dumps(plan | {"plan_hash": hash_of("other")}))
+    with pytest.raises(CorruptPlanError, match=r"plan\.json is not the plan that was made"):
+        planned_partitions(store)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "gone"])
+@pytest.mark.parametrize("part", ["plan.json", "blocks/*.json"])
+def test_plan_whose_head_or_block_is_another_is_refused_by_name(store: Path, part: str, harm: str) -> None:
+    """[F60] A plan that is gone is none: readers go by what is committed."""
+    write_plan(store, {"a-00000": "one"})
+    (path,) = (store / "shard_plan").glob(part)
+    damage(path, harm)
+    if part == "plan.json" and harm == "gone":
+        assert planned_partitions(store) is None
+        return
+    with pytest.raises(CorruptPlanError, match=re.escape(f"{path} is not the plan that was made")):
+        input_hash_of(store, "a-00000")
+
+
+def input_hash_of(store: Path, key: str) -> str:
+    planned = planned_partitions(store)
+    assert planned is not None
+    return planned.input_hashes[key]
 
 
 def test_reader_reads_exactly_what_the_plan_names(store: Path) -> None:

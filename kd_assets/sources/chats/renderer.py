@@ -44,12 +44,13 @@ class ChatRenderer:
     ) -> None:
         """`variables`, `tools`: of chats that bring none of their own. Raises RecipeError for a template that is not
         there, is none, or never looks at what the recipe would have it look at."""
-        self._name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        of_tokenizer = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        self._name = of_tokenizer if chat_template is None else "the recipe"
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._variables, self._turns = dict(variables or {}), turns
         self._tools = list(tools) if tools else None
         self.control_token = any_of(special_tokens_of(tokenizer))
-        sources = _templates_of(tokenizer, self._name, chat_template, template_name)
+        sources = _templates_of(tokenizer, of_tokenizer, chat_template, template_name)
         self.source = "\n".join(sources[use] for use in sorted(sources))
         """The text of its template; of two, one after the other."""
         self._templates = {use: self._compiled(source) for use, source in sources.items()}
@@ -198,9 +199,11 @@ def _templates_of(tokenizer: Any, name: str, chat_template: str | None, template
         return {"default": chat_template}
     own = tokenizer.chat_template
     if not own:
+        asked = "" if template_name is None else f" (the recipe asks for the one called {template_name!r})"
         raise RecipeError(
-            f"{name} has no chat template, and the source holds messages: add a chat_template.jinja to the "
-            "tokenizer's folder, or give a chat_template or texts instead"
+            f"{name} has no chat template{asked}, and records of the source become chats (messages, instructions): name "
+            "a template's file with chat_template of the recipe, add a chat_template.jinja to the tokenizer's folder, or "
+            "give texts instead"
         )
     several = own if isinstance(own, dict) else {"default": own}
     if template_name is None and "default" in several:

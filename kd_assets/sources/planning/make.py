@@ -16,11 +16,12 @@ from typing import Any
 
 from kd_assets.errors import RecipeError
 from kd_assets.model_files.digests import DigestCache
+from kd_assets.sources.fields import why_not
 from kd_assets.sources.planning.before import Before, before_of, key_of
 from kd_assets.sources.planning.cut_source import CutSource, SourceCutter
 from kd_assets.sources.planning.cutting import Share, Stretch
 from kd_assets.sources.planning.duplicates import SeenRecords, seen_records
-from kd_assets.sources.planning.mixing import Caps, in_drawn_order, mixed, within
+from kd_assets.sources.planning.mixing import Caps, in_drawn_order, mixed, rest_last, within
 from kd_assets.sources.planning.plan import PlannedShard, ShardPlan, SourceCounts, plan_of
 from kd_assets.sources.planning.token_rate import CountTokens
 from kd_assets.sources.range_hash import shard_hash
@@ -128,6 +129,10 @@ def check_recipe(sources: Sequence[SourceSpec], sharding: Sharding, *, shard_pre
             raise RecipeError(
                 f"source {spec.name!r}: ignore_fields has {used[0]!r}, which is what documents are made of"
             )
+        if (why := why_not(spec)) is not None:
+            raise RecipeError(f"source {spec.name!r}: {why}")
+        if spec.prefer is not None and spec.shape not in ("auto", "preference"):
+            raise RecipeError(f"source {spec.name!r}: prefer is of shape preference, and its shape is {spec.shape}")
     without = [spec.name for spec in sources if spec.weight is None]
     if without and len(without) < len(sources):
         raise RecipeError(
@@ -185,7 +190,7 @@ def _new(
 ) -> Sequence[Share]:
     by_bytes = sharding.tokens_per_shard is not None
     if all(cut.spec.weight is not None for cut in cuts.values()) and len(cuts) > 1:
-        shares = {name: in_drawn_order(cut.shares, sharding.seed) for name, cut in cuts.items()}
+        shares = {name: rest_last(cut.shares, sharding.seed) for name, cut in cuts.items()}
         amounts = {name: cut.amount for name, cut in cuts.items()}
         return list(mixed(shares, amounts, by_bytes=by_bytes, shorten=shorten))
     return in_drawn_order([share for cut in cuts.values() for share in cut.shares], sharding.seed)

@@ -36,6 +36,12 @@ def in_drawn_order(shares: Sequence[Share], seed: int | None) -> list[Share]:
     return sorted(shares, key=drawn)
 
 
+def rest_last(shares: Sequence[Share], seed: int | None) -> list[Share]:
+    """The shares of a mixture's source in drawn order; its last one, which may be smaller than the others, stays the
+    last, so that no shard before has less of the source than its weight says."""
+    return [*in_drawn_order(shares[:-1], seed), *shares[-1:]]
+
+
 def mixed(
     shares: Mapping[str, Sequence[Share]], amounts: Mapping[str, float], *, by_bytes: bool, shorten: Shorten
 ) -> Iterator[Share]:

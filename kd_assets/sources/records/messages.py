@@ -35,10 +35,13 @@ FUNCTION_CALL = "function_call"
 
 
 def messages_of(value: Any, field: str, given: Given) -> tuple[Message, ...]:
-    """The messages in a record's `field`, checked. Raises NoDocumentError, which names the message and the key."""
+    """The messages in a record's `field`, checked; a table has them as the JSON text of the list. Raises
+    NoDocumentError, which names the message and the key."""
     name = given.own(field)
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = json_list(value, repr(name))
     if not isinstance(value, list):
-        raise NoDocumentError(f"{name!r} is {kind_of(value)}; expected a list of messages")
+        raise NoDocumentError(f"{name!r} is {kind_of(value)}; expected a list of messages, or JSON text of it")
     if not value:
         raise NoDocumentError(f"{name!r} is an empty list")
     return tuple(_message(message, field, f"{name}[{i}]", given) for i, message in enumerate(value))

@@ -166,10 +166,19 @@ def _no_shape(given: Given) -> NoDocumentError:
         return NoDocumentError(f"{messages!r} is null, and there is no {text!r}", kind="null")
     return NoDocumentError(
         f"neither {text!r} nor {messages!r} is there (it has {named_list(given.names) or 'no field'}), nor the fields "
-        f"of another shape ({_shapes_in_words()}): say with fields of source {source!r} which of its own stand for "
-        "those",
+        f"of another shape ({_shapes_in_words()}){_what_is_said_of_others(given)}: say with fields of source "
+        f"{source!r} which of its own stand for those",
         kind="no shape fits",
     )
+
+
+def _what_is_said_of_others(given: Given) -> str:
+    """What the source says of fields that the record does not have."""
+    records = given.records
+    said = [f"fields says {own!r} for {field}" for field, own in records.fields.items() if own not in given.names]
+    if records.prefer is not None and given.own(records.prefer) not in given.names:
+        said.append(f"prefer says {given.own(records.prefer)!r}")
+    return f"; {', '.join(said)}, which is not there" if said else ""
 
 
 def _not_of(given: Given, shape: Shape) -> NoDocumentError:

@@ -327,3 +327,15 @@ def test_a_file_that_changed_since_it_was_found_is_refused(tmp_path: Path) -> No
     write(tmp_path, "parquet", pa.table({"text": ["a", "b"]}))
     with pytest.raises(InputError, match="changed while it was being planned"):
         scan_columns(file, columns_read=READ)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_of_the_type_for_json_are_what_their_text_says(tmp_path: Path, layout: str) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [1]}]
+    texts = pa.array([json.dumps(message) for message in messages])
+    as_json = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), pa.ExtensionArray.from_storage(pa.json_(), texts))
+    text = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['"not quoted"']))
+    file = write(tmp_path, layout, pa.table({"messages": as_json, "text": text}))
+    scan = scan_columns(file, columns_read=READ)
+    (record,) = iter_raw(ranged(file, scan, 0, 1))
+    assert json.loads(record.content) == {"messages": messages, "text": "not quoted"}

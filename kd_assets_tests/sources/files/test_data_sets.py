@@ -5,6 +5,7 @@ What the hub's client reads of the environment it reads on import, so that each 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,6 +22,8 @@ from kd_assets.sources.fields import fields_read
 from kd_assets.sources.files.find import FoundSource, SourceFile, find_source
 from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.files.scan import scan_columns
+from kd_assets.sources.range_hash import ShardHash
+from kd_assets.sources.records import Record, read_records
 from kd_assets.sources.spec import DatasetSpec, SourceSpec
 from kd_assets_tests.sources.files.conftest import found, lines
 from kd_assets_tests.sources.files.hub import Hub, running_hub
@@ -236,3 +239,20 @@ def test_a_data_set_that_the_hub_does_not_give_is_told(
     answer = ask(tmp_path, hub, **spec)
     assert answer["error"] == error
     assert re.search(reason, answer["message"])
+
+
+def test_messages_that_differ_in_their_keys_come_through_datasets_as_they_are(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+    ]
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "train.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (file,) = data_set(tmp_path, "./chats").files
+    plain = RecordRange(source="w", path=file.path, file_format="arrow", first_record=0, n_records=1)
+    scan = scan_columns(file, columns_read=fields_read(plain))
+    (record,) = read_records([dataclasses.replace(plain, file_identity=scan.identity)], ShardHash())
+    assert isinstance(record, Record)
+    assert record.messages == tuple(messages)

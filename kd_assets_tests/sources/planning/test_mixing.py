@@ -66,6 +66,16 @@ def test_every_prefix_of_a_mixture_has_its_sources_in_their_proportions(
     assert left == {"a": 0, "b": 100, "c": 800}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_rest_of_a_source_is_drawn_last_so_that_no_shard_before_lacks_its_part(tmp_path: Path, seed: int) -> None:
+    sources = {
+        "a": write(tmp_path / "a.jsonl", of_length(70, 50, "a")),
+        "c": write(tmp_path / "c.jsonl", of_length(1000, 30, "c")),
+    }
+    made = plan(*weighted(sources, a=1, c=1), documents_per_shard=40, seed=seed)
+    assert [(f["a"], f["c"]) for f in map(documents_of, ([s] for s in made))] == [(20, 20)] * 3 + [(10, 10)]
+
+
 def test_weights_are_shares_of_tokens_where_shards_are_cut_by_tokens(sources: dict[str, Path]) -> None:
     made = plan(*weighted(sources, a=1, b=1), tokens_per_shard=1000, max_tokens=6000)
     for n in range(1, made.n_shards + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -130,3 +131,11 @@ def test_what_is_nested_too_deeply_is_a_bad_record(n_levels: int, is_bad: bool) 
         return
     with pytest.raises(BadRecordError, match="nested too deeply"):
         parsed(line)
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_messages_in_a_column_of_json_text_are_parsed_as_tables_have_them(field: str) -> None:
+    messages = [USER, {"role": "assistant", "content": "7 °C"}]
+    assert parsed({field: json.dumps(messages)}).messages == tuple(messages)
+    with pytest.raises(BadRecordError, match=rf"'{field}' is text that is not JSON .*expected a list"):
+        parsed({field: "[{'role': 'user'}]"})

@@ -2,7 +2,8 @@
 
 Structs and maps become objects, in the order of their fields; what is null in them is left out, since Arrow cannot tell
 it from what is absent; in lists it stays. Dates, times and decimals become strings in ISO form. A string that is not
-UTF-8 is carried as half surrogates, so that it is one bad record and no crash.
+UTF-8 is carried as half surrogates, so that it is one bad record and no crash. Values of Arrow's type for JSON, as
+which `datasets` keeps what differs from row to row, are what their text says.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class RowReader:
 def _form(found: Any, where: str) -> tuple[Any, _Convert]:
     """The type that a column is cast to, and what becomes of its values."""
     if isinstance(found, pa.BaseExtensionType):
-        return _form(found.storage_type, where)
+        target, convert = _form(found.storage_type, where)
+        return target, _of_json if found.extension_name == "arrow.json" else convert
     if pa.types.is_dictionary(found):
         return _form(found.value_type, where)
     for fits, target, convert in _PLAIN:
@@ -126,6 +128,14 @@ def _same(value: Any) -> Any:
 
 def _decoded(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape")
+
+
+def _of_json(value: bytes) -> Any:
+    text = _decoded(value)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # a bad record, where a document would be made of it
 
 
 def _finite(value: float) -> float | None:
