@@ -220,7 +220,7 @@ def test_a_bill_that_cannot_be_made_stops_no_plan(deployment: Deployment, monkey
 def test_a_billion_tokens_of_parquet_are_billed_for_llama31_70b_from_footers_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file of 64 MB of text, and 63 links to a copy whose pages are overwritten: reading its rows would not do. (Of the
+    """A file of 64 MB of text, and 63 links to a copy whose pages are overwritten: no row of it can be read. (Of the
     first file a few rows are tried, whether documents can be made of them.)"""
     folder = tmp_path / "texts"
     folder.mkdir()
