@@ -338,6 +338,6 @@ def no_documents(unit: WorkUnit, counts: RecordCounts, bad: Sequence[BadRecordEr
     dropped = f", {counts.n_dropped_documents:,} too long" if counts.n_dropped_documents else ""
     return BadRecordError(
         f"none of the {counts.n_records:,} records of {unit.partition_key} in {paths} became a document "
-        f"({counts.n_bad_records:,} bad, {counts.n_empty_documents:,} without tokens{dropped}){first}; mend them, or set "
-        "on_bad_record: skip, with which a shard may be empty"
+        f"({counts.n_bad_records:,} bad, {counts.n_empty_documents:,} without tokens{dropped}){first}; mend them, or "
+        "set on_bad_record: skip, with which a shard may be empty"
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TopkParams
-from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings
+from kd_assets.errors import RecipeError
+from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising
 from kd_assets.sources.spec import Sharding, SourceSpec
 
 
@@ -44,3 +47,20 @@ def test_draws_change_the_topk_cache_and_no_other() -> None:
 def test_seed_is_of_a_caches_identity_where_something_is_drawn_with_it() -> None:
     assert a_recipe(seed=1).code_version("topk_cache") == a_recipe().code_version("topk_cache")
     assert a_recipe(draws=50, seed=1).code_version("topk_cache") != a_recipe(draws=50).code_version("topk_cache")
+
+
+@pytest.mark.parametrize(
+    ("tokenising", "why"),
+    [
+        (Tokenising(overlap=8), "overlap is of windows, and long documents are truncate: set long_documents: split"),
+        (
+            Tokenising(on_long="split", overlap=300),
+            "overlap is 300, and a window has 300 tokens, the longest max_length",
+        ),
+        (Tokenising(chat_template_kwargs={"tools": []}), "chat_template_kwargs has 'tools'.*set tools of the recipe"),
+        (Tokenising(chat_template_kwargs={"messages": []}), "chat_template_kwargs has 'messages'.*from each record"),
+    ],
+)
+def test_what_cannot_be_tokenised_is_refused_before_anything_is_planned(tokenising: Tokenising, why: str) -> None:
+    with pytest.raises(RecipeError, match=f"recipe r: {why}"):
+        dataclasses.replace(a_recipe(), tokenising=tokenising)

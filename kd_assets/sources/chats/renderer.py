@@ -201,9 +201,9 @@ def _templates_of(tokenizer: Any, name: str, chat_template: str | None, template
     if not own:
         asked = "" if template_name is None else f" (the recipe asks for the one called {template_name!r})"
         raise RecipeError(
-            f"{name} has no chat template{asked}, and records of the source become chats (messages, instructions): name "
-            "a template's file with chat_template of the recipe, add a chat_template.jinja to the tokenizer's folder, or "
-            "give texts instead"
+            f"{name} has no chat template{asked}, and records of the source become chats (messages, instructions): "
+            "name a template's file with chat_template of the recipe, add a chat_template.jinja to the tokenizer's "
+            "folder, or give texts instead"
         )
     several = own if isinstance(own, dict) else {"default": own}
     if template_name is None and "default" in several:

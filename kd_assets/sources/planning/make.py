@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_assets.errors import RecipeError
+from kd_assets.errors import InputError, RecipeError
 from kd_assets.model_files.digests import DigestCache
 from kd_assets.sources.fields import why_not
 from kd_assets.sources.planning.before import Before, before_of, key_of
@@ -83,12 +83,29 @@ def plan_shards(
         tally.counted(_planned(key, share, cuts), share)
         for key, share in _assembled(cuts, sharding, before, shard_prefix)
     )
-    return plan_of(
+    plan = plan_of(
         shards,
         [cut.pinned for cut in cuts.values()],
         settings=settings,
         counts=tally.counts(),
         said=[line for cut in cuts.values() for line in cut.said],
+    )
+    if not plan.n_shards:
+        raise InputError(f"no shard can be made: {_why_there_is_none(cuts)}")
+    return plan
+
+
+def _why_there_is_none(cuts: Mapping[str, CutSource]) -> str:
+    """Why sources with records give no shard, and what to do."""
+    copies = [name for name, cut in cuts.items() if not cut.kept and not cut.shares]
+    if copies:
+        return (
+            f"every record of source {copies[0]!r} is a copy of another one (drop_duplicates), and a mixture takes "
+            "some of each source: take it out of the recipe, or leave drop_duplicates out"
+        )
+    return (
+        "max_documents or max_tokens leaves room for less than a document of each source, or a source has too few for "
+        "its weight: raise them"
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_assets.contract import RecordRange
-from kd_assets.errors import RecipeError
+from kd_assets.errors import InputError, RecipeError
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.planning import cut_source
@@ -215,3 +215,29 @@ def test_large_files_of_columns_are_cut_by_their_footers_alone(tmp_path: Path, m
     before_keys = named(by_documents)
     assert len(after.keys) == 5
     assert before_keys.items() <= named(after).items()
+
+
+def test_a_plan_without_a_shard_is_refused_with_its_reason(tmp_path: Path) -> None:
+    texts = of_length(20, 50)
+    mixture = [spec(write(tmp_path / f"{name}.jsonl", texts), name, weight=1) for name in "ab"]
+    with pytest.raises(
+        InputError, match=r"every record of source 'b' is a copy of another one .*leave drop_duplicates"
+    ):
+        plan(*mixture, documents_per_shard=10, drop_duplicates=True)
+    with pytest.raises(InputError, match=r"max_documents or max_tokens leaves room for less than a document.*raise"):
+        plan(spec(tmp_path / "a.jsonl", "a"), documents_per_shard=10, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"fields": {"promt": "q"}}, r"fields has 'promt', which is of no shape: it takes id, text, messages"),
+        ({"fields": {"prompt": "q", "completion": "q"}}, r"'q' is both its completion and its prompt"),
+        ({"fields": {"text": "body"}, "ignore_fields": ("body",)}, r"ignore_fields that it is left out"),
+        ({"prefer": "chosen", "shape": "text"}, r"prefer is of shape preference, and its shape is text"),
+    ],
+)
+def test_fields_that_no_record_could_have_are_refused(tmp_path: Path, said: dict[str, Any], why: str) -> None:
+    path = write(tmp_path / "a.jsonl", of_length(2, 50))
+    with pytest.raises(RecipeError, match=f"source 'a': .*{why}"):
+        plan(spec(path, "a", **said))

@@ -128,3 +128,10 @@ def test_a_file_of_several_is_in_the_name_of_its_documents() -> None:
 def test_what_control_tokens_are_is_said_of_each_record() -> None:
     assert parsed({"text": "x"}).control_tokens == "tokens"
     assert parsed({"text": "x"}, control_tokens="text").control_tokens == "text"
+
+
+def test_a_record_without_a_field_that_its_source_names_says_which() -> None:
+    with pytest.raises(BadRecordError, match="fields says 'question' for prompt, which is not there: say with fields"):
+        parsed({"q": "a", "a": "b"}, fields={"prompt": "question", "completion": "a"})
+    with pytest.raises(BadRecordError, match="prefer says 'rejected', which is not there"):
+        parsed({"prompt": "a", "chosen": "b"}, prefer="rejected")
