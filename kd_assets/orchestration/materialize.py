@@ -52,7 +52,7 @@ def materialize_plan(
     context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform
 ) -> dg.MaterializeResult[None]:
     """Pin the sources and register one dynamic partition a shard, in sorted order."""
-    planner = planner_of(recipe, platform)
+    planner = planner_of(recipe, platform, say=context.log.warning)
     with as_failure(), alive(platform.jobs_folder, context.run.run_id):
         plan = planner.draft_plan(keeps_copies=True)
         bill = bill_to_show(recipe, platform, planner, plan, context.log)

@@ -29,6 +29,7 @@ from kd_assets.durable import prepare_folder, read_if_there, replace_file
 from kd_assets.errors import (
     NO_ANSWER,
     ContractError,
+    CorruptPlanError,
     InputError,
     MissingInputError,
     StorageUnavailableError,
@@ -99,14 +100,21 @@ class Planner:
 
     def draft_plan(self, *, keeps_copies: bool = False) -> ShardPlan:
         """The plan that `make_plan` would make now, not written. `keeps_copies`: of compressed files, which jobs need
-        and who only looks does not."""
+        and who only looks does not. A current plan that is damaged is begun anew, which mends it, and is said."""
+        try:
+            return self._draft_after(self._read_plan(PLAN_NAME), keeps_copies=keeps_copies)
+        except (ContractError, CorruptPlanError) as e:  # the head's, or that of a block when it is looked into
+            self._say(f"the current shard plan is damaged, and is made anew: {e}")
+            return self._draft_after(None, keeps_copies=keeps_copies)
+
+    def _draft_after(self, previous: ShardPlan | None, *, keeps_copies: bool) -> ShardPlan:
         return plan_shards(
             [s.spec for s in self._recipe.sources],
             self._recipe.sharding,
             shard_prefix=self._recipe.name,
             base_folder=Path(self._variables["KD_HOME"]),
             environment=self._variables,
-            previous=self._plan_before(),
+            previous=previous,
             seekable_folder=self._folder / SHARD_PLAN / "seekable" if keeps_copies else None,
             digests=self._digests,
             count_tokens=self._token_counter(),
@@ -119,14 +127,6 @@ class Planner:
         prepare_folder(folder)
         plan.write(folder)
         self._plan = plan
-
-    def _plan_before(self) -> ShardPlan | None:
-        """The current plan; None where there is none that can be read: then a plan begins anew, which mends it."""
-        try:
-            return self._read_plan(PLAN_NAME)
-        except ContractError as e:
-            self._say(f"the current shard plan is damaged, and is made anew: {e}")
-            return None
 
     def _token_counter(self) -> CountTokens | None:
         """None where the tokenizer is not here yet: a plan can be made before the teacher is."""

@@ -128,6 +128,24 @@ def test_fields_that_nothing_was_made_of_and_licences_are_in_the_metadata_of_a_s
     assert record.metadata["learned_share"].value == 1.0
 
 
+@pytest.mark.parametrize("part", ["plan.json", "blocks/*.json"])
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_plan_is_mended_by_planning_again_as_its_error_says(
+    deployment: Deployment, part: str, harm: str
+) -> None:
+    (path,) = (deployment.platform.recipe_folder("tiny") / "shard_plan").glob(part)
+    made = path.read_bytes()
+    path.write_bytes(made[:100])
+    if harm == "gone":
+        path.unlink()
+    failed = deployment.run("shards_manifest", partition=SHARDS[0])
+    assert "materialize" in failure_text(failed)
+    assert "shard_plan" in failure_text(failed)
+    assert deployment.run("shard_plan").success
+    assert path.read_bytes() == made
+    assert deployment.run("shards_manifest", partition=SHARDS[0]).success
+
+
 def test_one_cache_of_one_partition_makes_that_and_no_other(deployment: Deployment) -> None:
     assert deployment.run("shards_manifest", partition_range=ALL).success
     result = deployment.run("hidden_state_cache", partition=SHARDS[1])

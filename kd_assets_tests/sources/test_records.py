@@ -187,7 +187,7 @@ def test_a_repeated_id_is_a_bad_record_that_names_the_first(tmp_path: Path) -> N
     )
     items = read_all(path)
     assert [isinstance(item, BadRecordError) for item in items] == [False, True, False, True]
-    assert str(items[1]) == f"{path}:2: id '7' is already that of {path}:1"
+    assert str(items[1]).startswith(f"{path}:2: id '7' is already that of {path}:1: give one of them another id, or ")
 
 
 def test_a_line_without_end_is_refused_instead_of_filling_memory(
@@ -515,3 +515,23 @@ def test_a_file_system_that_fails_while_a_source_is_read_is_no_fault_of_the_sour
         list(read_records(plan.shards[0].records, ShardHash()))
     with pytest.raises(StorageUnreachableError, match=rf"cannot read {path}: Input/output error"):
         plan_of(path)
+
+
+def test_sources_whose_ids_are_the_same_go_together_once_one_is_called_after_its_numbers(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"id": 1, "text": "x"}\n')
+
+    def records_of(**id_field: str) -> list[Record | BadRecordError]:
+        sources = [
+            SourceSpec(
+                name=name, path=f"{name}.jsonl", licence="CC0-1.0", weight=1, **(id_field if name == "b" else {})
+            )
+            for name in "ab"
+        ]
+        (shard,) = plan_shards(sources, Sharding(), shard_prefix="s", base_folder=tmp_path)
+        return list(read_records(shard.records, ShardHash()))
+
+    _, second = records_of(id_field="id")
+    assert isinstance(second, BadRecordError)
+    assert "name a field with id_field of source 'b'" in str(second)
+    assert [r.document_id for r in records_of(id_field="none") if isinstance(r, Record)] == ["1", "b-000000000"]

@@ -47,6 +47,18 @@ def messages_of(value: Any, field: str, given: Given) -> tuple[Message, ...]:
     return tuple(_message(message, field, f"{name}[{i}]", given) for i, message in enumerate(value))
 
 
+def messages_in_text(value: Any) -> Any:
+    """The list of messages whose JSON text a value is; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    says_who = all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in found)
+    return found if says_who else value
+
+
 def _message(value: Any, field: str, name: str, given: Given) -> Message:
     if not isinstance(value, dict):
         raise NoDocumentError(f'{name} is {kind_of(value)}; expected {{"role": ..., "content": ...}}')

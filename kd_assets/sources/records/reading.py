@@ -36,7 +36,10 @@ def read_records(ranges: Sequence[RecordRange], shard_hash: ShardHash) -> Iterat
                 continue
             if first := seen.get(record.document_id):
                 yield BadRecordError(
-                    f"{record.where}: id {record.document_id!r} is already that of {first}", kind="repeated id"
+                    f"{record.where}: id {record.document_id!r} is already that of {first}: give one of them another "
+                    f"id, or name a field with id_field of source {records.source!r} (of one that no record has: "
+                    "they are called after the source, the file and their number)",
+                    kind="repeated id",
                 )
                 continue
             seen[record.document_id] = record.where

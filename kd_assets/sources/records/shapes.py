@@ -15,7 +15,7 @@ from kd_assets.contract import RecordRange
 from kd_assets.errors import RecipeError
 from kd_assets.sources.records.beside import tools_of, variables_of, with_system
 from kd_assets.sources.records.given import Given
-from kd_assets.sources.records.messages import messages_of
+from kd_assets.sources.records.messages import messages_in_text, messages_of
 from kd_assets.sources.records.record import Content, Message
 from kd_assets.sources.records.values import NoDocumentError, named_list, string
 
@@ -111,8 +111,10 @@ def _preference(given: Given) -> Content:
 
 def _answered(given: Given, field: str) -> Content:
     """A prompt and its answer, or an answer alone. Two strings are one text; where one of them is a list of messages,
-    a string is a message of the user or the assistant. The prompt's part is not learned."""
-    prompt, answer = given.take("prompt") if given.has("prompt") else None, given.take(field)
+    a string is a message of the user or the assistant, and a table has the list as JSON text. The prompt's part is not
+    learned."""
+    prompt = messages_in_text(given.take("prompt")) if given.has("prompt") else None
+    answer = messages_in_text(given.take(field))
     if not isinstance(answer, list) and not isinstance(prompt, list):
         before = "" if prompt is None else string(prompt, repr(given.own("prompt")))
         text = before + string(answer, repr(given.own(field)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -122,3 +123,17 @@ def test_a_prompt_that_the_answer_repeats_stands_once(prompt: Any, chosen: Any) 
 def test_an_answer_of_the_prompt_alone_is_a_bad_record() -> None:
     with pytest.raises(BadRecordError, match="'chosen' has nothing after the messages of 'prompt'"):
         parsed({"prompt": [user("a")], "chosen": [user("a")], "rejected": "c"}, prefer="chosen")
+
+
+@pytest.mark.parametrize("field", ["completion", "response", "chosen"])
+def test_messages_in_columns_of_json_text_are_a_chat_as_tables_have_them(field: str) -> None:
+    asked, answered = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    prefer = {"prefer": "chosen"} if field == "chosen" else {}
+    record = parsed({"prompt": json.dumps([asked]), field: json.dumps([answered])}, **prefer)
+    assert record.messages == (asked, answered)
+    assert record.n_prompt_messages == 1
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', "[{not JSON", '[{"role": "user"}, 3]'])
+def test_other_json_in_a_prompt_or_an_answer_is_text(text: str) -> None:
+    assert parsed({"prompt": text, "completion": text}).text == text + text
