@@ -220,18 +220,21 @@ def test_a_bill_that_cannot_be_made_stops_no_plan(deployment: Deployment, monkey
 def test_a_billion_tokens_of_parquet_are_billed_for_llama31_70b_from_footers_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """64 links to one file of 64 MB of text; reading a row would not do: its pages are overwritten."""
+    """A file of 64 MB of text, and 63 links to a copy whose pages are overwritten: no row of it can be read. (Of the
+    first file a few rows are tried, whether documents can be made of them.)"""
     folder = tmp_path / "texts"
     folder.mkdir()
     first = folder / "part-00.parquet"
     body = "All the words that a teacher of seventy billion parameters is going to read. " * 13
     table = pa.table({"text": [body] * 64_000})
     pq.write_table(table, first, row_group_size=1000, compression="zstd", use_dictionary=False)
-    with first.open("r+b") as f:
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(first.read_bytes())
+    with damaged.open("r+b") as f:
         f.seek(4)
         f.write(b"\0" * 64)
     for i in range(1, 64):
-        (folder / f"part-{i:02d}.parquet").hardlink_to(first)
+        (folder / f"part-{i:02d}.parquet").hardlink_to(damaged)
     monkeypatch.setenv("KD_LLAMA31_70B_SHARDS", str(folder))
     monkeypatch.setenv("KD_HOME", str(tmp_path / "home"))
     full_disk(monkeypatch, free=10**18)

@@ -48,7 +48,7 @@ def bytes_at_most(recipe: Recipe, amounts: Sequence[Amount], hidden_size: int | 
         of_source = bytes_needed(recipe, amount.n_tokens, amount.n_documents, hidden_size or 0)
         found = {asset: (n_bytes or 0) + of_source[asset] for asset, n_bytes in found.items()}
     if hidden_size is None:
-        found |= {asset: None for asset in found if asset in ("hidden_state_cache", "embedding_cache")}
+        found |= dict.fromkeys(found.keys() & {"hidden_state_cache", "embedding_cache"})
     return found
 
 

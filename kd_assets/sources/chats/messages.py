@@ -77,6 +77,9 @@ def forms(messages: list[Message], reads: TemplateReads) -> Iterator[Form]:
     JSON text of an object is given as the object, as templates expect that write it with `tojson` or go through its
     items, unless the template asks by itself whether it is a string.
     """
+    if not has_null_content(messages) and not any(m.get("tool_calls") or m.get("function_call") for m in messages):
+        yield Form(messages, False)  # the others are the same
+        return
     as_objects, as_text = _with_arguments(messages, _parsed), _with_arguments(messages, _as_json)
     by_arguments = [messages, as_objects, as_text] if reads.tells_arguments_as_text else [as_objects, messages, as_text]
     emptied = [Form(_with_empty_content(form), True) for form in by_arguments]

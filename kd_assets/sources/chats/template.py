@@ -47,6 +47,8 @@ class ChatTemplate:
         except (TemplateError, RecursionError) as e:
             raise RecipeError(f"the chat template of {name} is none that Jinja can read: {e}") from e
         self._name, self._variables = name, variables
+        self.generation_prompt = ""
+        """What it adds for a prompt, once that was seen."""
 
     def render(
         self,

@@ -118,9 +118,10 @@ class Conversation:
         """Where what the assistant says begins in the rendering of the messages up to assistant message `i`; None where
         that rewrites the messages before it."""
         turn = self.first(i + 1)
-        before, prompted = self.first_or_none(i), self.first_or_none(i, prompt=True)
-        if prompted is not None and prompted != before and turn.startswith(prompted):
+        prompted = self.first_or_none(i, prompt=True)
+        if prompted is not None and turn.startswith(prompted) and self._ends_with_a_prompt(i, prompted):
             return len(prompted)
+        before = self.first_or_none(i)
         # There is no prompt (the template does not look at add_generation_prompt), or the turn begins otherwise (a
         # prompt that ends by opening a thought): the header is what every assistant turn here begins with.
         header_end = self._common_header(i)
@@ -128,6 +129,17 @@ class Conversation:
         # header has to do.
         n_before = (0 if i == 0 else 1) if before is None else kept(before, turn, self.control_token)
         return None if n_before is None or header_end < n_before else header_end
+
+    def _ends_with_a_prompt(self, i: int, prompted: str) -> bool:
+        """Whether the rendering of the first `i` messages with a generation prompt has one: it differs from that
+        without. That is not rendered where it ends as one that was found in another chat."""
+        known, last = self.template.generation_prompt, str(self.messages[i - 1].get("content")) if i else ""
+        if known and prompted.endswith(known) and not last.rstrip().endswith(known.strip()):
+            return True
+        before = self.first_or_none(i)
+        if before and prompted.startswith(before) and len(prompted) > len(before):
+            self.template.generation_prompt = prompted[len(before) :]
+        return prompted != before
 
     def _common_header(self, i: int) -> int:
         """How far the rendering up to message `i` does not depend on what that says."""

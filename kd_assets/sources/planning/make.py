@@ -78,16 +78,16 @@ def plan_shards(
             if (of_source := seen[spec.name]) is not None:
                 cutter.see_again(spec, of_source)
         cuts = {spec.name: cutter.cut(spec, seen[spec.name]) for spec in sources}
-    shards, n_tokens = list[PlannedShard](), dict.fromkeys(cuts, 0.0)
-    for key, share in _assembled(cuts, sharding, before, shard_prefix):
-        shards.append(_planned(key, share, cuts))
-        for stretch in share.stretches:
-            n_tokens[stretch.records.source] += cuts[stretch.records.source].n_tokens(stretch)
+    tally = _Tally(cuts)
+    shards = (
+        tally.counted(_planned(key, share, cuts), share)
+        for key, share in _assembled(cuts, sharding, before, shard_prefix)
+    )
     plan = plan_of(
         shards,
         [cut.pinned for cut in cuts.values()],
         settings=settings,
-        counts=_counts(cuts, shards, n_tokens),
+        counts=tally.counts(),
         said=[line for cut in cuts.values() for line in cut.said],
     )
     if not plan.n_shards:
@@ -166,10 +166,13 @@ def _assembled(
     def shorten(stretch: Stretch, n_documents: int) -> Stretch | None:
         return cuts[stretch.records.source].shorten(stretch, n_documents)
 
-    keyed: list[tuple[str | None, Share]] = [*_kept(cuts, before)]
-    keyed += [(None, share) for share in _new(cuts, sharding, shorten)]
+    def keyed() -> Iterator[tuple[str | None, Share]]:
+        yield from _kept(cuts, before)
+        for share in _new(cuts, sharding, shorten):
+            yield None, share
+
     shards = within(
-        iter(keyed),
+        keyed(),
         Caps(max_documents=sharding.max_documents, max_tokens=sharding.max_tokens),
         n_tokens_of=lambda stretch: cuts[stretch.records.source].n_tokens(stretch),
         shorten=shorten,
@@ -225,22 +228,29 @@ def _planned(key: str, share: Share, cuts: Mapping[str, CutSource]) -> PlannedSh
     )
 
 
-def _counts(
-    cuts: Mapping[str, CutSource], shards: Sequence[PlannedShard], n_tokens: Mapping[str, float]
-) -> list[SourceCounts]:
-    """What became of each source's records."""
-    n_records, n_dropped = dict.fromkeys(cuts, 0), dict.fromkeys(cuts, 0)
-    for shard in shards:
-        for records in shard.records:
-            n_records[records.source] += records.n_records
-            n_dropped[records.source] += len(records.dropped)
-    return [
-        SourceCounts(
-            source=name,
-            n_documents=n_records[name] - n_dropped[name],
-            n_duplicates=n_dropped[name],
-            n_left=cut.pinned.n_records - n_records[name],
-            n_tokens=round(n_tokens[name]),
-        )
-        for name, cut in cuts.items()
-    ]
+class _Tally:
+    """What became of each source's records, counted shard by shard, so that nobody has to hold all shards."""
+
+    def __init__(self, cuts: Mapping[str, CutSource]) -> None:
+        self._cuts = cuts
+        self._n_records, self._n_dropped = dict.fromkeys(cuts, 0), dict.fromkeys(cuts, 0)
+        self._n_tokens = dict.fromkeys(cuts, 0.0)
+
+    def counted(self, shard: PlannedShard, share: Share) -> PlannedShard:
+        for stretch in share.stretches:
+            records = stretch.records
+            self._n_records[records.source] += records.n_records
+            self._n_dropped[records.source] += len(records.dropped)
+            self._n_tokens[records.source] += self._cuts[records.source].n_tokens(stretch)
+        return shard
+
+    def counts(self) -> Iterator[SourceCounts]:
+        """To be taken once all shards are counted."""
+        for name, cut in self._cuts.items():
+            yield SourceCounts(
+                source=name,
+                n_documents=self._n_records[name] - self._n_dropped[name],
+                n_duplicates=self._n_dropped[name],
+                n_left=cut.pinned.n_records - self._n_records[name],
+                n_tokens=round(self._n_tokens[name]),
+            )

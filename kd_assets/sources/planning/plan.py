@@ -193,10 +193,10 @@ def plan_of(
     sources: Sequence[PinnedSource],
     *,
     settings: Mapping[str, Any],
-    counts: Sequence[SourceCounts] = (),
+    counts: Iterable[SourceCounts] = (),
     said: Sequence[str] = (),
 ) -> ShardPlan:
-    """A plan of these shards, in memory."""
+    """A plan of these shards, in memory. `counts` are asked for after the last shard."""
     digest, keys, blocks = PlanHash(), list[str](), list[tuple[Block, bytes]]()
     totals = dict.fromkeys(("n_records", "n_documents", "n_bytes", "n_tokens"), 0)
     for group in _blocks(_counted(shards, digest, keys, totals)):
