@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -521,13 +522,9 @@ def test_sources_whose_ids_are_the_same_go_together_once_one_is_called_after_its
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"id": 1, "text": "x"}\n')
 
-    def records_of(**id_field: str) -> list[Record | BadRecordError]:
-        sources = [
-            SourceSpec(
-                name=name, path=f"{name}.jsonl", licence="CC0-1.0", weight=1, **(id_field if name == "b" else {})
-            )
-            for name in "ab"
-        ]
+    def records_of(*, id_field: str) -> list[Record | BadRecordError]:
+        a = SourceSpec(name="a", path="a.jsonl", licence="CC0-1.0", weight=1)
+        sources = [a, dataclasses.replace(a, name="b", path="b.jsonl", id_field=id_field)]
         (shard,) = plan_shards(sources, Sharding(), shard_prefix="s", base_folder=tmp_path)
         return list(read_records(shard.records, ShardHash()))
 

@@ -52,6 +52,8 @@ class CutSource:
     """What is new."""
     amount: float
     """Of a whole share, in bytes or documents."""
+    n_copies_alone: int
+    """Records that are copies and of no share."""
     column_scans: Mapping[str, ColumnScan]
     """By the name of a file."""
 
@@ -170,6 +172,7 @@ class SourceCutter:
             kept=tuple(kept),
             shares=tuple(cutter.finish()),
             amount=cutter.amount,
+            n_copies_alone=cutter.n_copies_alone,
             column_scans=scans,
         )
 

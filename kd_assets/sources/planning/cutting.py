@@ -60,6 +60,8 @@ class Cutter:
     """Of a share: documents, or bytes."""
     by_bytes: bool
     shares: list[Share] = field(default_factory=list)
+    n_copies_alone: int = 0
+    """Records in stretches that hold nothing but copies, which are of no share."""
     _open: list[Stretch] = field(default_factory=list)
     _n_closed: int = 0
     _reached: float = 0.0
@@ -81,6 +83,8 @@ class Cutter:
         """Put a stretch into the open share, which ends with it or goes on."""
         if stretch.n_documents:
             self._open.append(stretch)
+        else:
+            self.n_copies_alone += stretch.records.n_records
         if ends:
             self._n_closed += 1
             self._close()

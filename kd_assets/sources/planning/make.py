@@ -250,7 +250,7 @@ class _Tally:
             yield SourceCounts(
                 source=name,
                 n_documents=self._n_records[name] - self._n_dropped[name],
-                n_duplicates=self._n_dropped[name],
-                n_left=cut.pinned.n_records - self._n_records[name],
+                n_duplicates=self._n_dropped[name] + cut.n_copies_alone,
+                n_left=cut.pinned.n_records - self._n_records[name] - cut.n_copies_alone,
                 n_tokens=round(self._n_tokens[name]),
             )

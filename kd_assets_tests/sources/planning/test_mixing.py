@@ -241,3 +241,12 @@ def test_fields_that_no_record_could_have_are_refused(tmp_path: Path, said: dict
     path = write(tmp_path / "a.jsonl", of_length(2, 50))
     with pytest.raises(RecipeError, match=f"source 'a': .*{why}"):
         plan(spec(path, "a", **said))
+
+
+def test_a_source_of_nothing_but_copies_is_counted_as_copies_and_not_as_left_over(tmp_path: Path) -> None:
+    texts = of_length(20, 50)
+    sources = [spec(write(tmp_path / f"{name}.jsonl", texts), name) for name in "ab"]
+    for previous in (None, plan(*sources, documents_per_shard=10, drop_duplicates=True)):
+        made = plan(*sources, documents_per_shard=10, drop_duplicates=True, previous=previous)
+        counts = [(c.source, c.n_documents, c.n_duplicates, c.n_left) for c in made.counts]
+        assert counts == [("a", 20, 0, 0), ("b", 0, 20, 0)]

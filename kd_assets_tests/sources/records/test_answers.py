@@ -128,7 +128,7 @@ def test_an_answer_of_the_prompt_alone_is_a_bad_record() -> None:
 @pytest.mark.parametrize("field", ["completion", "response", "chosen"])
 def test_messages_in_columns_of_json_text_are_a_chat_as_tables_have_them(field: str) -> None:
     asked, answered = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
-    prefer = {"prefer": "chosen"} if field == "chosen" else {}
+    prefer: dict[str, Any] = {"prefer": "chosen"} if field == "chosen" else {}
     record = parsed({"prompt": json.dumps([asked]), field: json.dumps([answered])}, **prefer)
     assert record.messages == (asked, answered)
     assert record.n_prompt_messages == 1
