@@ -3,12 +3,14 @@ local scheduler and worker."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import dagster as dg
 
 from kd_assets.components import load_recipe
+from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import Platform
 from kd_assets_tests.golden.facts import RECIPE
 from kd_assets_tests.orchestration.deployment import Deployment
@@ -42,6 +44,22 @@ class GoldenDeployment(Deployment):
         self.recipe = load_recipe(RECIPE, project)
         self.definitions = dg.Definitions.merge(
             dg.ComponentTree.for_project(project).build_defs(),
+            dg.Definitions(resources={"platform": self.platform}, executor=dg.in_process_executor),
+        )
+
+    def say_what_went_without_saying(self) -> None:
+        """Have the recipe say what recipes of then meant without it, and a plan of today asks for: of a source of an
+        unknown licence why it may be used, and that control tokens in texts are those tokens."""
+        sources = tuple(
+            dataclasses.replace(
+                source,
+                spec=dataclasses.replace(source.spec, control_tokens="tokens", licence_accepted="made for this test"),
+            )
+            for source in self.recipe.sources
+        )
+        self.recipe = dataclasses.replace(self.recipe, sources=sources)
+        self.definitions = dg.Definitions.merge(
+            recipe_definitions(self.recipe),
             dg.Definitions(resources={"platform": self.platform}, executor=dg.in_process_executor),
         )
 

@@ -78,6 +78,7 @@ def anew(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Iterator[Go
     """Everything made by today's code, from the same sources and the same teacher, in an empty store."""
     home = tmp_path_factory.mktemp("anew") / "home with a space"
     for deployment in deploy(home, project, kept=("teacher", "sources")):
+        deployment.say_what_went_without_saying()
         deployment.plan()
         result = deployment.run(*deployment.everything, partition_range=ALL)
         assert result.success, failure_text(result)
