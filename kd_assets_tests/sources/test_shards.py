@@ -303,7 +303,7 @@ def test_bad_records_are_skipped_counted_and_named_when_the_recipe_says_so(
     (manifest,) = run(job, stream=stream)
     assert manifest.n_documents == 2
     assert manifest.facts["n_bad_records"] == 2
-    assert [cause.partition(': give one')[0] for cause in manifest.facts["bad_records"]] == [
+    assert [cause.partition(": give one")[0] for cause in manifest.facts["bad_records"]] == [
         f"{source}:1: not JSON: Expecting value at column 1",
         f"{source}:4: id 'x' is already that of {source}:3",
     ]
