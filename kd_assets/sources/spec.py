@@ -110,7 +110,14 @@ def resolve_path(
 
     Raises MissingInputError as `with_variables` does, and for an empty path.
     """
-    resolved = with_variables(path, what=what, environment=environment)
+    return absolute_path(with_variables(path, what=what, environment=environment), base_folder, what=what)
+
+
+def absolute_path(resolved: str, base_folder: Path, *, what: str) -> Path:
+    """A path whose variables are replaced, made absolute. (Once: what a variable stands for may have a `$` of its own.)
+
+    Raises MissingInputError, naming `what`, for an empty path and for what no file is called.
+    """
     if not resolved:
         raise MissingInputError(f"{what}: its path is empty")
     if "\0" in resolved:

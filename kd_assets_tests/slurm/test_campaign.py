@@ -40,8 +40,11 @@ def round_with(
     return said
 
 
-def committed_parts(round_: ClusterRound) -> list[Path]:
-    return [path for path in part_files(round_.deployment) if (path.parent / "manifest.json").exists()]
+def recorded_parts(round_: ClusterRound) -> list[Path]:
+    """Parts of results that the run has recorded: it looks at them no more."""
+    deployment = round_.deployment
+    recorded = deployment.instance.get_materialized_partitions(deployment.recipe.key("topk_cache"))
+    return [path for path in part_files(deployment) if path.parents[1].name in recorded]
 
 
 def test_a_round_in_which_nothing_goes_wrong_is_clean(round_with: Callable[[Plant], Record]) -> None:
@@ -51,16 +54,16 @@ def test_a_round_in_which_nothing_goes_wrong_is_clean(round_with: Callable[[Plan
 
 def test_a_part_that_vanishes_is_lost(round_with: Callable[[Plant], Record]) -> None:
     def vanish(round_: ClusterRound, rng: random.Random) -> None:
-        wait_until("something is committed", lambda: committed_parts(round_))
-        committed_parts(round_)[0].unlink()
+        wait_until("something is recorded", lambda: recorded_parts(round_), 120)
+        recorded_parts(round_)[0].unlink()
 
     assert round_with(vanish)["lost"] > 0
 
 
 def test_a_byte_that_flips_differs(round_with: Callable[[Plant], Record]) -> None:
     def flip(round_: ClusterRound, rng: random.Random) -> None:
-        wait_until("something is committed", lambda: committed_parts(round_))
-        path = committed_parts(round_)[0]
+        wait_until("something is recorded", lambda: recorded_parts(round_), 120)
+        path = recorded_parts(round_)[0]
         data = path.read_bytes()
         path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
 

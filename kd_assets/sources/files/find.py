@@ -6,6 +6,7 @@ cannot be told is refused: nothing is dropped in silence.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_assets.contract import Compression, FileFormat
-from kd_assets.durable import is_passing, storage_errors
+from kd_assets.durable import storage_errors
 from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.files.formats import compression_of, format_of_content, format_of_name
 from kd_assets.sources.files.storage import (
@@ -27,7 +28,7 @@ from kd_assets.sources.files.storage import (
     remote_errors,
     remote_info,
 )
-from kd_assets.sources.spec import SourceSpec, resolve_path, with_variables
+from kd_assets.sources.spec import SourceSpec, absolute_path, with_variables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +76,7 @@ def find_source(spec: SourceSpec, *, base_folder: Path, environment: Mapping[str
     path = with_variables(spec.path, what=what, environment=environment)
     if is_url(path):
         return _found(_remote_files(path), spec.file_format, path)
-    local = resolve_path(local_path(path), base_folder, what=what, environment=environment)
+    local = absolute_path(local_path(path), base_folder, what=what)
     if (saved := _saved_to_disk(local)) is not None:
         return saved
     return _found(_local_files(local), spec.file_format, str(local))
@@ -120,7 +121,7 @@ def _local_files(path: Path) -> _Candidates:
         try:
             mode = path.stat().st_mode
         except OSError as e:
-            if is_passing(e) and not isinstance(e, FileNotFoundError):
+            if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
                 raise
             if not _MAGIC.search(str(path)):
                 raise MissingInputError(

@@ -17,6 +17,7 @@ from kd_assets.sources.files.find import FoundSource, SourceFile, find_source
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.files.scan import ColumnScan, TextScan, scan_columns
+from kd_assets.sources.files.storage import is_url, local_path
 from kd_assets.sources.licences import decide_licence
 from kd_assets.sources.planning.before import HASHED_WHOLE, Before, key_of
 from kd_assets.sources.planning.cutting import Cutter, Share, Stretch, cut_records, cut_rows, group_with
@@ -25,7 +26,7 @@ from kd_assets.sources.planning.plan import PinnedFile, PinnedSource
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN, MEASURED_RECORDS, CountTokens, measured_rate
 from kd_assets.sources.range_hash import RangeHash, hash_by_identity, header_of
 from kd_assets.sources.records import parse_record
-from kd_assets.sources.spec import Sharding, SourceSpec, resolve_path
+from kd_assets.sources.spec import Sharding, SourceSpec, absolute_path, with_variables
 from kd_assets.store.fingerprint import fingerprint
 
 ROWS_READ_BYTES = 64 << 20
@@ -181,10 +182,9 @@ class SourceCutter:
         if spec.path is None:
             assert spec.dataset is not None
             return "/".join(filter(None, (spec.dataset.name, spec.dataset.config, spec.dataset.split)))
-        if "://" in spec.path:
-            return spec.path
         what = f"source {spec.name!r}"
-        return str(resolve_path(spec.path, self.base_folder, what=what, environment=self.environment))
+        path = with_variables(spec.path, what=what, environment=self.environment)
+        return path if is_url(path) else str(absolute_path(local_path(path), self.base_folder, what=what))
 
     def _refuse_vanished(self, spec: SourceSpec, found: FoundSource) -> None:
         """A file of the plan before that is not there: not to see it is no reason to forget it."""

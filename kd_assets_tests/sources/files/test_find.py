@@ -275,3 +275,12 @@ def test_reading_needs_neither_datasets_nor_fsspec() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+def test_what_a_variable_stands_for_may_have_a_dollar_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "$HOME ${x} `y`"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "x"}\n')
+    spec = SourceSpec(name="s", path="$DATA/a.jsonl", licence="CC0-1.0")
+    (file,) = find_source(spec, base_folder=tmp_path, environment={"DATA": str(folder)}).files
+    assert file.path == str(folder / "a.jsonl")
