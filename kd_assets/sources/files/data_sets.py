@@ -17,7 +17,7 @@ from typing import Any
 from kd_assets.durable import storage_errors
 from kd_assets.errors import InputError, MissingInputError, StorageUnreachableError
 from kd_assets.sources.files.find import FoundSource, SourceFile
-from kd_assets.sources.files.formats import licence_named, licence_of_card
+from kd_assets.sources.files.formats import SAVED_SPLITS, SAVED_STATE, licence_named, licence_of_card
 from kd_assets.sources.spec import DatasetSpec, resolve_path
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -35,7 +35,7 @@ def find_data_set(spec: DatasetSpec, *, base_folder: Path, environment: Mapping[
         )
     if spec.name.startswith(("/", ".", "~", "$")):
         folder = resolve_path(spec.name, base_folder, what=f"data set {spec.name!r}", environment=environment)
-        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if any((folder / name).is_file() for name in (SAVED_STATE, SAVED_SPLITS)):
             return find_saved(folder, split=spec.split)
         return _of_folder(spec, folder, environment)
     return _of_hub(spec, environment)
@@ -47,8 +47,8 @@ def find_data_set(spec: DatasetSpec, *, base_folder: Path, environment: Mapping[
 def find_saved(folder: Path, *, split: str | None) -> FoundSource:
     """What `datasets.save_to_disk` wrote: one split, or a folder of several, of which `split` is one."""
     with storage_errors(folder, "read"):
-        if (folder / "dataset_dict.json").is_file():
-            splits = _json_of(folder / "dataset_dict.json").get("splits", [])
+        if (folder / SAVED_SPLITS).is_file():
+            splits = _json_of(folder / SAVED_SPLITS).get("splits", [])
             if split is None and len(splits) == 1:
                 split = splits[0]
             if split not in splits:
@@ -58,7 +58,7 @@ def find_saved(folder: Path, *, split: str | None) -> FoundSource:
                     + f": give the path of one ({folder}/SPLIT), or dataset: {{name: {folder}, split: SPLIT}}"
                 )
             folder = folder / str(split)
-        state, info = _json_of(folder / "state.json"), _json_of(folder / "dataset_info.json")
+        state, info = _json_of(folder / SAVED_STATE), _json_of(folder / "dataset_info.json")
         if split is not None and state.get("_split") not in (None, split):
             raise MissingInputError(f"{folder} is the split {state['_split']!r} and not {split!r}: correct the recipe")
         names = [str(one["filename"]) for one in state.get("_data_files") or []]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from kd_assets.contract import Compression, FileFormat
 from kd_assets.durable import storage_errors
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.sources.files.formats import compression_of, format_of_content, format_of_name
+from kd_assets.sources.files.formats import SAVED_SPLITS, SAVED_STATE, compression_of, format_of_content, format_of_name
 from kd_assets.sources.files.storage import (
     changed_of,
     file_system,
@@ -84,7 +84,7 @@ def find_source(spec: SourceSpec, *, base_folder: Path, environment: Mapping[str
 
 def _saved_to_disk(path: Path) -> FoundSource | None:
     """What a plain path to a folder of `datasets.save_to_disk` names."""
-    if not any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json")):
+    if not any(os.path.isfile(path / name) for name in (SAVED_STATE, SAVED_SPLITS)):
         return None
     from kd_assets.sources.files.data_sets import find_saved
 

@@ -24,6 +24,9 @@ _FORMATS: dict[str, FileFormat] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd"}
 
+SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Of a folder that `datasets.save_to_disk` wrote: which files it has, and which splits (each in a folder)."""
+
 _PEEK_BYTES = 1 << 20
 
 
