@@ -220,7 +220,7 @@ class ShardInProgress:
             return 0
         assert not isinstance(outcome, BadRecordError)
         taken = [document for document in outcome if len(document.input_ids)]
-        part.counts.add(counts_of(outcome))
+        count(outcome, part.counts)
         part.documents += taken
         return sum(len(document.input_ids) for document in taken)
 
@@ -272,39 +272,36 @@ class ShardInProgress:
         }
 
 
-def counts_of(documents: Sequence[TokenisedDocument]) -> RecordCounts:
-    """What became of one record that is not bad."""
-    counts = RecordCounts()
+def count(documents: Sequence[TokenisedDocument], counts: RecordCounts) -> None:
+    """Count what became of one record that is not bad."""
     for document in documents:
         if document.dropped:
             counts.n_dropped_documents += 1
         elif not len(document.input_ids):
             counts.n_empty_documents += 1
         else:
-            counts.add(counts_of_document(document))
-    turns = {document.name_in_record.partition("/")[0] for document in documents}
-    counts.n_fanned_out_turns = max(len(turns) - 1, 0)
+            count_document(document, counts)
+    if len(documents) > 1:
+        turns = {document.name_in_record.partition("/")[0] for document in documents}
+        counts.n_fanned_out_turns += len(turns) - 1
     if documents and (chat := documents[0].chat) is not None:
-        counts.n_unlearned_turns = chat.unlearned_turns
-    return counts
+        counts.n_unlearned_turns += chat.unlearned_turns
 
 
-def counts_of_document(document: TokenisedDocument) -> RecordCounts:
+def count_document(document: TokenisedDocument, counts: RecordCounts) -> None:
     n_loss_tokens = int(np.count_nonzero(document.loss_mask))
-    chat = document.chat
-    return RecordCounts(
-        n_truncated_documents=int(document.truncated),
-        n_control_token_documents=int(document.spells_control_tokens),
-        n_own_ends_documents=int(document.has_own_ends),
-        n_documents_without_loss=int(n_loss_tokens == 0),
-        n_loss_tokens=n_loss_tokens,
-        n_split_documents=int(document.window == 1),
-        n_windows=int(document.window > 0),
-        n_control_tokens_as_text_documents=int(document.control_tokens_as_text),
-        n_documents_without_bos=int(document.lacks_bos),
-        n_emptied_null_contents=int(chat is not None and chat.emptied_null_content),
-        n_documents_with_unrendered_messages=int(chat is not None and chat.unrendered_messages > 0),
-    )
+    counts.n_truncated_documents += document.truncated
+    counts.n_control_token_documents += document.spells_control_tokens
+    counts.n_own_ends_documents += document.has_own_ends
+    counts.n_documents_without_loss += n_loss_tokens == 0
+    counts.n_loss_tokens += n_loss_tokens
+    counts.n_split_documents += document.window == 1
+    counts.n_windows += document.window > 0
+    counts.n_control_tokens_as_text_documents += document.control_tokens_as_text
+    counts.n_documents_without_bos += document.lacks_bos
+    if (chat := document.chat) is not None:
+        counts.n_emptied_null_contents += chat.emptied_null_content
+        counts.n_documents_with_unrendered_messages += chat.unrendered_messages > 0
 
 
 def take_batch(items: Iterator[Record | BadRecordError], n_most: int) -> list[Record | BadRecordError]:
