@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kd_assets.diagnose.finding import Finding, fail, ok, warn
-from kd_assets.diagnose.preview import BYTES_A_TOKEN
 from kd_assets.errors import InputError, MissingInputError, NotCommittedError
 from kd_assets.model_files.digests import DigestCache, hashed_sha256, known_sha256
 from kd_assets.model_files.folder import model_folder
@@ -18,7 +17,9 @@ from kd_assets.orchestration.billing.space import bytes_in_words, bytes_needed
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
+from kd_assets.sources.files.find import find_source
 from kd_assets.sources.planning.plan import ShardPlan
+from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
 from kd_assets.sources.spec import resolve_path
 from kd_assets.store.reading.summary import inspect
 
@@ -70,16 +71,16 @@ def size_of_the_plan(recipe: Recipe, platform: Platform) -> tuple[int, int, str]
     try:
         plan: ShardPlan = planner.current_plan()
     except MissingInputError:
-        paths = [
-            resolve_path(s.spec.path, platform.home_folder, what=s.spec.name, environment=platform.variables())
+        if datasets := [s.spec.name for s in recipe.sources if s.spec.dataset is not None]:
+            # To look at one may be to download it.
+            raise MissingInputError(f"source {datasets[0]!r} is a data set, and no shard plan is made") from None
+        found = [
+            find_source(s.spec, base_folder=platform.home_folder, environment=platform.variables())
             for s in recipe.sources
-            if s.spec.path is not None
         ]
-        if missing := [path for path in paths if not path.is_file()]:
-            raise MissingInputError(f"the source {missing[0]} is not there, and no shard plan is made") from None
-        n_tokens = sum(path.stat().st_size for path in paths) // BYTES_A_TOKEN
+        n_tokens = int(sum(file.n_bytes for source in found for file in source.files) / ASSUMED_BYTES_PER_TOKEN)
         return n_tokens, max(n_tokens // 500, 1), "the sources (no shard plan yet)"
-    n_tokens = plan.totals["n_tokens"] or plan.totals["n_bytes"] // BYTES_A_TOKEN
+    n_tokens = plan.totals["n_tokens"] or int(plan.totals["n_bytes"] / ASSUMED_BYTES_PER_TOKEN)
     return n_tokens, plan.totals["n_documents"], "the shard plan"
 
 

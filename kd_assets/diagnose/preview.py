@@ -40,8 +40,6 @@ UNKNOWN_WEIGHTS = "0" * 64
 MOST_TASKS_SHOWN = 12
 MOST_COMMANDS_SHOWN = 4
 MOST_NOTES = 6
-BYTES_A_TOKEN = 4
-"""What the planner estimates tokens by before anything is tokenised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,8 +225,7 @@ class _Previewer:
         if not_tokenised:
             notes.append(
                 f"follows the shards job, in the run: {_partitions(len(not_tokenised))} not tokenised yet, their "
-                f"tokens estimated at {BYTES_A_TOKEN} bytes each. The zeros stand for the key, which is made of their "
-                "content"
+                "tokens as the plan estimates them. The zeros stand for the key, which is made of their content"
             )
         if work.units and weights is None:
             notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -87,6 +88,21 @@ def test_free_space_is_held_against_the_plan(
     finding = one(check_space(deployment.recipe, deployment.platform))
     assert finding.status is status
     assert "of the shard plan take at most" in finding.found
+
+
+def test_free_space_before_there_is_a_plan_goes_by_every_file_of_a_source(deployment: Deployment) -> None:
+    (source,) = deployment.recipe.sources
+    shutil.rmtree(deployment.platform.recipe_folder("tiny") / "shard_plan")
+    path = Path(str(source.spec.path).replace("$KD_HOME", str(deployment.home)))
+    folder = deployment.home / "several"
+    folder.mkdir()
+    for name in "ab":
+        shutil.copy(path, folder / f"{name}.jsonl")
+    spec = dataclasses.replace(source.spec, path=str(folder))
+    recipe = dataclasses.replace(deployment.recipe, sources=(dataclasses.replace(source, spec=spec),))
+    finding = one(check_space(recipe, deployment.platform))
+    assert finding.status is Status.OK
+    assert f"{2 * path.stat().st_size // 4:,} tokens of the sources (no shard plan yet)" in finding.found
 
 
 def test_the_estimate_is_not_below_what_the_caches_really_take(deployment: Deployment) -> None:

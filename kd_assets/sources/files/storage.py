@@ -170,13 +170,12 @@ def remote_errors(url: str) -> Iterator[None]:
         raise StorageUnreachableError(f"cannot read {url}: {e or type(e).__name__}; run again once it answers") from e
 
 
-class _RemoteFile(io.RawIOBase):
-    """A file of fsspec whose errors name its URL."""
+class PositionedFile(io.RawIOBase):
+    """A file for reading of `n_bytes`, which its `readinto` takes from its `position` on, wherever that is."""
 
-    def __init__(self, url: str, file: Any, n_bytes: int) -> None:
+    def __init__(self, n_bytes: int) -> None:
         super().__init__()
-        self._url, self._file, self._n_bytes = url, file, n_bytes
-        self._position = 0
+        self.n_bytes, self.position = n_bytes, 0
 
     def readable(self) -> bool:
         return True
@@ -185,26 +184,34 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._position
+        return self.position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._n_bytes}[whence]
-        self._position = start + offset
-        return self._position
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.n_bytes}[whence]
+        self.position = start + offset
+        return self.position
+
+
+class _RemoteFile(PositionedFile):
+    """A file of fsspec whose errors name its URL."""
+
+    def __init__(self, url: str, file: Any, n_bytes: int) -> None:
+        super().__init__(n_bytes)
+        self._url, self._file = url, file
 
     def readinto(self, buffer: Any) -> int:
-        n_bytes = min(len(buffer), self._n_bytes - self._position)
+        n_bytes = min(len(buffer), self.n_bytes - self.position)
         if n_bytes <= 0:
             return 0
         with remote_errors(self._url):
-            self._file.seek(self._position)
+            self._file.seek(self.position)
             data = self._file.read(n_bytes)
         if len(data) != n_bytes:
             raise StorageUnreachableError(
                 f"cannot read {self._url}: {len(data):,} bytes came of {n_bytes:,}; run again once it answers"
             )
         buffer[:n_bytes] = data
-        self._position += n_bytes
+        self.position += n_bytes
         return n_bytes
 
     def close(self) -> None:

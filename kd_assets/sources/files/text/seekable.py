@@ -30,7 +30,7 @@ from kd_assets.durable import (
     sync_folder,
 )
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.sources.files.storage import open_source, size_of
+from kd_assets.sources.files.storage import PositionedFile, open_source, size_of
 
 FRAME_BYTES = 1 << 20
 _LEVEL = 1
@@ -141,50 +141,35 @@ def open_seekable(path: str, of: str) -> Iterator[BinaryIO]:
 _REMEDY = "materialize shard_plan again, which writes it again"
 
 
-class _Text(io.RawIOBase):
+class _Text(PositionedFile):
     """The text of a copy; one frame of it is in memory."""
 
     def __init__(self, f: BinaryIO, path: str, of: str) -> None:
-        super().__init__()
+        super().__init__(0)
         self._f, self._path, self._of = f, path, of
         self._codec = pa.Codec("zstd")
         n_bytes = size_of(f)
         footer = self._read_at(n_bytes - _FOOTER.size, _FOOTER.size) if n_bytes >= _FOOTER.size else b""
-        self._n_text_bytes, self._n_frames, magic = _FOOTER.unpack(footer) if footer else (0, 0, b"")
+        self.n_bytes, self._n_frames, magic = _FOOTER.unpack(footer) if footer else (0, 0, b"")
         self._table = n_bytes - _FOOTER.size - self._n_frames * _ENTRY.size
-        n_frames = -(-self._n_text_bytes // FRAME_BYTES)
+        n_frames = -(-self.n_bytes // FRAME_BYTES)
         if magic != _MAGIC or self._n_frames != n_frames or self._table < _SKIPPABLE.size:
             raise self._damaged("its end is not that of a copy")
-        self._position = 0
         self._number, self._frame = -1, b""
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._n_text_bytes}[whence]
-        self._position = start + offset
-        return self._position
-
     def readinto(self, buffer: Any) -> int:
-        if self._position >= self._n_text_bytes:
+        if self.position >= self.n_bytes:
             return 0
-        number, skip = divmod(self._position, FRAME_BYTES)
+        number, skip = divmod(self.position, FRAME_BYTES)
         if number != self._number:
             self._frame, self._number = self._frame_text(number), number
         data = memoryview(self._frame)[skip : skip + len(buffer)]
         buffer[: len(data)] = data
-        self._position += len(data)
+        self.position += len(data)
         return len(data)
 
     def _frame_text(self, number: int) -> bytes:
-        n_text_bytes = min(FRAME_BYTES, self._n_text_bytes - number * FRAME_BYTES)
+        n_text_bytes = min(FRAME_BYTES, self.n_bytes - number * FRAME_BYTES)
         start, n_bytes, checksum = _ENTRY.unpack(self._read_at(self._table + number * _ENTRY.size, _ENTRY.size))
         if start + n_bytes > self._table:
             raise self._damaged(f"frame {number} lies beyond its end")
