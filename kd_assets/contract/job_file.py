@@ -16,13 +16,16 @@ from kd_assets.contract.decode import decode, parse_json
 from kd_assets.durable import read_if_there
 from kd_assets.errors import ContractError
 
-CONTRACT_VERSION = 3
+CONTRACT_VERSION = 4
 
 JobKind = Literal["shards", "teacher", "student"]
 
 Asset = Literal["shards_manifest", "topk_cache", "hidden_state_cache", "embedding_cache", "student_smoke"]
 
 CACHES: tuple[Asset, ...] = ("topk_cache", "hidden_state_cache", "embedding_cache")
+
+FinalState = Literal["before_norm", "after_norm"]
+"""A state at the decoder's end: before or after its final norm."""
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
@@ -114,6 +117,18 @@ class ShardsParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PositionChoice:
+    """Which positions of a document a cache keeps. Position i predicts token i + 1."""
+
+    kept: Literal["all", "learned", "share"] = "all"
+    """learned: those whose next token the loss mask asks for; share: each with the probability `share`."""
+    share: float | None = None
+    """Above 0 and below 1; only of `share`."""
+    seed: int = 0
+    """Of `share`: equal seeds choose equal positions in every cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TopkParams:
     """The response-based cache: top-k next-token log-probabilities of every position."""
 
@@ -121,14 +136,19 @@ class TopkParams:
     max_length: int
     draws: int = 0
     """Random-sampling KD: token ids drawn from each whole distribution besides (with replacement); 0: none."""
+    positions: PositionChoice = field(default_factory=PositionChoice)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HiddenStateParams:
-    """The feature-based cache: outputs of decoder blocks (0-based)."""
+    """The feature-based cache: outputs of decoder blocks (0-based), and the states at the decoder's end."""
 
     blocks: tuple[int, ...]
     max_length: int
+    final: tuple[FinalState, ...] = ()
+    """Which states at the decoder's end are kept: what goes into the final norm, what comes out of it and goes into the
+    head, or both."""
+    positions: PositionChoice = field(default_factory=PositionChoice)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

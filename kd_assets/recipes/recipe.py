@@ -19,6 +19,7 @@ from kd_assets.contract import (
     EmbeddingParams,
     HiddenStateParams,
     JobKind,
+    PositionChoice,
     StudentParams,
     TeacherOptions,
     TopkParams,
@@ -210,10 +211,16 @@ def used(settings: Sharding | Tokenising) -> dict[str, object]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
+_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": PositionChoice()}
+
+
 def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
     """A cache's parameters as they enter its identity, with the seed where something is drawn with it. One that came
     later is left out where it is not used, so that what was made before it stays what it is."""
     content: dict[str, object] = dataclasses.asdict(params)
+    for later in ("final", "positions"):
+        if later in content and getattr(params, later) == _LATER_DEFAULTS[later]:
+            del content[later]
     if isinstance(params, TopkParams):
         if params.draws:
             content["seed"] = seed

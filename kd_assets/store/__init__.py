@@ -23,7 +23,7 @@ from kd_assets.store.reading.planned import PlannedPartitions, planned_partition
 from kd_assets.store.reading.reader import CacheReader
 from kd_assets.store.reading.shard import Shard, read_shard
 from kd_assets.store.recorded_checks import failed_check
-from kd_assets.store.writing.documents import Documents, PartPlan, plan_parts
+from kd_assets.store.writing.documents import Documents, KeptPositions, PartPlan, plan_parts
 from kd_assets.store.writing.encode import (
     encode_embeddings,
     encode_hidden_states,
@@ -42,6 +42,7 @@ __all__ = [
     "CheckResult",
     "Chosen",
     "Documents",
+    "KeptPositions",
     "Manifest",
     "Missing",
     "Note",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from kd_assets.contract import FinalState
 from kd_assets.store.fingerprint import FORMAT_VERSION
 
 BLOCK_CONVENTION = (
@@ -35,7 +36,28 @@ DRAWS_CONVENTION = (
     "different ones in ascending order, sampled_counts how often each was drawn; they add up to draws"
 )
 
-_HIDDEN_PREFIX = "hidden_block_"
+POSITIONS_CONVENTION = (
+    "which positions of the document are kept, ascending: element j of every list over positions is that of position "
+    "positions[j]"
+)
+
+OUTSIDE_CONVENTION = (
+    "the probability, at temperature 1, of all ids of the teacher that the student's vocabulary lacks; topk_logprobs, "
+    "logsumexp and target_logprob are of the distribution without them"
+)
+
+FINAL_CONVENTIONS: dict[FinalState, str] = {
+    "before_norm": "what goes into the decoder's final norm: the last block's output",
+    "after_norm": "what comes out of the decoder's final norm and goes into the head",
+}
+
+HIDDEN_PREFIX = "hidden_"
+"""Every column of token-wise states starts with it."""
+
+_BLOCK_PREFIX = "hidden_block_"
+
+HiddenState = int | FinalState
+"""A state that a hidden-state cache keeps of every token: of decoder block n, or one at the decoder's end."""
 
 
 def element(value_type: pa.DataType) -> pa.Field:
@@ -51,47 +73,68 @@ def vector_of(value_type: pa.DataType, size: int) -> pa.DataType:
     return pa.list_(element(value_type), size)
 
 
-def hidden_field(block: int) -> str:
-    """The name of the column that holds the outputs of decoder block `block`."""
-    return f"{_HIDDEN_PREFIX}{block}"
+def hidden_field(state: HiddenState) -> str:
+    """The name of the column that holds a state: `hidden_block_<n>`, or `hidden_final_<before_norm | after_norm>`."""
+    return f"{_BLOCK_PREFIX}{state}" if isinstance(state, int) else f"hidden_final_{state}"
+
+
+def hidden_state_of(field_name: str) -> HiddenState | None:
+    """The state that the column of this name holds; None where it holds none."""
+    number = field_name.removeprefix(_BLOCK_PREFIX)
+    if number != field_name and number.isdecimal():
+        return int(number)
+    return next((final for final in FINAL_CONVENTIONS if hidden_field(final) == field_name), None)
 
 
 def shard_schema() -> pa.Schema:
     return _schema("shards_manifest", [_column("source", pa.string()), _column("source_record", pa.int64())])
 
 
-def topk_schema(k: int, draws: int = 0) -> pa.Schema:
-    """`draws` of a position, of random-sampling KD; two more columns where there are any."""
+def topk_schema(k: int, draws: int = 0, *, outside: bool = False, positions: bool = False) -> pa.Schema:
+    """`draws` of a position, of random-sampling KD: two more columns where there are any. `outside`: of a cache that is
+    cut to a student's vocabulary; `positions`: of one that keeps some of the positions: one more column each."""
     columns = [
         _column("topk_ids", list_of(vector_of(pa.uint32(), k))),
         _column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
         _column("logsumexp", list_of(pa.float32())),
         _column("target_logprob", list_of(pa.float32())),
     ]
+    if outside:
+        columns.append(_column("outside_mass", list_of(pa.float32()), convention=OUTSIDE_CONVENTION))
     if draws:
         said = {"draws": str(draws), "convention": DRAWS_CONVENTION}
         columns += [
             _column("sampled_ids", list_of(list_of(pa.uint32())), **said),
             _column("sampled_counts", list_of(list_of(pa.uint16())), **said),
         ]
-    return _schema("topk_cache", columns)
+    return _schema("topk_cache", [*columns, *([positions_column()] if positions else [])])
 
 
-def hidden_state_schema(blocks: Sequence[int], hidden_size: int) -> pa.Schema:
+def hidden_state_schema(
+    blocks: Sequence[int], hidden_size: int, *, final: Sequence[FinalState] = (), positions: bool = False
+) -> pa.Schema:
+    """`final`: the states at the decoder's end besides; `positions`: of a cache that keeps some of the positions."""
     states = list_of(vector_of(pa.uint16(), hidden_size))
-    return _schema(
-        "hidden_state_cache",
-        [
-            _column(
-                hidden_field(block),
-                states,
-                dtype="bfloat16",
-                block=str(block),
-                convention=BLOCK_CONVENTION.replace("<block>", str(block)),
-            )
-            for block in sorted(blocks)
-        ],
-    )
+    columns = [
+        _column(
+            hidden_field(block),
+            states,
+            dtype="bfloat16",
+            block=str(block),
+            convention=BLOCK_CONVENTION.replace("<block>", str(block)),
+        )
+        for block in sorted(blocks)
+    ]
+    columns += [
+        _column(hidden_field(name), states, dtype="bfloat16", final=name, convention=convention)
+        for name, convention in FINAL_CONVENTIONS.items()
+        if name in final
+    ]
+    return _schema("hidden_state_cache", [*columns, *([positions_column()] if positions else [])])
+
+
+def positions_column() -> pa.Field:
+    return _column("positions", list_of(pa.uint32()), convention=POSITIONS_CONVENTION)
 
 
 def embedding_schema(hidden_size: int) -> pa.Schema:
@@ -102,7 +145,7 @@ def embedding_schema(hidden_size: int) -> pa.Schema:
 def hidden_size_of(schema: pa.Schema) -> int | None:
     """H as the first column of vectors has it; None where the schema has no such column."""
     for field in schema:
-        if field.name.startswith(_HIDDEN_PREFIX) and pa.types.is_list(field.type):
+        if hidden_state_of(field.name) is not None and pa.types.is_list(field.type):
             inner = field.type.value_type
         elif field.name == "mean_embedding":
             inner = field.type

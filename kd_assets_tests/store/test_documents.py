@@ -105,7 +105,7 @@ def test_wrong_shapes_and_dtypes_are_refused_by_name() -> None:
         )
     with pytest.raises(ValueError, match=r"hidden_block_1 must be uint16 \[5, 4\], found uint16 \[5, 3\]"):
         encode_hidden_states(docs, {0: np.zeros((5, 4), np.uint16), 1: np.zeros((5, 3), np.uint16)})
-    with pytest.raises(ValueError, match="no blocks"):
+    with pytest.raises(ValueError, match="no states"):
         encode_hidden_states(docs, {})
     with pytest.raises(ValueError, match="last_token_embedding must be"):
         encode_embeddings(docs, mean_DH=np.zeros((2, 4), np.float32), last_token_DH=np.zeros((5, 4), np.float32))

@@ -81,6 +81,16 @@ class Documents:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class KeptPositions:
+    """Which positions of consecutive documents a cache keeps."""
+
+    offsets: Int64Array
+    """int64 [D + 1]: those of document i are `positions_M[offsets[i]:offsets[i + 1]]`."""
+    positions_M: Uint32Array
+    """uint32 [M], ascending in each document."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartPlan:
     """The run of documents that one part file holds."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kd_assets.store import schema as schemas
-from kd_assets.store.writing.documents import Documents
+from kd_assets.store.writing.documents import Documents, KeptPositions
 
 FloatArray = npt.NDArray[np.float32]
 _CHUNK = 1 << 20
@@ -45,12 +45,18 @@ def encode_topk(
     logsumexp_M: FloatArray,
     target_logprob_M: FloatArray,
     sampled_ids_Md: npt.NDArray[np.uint32] | None = None,
+    outside_mass_M: FloatArray | None = None,
+    positions: KeptPositions | None = None,
 ) -> pa.Table:
     """Top-k log-probabilities as rows of a cache: uint32 and float16 [M, k], float32 [M] and [M].
 
     `sampled_ids_Md` uint32 [M, d], of a cache with draws: the token ids drawn at each position, in any order.
+    `outside_mass_M` float32 [M], of a cache that is cut to a student's vocabulary. `positions`, of a cache that keeps
+    some: which; M is then their number.
     """
-    n_positions = documents.n_tokens - documents.n_documents
+    offsets = documents.offsets - np.arange(documents.n_documents + 1) if positions is None else positions.offsets
+    _expect_positions(documents, positions, has_next=True)
+    n_positions = int(offsets[-1])
     if topk_ids_Mk.ndim != 2 or topk_ids_Mk.shape[1] < 1:
         raise ValueError(f"topk_ids must be uint32 [M, k], found {list(topk_ids_Mk.shape)}")
     k = topk_ids_Mk.shape[1]
@@ -58,33 +64,52 @@ def encode_topk(
     _expect("topk_logprobs", topk_logprobs_Mk, np.float16, (n_positions, k))
     _expect("logsumexp", logsumexp_M, np.float32, (n_positions,))
     _expect("target_logprob", target_logprob_M, np.float32, (n_positions,))
-    offsets = documents.offsets - np.arange(documents.n_documents + 1)
     columns = [
         _lists(offsets, _vectors(topk_ids_Mk)),
         _lists(offsets, _vectors(topk_logprobs_Mk)),
         _lists(offsets, pa.array(logsumexp_M)),
         _lists(offsets, pa.array(target_logprob_M)),
     ]
-    if sampled_ids_Md is None:
-        return _table(documents, columns, schemas.topk_schema(k))
-    if sampled_ids_Md.ndim != 2 or not 1 <= sampled_ids_Md.shape[1] <= MAX_DRAWS:
-        found = list(sampled_ids_Md.shape)
-        raise ValueError(f"sampled_ids must be uint32 [M, d] with d from 1 to {MAX_DRAWS}, found {found}")
-    draws = sampled_ids_Md.shape[1]
-    _expect("sampled_ids", sampled_ids_Md, np.uint32, (n_positions, draws))
-    columns += [_lists(offsets, counted) for counted in _counted(sampled_ids_Md)]
-    return _table(documents, columns, schemas.topk_schema(k, draws))
+    if outside_mass_M is not None:
+        _expect("outside_mass", outside_mass_M, np.float32, (n_positions,))
+        columns.append(_lists(offsets, pa.array(outside_mass_M)))
+    draws = 0
+    if sampled_ids_Md is not None:
+        if sampled_ids_Md.ndim != 2 or not 1 <= sampled_ids_Md.shape[1] <= MAX_DRAWS:
+            found = list(sampled_ids_Md.shape)
+            raise ValueError(f"sampled_ids must be uint32 [M, d] with d from 1 to {MAX_DRAWS}, found {found}")
+        draws = sampled_ids_Md.shape[1]
+        _expect("sampled_ids", sampled_ids_Md, np.uint32, (n_positions, draws))
+        columns += [_lists(offsets, counted) for counted in _counted(sampled_ids_Md)]
+    if positions is not None:
+        columns.append(_lists(offsets, pa.array(positions.positions_M)))
+    schema = schemas.topk_schema(k, draws, outside=outside_mass_M is not None, positions=positions is not None)
+    return _table(documents, columns, schema)
 
 
-def encode_hidden_states(documents: Documents, hidden_by_block: Mapping[int, npt.NDArray[np.uint16]]) -> pa.Table:
-    """Block outputs as rows of a cache: for each decoder block the bits of bfloat16, uint16 [N, H]."""
-    if not hidden_by_block:
-        raise ValueError("no blocks to encode")
-    hidden_size = next(iter(hidden_by_block.values())).shape[-1]
-    for block, hidden_NH in hidden_by_block.items():
-        _expect(schemas.hidden_field(block), hidden_NH, np.uint16, (documents.n_tokens, hidden_size))
-    columns = [_lists(documents.offsets, _vectors(hidden_by_block[block])) for block in sorted(hidden_by_block)]
-    return _table(documents, columns, schemas.hidden_state_schema(tuple(hidden_by_block), hidden_size))
+def encode_hidden_states(
+    documents: Documents,
+    hidden_by_state: Mapping[schemas.HiddenState, npt.NDArray[np.uint16]],
+    positions: KeptPositions | None = None,
+) -> pa.Table:
+    """States as rows of a cache: of each decoder block, and of the decoder's end, the bits of bfloat16, uint16 [N, H].
+
+    `positions`, of a cache that keeps some: which; N is then their number.
+    """
+    if not hidden_by_state:
+        raise ValueError("no states to encode")
+    hidden_size = next(iter(hidden_by_state.values())).shape[-1]
+    offsets = documents.offsets if positions is None else positions.offsets
+    _expect_positions(documents, positions, has_next=False)
+    for state, hidden_NH in hidden_by_state.items():
+        _expect(schemas.hidden_field(state), hidden_NH, np.uint16, (int(offsets[-1]), hidden_size))
+    blocks = sorted(state for state in hidden_by_state if isinstance(state, int))
+    final = [name for name in schemas.FINAL_CONVENTIONS if name in hidden_by_state]
+    columns = [_lists(offsets, _vectors(hidden_by_state[state])) for state in (*blocks, *final)]
+    if positions is not None:
+        columns.append(_lists(offsets, pa.array(positions.positions_M)))
+    schema = schemas.hidden_state_schema(blocks, hidden_size, final=final, positions=positions is not None)
+    return _table(documents, columns, schema)
 
 
 def encode_embeddings(documents: Documents, *, mean_DH: FloatArray, last_token_DH: FloatArray) -> pa.Table:
@@ -103,7 +128,7 @@ def part_stats(asset: str, table: pa.Table) -> dict[str, float]:
     if asset == "topk_cache":
         return _topk_stats(table)
     if asset == "hidden_state_cache":
-        return _bfloat16_stats([flat(table[f.name]) for f in table.schema if f.name.startswith("hidden_block_")])
+        return _bfloat16_stats([flat(table[n]) for n in table.schema.names if schemas.hidden_state_of(n) is not None])
     if asset == "embedding_cache":
         return _float_stats([flat(table[name]) for name in ("mean_embedding", "last_token_embedding")])
     return {}
@@ -203,6 +228,23 @@ def _lists(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.ListArray:
 def _vectors(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
     numbers = pa.array(np.ascontiguousarray(values).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(numbers, type=schemas.vector_of(numbers.type, values.shape[1]))
+
+
+def _expect_positions(documents: Documents, positions: KeptPositions | None, *, has_next: bool) -> None:
+    """`has_next`: whether a document's last position, which predicts nothing, cannot be among them."""
+    if positions is None:
+        return
+    kept_M, counts_D = positions.positions_M, np.diff(positions.offsets)
+    if positions.offsets.dtype != np.int64 or positions.offsets.shape != documents.offsets.shape:
+        raise ValueError(f"offsets of positions must be int64 {list(documents.offsets.shape)}")
+    _expect("positions", kept_M, np.uint32, (int(positions.offsets[-1]),))
+    n_positions_D = documents.n_tokens_D - has_next
+    if (kept_M >= np.repeat(n_positions_D, counts_D)).any():
+        raise ValueError("a position is beyond the end of its document")
+    goes_on = np.ones(len(kept_M), dtype=np.bool_)
+    goes_on[positions.offsets[:-1][counts_D > 0]] = False  # the first of a document
+    if (np.diff(kept_M.astype(np.int64)) <= 0)[goes_on[1:]].any():
+        raise ValueError("positions of a document are not in ascending order, each once")
 
 
 def _expect(name: str, array: npt.NDArray[Any], dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:

@@ -107,7 +107,7 @@ class HiddenStateArrays:
         return HiddenStateArrays(documents=documents, block_NH={n: np.empty(shape, np.uint16) for n in blocks})
 
     def table(self) -> pa.Table:
-        return encode_hidden_states(self.documents, self.block_NH)
+        return encode_hidden_states(self.documents, dict(self.block_NH.items()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,102 @@
+"""What a format is: what it needs of the caches, and how documents become its files.
+
+An export is written section by section, a section being one part of one partition: the unit that memory is bounded by
+and that a killed export goes on from. `ExportWriter.section` writes the files of one section, whole and under their
+last names; when all are there, `finish` writes what stands once in the folder (an index, a schema, a card). Equal
+documents and options give equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from kd_assets.contract import Asset
+from kd_assets.export.documents import JoinedDocument
+from kd_assets.store import Manifest
+from kd_assets.store.schema import HiddenState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """What a user may choose; a format refuses by name what it cannot do."""
+
+    max_length: int | None = None
+    """Cut documents to their first tokens."""
+    pack_to: int | None = None
+    """Pack documents into rows of exactly so many tokens; only of formats that have packed rows."""
+    validation_share: float = 0.0
+    """Of the documents, chosen by their ids and `seed`: a data set of its own beside the others."""
+    learned_only: bool = False
+    """Leave out positions that the loss mask does not ask for, where the format can."""
+    draft_vocabulary: int | None = None
+    """Size of a draft head's vocabulary, counted from the tokens of the recipe's shards; only of draft formats."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a format takes of a recipe's caches."""
+
+    assets: tuple[Asset, ...]
+    states: tuple[HiddenState, ...] = ()
+    """Of the hidden-state cache."""
+    all_positions: bool = True
+    """Whether a cache that keeps some positions only is refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What is known of the caches before a document is read."""
+
+    recipe: str
+    manifests: dict[Asset, tuple[Manifest, ...]]
+    """In the order of the partitions."""
+    n_blocks: int | None
+    """Decoder blocks of the teacher; None where its folder is not here and no manifest says it."""
+    hidden_size: int | None
+    vocabulary_size: int | None
+    """Rows of the teacher's head."""
+    teacher_folder: Path | None
+    tokenizer_folder: Path | None
+    """None where they are not on this machine."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Of the first manifest: teacher, fingerprints, sources with licences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SectionFiles:
+    """The finished files of one section."""
+
+    index: int
+    partition_key: str
+    n_documents: int
+    n_tokens: int
+    names: tuple[str, ...]
+    """Relative to the export's folder, with slashes."""
+
+
+class ExportWriter(Protocol):
+    """An export in one folder (of one split)."""
+
+    def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
+        """Write the documents of one section. Files of an attempt that was killed are written over."""
+        ...
+
+    def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
+        """Write what stands once; returns its names. `sections` are all, in order, whoever wrote them."""
+        ...
+
+
+class ExportFormat(Protocol):
+    """One consumer's format."""
+
+    name: str
+
+    def needs(self, source: Source, options: ExportOptions) -> Needs:
+        """Raises RecipeError for options that it does not have, and for a teacher that it cannot serve."""
+        ...
+
+    def writer(self, folder: Path, source: Source, options: ExportOptions) -> ExportWriter: ...
