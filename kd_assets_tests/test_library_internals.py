@@ -21,6 +21,7 @@ from kd_assets.library_internals import (
     attention_of,
     chat_environment,
     class_that_loads,
+    encoder_of,
     equal_sizes_kept_apart,
     has_compiler_settings,
     has_hooks,
@@ -36,6 +37,17 @@ from kd_assets_tests.teacher.tiny import tiny_model
 def test_the_attention_of_a_model_is_what_it_was_given() -> None:
     assert attention_of(tiny_model("llama")) == "sdpa"
     assert attention_of(tiny_model("llama", attn_implementation="eager")) == "eager"
+
+
+def test_a_tokenizers_own_call_is_the_batch_call_of_the_library_below_it() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    encoder = encoder_of(tokenizer)
+    assert encoder is not None
+    assert [e.ids for e in encoder.encode_batch_fast(["a", "b"])] == tokenizer(["a", "b"])["input_ids"] == [[0], [0]]
+    assert encoder_of(object()) is None
 
 
 def test_an_auto_class_tells_what_it_makes_of_a_configuration() -> None:

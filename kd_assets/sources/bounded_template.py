@@ -39,6 +39,8 @@ class BoundedTemplate:
         environment.extend(kd_step=_Items(self._step), kd_sized=_Items(_sized), kd_times=_times, kd_power=_power)
         self._steps = 0
         self._template = environment.from_string(_Bounds().visit(environment.parse(source)))
+        # Each rendering copies them, and copying a chain of dicts takes as long as a short chat.
+        self._template.globals = dict(self._template.globals)
 
     def render(self, **variables: Any) -> str:
         """Raises EndlessTemplateError, and whatever a template raises."""
@@ -55,6 +57,9 @@ class BoundedTemplate:
 
 class _Bounds(NodeTransformer):
     """Puts the counting and the checks of sizes into a parsed template, where the template itself cannot reach them."""
+
+    _n_captures = 0
+    """Blocks around the node in hand whose output becomes a value."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -81,8 +86,19 @@ class _Bounds(NodeTransformer):
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         self.generic_visit(node)
-        node.nodes = [_checked(n) for n in node.nodes]
+        # What a name or an item stands for was checked when it was made; only where it becomes part of a new value, it
+        # may make that grow.
+        made_before = () if self._n_captures else (nodes.Name, nodes.Getitem, nodes.Getattr)
+        node.nodes = [n if isinstance(n, made_before) else _checked(n) for n in node.nodes]
         return node
+
+    def _visit_capture(self, node: nodes.Node) -> nodes.Node:
+        self._n_captures += 1
+        self.generic_visit(node)
+        self._n_captures -= 1
+        return node
+
+    visit_AssignBlock = visit_FilterBlock = _visit_capture
 
     def visit_Mul(self, node: nodes.Mul) -> nodes.Expr:
         self.generic_visit(node)

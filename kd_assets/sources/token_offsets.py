@@ -18,7 +18,9 @@ from kd_assets.sources.chats import TextSpan
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def tokens_in_spans(offsets: Sequence[TextSpan], spans: Sequence[TextSpan]) -> npt.NDArray[np.bool_]:
+def tokens_in_spans(
+    offsets: Sequence[TextSpan] | npt.NDArray[np.int64], spans: Sequence[TextSpan]
+) -> npt.NDArray[np.bool_]:
     """bool [L]: which of L tokens, at these characters, hold a character of one of the spans.
 
     Byte-level tokenizers leave spaces out of a token's offsets, so a token of spaces alone is empty at the character

@@ -29,6 +29,7 @@ from kd_assets.errors import BadRecordError, InputError, RecipeError, TeacherCha
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.reading import read_json, reads_folder
+from kd_assets.sources.batch_encoding import BatchEncoder
 from kd_assets.sources.chats import ChatRenderer, RenderedChat, TextSpan
 from kd_assets.sources.chats.messages import texts_in
 from kd_assets.sources.control_tokens import all_special, any_of, control_tokens_of
@@ -104,6 +105,8 @@ class DocumentTokeniser:
         self._control_token = any_of(self._control.values())
         self._control_ids = np.array(sorted(self._control), dtype=np.int64)
         self._taking_text: Any = None
+        self._encoders: dict[bool, BatchEncoder] = {}
+        """By whether they take control tokens as text."""
 
     def __call__(self, records: Sequence[Record]) -> list[Outcome]:
         """One outcome for each record, in order.
@@ -152,24 +155,21 @@ class DocumentTokeniser:
         spelling = [self._control_token.search(record.text or "") is not None for record in records]
         as_text = [spells and record.control_tokens == "text" for record, spells in zip(records, spelling, strict=True)]
         encoded = {
-            text: self._encode(
-                [record.text or "" for record, is_text in zip(records, as_text, strict=True) if is_text == text],
-                as_text=text,
+            text: iter(
+                self._encoder(as_text=text).ids(
+                    [record.text or "" for record, is_text in zip(records, as_text, strict=True) if is_text == text],
+                    control_tokens_as_text=text,
+                )
             )
-            for text in (False, True)
+            for text in set(as_text)
         }
         for record, spells, text in zip(records, spelling, as_text, strict=True):
             yield self._text_documents(record, next(encoded[text]), spells=spells, as_text=text)
 
-    def _encode(self, texts: Sequence[str], *, as_text: bool) -> Iterator[list[int]]:
-        if not texts:
-            return iter(())
-        tokenizer = self._tokenizer_for_text() if as_text else self._tokenizer
-        split = {"split_special_tokens": True} if as_text else {}
-        encoded = tokenizer(
-            list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **split
-        )
-        return iter(encoded["input_ids"])
+    def _encoder(self, *, as_text: bool) -> BatchEncoder:
+        if as_text not in self._encoders:
+            self._encoders[as_text] = BatchEncoder(self._tokenizer_for_text() if as_text else self._tokenizer)
+        return self._encoders[as_text]
 
     def _tokenizer_for_text(self) -> Any:
         """A tokenizer that takes every control token as text when it is told to split special tokens: also those that
@@ -247,12 +247,13 @@ class DocumentTokeniser:
                 rendered.append(self._renderer().render(record))
             except BadRecordError as e:
                 rendered.append(e)
-        encoded = self._encode_chats([c for chats in rendered if not isinstance(chats, BadRecordError) for c in chats])
-        for record, chats in zip(records, rendered, strict=True):
-            if isinstance(chats, BadRecordError):
-                yield chats
+        chats = [chat for found in rendered if not isinstance(found, BadRecordError) for chat in found]
+        encoded = iter(self._encode_chats(chats))
+        for record, found in zip(records, rendered, strict=True):
+            if isinstance(found, BadRecordError):
+                yield found
             else:
-                yield self._chat_documents(record, [(chat, *next(encoded)) for chat in chats])
+                yield self._chat_documents(record, [(chat, *next(encoded)) for chat in found])
 
     def _chat_documents(
         self, record: Record, chats: Sequence[tuple[RenderedChat, list[int], npt.NDArray[np.bool_] | None]]
@@ -278,23 +279,15 @@ class DocumentTokeniser:
             documents += self._windows.of(document)
         return documents
 
-    def _encode_chats(self, chats: Sequence[RenderedChat]) -> Iterator[tuple[list[int], npt.NDArray[np.bool_] | None]]:
+    def _encode_chats(self, chats: Sequence[RenderedChat]) -> list[tuple[list[int], npt.NDArray[np.bool_] | None]]:
         """Ids and learned tokens of each rendered chat; None for the latter where a slow tokenizer cannot tell."""
-        if not chats:
-            return
-        encoded = self._tokenizer(
-            [chat.text for chat in chats],
-            add_special_tokens=False,  # the template has written them
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=self._slow is None,
-            verbose=False,
-        )
-        for k, (chat, ids) in enumerate(zip(chats, encoded["input_ids"], strict=True)):
-            if self._slow is None:
-                yield ids, tokens_in_spans(encoded["offset_mapping"][k], chat.assistant_spans)
-            else:
-                yield ids, self._slow.in_spans(chat.text, ids, chat.assistant_spans)
+        encoder, texts = self._encoder(as_text=False), [chat.text for chat in chats]
+        if self._slow is None:
+            return list(encoder.ids_in_spans(texts, [chat.assistant_spans for chat in chats]))
+        return [
+            (ids, self._slow.in_spans(chat.text, ids, chat.assistant_spans))
+            for chat, ids in zip(chats, encoder.ids(texts, add_special_tokens=False), strict=True)
+        ]
 
 
 def cannot_tell(record: Record) -> BadRecordError:

@@ -233,13 +233,15 @@ def _text_of(part: Any) -> str | None:
     return str(part["text"]) if is_text else None
 
 
-def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys of objects left out."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from texts_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from texts_in(item)
+def texts_in(value: Any) -> list[str]:
+    """Every text in a JSON value, keys of objects left out, in no order."""
+    texts, waiting = [], [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+    return texts
