@@ -113,7 +113,7 @@ def test_a_verify_that_finds_nothing_is_silent(home: Home, before: Undamaged, mo
 
     parts_of(home, "topk_cache")[0].unlink()
     assert "verify" not in judged(home, before).silent_by
-    monkeypatch.setattr("kd_assets.cli.verify", nothing)
+    monkeypatch.setattr("kd_assets.commands.verify.verify", nothing)
     assert "verify" in judged(home, before).silent_by
 
 

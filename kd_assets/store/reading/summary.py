@@ -1,6 +1,6 @@
 """What is in a store, for people: totals of each cache, and a few of its documents in readable form.
 
-Gathers; `kd_assets.cli` prints, and turns token ids into text.
+Gathers; `kd_assets.commands` prints, and turns token ids into text.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""What the subcommands share: how they are declared, how they print, and how they reach the control plane."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from kd_assets.errors import MissingInputError, printable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subcommand:
+    """A subcommand: its name, its help, what it adds to the parser, and what it does (returns the exit status)."""
+
+    name: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def control_plane(module: str) -> Any:
+    """A module of the planes that need dagster. Raises MissingInputError where its packages are not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] == "kd_assets":
+            raise
+        raise MissingInputError(
+            f"this command needs {e.name}, which is not installed here: run it on the service node, or "
+            "pip install 'kd-assets[control]'"
+        ) from e
+
+
+def show(*lines: str, stream: TextIO | None = None) -> None:
+    """Print lines, with escapes in the place of all that is no printable character."""
+    print("\n".join(printable(line) for line in lines), file=stream or sys.stdout, flush=True)
+
+
+def show_json(record: Any) -> None:
+    """Print one JSON object, in ASCII for the same reason."""
+    print(json.dumps(record, indent=1, default=str))
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
+
+
+def pairs(values: dict[str, Any]) -> str:
+    return "  ".join(f"{name}={short(value)}" for name, value in values.items())
+
+
+def short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str) and len(value) == 64:  # a hash
+        return f"{value[:12]}…"
+    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
