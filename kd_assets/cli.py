@@ -14,14 +14,16 @@ from collections.abc import Sequence
 
 from kd_assets.commands.base import Subcommand, show
 from kd_assets.commands.control import DOCTOR, PLAN, PREVIEW
+from kd_assets.commands.gc import GC
 from kd_assets.commands.inspect import INSPECT
+from kd_assets.commands.quarantine import QUARANTINE
 from kd_assets.commands.verify import VERIFY
 from kd_assets.errors import KdAssetsError
 
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of a command whose reader went away."""
 
-COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, PLAN, PREVIEW, DOCTOR)
+COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,9 +8,11 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from kd_assets.errors import MissingInputError, printable
+from kd_assets.store.layout import AUDIT_NAME
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,22 @@ def control_plane(module: str) -> Any:
             f"this command needs {e.name}, which is not installed here: run it on the service node, or "
             "pip install 'kd-assets[control]'"
         ) from e
+
+
+def recipe_folder_of(recipe: str) -> Path:
+    """A recipe's folder in a store: the path that was given, or that of the recipe of this name. Raises RecipeError or
+    MissingInputError where there is none."""
+    if "/" in recipe or Path(recipe).is_dir():
+        folder = Path(recipe).absolute()
+        if not (folder / AUDIT_NAME).is_file():
+            raise MissingInputError(f"{folder} is no recipe's folder in a store: it has no {AUDIT_NAME}")
+        return folder
+    name = control_plane("kd_assets.components").load_recipe(recipe).name
+    platform = control_plane("kd_assets.orchestration.platform").Platform.from_environment()
+    named: Path = platform.recipe_folder(name)
+    if not (named / AUDIT_NAME).is_file():
+        raise MissingInputError(f"nothing of recipe {name} was made yet in {named}: is KD_HOME right?")
+    return named
 
 
 def show(*lines: str, stream: TextIO | None = None) -> None:

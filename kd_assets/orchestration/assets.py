@@ -13,6 +13,7 @@ from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.recorder import check_specs
 from kd_assets.orchestration.schedules import nightly_requests
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
+from kd_assets.store import still_put_aside
 
 
 def recipe_definitions(recipe: Recipe, description: str | None = None) -> dg.Definitions:
@@ -166,7 +167,8 @@ def caches_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
         context: dg.ScheduleEvaluationContext, platform: Platform
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
         settle_dead_runs(context.instance, recipe, platform.jobs_folder)
-        yield from nightly_requests(context.instance, recipe)
+        put_aside = still_put_aside(platform.recipe_folder(recipe.name))
+        yield from nightly_requests(context.instance, recipe, put_aside=put_aside)
 
     return nightly_caches
 

@@ -6,8 +6,9 @@ data version has changed since.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import dagster as dg
 
@@ -49,13 +50,18 @@ class PartitionRange:
     n_partitions: int
 
 
-def nightly_requests(instance: dg.DagsterInstance, recipe: Recipe) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """One run request a partition_range of partitions; a reason when there is nothing to ask for."""
+def nightly_requests(
+    instance: dg.DagsterInstance, recipe: Recipe, *, put_aside: Mapping[str, Set[str]] = MappingProxyType({})
+) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """One run request a partition_range of partitions; a reason when there is nothing to ask for.
+
+    `put_aside`: asset → partitions that Dagster has for materialized, and whose result is in quarantine.
+    """
     keys = list(instance.get_dynamic_partitions(str(recipe.partitions.name)))
     if not keys:
         yield dg.SkipReason(f"{recipe.name} has no shards yet: materialize {recipe.name}/{SHARD_PLAN}")
         return
-    needed = assets_needed(instance, recipe, keys)
+    needed = with_put_aside(recipe, keys, assets_needed(instance, recipe, keys), put_aside)
     held = partitions_held_by_live_runs(instance, recipe, keys)
     partition_ranges = list(ranges_of(keys, {k: a for k, a in needed.items() if k not in held}))
     if not partition_ranges:
@@ -96,6 +102,21 @@ def assets_needed(instance: dg.DagsterInstance, recipe: Recipe, keys: Sequence[s
             if not is_fresh(tags.get(key), recipe.code_version(asset), inputs):
                 needed[key] = (*needed.get(key, ()), asset)
     return needed
+
+
+def with_put_aside(
+    recipe: Recipe, keys: Sequence[str], needed: Mapping[str, tuple[Asset, ...]], put_aside: Mapping[str, Set[str]]
+) -> dict[str, tuple[Asset, ...]]:
+    """`needed`, and what is in quarantine. Caches of a shard that is come with it."""
+    found: dict[str, tuple[Asset, ...]] = {}
+    for key in keys:
+        wanted = set(needed.get(key, ()))
+        wanted |= {asset for asset in (SHARDS_MANIFEST, *recipe.caches) if key in put_aside.get(asset, ())}
+        if SHARDS_MANIFEST in wanted:
+            wanted |= set(recipe.caches)
+        if wanted:
+            found[key] = tuple(asset for asset in (SHARDS_MANIFEST, *recipe.caches) if asset in wanted)
+    return found
 
 
 def is_fresh(tags: Mapping[str, str] | None, code_version: str, inputs: Mapping[dg.AssetKey, str | None]) -> bool:

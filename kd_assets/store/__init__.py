@@ -17,6 +17,7 @@ from kd_assets.store.fingerprint import (
 )
 from kd_assets.store.layout import count_durable_files, result_folder
 from kd_assets.store.manifest import Manifest, PartRecord, append_audit, committed, read_head, read_manifest
+from kd_assets.store.quarantine import Quarantined, put_aside, still_put_aside
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, variants_of
 from kd_assets.store.reading.columns import Ragged
 from kd_assets.store.reading.planned import PlannedPartitions, planned_partitions
@@ -50,6 +51,7 @@ __all__ = [
     "PartRecord",
     "PlannedPartitions",
     "Problem",
+    "Quarantined",
     "Ragged",
     "ResultFiles",
     "ResultWriter",
@@ -73,12 +75,14 @@ __all__ = [
     "plan_output",
     "plan_parts",
     "planned_partitions",
+    "put_aside",
     "raise_if_busy",
     "read_head",
     "read_manifest",
     "read_shard",
     "result_folder",
     "set_head",
+    "still_put_aside",
     "variant_of",
     "variants_of",
     "verify",

@@ -20,6 +20,8 @@ JOURNAL_NAME = "journal.jsonl"
 LEASE_NAME = ".lease"
 HEAD_NAME = "head.json"
 AUDIT_NAME = "audit.jsonl"
+QUARANTINE_NAME = "quarantine"
+"""In a recipe's folder: results that were put aside."""
 
 VARIANT_LENGTH = 12
 FOLDER_FINGERPRINT_LENGTH = 16
@@ -97,7 +99,8 @@ def folders_below(
 ) -> Iterator[tuple[Path, Mapping[str, bool]]]:
     """`path` and every folder below it down to the results', each with its listing, in their order.
 
-    Links are followed, as readers follow them, but not back up. `unreadable` is told of folders that cannot be listed.
+    Links are followed, as readers follow them, but not back up. Results that were put aside are left out, unless `path`
+    is among them. `unreadable` is told of folders that cannot be listed.
     """
     waiting: list[tuple[Path, frozenset[str]]] = [(path, frozenset())]
     while waiting:
@@ -112,7 +115,12 @@ def folders_below(
             continue
         yield folder, names
         if not is_result_folder(folder, names):
-            folders = [folder / name for name, is_folder in names.items() if is_folder]
+            is_recipe = AUDIT_NAME in names
+            folders = [
+                folder / name
+                for name, is_folder in names.items()
+                if is_folder and not (is_recipe and name == QUARANTINE_NAME)
+            ]
             waiting += [(below, above | {real}) for below in reversed(folders)]
 
 

@@ -253,7 +253,7 @@ def audit_commit(folder: Path, manifest: Manifest) -> None:
 def audit_record(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The line of this commit."""
     path, time = _commit_of(folder, manifest)
-    record: dict[str, Any] = {"event": "commit", "time": time, "path": path}
+    record: dict[str, Any] = {"event": COMMIT_EVENT, "time": time, "path": path}
     return record | {name: getattr(manifest, name) for name in _AUDITED}
 
 
@@ -264,9 +264,17 @@ def is_audited(folder: Path, manifest: Manifest) -> bool:
     return _commit_of(folder, manifest) in {(line["path"], line["time"]) for line in lines}
 
 
+COMMIT_EVENT, QUARANTINE_EVENT = "commit", "quarantine"
+
+
 def audited_commits(recipe_folder: Path, *, mentioning: str = "") -> list[dict[str, Any]]:
-    """The lines of commits of the audit log that mention this text (ASCII), each with `path` and `time`; what is no
-    such line, torn ones among them, is passed over."""
+    """The lines of commits of the audit log that mention this text (ASCII), each with `path` and `time`."""
+    return [line for line in audited_events(recipe_folder, mentioning=mentioning) if line["event"] == COMMIT_EVENT]
+
+
+def audited_events(recipe_folder: Path, *, mentioning: str = "") -> list[dict[str, Any]]:
+    """The lines of the audit log that mention this text (ASCII), each with `event`, `path` and `time`; what is no such
+    line, torn ones among them, is passed over."""
     path = recipe_folder / AUDIT_NAME
 
     def read() -> list[dict[str, Any]]:
@@ -277,7 +285,7 @@ def audited_commits(recipe_folder: Path, *, mentioning: str = "") -> list[dict[s
                     continue
                 try:
                     record = parse_json(line)
-                    if isinstance(record["path"], str) and isinstance(record["time"], str):
+                    if all(isinstance(record[name], str) for name in ("event", "path", "time")):
                         found.append(record)
                 except (ValueError, LookupError, TypeError):
                     continue

@@ -3,7 +3,8 @@ schedule judges by are logged directly, since no job needs to run for that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import dagster as dg
@@ -69,14 +70,14 @@ class Night:
             dg.AssetMaterialization(self.recipe.key(asset), partition=key, tags=tags)
         )
 
-    def asks_for(self) -> Requests:
+    def asks_for(self, *, put_aside: Mapping[str, set[str]] = MappingProxyType({})) -> Requests:
         return [
             (
                 r.tags[ASSET_PARTITION_RANGE_START_TAG],
                 r.tags[ASSET_PARTITION_RANGE_END_TAG],
                 {k.path[-1] for k in r.asset_selection or ()},
             )
-            for r in nightly_requests(self.instance, self.recipe)
+            for r in nightly_requests(self.instance, self.recipe, put_aside=put_aside)
             if isinstance(r, dg.RunRequest)
         ]
 
@@ -108,6 +109,13 @@ def test_what_is_missing_is_asked_for_as_one_range(night: Night) -> None:
 def test_nothing_is_asked_for_when_all_is_there_and_fresh(night: Night) -> None:
     night.all_fresh()
     assert "all 3 partitions of tiny are there and fresh" in night.reason()
+
+
+def test_what_was_put_aside_is_asked_for_though_dagster_has_it_for_materialized(night: Night) -> None:
+    night.all_fresh()
+    assert night.asks_for(put_aside={"topk_cache": {SHARDS[1]}}) == [(SHARDS[1], SHARDS[1], {"topk_cache"})]
+    assert night.asks_for(put_aside={"shards_manifest": {SHARDS[0]}}) == [(SHARDS[0], SHARDS[0], EVERYTHING)]
+    assert night.asks_for(put_aside={"topk_cache": {"no-longer-planned"}, "student_smoke": {SHARDS[0]}}) == []
 
 
 def test_one_missing_cache_of_one_partition_is_asked_for_alone(night: Night) -> None:

@@ -48,6 +48,7 @@ from kd_assets.store import (
     plan_output,
     plan_parts,
     planned_partitions,
+    put_aside,
     read_manifest,
     result_folder,
     set_head,
@@ -450,6 +451,23 @@ def test_audit_log_gets_a_line_a_commit_and_is_only_appended_to(store: Path) -> 
     assert [line["asset"] for line in lines] == list(CACHES)
     assert [store / "tiny" / line["path"] for line in lines] == folders
     assert all(line["provenance"] == {"host": "here"} for line in lines)
+
+
+def test_a_result_that_is_put_aside_is_audited_then_loses_its_head_then_moves(store: Path) -> None:
+    """[F61] What a kill in between leaves is in test_quarantine.py."""
+    folder, manifest = examples.commit(store, "topk_cache")
+    before = contents(folder)
+    (moved,) = put_aside(
+        store / "tiny", [manifest.partition_key], ["topk_cache"], why="wrong", clock=examples.fixed_clock
+    )
+    assert moved.folder == store / "tiny/quarantine/20261122T120000Z" / folder.relative_to(store / "tiny")
+    assert contents(moved.folder) == before
+    assert not (folder.parent / "head.json").exists()
+    line = json.loads((store / "tiny" / "audit.jsonl").read_text().splitlines()[-1])
+    assert (line["event"], line["why"]) == ("quarantine", "wrong")
+    assert store / "tiny" / line["path"] == folder
+    assert store / "tiny" / line["to"] == moved.folder
+    assert verify(store).ok
 
 
 def test_reader_reads_one_variant_and_does_not_choose(store: Path) -> None:

@@ -34,6 +34,7 @@ NoteKind = Literal[
     "foreign_file",  # not of the format, in a folder of the format
     "not_audited",  # committed without a line in the recipe's audit log
     "failed_check",  # committed, and never current, since it failed a check
+    "quarantined",  # put aside, and not made again since
     "not_made",  # partitions of the plan that an asset does not have
     "not_planned",  # partitions of an asset that are not of the plan (any more)
 ]

@@ -45,11 +45,12 @@ from kd_assets.store.layout import (
     require_folder,
 )
 from kd_assets.store.manifest import (
+    QUARANTINE_EVENT,
     FileBeside,
     Manifest,
     PartRecord,
     audit_record,
-    audited_commits,
+    audited_events,
     head_fingerprint,
     read_manifest,
 )
@@ -84,7 +85,7 @@ def verify(path: Path) -> VerifyReport:
     for recipe_folder in recipe_folders:
         verifier.missing(recipe_folder, below=path)
         verifier.compare_with_plan(recipe_folder, below=path)
-    if not verifier.n_seen and not verifier.problems:
+    if not verifier.n_seen and not verifier.problems and not verifier.notes:
         raise NotCommittedError(f"{path} holds no results: give a result folder, a recipe's folder or a store's root")
     return verifier.report(path)
 
@@ -206,7 +207,7 @@ class _Verifier:
         """Whether each partition in which something is committed has a current result."""
         for partition in sorted(self._partitions):
             has_head = partition in self._heads or _size_of(partition / HEAD_NAME) is not None
-            if is_partition_folder(partition) and not has_head:
+            if is_partition_folder(partition) and not has_head and not self._was_put_aside(partition):
                 self._problem(
                     "no_head",
                     partition,
@@ -214,12 +215,29 @@ class _Verifier:
                     "partition again, which computes nothing",
                 )
 
+    def _was_put_aside(self, partition: Path) -> bool:
+        """Whether a result of the partition was, and is not there again: what is left had been replaced by it."""
+        if len(partition.parents) < 3:
+            return False
+        recipe_folder = partition.parents[2]
+        return any(
+            (recipe_folder / path).parent == partition
+            and lines[-1]["event"] == QUARANTINE_EVENT
+            and not self._seen.get(str(recipe_folder / path))
+            for path, lines in self._audit_of(recipe_folder).items()
+        )
+
     def missing(self, recipe_folder: Path, *, below: Path) -> None:
         """What the audit log says was committed at or below a folder and is not there."""
         root = recipe_folder.absolute()
         for path, lines in self._audit_of(root).items():
             folder = root / path
             if self._seen.get(str(folder)) or not folder.is_relative_to(below.absolute()):
+                continue
+            if lines[-1]["event"] == QUARANTINE_EVENT:
+                if str(folder) not in self._seen:
+                    why = f"was put aside on {lines[-1]['time']} ({lines[-1].get('why')})"
+                    self._note("quarantined", folder, f"{folder} {why}, and has not been made again")
                 continue
             self._problem(
                 "missing_result",
@@ -261,7 +279,7 @@ class _Verifier:
     def _audit_of(self, recipe_folder: Path) -> dict[str, list[dict[str, Any]]]:
         if recipe_folder not in self._audited:
             try:
-                self._audited[recipe_folder] = _by_path(audited_commits(recipe_folder))
+                self._audited[recipe_folder] = _by_path(audited_events(recipe_folder))
             except StoreError as e:
                 self._audited[recipe_folder] = {}
                 self._problem("unreadable", recipe_folder / AUDIT_NAME, str(e))
@@ -386,9 +404,10 @@ def _by_path(lines: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 def _difference(lines: list[dict[str, Any]], record: dict[str, Any]) -> str | None:
     """What a committed result has otherwise than the line of its commit; None where one of its lines is this record."""
-    of_then = [line for line in lines if line["time"] == record["time"]]
+    of_then = [line for line in lines if line["time"] == record["time"] and line["event"] == record["event"]]
     if not of_then:
-        return f"it is of {record['time']}, and was last committed on {lines[-1]['time']}"
+        commits = [line["time"] for line in lines if line["event"] == record["event"]]
+        return f"it is of {record['time']}, and was last committed on {commits[-1] if commits else 'no day'}"
     line = of_then[-1]
     for name in sorted(record.keys() & line.keys()):
         if record[name] != line[name]:

@@ -105,7 +105,7 @@ class ResultWriter:
 
     def __enter__(self) -> ResultWriter:
         prepare_folder(self.folder)
-        self._lease.acquire(_lease_holder())
+        self._lease.acquire(lease_holder())
         try:
             self._resume()
         except BaseException:
@@ -322,7 +322,7 @@ def set_head(folder: Path, manifest: Manifest | None = None) -> bool:
         return True
     lease = Lease(folder / LEASE_NAME)
     try:
-        lease.acquire(_lease_holder())
+        lease.acquire(lease_holder())
     except ResultBusyError:
         return False
     try:
@@ -362,5 +362,6 @@ def _damage(path: Path, record: PartRecord | FileBeside) -> str | None:
     return None if digest == record.sha256 else f"sha256 {digest}, expected {record.sha256}"
 
 
-def _lease_holder() -> dict[str, Any]:
+def lease_holder() -> dict[str, Any]:
+    """What this process says of itself in the leases that it takes."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
