@@ -1,7 +1,7 @@
 """`kd-assets`: looks at results, and at what a run would do. A module a subcommand, all listed in `COMMANDS`.
 
-`inspect` and `verify` need what the store needs, and the `tokenizers` library to show text where it is installed;
-`plan`, `preview` and `doctor` belong to the control plane, which is loaded by name: the others work without dagster.
+`plan`, `preview` and `doctor` belong to the control plane, which is loaded by name. The others need what the store
+needs, and the `tokenizers` library to show text where it is installed; of a recipe's folder they work without dagster.
 Errors are one line on stderr; the exit status is that of the error (see `kd_assets.errors`).
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from kd_assets.commands.base import Subcommand, show
 from kd_assets.commands.control import DOCTOR, PLAN, PREVIEW
+from kd_assets.commands.diff import DIFF
 from kd_assets.commands.gc import GC
 from kd_assets.commands.inspect import INSPECT
 from kd_assets.commands.quarantine import QUARANTINE
@@ -23,7 +24,7 @@ from kd_assets.errors import KdAssetsError
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of a command whose reader went away."""
 
-COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
+COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, DIFF, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_assets.commands.base import Subcommand, count, pairs, quoted, show, show_json
-from kd_assets.errors import MissingInputError
+from kd_assets.commands.tokens import Decode, decoder_of
 from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
-
-Decode = Callable[[Sequence[int]], str]
-"""Text of token ids."""
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +27,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for cache in found.caches:
         show(*_cache_lines(cache))
         if arguments.documents and cache.has_documents:
-            decode, why_not = decoder_of(arguments.tokenizer, cache)
+            decode, why_not = decoder_of(arguments.tokenizer, _tokenizer_of(cache))
             if why_not is not None:
                 show(f"  (token ids, no text: {why_not})")
             for view in view_documents(cache, arguments.documents):
@@ -55,7 +50,7 @@ def _inspection_json(found: Inspection, arguments: argparse.Namespace) -> dict[s
     for cache in found.caches:
         record = dataclasses.asdict(cache)
         if arguments.documents:
-            decode, why_not = decoder_of(arguments.tokenizer, cache)
+            decode, why_not = decoder_of(arguments.tokenizer, _tokenizer_of(cache))
             views = view_documents(cache, arguments.documents)
             record["documents"] = [_document_json(view, decode) for view in views]
             record["no_text_because"] = why_not
@@ -142,31 +137,8 @@ def _position_line(position: Position, decode: Decode | None) -> str:
     return f"    after {token(position.token_id)} (position {position.position}) came {target}; teacher: {top}"
 
 
-def decoder_of(given: Path | None, cache: CacheSummary) -> tuple[Decode | None, str | None]:
-    """A function from token ids to text, or None and the reason. A tokenizer that was named by hand must be there."""
-    named = given if given is not None else cache.provenance.get("tokenizer") or cache.identity.get("tokenizer")
-    if not isinstance(named, (str, Path)):
-        return None, "the manifest names no tokenizer; give --tokenizer"
-    path = Path(named)
-    file = path if path.is_file() else path / "tokenizer.json"
-    if not file.is_file():
-        if given is not None:
-            raise MissingInputError(f"no tokenizer.json at {given}")
-        return None, f"no tokenizer.json in {named} on this machine; give --tokenizer"
-    try:
-        # By name: the library is an extra that a machine which only verifies does not need.
-        tokenizers = importlib.import_module("tokenizers")
-    except ImportError:
-        return None, "the tokenizers library is not installed: pip install tokenizers"
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as e:  # noqa: BLE001 - the library raises plain Exception for a file it cannot read
-        return None, f"{file} is no tokenizer: {e}"
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    return decode, None
+def _tokenizer_of(cache: CacheSummary) -> object:
+    return cache.provenance.get("tokenizer") or cache.identity.get("tokenizer")
 
 
 INSPECT = Subcommand(
