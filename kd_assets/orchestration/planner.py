@@ -276,6 +276,8 @@ class Planner:
         """
         plan = self.current_plan()
         units, impossible, unreachable = [], {}, {}
+        # Of two caches that are checked against each other, a job that makes one reads the other where it is there.
+        compared = self._recipe.rebuilt_from if set(assets) & set(self._recipe.rebuilt_from) else ()
         for key in partition_keys:
             if (planned := plan.shard(key)) is None:
                 impossible[key] = self._not_in_plan(key)
@@ -299,7 +301,10 @@ class Planner:
                 WorkUnit(
                     partition_key=key,
                     n_tokens=shard.n_tokens,
-                    inputs={SHARDS_MANIFEST: (output.path,)},
+                    inputs={
+                        SHARDS_MANIFEST: (output.path,),
+                        **{a: (self.cache_output(a, key, shard, weights).path,) for a in compared},
+                    },
                     outputs=tuple(self.cache_output(asset, key, shard, weights) for asset in assets),
                 )
             )

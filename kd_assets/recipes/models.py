@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 import dagster as dg
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from kd_assets.contract import STUDENT_HEAD_SIZE
+from kd_assets.contract import STUDENT_HEAD_SIZE, FinalState, HiddenStateParams
 from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
 from kd_assets.recipes.recipe import Tasks
+
+FINAL_STATES: tuple[FinalState, ...] = ("before_norm", "after_norm")
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -159,8 +161,25 @@ class TopkModel(dg.Model, dg.Resolvable):
 
 
 class HiddenStatesModel(dg.Model, dg.Resolvable):
-    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    blocks: list[Annotated[int, Field(ge=0)]]
+    """Decoder blocks, counted from 0; may be empty where `final` is given."""
     max_length: Positive
+    final: Literal["before_norm", "after_norm", "both"] | None = None
+    """States at the decoder's end besides: what goes into its final norm, what comes out of it and goes into the head,
+    or both."""
+
+    @model_validator(mode="after")
+    def _at_least_one_state(self) -> "HiddenStatesModel":
+        if not self.blocks and self.final is None:
+            raise ValueError("blocks is empty: name at least one decoder block (0-based), or give final")
+        return self
+
+    def to_params(self) -> HiddenStateParams:
+        return HiddenStateParams(
+            blocks=tuple(sorted(set(self.blocks))),
+            max_length=self.max_length,
+            final=tuple(name for name in FINAL_STATES if self.final in (name, "both")),
+        )
 
 
 class EmbeddingsModel(dg.Model, dg.Resolvable):

@@ -137,6 +137,13 @@ class Recipe:
             )
 
     @property
+    def rebuilt_from(self) -> tuple[Asset, ...]:
+        """The caches that the check `rebuilt` compares; none where the recipe has not both."""
+        if self.topk is None or self.hidden_states is None or not self.hidden_states.final:
+            return ()
+        return ("topk_cache", "hidden_state_cache")
+
+    @property
     def cache_params(self) -> dict[Asset, TopkParams | HiddenStateParams | EmbeddingParams]:
         """The parameters of each cache this recipe has, in the order of `CACHES`."""
         params = {

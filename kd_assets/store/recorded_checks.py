@@ -25,6 +25,8 @@ def failed_check(manifest: Manifest) -> str | None:
         return f"check finite failed: {why}"
     if "recomputed" in manifest.checks and (why := recomputed_failure(manifest)):
         return f"check recomputed failed: {why}"
+    if why := rebuilt_failure(manifest):
+        return f"check rebuilt failed: {why}"
     return None
 
 
@@ -61,6 +63,31 @@ def recomputed_failure(manifest: Manifest) -> str | None:
         worst = record.get("worst_over_tolerance")
         by_how_much = f" ({worst:.3g} times its tolerance)" if isinstance(worst, (int, float)) else ""
         return f"the recomputation was recorded as failed{by_how_much}"
+    return None
+
+
+def rebuilt_failure(manifest: Manifest) -> str | None:
+    """Why the recorded comparison of final states with top-k log-probabilities speaks against the result; None where it
+    does not, or was not made: few caches have it (see `not_made_of`)."""
+    record = manifest.checks.get("rebuilt")
+    if record is None or not_made_of(record) is not None:
+        return None
+    if not isinstance(record, dict):
+        return f"its record is {record!r:.40}"
+    for name in ("worst_over_tolerance", "mean_kl", "max_abs_logprob_difference"):
+        if record.get("n_positions") and not isinstance(record.get(name), (int, float)):
+            return f"{name} is {record.get(name)}"
+    if record.get("passed") is not True:
+        worst = record.get("worst_over_tolerance")
+        by_how_much = f" ({worst:.3g} times the tolerance)" if isinstance(worst, (int, float)) else ""
+        return f"log-probabilities rebuilt from the final states are not those of the top-k cache{by_how_much}"
+    return None
+
+
+def not_made_of(record: object) -> str | None:
+    """Why a check that has a record could not be made; None where it was."""
+    if isinstance(record, dict) and record.get("passed") is None and isinstance(record.get("not_made"), str):
+        return str(record["not_made"])
     return None
 
 

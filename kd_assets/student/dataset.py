@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader, Chosen, Missing, Ragged, choose
+from kd_assets.store.schema import FINAL_CONVENTIONS, hidden_field, hidden_state_of
 
 Sample = dict[str, Any]
 """`partition_key` and `document_id` are str, everything else is a tensor."""
@@ -43,7 +44,8 @@ class TeacherCacheDataset(Dataset[Sample]):
     - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: stored as float16), `logsumexp`
       and `target_logprob` float32 [L-1]. Row i is about token i + 1. With random draws also `sampled_ids` and
       `sampled_counts` int64 [L-1, s]: the different ids that were drawn and how often; a count of 0 is padding.
-    - hidden_state_cache: `hidden_block_<n>` bfloat16 [L, H], bit for bit as the teacher gave it.
+    - hidden_state_cache: `hidden_block_<n>`, `hidden_final_before_norm`, `hidden_final_after_norm` bfloat16 [L, H],
+      bit for bit as the teacher gave it.
     - embedding_cache: `mean_embedding`, `last_token_embedding` float32 [H], and `embedded_tokens` int64 []: how many
       tokens they were pooled over.
 
@@ -180,10 +182,11 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def hidden_fields(fields: Iterable[str]) -> list[str]:
-    """The names of hidden-state fields among `fields`, in the order of their blocks."""
-    return sorted(
-        (f for f in fields if f.startswith("hidden_block_")), key=lambda f: int(f.removeprefix("hidden_block_"))
-    )
+    """The names of hidden-state fields among `fields`: those of blocks in their order, then those of the decoder's
+    end."""
+    states = {state for f in fields if (state := hidden_state_of(f)) is not None}
+    blocks = sorted(state for state in states if isinstance(state, int))
+    return [hidden_field(state) for state in (*blocks, *(name for name in FINAL_CONVENTIONS if name in states))]
 
 
 def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
@@ -192,7 +195,7 @@ def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
     for name, value in document.items():
         if name in (*_KEY_FIELDS, *_TOKEN_FIELDS, "n_tokens"):
             continue
-        if name.startswith("hidden_block_"):
+        if hidden_state_of(name) is not None:
             # The bits of bfloat16 as numpy knows them: a view, never a conversion.
             tensors[name] = torch.from_numpy(value.copy()).view(torch.bfloat16)
         elif name == "topk_ids":
@@ -215,7 +218,7 @@ def _cut(sample: Sample, max_length: int) -> Sample:
 
 
 def _is_over_tokens(name: str) -> bool:
-    return name in _TOKEN_FIELDS or _is_over_predictions(name) or name.startswith("hidden_block_")
+    return name in _TOKEN_FIELDS or _is_over_predictions(name) or hidden_state_of(name) is not None
 
 
 def _is_over_predictions(name: str) -> bool:

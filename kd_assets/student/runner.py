@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from kd_assets.contract import CACHES, STUDENT_HEAD_SIZE, JobFile, Output, Reporter, StudentParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, RecipeError, StudentDidNotLearnError
 from kd_assets.store import CacheReader, ResultWriter
+from kd_assets.store.schema import hidden_state_of
 from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
 from kd_assets.student.losses import (
     feature_cosine_loss,
@@ -193,7 +194,7 @@ class StudentRunner:
 
     def _new_student(self, dataset: TeacherCacheDataset) -> Student:
         sample = dataset[0]
-        blocks = hidden_fields(sample)
+        blocks = distilled_fields(hidden_fields(sample))
         student = Student(
             self._params,
             vocabulary=vocabulary_of(dataset),
@@ -267,6 +268,11 @@ class StudentRunner:
             provenance=provenance,
             facts=facts,
         )
+
+
+def distilled_fields(fields: Sequence[str]) -> list[str]:
+    """The hidden-state fields that the student learns from: those of blocks; without any, the last of the others."""
+    return [f for f in fields if isinstance(hidden_state_of(f), int)] or list(fields[-1:])
 
 
 def student_layers(n_blocks: int, n_layers: int) -> tuple[int, ...]:

@@ -32,12 +32,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_assets.contract import Asset
+from kd_assets.contract import Asset, FinalState
 from kd_assets.store.partfile import PartFile
-from kd_assets.store.schema import hidden_field
+from kd_assets.store.schema import HiddenState, hidden_field
 from kd_assets.store.writing.encode import flat
 from kd_assets.teacher.batch.sampling import cdf_distance, uniforms
 from kd_assets.teacher.model.anatomy import tapped
+from kd_assets.teacher.model.final_norm import watched
 from kd_assets.teacher.model.load import Teacher
 from kd_assets.teacher.model.quantised import Quantisation, tolerance
 
@@ -78,7 +79,8 @@ class Reference:
     positions_P: Int64Array
     """Ascending: where in the document `logits_PV` are."""
     logits_PV: Tensor
-    block_LH: dict[int, Tensor]
+    block_LH: dict[HiddenState, Tensor]
+    """Also of the states at the decoder's end that were asked for."""
     final_LH: Tensor
 
 
@@ -88,24 +90,31 @@ def reference(
     input_ids_L: npt.NDArray[np.uint32],
     blocks: Sequence[int],
     positions_P: Int64Array | None = None,
+    final: Sequence[FinalState] = (),
 ) -> Reference:
     """Run one document through the whole model: the outputs of `blocks`, the final states, and the logits at these
-    positions (None: at all). Without any position the head does not run."""
+    positions (None: at all). Without any position the head does not run. `final`: see `Reference.block_LH`."""
     positions_P = np.arange(len(input_ids_L)) if positions_P is None else positions_P
     ids_1L = torch.from_numpy(input_ids_L.astype(np.int64)).unsqueeze(0).to(teacher.device)
     wanted = {n: teacher.blocks[n] for n in blocks}
-    with tapped((teacher.decoder, *wanted.values())) as outputs:
+    norm = teacher.end.norm if "before_norm" in final else None
+    with (
+        tapped((teacher.decoder, *wanted.values())) as outputs,
+        watched(() if norm is None else (norm,)) as runs,
+    ):
         if len(positions_P):
             logits_PV = own_logits(teacher.model, ids_1L, torch.from_numpy(positions_P))
         else:
             teacher.decoder(input_ids=ids_1L, use_cache=False)
             logits_PV = torch.empty(0, teacher.vocabulary_size)
-    return Reference(
-        positions_P=positions_P,
-        logits_PV=logits_PV.float(),
-        block_LH={n: outputs[block][0][0].float() for n, block in wanted.items()},
-        final_LH=outputs[teacher.decoder][0][0].float(),
-    )
+    final_LH = outputs[teacher.decoder][0][0].float()
+    states: dict[HiddenState, Tensor] = {n: outputs[block][0][0].float() for n, block in wanted.items()}
+    for name in final:
+        if name == "after_norm":
+            states[name] = final_LH
+        elif norm is not None:
+            states[name] = runs[norm][0].input[0].float()
+    return Reference(positions_P=positions_P, logits_PV=logits_PV.float(), block_LH=states, final_LH=final_LH)
 
 
 def own_logits(model: Any, ids_1L: Tensor, positions_P: Tensor) -> Tensor:

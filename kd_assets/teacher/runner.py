@@ -34,6 +34,7 @@ from kd_assets.teacher.partition.batching import longest
 from kd_assets.teacher.partition.budgets import BudgetRules
 from kd_assets.teacher.partition.input_shard import read_input_shard
 from kd_assets.teacher.partition.partition_pass import PartitionPass
+from kd_assets.teacher.partition.rebuilding import rebuilt_checks
 from kd_assets.teacher.partition.recomputation import Recomputation
 from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
@@ -122,6 +123,7 @@ class TeacherRunner:
             telemetry = self._sampler.span()
             leases.callback(telemetry.close)
             results = {o.asset: leases.enter_context(self._result_of(o, unit.partition_key)) for o in unit.outputs}
+            is_resumed = any(result.finished for result in results.values())
             work = PartitionPass(
                 partition_key=unit.partition_key,
                 shard=shard,
@@ -151,13 +153,24 @@ class TeacherRunner:
             work.run(while_the_last_parts_are_written)
             stopwatch.lap("write")
             checks = recomputation.compare(parts, results)
+            rebuilt = rebuilt_checks(
+                unit=unit,
+                shard=shard,
+                params=params,
+                devices=self._devices,
+                results=results,
+                is_resumed=is_resumed,
+            )
             stopwatch.lap("compare")
             facts = self._facts(stopwatch, work, telemetry)
             provenance = self._provenance(facts)
             for asset, result in results.items():
                 result.commit(
                     parts=len(parts),
-                    checks={"recomputed": checks[asset]},
+                    checks={
+                        "recomputed": checks[asset],
+                        **({"rebuilt": rebuilt[asset]} if asset in rebuilt else {}),
+                    },
                     provenance=provenance,
                     facts=facts | {"convention": CONVENTIONS[asset]},
                 )

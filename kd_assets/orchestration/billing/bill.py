@@ -274,8 +274,9 @@ def tasks_lines(recipe: Recipe, platform: Platform, n_shards: int, teacher: Teac
 
 def _blocks_run(recipe: Recipe, shape: TeacherShape) -> tuple[int, str]:
     """The pass ends after the last block that a cache needs."""
-    if recipe.topk is None and recipe.embeddings is None and recipe.hidden_states is not None:
-        n = min(max(recipe.hidden_states.blocks) + 1, shape.n_blocks)
+    hidden = recipe.hidden_states
+    if recipe.topk is None and recipe.embeddings is None and hidden is not None and not hidden.final:
+        n = min(max(hidden.blocks) + 1, shape.n_blocks)
         return n, f"the first {n} of {shape.n_blocks} blocks, without the head"
     return shape.n_blocks, f"all {shape.n_blocks} blocks{'' if recipe.topk is not None else ', without the head'}"
 

@@ -62,7 +62,7 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
         per_token["topk_cache"] = 5 + topk.k * (4 + 2) + 8 + topk.draws * (4 + 2)
         kept["topk_cache"] = topk.max_length
     if (hidden := recipe.hidden_states) is not None:
-        per_token["hidden_state_cache"] = 5 + len(hidden.blocks) * hidden_size * 2
+        per_token["hidden_state_cache"] = 5 + (len(hidden.blocks) + len(hidden.final)) * hidden_size * 2
         kept["hidden_state_cache"] = hidden.max_length
     if (embeddings := recipe.embeddings) is not None:
         per_token["embedding_cache"], per_document["embedding_cache"] = 5.0, 2 * hidden_size * 4

@@ -54,7 +54,7 @@ def why_it_does_not_fit(bill: Bill) -> str | None:
     largest = max(bill.caches, key=lambda line: line.n_bytes or 0)
     less = {
         "topk_cache": "a smaller caches.topk.k or max_length",
-        "hidden_state_cache": "fewer caches.hidden_states.blocks or a smaller max_length",
+        "hidden_state_cache": "fewer caches.hidden_states.blocks (or final states) or a smaller max_length",
         "embedding_cache": "no caches.embeddings",
     }.get(largest.asset, "a smaller max_length")
     return (

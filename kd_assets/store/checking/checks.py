@@ -22,7 +22,7 @@ from kd_assets.store.checking.rows import expected_schema, part_documents, schem
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.reading.chosen import require_place
 from kd_assets.store.reading.parts import damage_named, open_part, require_unchanged
-from kd_assets.store.recorded_checks import finite_failure, recomputed_failure
+from kd_assets.store.recorded_checks import finite_failure, not_made_of, rebuilt_failure, recomputed_failure
 from kd_assets.store.writing.documents import Int64Array
 
 Number = float | int | str
@@ -90,9 +90,12 @@ class ResultFiles:
 
 
 def check_all(cache: ResultFiles, shard: ResultFiles) -> list[CheckResult]:
-    """The four checks of a cache's partition: complete, schema, finite, recomputed. Each file is read once for all, and
-    the shard's once for all the caches that are checked with the same `shard`."""
-    return [check_complete(cache, shard), check_schema(cache), check_finite(cache), check_recomputed(cache)]
+    """The checks of a cache's partition: complete, schema, finite, recomputed, and rebuilt where that was made. Each
+    file is read once for all, and the shard's once for all the caches that are checked with the same `shard`."""
+    results = [check_complete(cache, shard), check_schema(cache), check_finite(cache), check_recomputed(cache)]
+    if (rebuilt := check_rebuilt(cache)) is not None:
+        results.append(rebuilt)
+    return results
 
 
 def check_schema(result: ResultFiles) -> CheckResult:
@@ -191,6 +194,27 @@ def check_recomputed(result: ResultFiles) -> CheckResult:
         return f"{numbers.get('n_documents', 0)} documents recomputed"
 
     return _run("recomputed", check)
+
+
+def check_rebuilt(result: ResultFiles) -> CheckResult | None:
+    """Log-probabilities that were rebuilt from a sample of the final states equal those of the top-k cache; None where
+    the task that made the result could not compare them, or recorded that with the other of the two."""
+    try:
+        record = result.manifest.checks.get("rebuilt")
+    except StoreError:  # of which every other check tells
+        return None
+    if record is None or not_made_of(record) is not None:
+        return None
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest = result.require_committed()
+        if isinstance(record, dict):
+            numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        if why := rebuilt_failure(manifest):
+            raise _FailedError(f"{result.folder}: {why}")
+        return f"{numbers.get('n_positions', 0)} positions of {numbers.get('n_documents', 0)} documents rebuilt"
+
+    return _run("rebuilt", check)
 
 
 def _run(name: str, check: Callable[[dict[str, Number]], str]) -> CheckResult:

@@ -33,7 +33,9 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
             case "topk_cache":
                 return schemas.topk_schema(int(manifest.params["k"]), draws_of(manifest))
             case "hidden_state_cache":
-                return schemas.hidden_state_schema([int(b) for b in manifest.params["blocks"]], hidden_size or 0)
+                blocks = [int(b) for b in manifest.params["blocks"]]
+                final = manifest.params.get("final", ())
+                return schemas.hidden_state_schema(blocks, hidden_size or 0, final=final)
             case "embedding_cache":
                 return schemas.embedding_schema(hidden_size or 0)
             case _:

@@ -22,7 +22,8 @@ from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_mani
 from kd_assets.store.reading.chosen import NOT_THERE, PLANNED_ASSETS, require_place, why_not_read
 from kd_assets.store.reading.planned import planned_partitions
 from kd_assets.store.reading.reader import CacheReader
-from kd_assets.store.recorded_checks import failed_check
+from kd_assets.store.recorded_checks import failed_check, not_made_of
+from kd_assets.store.schema import hidden_state_of
 
 SHOWN_TOKENS = 48
 SHOWN_POSITIONS = 3
@@ -233,6 +234,8 @@ def _merged_checks(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:
             total = merged.setdefault(name, {"n_partitions": 0, "n_passed": 0})
             total["n_partitions"] += 1
             total["n_passed"] += record.get("passed") is True
+            if not_made_of(record) is not None:
+                total["n_not_made"] = total.get("n_not_made", 0) + 1
             for key, value in record.items():
                 if key.startswith("max_") and isinstance(value, (int, float)):
                     total[key] = max(total.get(key, -math.inf), value)
@@ -243,7 +246,7 @@ def _view(document: dict[str, Any]) -> DocumentView:
     input_ids, loss_mask = document["input_ids"], document["loss_mask"]
     vectors = {}
     for name, values in document.items():
-        if name.startswith("hidden_block_"):
+        if hidden_state_of(name) is not None:
             vectors[name] = _vector_view(bfloat16_to_float32(values))
         elif name.endswith("_embedding"):
             vectors[name] = _vector_view(values)

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kd_assets.contract import FinalState
+from kd_assets.store.schema import HiddenState
 from kd_assets.teacher.batch.forward import States, run_forward
 from kd_assets.teacher.batch.sampling import drawn_ids
 from kd_assets.teacher.batch.topk import CompiledLogSums, LogSums, eager_log_sums, proven_log_sums, topk_logprobs
@@ -50,21 +52,23 @@ class Step:
     ids_BT: Int64Array
     blocks: tuple[int, ...] = ()
     """0-based decoder blocks whose outputs are kept."""
+    final: tuple[FinalState, ...] = ()
+    """States at the decoder's end that are kept."""
     rows_N: Int64Array
-    """Rows of the flattened batch that are kept of each of `blocks`."""
+    """Rows of the flattened batch that are kept of each of `blocks` and `final`."""
     pooled_lengths_B: Int64Array | None = None
     """Tokens of each document that go into its embedding; None: no embeddings."""
     topk: TopkStep | None = None
 
     @property
     def needs_final(self) -> bool:
-        """Whether the pass goes beyond the last of `blocks`."""
-        return self.topk is not None or self.pooled_lengths_B is not None
+        """Whether the pass goes through the final norm."""
+        return self.topk is not None or self.pooled_lengths_B is not None or "after_norm" in self.final
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BlockStates:
-    """Outputs of one decoder block."""
+    """Outputs of one decoder block, or the states at the decoder's end."""
 
     bits_NH: Tensor
     """int16: the bits of bfloat16 numbers (rounded to nearest, ties to even)."""
@@ -104,7 +108,7 @@ class TopkRows:
 class StepResult:
     """What a step leaves on the device, as it goes to disk; no tensor of it is written to again."""
 
-    blocks: dict[int, BlockStates]
+    blocks: dict[HiddenState, BlockStates]
     pooled: PooledStates | None
     topk: TopkRows | None
 
@@ -164,12 +168,21 @@ class Engine:
     def run(self, step: Step) -> StepResult:
         """Launch the step. On a CUDA device the result is complete when the current stream has come this far."""
         states = run_forward(
-            self._teacher, on_device(step.ids_BT, self._device), blocks=step.blocks, needs_final=step.needs_final
+            self._teacher,
+            on_device(step.ids_BT, self._device),
+            blocks=step.blocks,
+            needs_final=step.needs_final,
+            needs_logits=step.topk is not None or step.pooled_lengths_B is not None,
+            before_norm="before_norm" in step.final,
         )
-        blocks = {}
+        blocks: dict[HiddenState, BlockStates] = {}
         for n in step.blocks:
             state_FH = states.block_FH.pop(n)
             blocks[n] = block_states(state_FH, on_device(step.rows_N, state_FH.device))
+        for name in step.final:
+            end_FH = states.before_norm_FH if name == "before_norm" else states.final_FH
+            assert end_FH is not None
+            blocks[name] = block_states(end_FH, on_device(step.rows_N, end_FH.device))
         pooled = topk = None
         if step.pooled_lengths_B is not None:
             assert states.final_FH is not None

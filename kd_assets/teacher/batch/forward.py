@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_assets.teacher.model.anatomy import state_of
+from kd_assets.teacher.model.final_norm import input_of
 from kd_assets.teacher.model.load import Teacher
 
 
@@ -29,30 +30,49 @@ class States:
     """Outputs of the wanted blocks (0-based), each before any final norm: for the last block, too."""
     final_FH: Tensor | None
     """After the final norm; None when the pass ended below it."""
+    before_norm_FH: Tensor | None
+    """What went into the final norm; None unless it is wanted."""
     logits_FV: Tensor | None
     """The model's own; only of a teacher whose head is not proven."""
 
 
-class _LastNeededBlockError(Exception):
-    """Unwinds the decoder once its last needed block has run."""
+class _EndError(Exception):
+    """Unwinds the decoder once all that is needed of it is there."""
 
 
 @torch.inference_mode()
-def run_forward(teacher: Teacher, ids_BT: Tensor, *, blocks: tuple[int, ...], needs_final: bool) -> States:
+def run_forward(
+    teacher: Teacher,
+    ids_BT: Tensor,
+    *,
+    blocks: tuple[int, ...],
+    needs_final: bool,
+    needs_logits: bool = True,
+    before_norm: bool = False,
+) -> States:
     """Run a right-padded batch without a mask (see `batching`), keeping the outputs of `blocks`.
 
-    Without `needs_final` the pass stops after the highest of `blocks`: what lies above, and the head, never run.
+    Without `needs_final` the pass stops before the final norm, where `before_norm` asks for what goes into it, else
+    after the highest of `blocks`: what lies above, and the head, never run. Without `needs_logits` the head does not.
     """
-    with _kept_blocks(teacher.blocks, blocks, stop=not needs_final) as block_FH:
+    with (
+        _kept_blocks(teacher.blocks, blocks, stop=not needs_final and not before_norm) as block_FH,
+        _kept_input(teacher.end.norm if before_norm else None, stop=not needs_final) as into_norm,
+    ):
         final_FH = logits_FV = None
         try:
-            if needs_final and teacher.head is None:
+            if needs_final and needs_logits and teacher.head is None:
                 final_FH, logits_FV = _whole_model(teacher, ids_BT)
             else:
                 final_FH = state_of(teacher.decoder(input_ids=ids_BT, use_cache=False)).flatten(0, 1)
-        except _LastNeededBlockError:
+        except _EndError:
             pass
-    return States(block_FH=block_FH, final_FH=final_FH, logits_FV=logits_FV)
+    return States(
+        block_FH=block_FH,
+        final_FH=final_FH,
+        before_norm_FH=into_norm[0] if into_norm else None,
+        logits_FV=logits_FV,
+    )
 
 
 def _whole_model(teacher: Teacher, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +95,7 @@ def _kept_blocks(modules: nn.ModuleList, blocks: tuple[int, ...], *, stop: bool)
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             block_FH[n] = state_of(output).flatten(0, 1)
             if stop and n == last:
-                raise _LastNeededBlockError
+                raise _EndError
 
         return keep
 
@@ -84,4 +104,24 @@ def _kept_blocks(modules: nn.ModuleList, blocks: tuple[int, ...], *, stop: bool)
         yield block_FH
     finally:
         for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _kept_input(norm: nn.Module | None, *, stop: bool) -> Iterator[list[Tensor]]:
+    """A hook on the final norm, which keeps what goes into it. With `stop`, the pass ends there."""
+    kept_FH: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        state = input_of(args, kwargs)
+        assert state is not None, "proved on the probe"
+        kept_FH.append(state.flatten(0, 1))
+        if stop:
+            raise _EndError
+
+    handle = None if norm is None else norm.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield kept_FH
+    finally:
+        if handle is not None:
             handle.remove()

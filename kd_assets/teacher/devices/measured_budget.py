@@ -253,6 +253,7 @@ def full_step(teacher: Teacher, params: TeacherParams, *, n_documents: int, widt
     return Step(
         ids_BT=ids_BT,
         blocks=() if hidden is None else hidden.blocks,
+        final=() if hidden is None else hidden.final,
         rows_N=first_rows(0 if hidden is None else min(width, hidden.max_length)),
         pooled_lengths_B=None
         if embeddings is None

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kd_assets.contract import TeacherParams
+from kd_assets.contract import FinalState, TeacherParams
 from kd_assets.errors import TeacherError
 from kd_assets.model_files.digests import DigestCache
 from kd_assets.model_files.folder import model_folder
@@ -129,10 +129,14 @@ class TeacherOnDevices:
         return result
 
     def reference(
-        self, input_ids_L: npt.NDArray[np.uint32], blocks: Sequence[int], positions_P: Int64Array | None = None
+        self,
+        input_ids_L: npt.NDArray[np.uint32],
+        blocks: Sequence[int],
+        positions_P: Int64Array | None = None,
+        final: Sequence[FinalState] = (),
     ) -> Reference:
         """A document by the plain path (see `recompute.reference`)."""
-        result = self._run(("reference", input_ids_L, tuple(blocks), positions_P))
+        result = self._run(("reference", input_ids_L, tuple(blocks), positions_P, tuple(final)))
         assert isinstance(result, Reference)
         return result
 

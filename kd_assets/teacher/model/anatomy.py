@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kd_assets.errors import TeacherError
 from kd_assets.library_internals import no_hooks_left
 from kd_assets.teacher.devices.memory import DEVICE_TEXTS, HOST_TEXTS
+from kd_assets.teacher.model.final_norm import DecoderEnd, decoder_end, outside_of_blocks, watched
 from kd_assets.teacher.model.head import Head, is_plain, proven_head, relative_difference
 from kd_assets.teacher.model.quantised import Quantisation, tolerance
 
@@ -42,6 +43,8 @@ class Anatomy:
     """Decoder blocks, 0-based; empty where no list of them was found."""
     blocks_unusable: str | None
     """Why the outputs of `blocks` are not hidden states; None: they are."""
+    end: DecoderEnd
+    """What stands between the last block and the head."""
     final_BTH: Tensor
     """After the final norm."""
     logits_BTV: Tensor
@@ -63,7 +66,11 @@ def dissected(
     blocks = {block for found in lists.values() for candidate in found for block in candidate}
     ids_BT = probe_ids(n_token_ids).to(device)
     try:
-        with no_hooks_left(model), tapped((*decoders, *blocks)) as outputs:
+        with (
+            no_hooks_left(model),
+            tapped((*decoders, *blocks)) as outputs,
+            watched(outside_of_blocks(model, blocks)) as runs,
+        ):
             output = model(input_ids=ids_BT, use_cache=False, output_hidden_states=True)
         logits_BTV = output.logits
         decoder = first_alone(decoders, ids_BT, outputs)
@@ -81,6 +88,13 @@ def dissected(
         decoder=decoder,
         blocks=found,
         blocks_unusable=reason and f"{type(model).__name__}: {reason}",
+        end=decoder_end(
+            decoder,
+            runs,
+            final_BTH=final_BTH,
+            last_block_BTH=outputs[found[-1]][0] if reason is None and len(found) else None,
+            head=model.get_output_embeddings(),
+        ),
         final_BTH=final_BTH,
         logits_BTV=logits_BTV,
     )

@@ -42,6 +42,7 @@ from kd_assets.teacher.model.configuration import (
     read_config,
     rotary_limit,
 )
+from kd_assets.teacher.model.final_norm import DecoderEnd
 from kd_assets.teacher.model.head import Head, configured_head
 from kd_assets.teacher.model.quantised import Quantisation, loaded_quantisation, quantisation_config, stored_settings
 from kd_assets.teacher.model.unused_weights import harmless_unused, stored_weights
@@ -102,6 +103,8 @@ class Teacher:
     """Tokens of the longest document that it can run at all; None: any (see `learned_positions`)."""
     unused_weights: Mapping[str, int] = field(default_factory=dict)
     """Kind → number of weights in its files that it has no place for (see `unused_weights`)."""
+    end: DecoderEnd = field(default_factory=DecoderEnd)
+    """Its final norm, and which states at the decoder's end cannot be kept."""
 
     @property
     def quantisation_in_words(self) -> str | None:
@@ -186,8 +189,10 @@ def check_k(params: TeacherParams, vocabulary_size: int | None) -> None:
 
 def check_blocks(params: TeacherParams, n_blocks: int | None) -> None:
     assert params.hidden_states is not None
-    if not params.hidden_states.blocks:
-        raise RecipeError("hidden_states.blocks is empty: name at least one decoder block (0-based)")
+    if not params.hidden_states.blocks and not params.hidden_states.final:
+        raise RecipeError(
+            "hidden_states.blocks is empty: name at least one decoder block (0-based), or a final state with `final`"
+        )
     for block in params.hidden_states.blocks:
         if block < 0 or (n_blocks is not None and block >= n_blocks):
             last = "" if n_blocks is None else f" to {n_blocks - 1}"
@@ -199,12 +204,18 @@ def check_teacher(params: TeacherParams, teacher: Teacher) -> None:
     if params.topk is not None:
         check_k(params, teacher.vocabulary_size)
     if params.hidden_states is not None:
-        if teacher.blocks_unusable is not None:
+        if teacher.blocks_unusable is not None and params.hidden_states.blocks:
             raise TeacherError(
                 f"hidden states of {params.model} cannot be kept: {teacher.blocks_unusable}; leave hidden_states out "
                 "of the recipe (the other caches do not need the blocks)"
             )
         check_blocks(params, len(teacher.blocks))
+        for name in params.hidden_states.final:
+            if (why := teacher.end.unusable.get(name)) is not None:
+                raise TeacherError(
+                    f"the final state {name} of {params.model} cannot be kept ({type(teacher.model).__name__}: {why}): "
+                    "leave it out of hidden_states.final (blocks and the other caches do not need it)"
+                )
 
 
 def read_model(
@@ -388,6 +399,7 @@ def as_teacher(
         blocks=anatomy.blocks,
         blocks_unusable=anatomy.blocks_unusable,
         head=head,
+        end=anatomy.end,
         device=device,
         dtype=coarsest(anatomy.final_BTH.dtype, model.get_input_embeddings().weight.dtype),
         hidden_size=anatomy.final_BTH.shape[-1],

@@ -77,6 +77,7 @@ class Recomputation:
                 document.input_ids,
                 hidden.blocks if hidden is not None else (),
                 self._positions(document) if self._with_logits else np.arange(0),
+                hidden.final if hidden is not None else (),
             )
 
     def _positions(self, document: Documents) -> npt.NDArray[np.int64]:

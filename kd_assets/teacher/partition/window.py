@@ -19,9 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from torch import Tensor
 
-from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TeacherParams, TopkParams
+from kd_assets.contract import Asset, EmbeddingParams, FinalState, HiddenStateParams, TeacherParams, TopkParams
 from kd_assets.errors import NonFiniteTeacherError
 from kd_assets.store import Documents, Shard, encode_embeddings, encode_hidden_states, encode_topk
+from kd_assets.store.schema import HiddenState
 from kd_assets.teacher.batch.engine import BlockStates, PooledStates, Step, StepResult, TopkRows, TopkStep
 from kd_assets.teacher.batch.sampling import uniforms
 from kd_assets.teacher.partition.batching import Batch, batch_rows, concatenated_ranges, padded_ids
@@ -51,8 +52,8 @@ class CacheRequest:
         return () if self.hidden_states is None else self.hidden_states.blocks
 
     @property
-    def needs_final(self) -> bool:
-        return self.topk is not None or self.embeddings is not None
+    def final(self) -> tuple[FinalState, ...]:
+        return () if self.hidden_states is None else self.hidden_states.final
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,15 +100,15 @@ class HiddenStateArrays:
     """The hidden-state cache of a window: bits of bfloat16, rows in document order."""
 
     documents: Documents
-    block_NH: dict[int, npt.NDArray[np.uint16]]
+    block_NH: dict[HiddenState, npt.NDArray[np.uint16]]
 
     @staticmethod
-    def empty(documents: Documents, blocks: tuple[int, ...], hidden_size: int) -> HiddenStateArrays:
+    def empty(documents: Documents, states: tuple[HiddenState, ...], hidden_size: int) -> HiddenStateArrays:
         shape = (documents.n_tokens, hidden_size)
-        return HiddenStateArrays(documents=documents, block_NH={n: np.empty(shape, np.uint16) for n in blocks})
+        return HiddenStateArrays(documents=documents, block_NH={n: np.empty(shape, np.uint16) for n in states})
 
     def table(self) -> pa.Table:
-        return encode_hidden_states(self.documents, dict(self.block_NH.items()))
+        return encode_hidden_states(self.documents, self.block_NH)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +156,7 @@ class Window:
             topk=None if topk is None else TopkArrays.empty(cut(topk.max_length), topk),
             hidden_states=None
             if hidden is None
-            else HiddenStateArrays.empty(cut(hidden.max_length), hidden.blocks, hidden_size),
+            else HiddenStateArrays.empty(cut(hidden.max_length), (*hidden.blocks, *hidden.final), hidden_size),
             embeddings=None if embeddings is None else EmbeddingArrays.empty(cut(embeddings.max_length), hidden_size),
         )
 
@@ -186,6 +187,7 @@ class Capture:
         return Step(
             ids_BT=padded_ids(window.documents.input_ids, window.documents.offsets, batch),
             blocks=window.wanted.blocks,
+            final=window.wanted.final,
             rows_N=batch_rows(batch, self._lengths_B(hidden.documents) if hidden else np.zeros(0, np.int64)),
             pooled_lengths_B=self._lengths_B(embeddings.documents) if embeddings else None,
             topk=self._topk_step(topk) if topk else None,
@@ -229,9 +231,10 @@ class Capture:
             uniforms_Md=drawn,
         )
 
-    def _keep_block(self, kept: HiddenStateArrays, block: int, found: BlockStates) -> None:
+    def _keep_block(self, kept: HiddenStateArrays, block: HiddenState, found: BlockStates) -> None:
         lengths_B = self._lengths_B(kept.documents)
-        self._check_finite(found.finite_N, kept.documents, lengths_B, f"block {block}")
+        where = f"block {block}" if isinstance(block, int) else f"the final state {block}"
+        self._check_finite(found.finite_N, kept.documents, lengths_B, where)
         to_N = concatenated_ranges(kept.documents.offsets[self.batch.documents_B], lengths_B)
         kept.block_NH[block][to_N] = found.bits_NH.numpy().view(np.uint16)
 

@@ -26,7 +26,7 @@ import pytest
 import torch
 import transformers
 
-from kd_assets.contract import HiddenStateParams, Reporter, TeacherParams
+from kd_assets.contract import FinalState, HiddenStateParams, Reporter, TeacherParams
 from kd_assets.store import CacheReader, Documents, read_manifest
 from kd_assets.store.schema import hidden_field
 from kd_assets.store.writing.documents import offsets_of
@@ -54,6 +54,14 @@ SHARE_WITHIN_BOUND = {"topk": 0.9, "hidden": 0.9, "embedding": 0.75}
 """Of the tokens or documents, where a router works in 16 bits; otherwise all."""
 OWN_LOGITS = ("bert_decoder", "modernbert_decoder")
 """Something else than a linear layer stands between their final hidden states and the logits."""
+UNUSABLE: dict[str, tuple[FinalState, ...]] = {
+    "bart_decoder": ("before_norm", "after_norm"),  # each block ends in a norm of its own, and nothing comes after it
+    "bert_decoder": ("before_norm", "after_norm"),
+    "inkling_text": ("after_norm",),  # what its norm gives is scaled before it goes into the head
+    "minicpm3": ("after_norm",),
+    "modernbert_decoder": ("after_norm",),  # a layer and another norm stand between
+}
+"""Final states that cannot be kept under their names; of every other architecture both can."""
 ALL_ARCHITECTURES = [
     pytest.param(
         name, marks=pytest.mark.skipif(not hasattr(transformers, config), reason="not in this transformers version")
@@ -62,6 +70,12 @@ ALL_ARCHITECTURES = [
 ]
 
 Array = npt.NDArray[Any]
+
+
+def final_states(architecture: str) -> tuple[FinalState, ...]:
+    """Those that its teacher can keep."""
+    both: tuple[FinalState, ...] = ("before_norm", "after_norm")
+    return tuple(name for name in both if name not in UNUSABLE.get(architecture, ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +120,10 @@ def taken(documents: Documents, order: list[int]) -> Documents:
     )
 
 
+def loaded_head(desk: Desk) -> str:
+    return str(desk.events("teacher_loaded")[-1]["head"])
+
+
 def run_pass(desk: Desk, params: TeacherParams, shards: dict[str, Documents]) -> dict[str, dict[str, dict[str, Any]]]:
     """Run one load over these partitions: partition → document → all columns of all caches, as read back."""
     units = [desk.unit(desk.commit_shard(documents, key), params, key=key) for key, documents in shards.items()]
@@ -118,7 +136,11 @@ def run_pass(desk: Desk, params: TeacherParams, shards: dict[str, Documents]) ->
     for unit in units:
         rows: dict[str, dict[str, Any]] = {}
         for output in unit.outputs:
-            assert read_manifest(Path(output.path)).checks["recomputed"]["passed"], output.asset
+            checks = read_manifest(Path(output.path)).checks
+            assert checks["recomputed"]["passed"], output.asset
+            if "rebuilt" in checks:
+                rebuilt = checks["rebuilt"]
+                assert "not_made" in rebuilt if loaded_head(desk) == "own logits" else rebuilt["passed"], rebuilt
             reader = CacheReader.from_folders([Path(output.path)])
             for i in range(len(reader)):
                 rows.setdefault(reader[i]["document_id"], {}).update(reader[i])
@@ -179,6 +201,12 @@ def worst_of(row: dict[str, Any], expected: Plain, bound: Bound) -> dict[str, Ar
         worst_of_states(bfloat16_values(row[hidden_field(n)]), expected.block_LH[n], bound.of_states + 2.0**-8)
         for n in range(N_BLOCKS)
     ]
+    ends = {"before_norm": expected.block_LH[N_BLOCKS - 1], "after_norm": expected.final_LH}
+    hidden += [
+        worst_of_states(bfloat16_values(row[hidden_field(name)]), plain_LH, bound.of_states + 2.0**-8)
+        for name, plain_LH in ends.items()
+        if hidden_field(name) in row
+    ]
     embedding = np.stack([row["mean_embedding"], row["last_token_embedding"]])
     plain_embedding = np.stack([expected.final_LH.mean(axis=0), expected.final_LH[-1]])
     return {
@@ -198,7 +226,7 @@ def test_what_is_written_equals_the_plain_forward_in_whatever_company(
         save_teacher(tmp_path / "teacher", architecture, dtype=dtype),
         dtype=str(dtype).removeprefix("torch."),
         part_documents=8,
-        hidden_states=HiddenStateParams(blocks=tuple(range(N_BLOCKS)), max_length=64),
+        hidden_states=HiddenStateParams(blocks=tuple(range(N_BLOCKS)), max_length=64, final=final_states(architecture)),
     )
     desk = Desk(tmp_path)
     found = run_pass(desk, params, {"shard-00000": DOCUMENTS, "shard-00001": taken(DOCUMENTS, [6, 0, 3, 1])})
@@ -207,6 +235,7 @@ def test_what_is_written_equals_the_plain_forward_in_whatever_company(
     eager = {"attn_implementation": "eager"} if caps_attention(tiny_config(architecture)) else {}
     model = tiny_model(architecture, dtype=dtype, **eager)
     teacher = as_teacher(model, device=CPU)
+    assert set(teacher.end.unusable) == set(UNUSABLE.get(architecture, ()))
     bound = Bound(dtype=dtype, routed=teacher.routed)
     ratios: dict[str, list[Array]] = {}
     for i, document_id in enumerate(DOCUMENTS.document_ids):
