@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import dagster as dg
 from pydantic import BaseModel, Field, field_validator
 
-from kd_assets.contract import EmbeddingParams, StudentParams, TopkParams
+from kd_assets.contract import EmbeddingParams, StudentParams
 from kd_assets.errors import RecipeError
 from kd_assets.model_files.size import TeacherShape
 from kd_assets.orchestration.assets import recipe_definitions
@@ -97,7 +97,7 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
                 size=None if self.teacher.size is None else TeacherShape(**self.teacher.size.model_dump()),
                 **self.teacher.model_dump(exclude={"model_id", "size"}),
             ),
-            topk=None if caches.topk is None else TopkParams(**caches.topk.model_dump()),
+            topk=None if caches.topk is None else caches.topk.to_params(),
             hidden_states=None if caches.hidden_states is None else caches.hidden_states.to_params(),
             embeddings=None if caches.embeddings is None else EmbeddingParams(**caches.embeddings.model_dump()),
             student=None if self.student is None else StudentParams(**self.student.model_dump()),

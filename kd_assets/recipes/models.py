@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import dagster as dg
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from kd_assets.contract import STUDENT_HEAD_SIZE, FinalState, HiddenStateParams
+from kd_assets.contract import STUDENT_HEAD_SIZE, FinalState, HiddenStateParams, PositionChoice, TopkParams
 from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
 from kd_assets.recipes.recipe import Tasks
 
@@ -153,11 +153,34 @@ class TeacherModel(dg.Model, dg.Resolvable):
         return self
 
 
+class PositionShareModel(dg.Model, dg.Resolvable):
+    """A random share of the positions, the same ones in every cache with this seed."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    seed: int = 0
+
+
+Positions = Literal["all", "learned"] | PositionShareModel
+
+
+def position_choice(said: Positions) -> PositionChoice:
+    if isinstance(said, PositionShareModel):
+        return PositionChoice(kept="share", share=said.share, seed=said.seed)
+    return PositionChoice(kept=said)
+
+
 class TopkModel(dg.Model, dg.Resolvable):
     k: Positive
     max_length: Positive
     draws: Annotated[int, Field(ge=0, le=65_535)] = 0
     """Token ids drawn at random from each whole distribution besides (random-sampling KD)."""
+    positions: Positions = "all"
+    """Which are kept: all, those whose next token is learned, or a random share (`{share: 0.1, seed: 0}`)."""
+
+    def to_params(self) -> TopkParams:
+        return TopkParams(
+            k=self.k, max_length=self.max_length, draws=self.draws, positions=position_choice(self.positions)
+        )
 
 
 class HiddenStatesModel(dg.Model, dg.Resolvable):
@@ -167,6 +190,8 @@ class HiddenStatesModel(dg.Model, dg.Resolvable):
     final: Literal["before_norm", "after_norm", "both"] | None = None
     """States at the decoder's end besides: what goes into its final norm, what comes out of it and goes into the head,
     or both."""
+    positions: Positions = "all"
+    """As of the top-k: position i is that of token i, whose state predicts token i + 1."""
 
     @model_validator(mode="after")
     def _at_least_one_state(self) -> "HiddenStatesModel":
@@ -179,6 +204,7 @@ class HiddenStatesModel(dg.Model, dg.Resolvable):
             blocks=tuple(sorted(set(self.blocks))),
             max_length=self.max_length,
             final=tuple(name for name in FINAL_STATES if self.final in (name, "both")),
+            positions=position_choice(self.positions),
         )
 
 

@@ -19,7 +19,6 @@ from kd_assets.contract import (
     EmbeddingParams,
     HiddenStateParams,
     JobKind,
-    PositionChoice,
     StudentParams,
     TeacherOptions,
     TopkParams,
@@ -31,6 +30,7 @@ from kd_assets.sources.records.beside import OURS
 from kd_assets.sources.spec import Sharding, SourceSpec, without_later_defaults
 from kd_assets.store import FORMAT_VERSION, fingerprint
 from kd_assets.store.computing_versions import computing_versions
+from kd_assets.store.positions import choice_in_identity
 
 SHARD_PLAN = "shard_plan"
 SHARDS_MANIFEST: Asset = "shards_manifest"
@@ -218,15 +218,17 @@ def used(settings: Sharding | Tokenising) -> dict[str, object]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
-_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": PositionChoice()}
+_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": "all"}
 
 
 def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
     """A cache's parameters as they enter its identity, with the seed where something is drawn with it. One that came
     later is left out where it is not used, so that what was made before it stays what it is."""
     content: dict[str, object] = dataclasses.asdict(params)
-    for later in ("final", "positions"):
-        if later in content and getattr(params, later) == _LATER_DEFAULTS[later]:
+    if "positions" in content:
+        content["positions"] = choice_in_identity(params.positions)  # type: ignore[union-attr]
+    for later, default in _LATER_DEFAULTS.items():
+        if content.get(later) == default:
             del content[later]
     if isinstance(params, TopkParams):
         if params.draws:

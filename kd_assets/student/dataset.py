@@ -43,9 +43,10 @@ class TeacherCacheDataset(Dataset[Sample]):
 
     - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: stored as float16), `logsumexp`
       and `target_logprob` float32 [L-1]. Row i is about token i + 1. With random draws also `sampled_ids` and
-      `sampled_counts` int64 [L-1, s]: the different ids that were drawn and how often; a count of 0 is padding.
+      `sampled_counts` int64 [L-1, s]: the different ids that were drawn and how often; a count of 0 is padding. Of a
+      cache that keeps some positions only, these have M rows, and `topk_positions` int64 [M] says which.
     - hidden_state_cache: `hidden_block_<n>`, `hidden_final_before_norm`, `hidden_final_after_norm` bfloat16 [L, H],
-      bit for bit as the teacher gave it.
+      bit for bit as the teacher gave it; or [N, H] and `hidden_positions` int64 [N].
     - embedding_cache: `mean_embedding`, `last_token_embedding` float32 [H], and `embedded_tokens` int64 []: how many
       tokens they were pooled over.
 
@@ -161,7 +162,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     `partition_key` and `document_id` become lists of str. Added to the samples' fields: `attention_mask` bool [B, T]
     (False on padding), `topk_mask` bool [B, T-1] (rows that hold a teacher's prediction of a token the loss mask asks
     for), `sampled_mask` bool [B, T-1, s] (ids that were drawn, whatever the loss mask asks for) and `hidden_mask` bool
-    [B, T] (tokens with hidden states). Padded values are zero, and no mask is True there.
+    [B, T] (tokens with hidden states). Padded values are zero, and no mask is True there. Of caches that keep some
+    positions only, M or N of the batch's longest stand in the place of T-1 or T: `at_topk_positions` and
+    `at_hidden_positions` bring a student's values to them.
     """
     batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in _KEY_FIELDS}
     n_tokens = max(len(sample["input_ids"]) for sample in samples)
@@ -169,16 +172,38 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         if name in _KEY_FIELDS:
             continue
         values: list[Tensor] = [sample[name] for sample in samples]
-        batch[name] = _pad(values, _padded_length(name, n_tokens)) if _is_over_tokens(name) else torch.stack(values)
+        if not _is_over_tokens(name):
+            batch[name] = torch.stack(values)
+        elif _positions_field(name) in samples[0]:
+            batch[name] = _pad(values, max(map(len, values)))
+        else:
+            batch[name] = _pad(values, _padded_length(name, n_tokens))
     batch["attention_mask"] = _lengths_mask([len(s["input_ids"]) for s in samples], n_tokens)
     if "topk_ids" in batch:
-        predicted = _lengths_mask([len(s["topk_ids"]) for s in samples], n_tokens - 1)
-        batch["topk_mask"] = predicted & batch["loss_mask"][:, 1:]
+        predicted = _lengths_mask([len(s["topk_ids"]) for s in samples], batch["topk_ids"].shape[1])
+        batch["topk_mask"] = predicted & at_topk_positions(batch["loss_mask"][:, 1:], batch)
     if "sampled_counts" in batch:
         batch["sampled_mask"] = batch["sampled_counts"] > 0
     if names := hidden_fields(batch):
-        batch["hidden_mask"] = _lengths_mask([len(s[names[0]]) for s in samples], n_tokens)
+        batch["hidden_mask"] = _lengths_mask([len(s[names[0]]) for s in samples], batch[names[0]].shape[1])
     return batch
+
+
+def at_topk_positions(values_BT: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """[B, M, ...]: of values at the positions 0 to T - 2 of a batch, those at the positions of its top-k rows."""
+    return _at(values_BT, batch.get("topk_positions"))
+
+
+def at_hidden_positions(values_BT: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """[B, N, ...]: of values at the positions 0 to T - 1 of a batch, those at the positions of its hidden states."""
+    return _at(values_BT, batch.get("hidden_positions"))
+
+
+def _at(values_BT: Tensor, positions_BM: Tensor | None) -> Tensor:
+    if positions_BM is None:
+        return values_BT
+    rows_B1 = torch.arange(len(values_BT), device=values_BT.device)[:, None]
+    return values_BT[rows_B1, positions_BM]
 
 
 def hidden_fields(fields: Iterable[str]) -> list[str]:
@@ -198,6 +223,8 @@ def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
         if hidden_state_of(name) is not None:
             # The bits of bfloat16 as numpy knows them: a view, never a conversion.
             tensors[name] = torch.from_numpy(value.copy()).view(torch.bfloat16)
+        elif name == "positions":
+            tensors[_POSITIONS_FIELDS[asset]] = torch.from_numpy(value.astype(np.int64))
         elif name == "topk_ids":
             tensors[name] = torch.from_numpy(value.astype(np.int64))
         elif isinstance(value, Ragged):
@@ -212,17 +239,41 @@ def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
 def _cut(sample: Sample, max_length: int) -> Sample:
     """The sample's first `max_length` tokens with the rows that are about them."""
     return {
-        name: value[: _padded_length(name, max_length)] if _is_over_tokens(name) else value
+        name: value[: _kept_rows(sample, name, max_length)] if _is_over_tokens(name) else value
         for name, value in sample.items()
     }
 
 
+def _kept_rows(sample: Sample, name: str, max_length: int) -> int:
+    """Rows of a field over the first `max_length` tokens of its document."""
+    n_positions, positions = _padded_length(name, max_length), sample.get(_positions_field(name))
+    return n_positions if positions is None else int((positions < n_positions).sum())
+
+
+_POSITIONS_FIELDS = {"topk_cache": "topk_positions", "hidden_state_cache": "hidden_positions"}
+
+
+def _positions_field(name: str) -> str:
+    """The field that says which positions the rows of a field are of, where they are not all; else a name of none."""
+    if name == "hidden_positions" or hidden_state_of(name) is not None:
+        return "hidden_positions"
+    return "topk_positions" if _is_over_predictions(name) else ""
+
+
 def _is_over_tokens(name: str) -> bool:
-    return name in _TOKEN_FIELDS or _is_over_predictions(name) or hidden_state_of(name) is not None
+    return name in _TOKEN_FIELDS or _is_over_predictions(name) or _positions_field(name) == "hidden_positions"
 
 
 def _is_over_predictions(name: str) -> bool:
-    return name in ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob", "sampled_ids", "sampled_counts")
+    return name in (
+        "topk_ids",
+        "topk_logprobs",
+        "logsumexp",
+        "target_logprob",
+        "sampled_ids",
+        "sampled_counts",
+        "topk_positions",
+    )
 
 
 def _padded_length(name: str, n_tokens: int) -> int:

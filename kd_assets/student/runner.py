@@ -25,7 +25,13 @@ from kd_assets.contract import CACHES, STUDENT_HEAD_SIZE, JobFile, Output, Repor
 from kd_assets.errors import ContractError, InterruptedTaskError, RecipeError, StudentDidNotLearnError
 from kd_assets.store import CacheReader, ResultWriter
 from kd_assets.store.schema import hidden_state_of
-from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
+from kd_assets.student.dataset import (
+    TeacherCacheDataset,
+    at_hidden_positions,
+    at_topk_positions,
+    collate,
+    hidden_fields,
+)
 from kd_assets.student.losses import (
     feature_cosine_loss,
     mean_pooled,
@@ -110,7 +116,8 @@ class Student(nn.Module):
         if "topk_ids" in batch:
             # Logits are the student's largest tensor: only rows that the loss looks at are computed.
             asked_BT = batch["topk_mask"]
-            logits_MV = self.model.lm_head(output.last_hidden_state[:, :-1][asked_BT])
+            states_BMH = at_topk_positions(output.last_hidden_state[:, :-1], batch)
+            logits_MV = self.model.lm_head(states_BMH[asked_BT])
             asked_M = asked_BT[asked_BT]
             if "sampled_ids" in batch and temperature == 1.0:  # drawn at temperature 1: they say nothing of another
                 losses["response"] = sampled_response_loss(
@@ -126,7 +133,11 @@ class Student(nn.Module):
                 )
         if self.projectors:
             of_blocks = [
-                feature_cosine_loss(projector(output.hidden_states[layer + 1]), batch[name], batch["hidden_mask"])
+                feature_cosine_loss(
+                    projector(at_hidden_positions(output.hidden_states[layer + 1], batch)),
+                    batch[name],
+                    batch["hidden_mask"],
+                )
                 for layer, (name, projector) in zip(self.layers, self.projectors.items(), strict=True)
             ]
             losses["feature"] = torch.stack(of_blocks).mean()

@@ -152,6 +152,13 @@ def stored_row(path: Path, row: int) -> Row:
         return {name: flat(table[name]) for name in columns}
 
 
+def positions_of(row: Row, n_positions: int) -> Int64Array:
+    """int64 [M], ascending: the positions that a stored document's rows are of; `n_positions`: of a cache that keeps
+    all."""
+    kept = row.get("positions")
+    return np.arange(n_positions) if kept is None else kept.astype(np.int64)
+
+
 @dataclass(kw_only=True, slots=True)
 class Comparison:
     """The largest differences found in one cache, and how close the worst came to its tolerance."""
@@ -213,17 +220,20 @@ class Comparison:
 
     def _add_topk(self, row: Row, expected: Reference) -> None:
         """Values at the stored ids, and the k largest values whatever their ids: equal ones may swap places."""
-        n_stored = len(row["input_ids"]) - 1  # a row a token that has a next one
-        at_P = expected.positions_P[expected.positions_P < n_stored]
+        # A row a token that has a next one, of those positions that are kept.
+        kept_M = positions_of(row, len(row["input_ids"]) - 1)
+        n_stored = len(kept_M)
+        is_kept_P = np.isin(expected.positions_P, kept_M)
+        at_P = np.searchsorted(kept_M, expected.positions_P[is_kept_P])
         if not len(at_P):
             return
         self.n_positions += len(at_P)
-        logits_PV = expected.logits_PV[: len(at_P)]
+        logits_PV = expected.logits_PV[torch.from_numpy(is_kept_P).to(expected.logits_PV.device)]
         logprobs_PV = torch.log_softmax(logits_PV, dim=-1)
         device = logits_PV.device
         ids_Pk = torch.from_numpy(row["topk_ids"].reshape(n_stored, -1)[at_P].astype(np.int64)).to(device)
         stored_Pk = _on(row["topk_logprobs"].reshape(n_stored, -1)[at_P], device)
-        targets_P = torch.from_numpy(row["input_ids"][at_P + 1].astype(np.int64)).to(device)
+        targets_P = torch.from_numpy(row["input_ids"][kept_M[at_P] + 1].astype(np.int64)).to(device)
         computing_P1 = self._tolerance(LOGIT_RTOL) * logits_PV.abs().amax(dim=1, keepdim=True) + LOG_ATOL
 
         at_ids_Pk = logprobs_PV.gather(1, ids_Pk)
@@ -248,21 +258,25 @@ class Comparison:
 
     def _add_draws(self, row: Row, at_P: Int64Array, logits_PV: Tensor, computing_P: Tensor) -> None:
         """Each stored draw against the number that it was drawn with, which can be had again."""
-        n_stored = len(row["input_ids"]) - 1
-        drawn_Ld = np.repeat(row["sampled_ids"], row["sampled_counts"]).reshape(n_stored, -1).astype(np.int64)
-        u_Ld = uniforms(self.seed, str(row["document_id"][0]), n_stored, drawn_Ld.shape[1])
+        n_positions = len(row["input_ids"]) - 1
+        kept_M = positions_of(row, n_positions)
+        drawn_Ld = np.repeat(row["sampled_ids"], row["sampled_counts"]).reshape(len(kept_M), -1).astype(np.int64)
+        u_Ld = uniforms(self.seed, str(row["document_id"][0]), n_positions, drawn_Ld.shape[1])[kept_M]
         distance_P = cdf_distance(logits_PV, torch.from_numpy(drawn_Ld[at_P]), torch.from_numpy(u_Ld[at_P]))
         # Logits that each move by d at most move a cumulative probability by tanh(d / 2) at most.
         self._note("max_draw_cdf_distance", distance_P, (computing_P / 2).tanh().cpu() + DRAW_ATOL)
 
     def _add_hidden_states(self, row: Row, expected: Reference) -> None:
-        n_tokens = len(row["input_ids"])
-        self.n_positions += n_tokens
+        kept_N = positions_of(row, len(row["input_ids"]))
+        if not len(kept_N):
+            return
+        self.n_positions += len(kept_N)
         tolerance = BFLOAT16_RTOL + self._tolerance(STATE_RTOL)
         for block, plain_LH in expected.block_LH.items():
             bits = torch.from_numpy(row[hidden_field(block)].view(np.int16).copy())
-            stored_LH = bits.view(torch.bfloat16).view(n_tokens, -1).to(plain_LH.device).float()
-            self._add_states("hidden", stored_LH, plain_LH[:n_tokens], torch.full((n_tokens,), tolerance))
+            stored_NH = bits.view(torch.bfloat16).view(len(kept_N), -1).to(plain_LH.device).float()
+            plain_NH = plain_LH[torch.from_numpy(kept_N).to(plain_LH.device)]
+            self._add_states("hidden", stored_NH, plain_NH, torch.full((len(kept_N),), tolerance))
 
     def _add_embeddings(self, row: Row, expected: Reference) -> None:
         final_LH = expected.final_LH[: len(row["input_ids"])]

@@ -11,10 +11,12 @@ from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
 from kd_assets.store.manifest import Manifest
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.positions import choice_of, kept_positions
 from kd_assets.store.reading.columns import Ragged, column_of
 from kd_assets.store.reading.parts import damage_named
 from kd_assets.store.recorded_checks import draws_of
-from kd_assets.store.writing.documents import Int64Array
+from kd_assets.store.writing.documents import Documents, Int64Array
+from kd_assets.store.writing.encode import flat
 
 
 class MissingParameterError(StoreError):
@@ -31,11 +33,13 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
             case "shards_manifest":
                 return schemas.shard_schema()
             case "topk_cache":
-                return schemas.topk_schema(int(manifest.params["k"]), draws_of(manifest))
+                k, draws = int(manifest.params["k"]), draws_of(manifest)
+                return schemas.topk_schema(k, draws, positions="positions" in manifest.params)
             case "hidden_state_cache":
                 blocks = [int(b) for b in manifest.params["blocks"]]
                 final = manifest.params.get("final", ())
-                return schemas.hidden_state_schema(blocks, hidden_size or 0, final=final)
+                positions = "positions" in manifest.params
+                return schemas.hidden_state_schema(blocks, hidden_size or 0, final=final, positions=positions)
             case "embedding_cache":
                 return schemas.embedding_schema(hidden_size or 0)
             case _:
@@ -77,15 +81,46 @@ def part_documents(part: PartFile) -> tuple[list[str], Int64Array]:
     return ids, np.concatenate(lengths)
 
 
+def positions_difference(part: PartFile, manifest: Manifest) -> str | None:
+    """What is wrong with the kept positions of a part's documents, in words; None when all is well: they are those that
+    the parameters say, and every list over positions has as many elements. Raises StoreError for parameters that this
+    version does not know."""
+    choice, has_next = choice_of(manifest.params), manifest.asset == "topk_cache"
+    common = ("document_id", "n_tokens", "input_ids", "loss_mask", "positions")
+    for group in range(part.n_groups):
+        table = part.read_group(group, [name for name in part.schema.names if name != "n_tokens"])
+        columns = {name: column_of(table[name]) for name in table.schema.names}
+        offsets = columns["input_ids"].offsets
+        assert offsets is not None
+        documents = Documents(
+            document_ids=table["document_id"].to_pylist(),
+            offsets=offsets.astype(np.int64),
+            input_ids=flat(table["input_ids"]),
+            loss_mask=flat(table["loss_mask"]),
+        )
+        expected, found = kept_positions(choice, documents, has_next=has_next), columns["positions"]
+        assert expected is not None
+        counts = np.diff(expected.offsets)
+        if found.lengths is None or (found.lengths != counts).any():
+            return "a document has another number of positions than its parameters say"
+        if not np.array_equal(flat(table["positions"]), expected.positions_M):
+            return "positions are not those that the parameters say"
+        for name, column in columns.items():
+            if name not in common and (column.lengths is None or (column.lengths != counts).any()):
+                return f"{name} of a document has not one element for each of its positions"
+    return None
+
+
 def draws_difference(part: PartFile, draws: int, vocabulary: int | None) -> str | None:
     """What is wrong with the random draws of a part's documents, in words; None when all is well.
 
     `vocabulary` is the number of ids the teacher has, where it is known.
     """
     columns = ["n_tokens", "sampled_ids", "sampled_counts"]
+    has_positions = "positions" in part.schema.names
     for group in range(part.n_groups):
-        table = part.read_group(group, columns)
-        n_positions = table["n_tokens"].to_numpy() - 1
+        table = part.read_group(group, [*columns, *(["positions"] if has_positions else [])])
+        n_positions = column_of(table["positions"]).lengths if has_positions else table["n_tokens"].to_numpy() - 1
         ids, counts = (column_of(table[name]) for name in columns[1:])
         for column in (ids, counts):
             if column.lengths is None or (column.lengths != n_positions).any():

@@ -27,6 +27,7 @@ from kd_assets.store.checking.rows import (
     draws_difference,
     expected_schema,
     part_documents,
+    positions_difference,
     schema_difference,
 )
 from kd_assets.store.layout import (
@@ -350,13 +351,12 @@ class _Verifier:
                     self._problem("wrong_documents", path, message)
                     return
                 n_tokens = int(part_documents(part)[1].sum())
-                if (draws := draws_of(manifest)) and (
-                    difference := draws_difference(part, draws, manifest.facts.get("vocab_size"))
-                ):
-                    self._problem("wrong_draws", path, f"{path}: {difference}; {remedy}")
+                if (wrong := _wrong_lists(part, manifest)) is not None:
+                    kind, difference = wrong
+                    self._problem(kind, path, f"{path}: {difference}; {remedy}")
                     return
         except CorruptPartError as e:
-            kind: ProblemKind = "wrong_tokens" if "n_tokens differs" in str(e) else "unreadable_part"
+            kind = "wrong_tokens" if "n_tokens differs" in str(e) else "unreadable_part"
             self._problem(kind, path, f"{e}; {remedy}")
             return
         if n_tokens != record.n_tokens:
@@ -393,6 +393,17 @@ class _Verifier:
 
     def _note(self, kind: NoteKind, path: Path, message: str) -> None:
         self.notes.append(Note(kind=kind, path=path, message=message))
+
+
+def _wrong_lists(part: PartFile, manifest: Manifest) -> tuple[ProblemKind, str] | None:
+    """What is wrong with a part's lists over positions, where the parameters say what they must be."""
+    if "positions" in manifest.params and (difference := positions_difference(part, manifest)):
+        return "wrong_positions", difference
+    if (draws := draws_of(manifest)) and (
+        difference := draws_difference(part, draws, manifest.facts.get("vocab_size"))
+    ):
+        return "wrong_draws", difference
+    return None
 
 
 def _by_path(lines: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -264,6 +264,8 @@ def _view(document: dict[str, Any]) -> DocumentView:
 
 
 def _vector_view(values: npt.NDArray[np.float32]) -> dict[str, Any]:
+    if not len(values):  # a document of which no position is kept
+        return {"shape": list(values.shape), "first_norm": 0.0, "first_values": []}
     first = values if values.ndim == 1 else values[0]
     norm = float(np.linalg.norm(first.astype(np.float64)))
     return {"shape": list(values.shape), "first_norm": norm, "first_values": first[:4].tolist()}
@@ -272,6 +274,7 @@ def _vector_view(values: npt.NDArray[np.float32]) -> dict[str, Any]:
 def _positions(document: dict[str, Any]) -> tuple[Position, ...]:
     """A few predictions, spread evenly over the document."""
     n_positions = len(document["target_logprob"])
+    kept = document.get("positions", np.arange(n_positions))
     chosen = sorted({(i + 1) * n_positions // (SHOWN_POSITIONS + 1) for i in range(SHOWN_POSITIONS)})
     found = []
     for i in (i for i in chosen if i < n_positions):
@@ -280,9 +283,9 @@ def _positions(document: dict[str, Any]) -> tuple[Position, ...]:
         pairs = zip(document["topk_ids"][i][order].tolist(), np.exp(logprobs[order]).tolist(), strict=True)
         found.append(
             Position(
-                position=i,
-                token_id=int(document["input_ids"][i]),
-                target_id=int(document["input_ids"][i + 1]),
+                position=int(kept[i]),
+                token_id=int(document["input_ids"][kept[i]]),
+                target_id=int(document["input_ids"][kept[i] + 1]),
                 target_probability=float(np.exp(document["target_logprob"][i])),
                 top=tuple(pairs),
             )

@@ -20,8 +20,9 @@ from kd_assets.store import ResultWriter, Shard, failed_check, read_manifest
 from kd_assets.store.manifest import PartRecord
 from kd_assets.store.reading.parts import require_unchanged
 from kd_assets.teacher.devices.teacher_on_devices import TeacherOnDevices
+from kd_assets.teacher.partition.recomputation import documents_to_recompute
 from kd_assets.teacher.rebuilt import RebuiltComparison, why_not
-from kd_assets.teacher.recompute import Row, sampled_documents, stored_row
+from kd_assets.teacher.recompute import Row, stored_row
 
 PAIR: tuple[Asset, Asset] = ("topk_cache", "hidden_state_cache")
 
@@ -74,10 +75,7 @@ def rebuilt_checks(
             seed=params.seed,
             same_pass=not is_resumed and all(name in results for name in PAIR),
         )
-        sample = sampled_documents(
-            len(shard.document_ids), params.recompute_documents, seed=params.seed, partition_key=unit.partition_key
-        )
-        for index in sample:
+        for index in documents_to_recompute(shard, params, unit.partition_key):
             topk, states = (cache.row(index) for cache in caches.values() if cache is not None)
             comparison.add(topk, states)
     except StorageUnavailableError:

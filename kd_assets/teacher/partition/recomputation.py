@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kd_assets.contract import Asset, TeacherParams
 from kd_assets.store import Documents, PartPlan, ResultWriter, Shard
+from kd_assets.store.positions import kept_positions
 from kd_assets.teacher.devices.compiled import Blocks
 from kd_assets.teacher.devices.teacher_on_devices import TeacherOnDevices
 from kd_assets.teacher.partition.batching import longest
@@ -35,9 +36,7 @@ class Recomputation:
         """`with_logits`: whether any of what is compared comes from logits."""
         self._shard, self._params, self._devices, self._blocks = shard, params, devices, blocks
         self._with_logits = with_logits
-        self._sample = sampled_documents(
-            len(shard.document_ids), params.recompute_documents, seed=params.seed, partition_key=partition_key
-        )
+        self._sample = documents_to_recompute(shard, params, partition_key)
         self._first: Reference | None = None
 
     def begin(self) -> None:
@@ -81,7 +80,29 @@ class Recomputation:
             )
 
     def _positions(self, document: Documents) -> npt.NDArray[np.int64]:
-        """Where the document's logits are compared."""
-        assert self._params.topk is not None
-        n_positions = min(document.n_tokens, self._params.topk.max_length) - 1
-        return sampled_positions(n_positions, seed=self._params.seed, document_id=document.document_ids[0])
+        """Where the document's logits are compared: among the positions that are kept."""
+        topk = self._params.topk
+        assert topk is not None
+        cut = document.slice(0, 1, topk.max_length)
+        kept = kept_positions(topk.positions, cut, has_next=True)
+        positions_M = np.arange(cut.n_tokens - 1) if kept is None else kept.positions_M.astype(np.int64)
+        chosen = sampled_positions(len(positions_M), seed=self._params.seed, document_id=document.document_ids[0])
+        return positions_M[chosen]
+
+
+def documents_to_recompute(shard: Shard, params: TeacherParams, partition_key: str) -> list[int]:
+    """The sample of a partition: of documents of which a cache keeps only some positions, those that have any."""
+    candidates = np.arange(len(shard.document_ids))
+    for cache in (params.topk, params.hidden_states):
+        if cache is None or cache.positions.kept == "all" or not len(candidates):
+            continue
+        cut = shard.slice(0, len(shard.document_ids), max_length=cache.max_length)
+        kept = kept_positions(cache.positions, cut, has_next=cache is params.topk)
+        assert kept is not None
+        candidates = np.intersect1d(candidates, np.flatnonzero(np.diff(kept.offsets)))
+    if not len(candidates):  # nothing is kept of any document in all caches: whatever there is, is compared
+        candidates = np.arange(len(shard.document_ids))
+    chosen = sampled_documents(
+        len(candidates), params.recompute_documents, seed=params.seed, partition_key=partition_key
+    )
+    return [int(candidates[i]) for i in chosen]

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from kd_assets.contract import Asset, EmbeddingParams, FinalState, HiddenStateParams, TeacherParams, TopkParams
 from kd_assets.errors import NonFiniteTeacherError
-from kd_assets.store import Documents, Shard, encode_embeddings, encode_hidden_states, encode_topk
+from kd_assets.store import Documents, KeptPositions, Shard, encode_embeddings, encode_hidden_states, encode_topk
+from kd_assets.store.positions import kept_positions
 from kd_assets.store.schema import HiddenState
 from kd_assets.teacher.batch.engine import BlockStates, PooledStates, Step, StepResult, TopkRows, TopkStep
 from kd_assets.teacher.batch.sampling import uniforms
-from kd_assets.teacher.partition.batching import Batch, batch_rows, concatenated_ranges, padded_ids
+from kd_assets.teacher.partition.batching import Batch, concatenated_ranges, padded_ids
 
 Int64Array = npt.NDArray[np.int64]
 UnsignedArray = npt.NDArray[np.uint32]
@@ -57,10 +58,50 @@ class CacheRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeptRows:
+    """The rows of a cache of a window: where each document's begin, and which position each is of."""
+
+    offsets: Int64Array
+    """int64 [D + 1]."""
+    positions_M: Int64Array | None
+    """None: a document's rows are its positions from 0 on."""
+
+    @staticmethod
+    def of(documents: Documents, positions: KeptPositions | None, *, has_next: bool) -> KeptRows:
+        if positions is not None:
+            return KeptRows(offsets=positions.offsets, positions_M=positions.positions_M.astype(np.int64))
+        one_less = np.arange(documents.n_documents + 1) if has_next else 0
+        return KeptRows(offsets=documents.offsets - one_less, positions_M=None)
+
+    def lengths(self, documents_B: Int64Array) -> Int64Array:
+        """int64 [B]: rows of each of these documents."""
+        lengths_B: Int64Array = self.offsets[documents_B + 1] - self.offsets[documents_B]
+        return lengths_B
+
+    def rows(self, documents_B: Int64Array) -> Int64Array:
+        """int64: the rows of these documents, one document after the other."""
+        return concatenated_ranges(self.offsets[documents_B], self.lengths(documents_B))
+
+    def positions(self, documents_B: Int64Array) -> Int64Array:
+        """int64: the position, in its document, of each of those rows."""
+        if self.positions_M is None:
+            return concatenated_ranges(np.zeros_like(documents_B), self.lengths(documents_B))
+        return self.positions_M[self.rows(documents_B)]
+
+    def batch_rows(self, batch: Batch) -> Int64Array:
+        """int64: where each of those rows is in the flattened batch."""
+        starts_B = np.arange(len(batch.documents_B), dtype=np.int64) * batch.width
+        documents_B = batch.documents_B
+        return np.repeat(starts_B, self.lengths(documents_B)) + self.positions(documents_B)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TopkArrays:
     """The top-k cache of a window, rows in document order."""
 
     documents: Documents
+    positions: KeptPositions | None
+    """None: all that have a next token."""
     ids_Mk: npt.NDArray[np.uint32]
     logprobs_Mk: npt.NDArray[np.float16]
     logsumexp_M: npt.NDArray[np.float32]
@@ -69,9 +110,11 @@ class TopkArrays:
 
     @staticmethod
     def empty(documents: Documents, params: TopkParams) -> TopkArrays:
-        m = documents.n_tokens - documents.n_documents
+        positions = kept_positions(params.positions, documents, has_next=True)
+        m = documents.n_tokens - documents.n_documents if positions is None else len(positions.positions_M)
         return TopkArrays(
             documents=documents,
+            positions=positions,
             ids_Mk=np.empty((m, params.k), np.uint32),
             logprobs_Mk=np.empty((m, params.k), np.float16),
             logsumexp_M=np.empty(m, np.float32),
@@ -80,9 +123,8 @@ class TopkArrays:
         )
 
     @property
-    def first_rows_D(self) -> Int64Array:
-        """int64 [D]: a document's first row; each document before it has one row less than tokens."""
-        return self.documents.offsets[:-1] - np.arange(self.documents.n_documents)
+    def rows(self) -> KeptRows:
+        return KeptRows.of(self.documents, self.positions, has_next=True)
 
     def table(self) -> pa.Table:
         return encode_topk(
@@ -92,6 +134,7 @@ class TopkArrays:
             logsumexp_M=self.logsumexp_M,
             target_logprob_M=self.target_logprob_M,
             sampled_ids_Md=self.sampled_ids_Md,
+            positions=self.positions,
         )
 
 
@@ -100,15 +143,25 @@ class HiddenStateArrays:
     """The hidden-state cache of a window: bits of bfloat16, rows in document order."""
 
     documents: Documents
+    positions: KeptPositions | None
+    """None: all."""
     block_NH: dict[HiddenState, npt.NDArray[np.uint16]]
 
     @staticmethod
-    def empty(documents: Documents, states: tuple[HiddenState, ...], hidden_size: int) -> HiddenStateArrays:
-        shape = (documents.n_tokens, hidden_size)
-        return HiddenStateArrays(documents=documents, block_NH={n: np.empty(shape, np.uint16) for n in states})
+    def empty(documents: Documents, params: HiddenStateParams, hidden_size: int) -> HiddenStateArrays:
+        positions = kept_positions(params.positions, documents, has_next=False)
+        shape = (documents.n_tokens if positions is None else len(positions.positions_M), hidden_size)
+        states: tuple[HiddenState, ...] = (*params.blocks, *params.final)
+        return HiddenStateArrays(
+            documents=documents, positions=positions, block_NH={n: np.empty(shape, np.uint16) for n in states}
+        )
+
+    @property
+    def rows(self) -> KeptRows:
+        return KeptRows.of(self.documents, self.positions, has_next=False)
 
     def table(self) -> pa.Table:
-        return encode_hidden_states(self.documents, self.block_NH)
+        return encode_hidden_states(self.documents, self.block_NH, self.positions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +209,7 @@ class Window:
             topk=None if topk is None else TopkArrays.empty(cut(topk.max_length), topk),
             hidden_states=None
             if hidden is None
-            else HiddenStateArrays.empty(cut(hidden.max_length), (*hidden.blocks, *hidden.final), hidden_size),
+            else HiddenStateArrays.empty(cut(hidden.max_length), hidden, hidden_size),
             embeddings=None if embeddings is None else EmbeddingArrays.empty(cut(embeddings.max_length), hidden_size),
         )
 
@@ -188,7 +241,7 @@ class Capture:
             ids_BT=padded_ids(window.documents.input_ids, window.documents.offsets, batch),
             blocks=window.wanted.blocks,
             final=window.wanted.final,
-            rows_N=batch_rows(batch, self._lengths_B(hidden.documents) if hidden else np.zeros(0, np.int64)),
+            rows_N=hidden.rows.batch_rows(batch) if hidden else np.zeros(0, np.int64),
             pooled_lengths_B=self._lengths_B(embeddings.documents) if embeddings else None,
             topk=self._topk_step(topk) if topk else None,
         )
@@ -212,31 +265,32 @@ class Capture:
         return lengths_B
 
     def _topk_step(self, kept: TopkArrays) -> TopkStep:
-        documents, documents_B = kept.documents, self.batch.documents_B
-        lengths_B = self._lengths_B(documents) - 1
-        next_tokens_M = concatenated_ranges(documents.offsets[documents_B] + 1, lengths_B)
+        documents, documents_B, rows = kept.documents, self.batch.documents_B, kept.rows
+        positions_M = rows.positions(documents_B)
+        next_tokens_M = np.repeat(documents.offsets[documents_B] + 1, rows.lengths(documents_B)) + positions_M
         drawn = None
         if kept.sampled_ids_Md is not None:
             draws = kept.sampled_ids_Md.shape[1]
+            lengths_B = self._lengths_B(documents) - 1
+            # A position's numbers are its own, whichever others are kept.
             drawn = np.concatenate(
                 [
-                    uniforms(self.seed, documents.document_ids[document], int(n), draws)
-                    for document, n in zip(documents_B, lengths_B, strict=True)
+                    uniforms(self.seed, documents.document_ids[i], int(n), draws)[rows.positions(np.array([i]))]
+                    for i, n in zip(documents_B, lengths_B, strict=True)
                 ]
             )
         return TopkStep(
             k=kept.ids_Mk.shape[1],
-            rows_M=batch_rows(self.batch, lengths_B),
+            rows_M=rows.batch_rows(self.batch),
             targets_M=documents.input_ids[next_tokens_M].astype(np.int64),
             uniforms_Md=drawn,
         )
 
     def _keep_block(self, kept: HiddenStateArrays, block: HiddenState, found: BlockStates) -> None:
-        lengths_B = self._lengths_B(kept.documents)
+        rows, documents_B = kept.rows, self.batch.documents_B
         where = f"block {block}" if isinstance(block, int) else f"the final state {block}"
-        self._check_finite(found.finite_N, kept.documents, lengths_B, where)
-        to_N = concatenated_ranges(kept.documents.offsets[self.batch.documents_B], lengths_B)
-        kept.block_NH[block][to_N] = found.bits_NH.numpy().view(np.uint16)
+        self._check_finite(found.finite_N, kept.documents, rows.lengths(documents_B), where)
+        kept.block_NH[block][rows.rows(documents_B)] = found.bits_NH.numpy().view(np.uint16)
 
     def _keep_embeddings(self, kept: EmbeddingArrays, found: PooledStates) -> None:
         documents_B = self.batch.documents_B
@@ -245,9 +299,9 @@ class Capture:
         kept.last_token_DH[documents_B] = found.last_BH.numpy()
 
     def _keep_topk(self, kept: TopkArrays, found: TopkRows) -> None:
-        lengths_B = self._lengths_B(kept.documents) - 1
-        self._check_finite(found.finite_M, kept.documents, lengths_B, "the logits")
-        to_M = concatenated_ranges(kept.first_rows_D[self.batch.documents_B], lengths_B)
+        rows, documents_B = kept.rows, self.batch.documents_B
+        self._check_finite(found.finite_M, kept.documents, rows.lengths(documents_B), "the logits")
+        to_M = rows.rows(documents_B)
         kept.ids_Mk[to_M] = found.ids_Mk.numpy().view(np.uint32)
         kept.logprobs_Mk[to_M] = found.logprobs_Mk.numpy()
         kept.logsumexp_M[to_M] = found.logsumexp_M.numpy()
