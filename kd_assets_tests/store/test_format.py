@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd_assets.contract import CACHES, Asset
+from kd_assets.contract import CACHES, Asset, FinalState, HiddenStateParams
 from kd_assets.durable import append_line
 from kd_assets.errors import (
     CorruptManifestError,
@@ -34,9 +34,11 @@ from kd_assets.errors import (
     ResultBusyError,
     VariantConflictError,
 )
+from kd_assets.recipes.recipe import content_of
 from kd_assets.store import (
     CacheReader,
     Documents,
+    ResultFiles,
     Samples,
     canonical_json,
     commit_file_result,
@@ -54,6 +56,7 @@ from kd_assets.store import (
     variant_of,
     verify,
 )
+from kd_assets.store.checking.checks import check_schema
 from kd_assets.store.manifest import merge_stats
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.writing.encode import flat
@@ -85,6 +88,55 @@ def test_result_that_failed_a_check_is_committed_and_not_made_current_and_reader
     with pytest.raises(FailedCheckError, match="check recomputed failed"):
         CacheReader.from_folders([folder])
     assert CacheReader.from_folders([folder], allow_failed=True).manifests == (manifest,)
+
+
+@pytest.mark.parametrize(
+    ("record", "fails"),
+    [
+        (examples.REBUILT, False),
+        (examples.REBUILT | {"passed": False}, True),
+        (examples.REBUILT | {"n_positions": 0}, True),
+        ({"passed": None, "not_made": "the head lies in pieces"}, False),
+        ({"passed": None}, True),
+        ({}, True),
+    ],
+)
+def test_states_that_do_not_give_the_log_probabilities_back_have_failed_and_ones_that_were_not_asked_have_not(
+    store: Path, record: dict[str, Any], fails: bool
+) -> None:
+    """[F53] [F63]"""
+    checks = {"recomputed": examples.RECOMPUTED, "rebuilt": record}
+    folder, _ = examples.commit(store, "hidden_state_cache", checks=checks)
+    assert (folder.parent / "head.json").exists() is not fails
+    if fails:
+        with pytest.raises(FailedCheckError, match="check rebuilt failed"):
+            CacheReader.from_folders([folder])
+    else:
+        assert len(CacheReader.from_folders([folder]).manifests) == 1
+
+
+@pytest.mark.parametrize("blocks", [(), (2, 0)])
+@pytest.mark.parametrize("final", [("before_norm",), ("after_norm",), ("after_norm", "before_norm")])
+def test_final_states_are_columns_after_those_of_the_blocks(
+    store: Path, blocks: tuple[int, ...], final: tuple[FinalState, ...]
+) -> None:
+    """[F61] [F62] That they are what goes into the norm and comes out of it is in the teacher's tests."""
+    params = {"blocks": sorted(blocks), "max_length": examples.MAX_LENGTH, "final": list(final)}
+    folder, _ = examples.commit(store, "hidden_state_cache", params=params)
+    rows = next(part_tables(folder))
+    names = [f"hidden_final_{name}" for name in ("before_norm", "after_norm") if name in final]
+    assert rows.schema.names[4:] == [*(f"hidden_block_{n}" for n in sorted(blocks)), *names]
+    for name in names:
+        field = rows.schema.field(name)
+        assert str(field.type).replace(" not null", "") == "list<element: fixed_size_list<element: uint16>[3]>"
+        metadata = {key.decode(): value.decode() for key, value in field.metadata.items()}
+        assert (metadata["dtype"], metadata["final"]) == ("bfloat16", name.removeprefix("hidden_final_"))
+        assert "final norm" in metadata["convention"]
+    assert check_schema(ResultFiles(folder)).passed
+    assert not verify(store).problems
+    plain = HiddenStateParams(blocks=(0,), max_length=6)
+    assert "final" not in content_of(plain, seed=0)
+    assert content_of(dataclasses.replace(plain, final=final), seed=0)["final"] == final
 
 
 def test_plan_is_a_head_and_blocks_of_partitions_and_their_inputs_and_is_hashed_over_them(store: Path) -> None:
@@ -775,7 +827,7 @@ def test_hidden_columns_say_which_block_they_are(store: Path) -> None:
     rows = next(part_tables(examples.commit(store, "hidden_state_cache")[0]))
     metadata = {key.decode(): value.decode() for key, value in rows.schema.field("hidden_block_2").metadata.items()}
     assert (metadata["dtype"], metadata["block"]) == ("bfloat16", "2")
-    assert "hidden_states[2 + 1]" in metadata["convention"]
+    assert "hidden_states[2 + 1] before any final norm" in metadata["convention"]
 
 
 def test_embeddings_are_vectors_of_float32(store: Path) -> None:
