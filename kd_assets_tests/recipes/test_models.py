@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from kd_assets.components import TeacherCaches
-from kd_assets.contract import EmbeddingParams, HiddenStateParams, StudentParams, TeacherParams, TopkParams
+from kd_assets.contract import EmbeddingParams, FinalState, HiddenStateParams, StudentParams, TeacherParams, TopkParams
 from kd_assets.recipes.models import (
     EmbeddingsModel,
     HiddenStatesModel,
@@ -76,9 +76,11 @@ def test_a_models_options_and_their_defaults_are_those_of_its_dataclass(
         ("both", ("before_norm", "after_norm")),
     ],
 )
-def test_final_names_the_states_at_the_decoders_end(said: str | None, kept: tuple[str, ...]) -> None:
+def test_final_names_the_states_at_the_decoders_end(
+    said: Literal["before_norm", "after_norm", "both"] | None, kept: tuple[FinalState, ...]
+) -> None:
     params = HiddenStatesModel(blocks=[28, 1, 28], max_length=8, final=said).to_params()
-    assert params == HiddenStateParams(blocks=(1, 28), max_length=8, final=kept)  # type: ignore[arg-type]
+    assert params == HiddenStateParams(blocks=(1, 28), max_length=8, final=kept)
 
 
 def test_no_block_is_enough_where_a_final_state_is_kept_and_only_there() -> None:

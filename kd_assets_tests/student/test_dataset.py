@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -16,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import CorruptPartError, NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader
-from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
+from kd_assets.student.dataset import TeacherCacheDataset, _tensors_of, collate, hidden_fields
 from kd_assets_tests.student.made_up import (
     BLOCK,
     HIDDEN_SIZE,
@@ -84,6 +85,16 @@ def test_hidden_states_come_back_in_bfloat16_bit_for_bit(dataset: TeacherCacheDa
         expected = TEACHER.states_VH[sample["input_ids"][: len(hidden)]].bfloat16()
         assert hidden.dtype == torch.bfloat16
         assert torch.equal(hidden.view(torch.int16), expected.view(torch.int16))
+
+
+def test_final_states_come_after_those_of_blocks_and_are_tensors_like_them() -> None:
+    names = ["hidden_final_after_norm", "hidden_block_10", "hidden_final_before_norm", "input_ids", "hidden_block_9"]
+    in_order = ["hidden_block_9", "hidden_block_10", "hidden_final_before_norm", "hidden_final_after_norm"]
+    assert hidden_fields(names) == in_order
+    states_NH = torch.randn(5, 4).bfloat16()
+    row = {"hidden_final_after_norm": states_NH.view(torch.int16).numpy().view(np.uint16)}
+    sample = _tensors_of("hidden_state_cache", row)
+    assert torch.equal(sample["hidden_final_after_norm"].view(torch.int16), states_NH.view(torch.int16))
 
 
 def test_dtypes_are_those_that_training_wants(dataset: TeacherCacheDataset) -> None:
