@@ -74,8 +74,10 @@ def rebuilt_failure(manifest: Manifest) -> str | None:
         return None
     if not isinstance(record, dict):
         return f"its record is {record!r:.40}"
+    if not record.get("n_positions"):
+        return "no position was compared"
     for name in ("worst_over_tolerance", "mean_kl", "max_abs_logprob_difference"):
-        if record.get("n_positions") and not isinstance(record.get(name), (int, float)):
+        if not isinstance(record.get(name), (int, float)):
             return f"{name} is {record.get(name)}"
     if record.get("passed") is not True:
         worst = record.get("worst_over_tolerance")

@@ -64,6 +64,11 @@ def why_not(teacher: Teacher, *, is_shared: bool = False) -> str | None:
     return None
 
 
+def not_made(why: str) -> dict[str, Any]:
+    """The record of a check that was not made: neither passed nor failed."""
+    return {"passed": None, "not_made": why}
+
+
 @torch.inference_mode()
 def rebuilt_logits(teacher: Teacher, states_PH: Tensor, state: FinalState) -> Iterator[Tensor]:
     """Chunks of rows, float32 [.., V] on the head's device: the teacher's logits by its final states.
@@ -161,8 +166,9 @@ class RebuiltComparison:
 
     def result(self) -> dict[str, Any]:
         """What the manifest keeps as `checks["rebuilt"]`."""
+        if not self.n_positions:
+            return not_made("no position of the sampled documents is in both caches")
         worst = self.worst
-        divergence_N = torch.cat(self.divergences) if self.divergences else torch.zeros(1)
         return {
             "passed": worst <= 1.0,
             "n_documents": len(self.document_ids),
@@ -172,7 +178,7 @@ class RebuiltComparison:
             "states": list(self.states),
             "same_pass": self.same_pass,
             "worst_over_tolerance": worst,
-            "mean_kl": float(divergence_N.mean()),
+            "mean_kl": float(torch.cat(self.divergences).mean()),
             **self.largest,
         }
 

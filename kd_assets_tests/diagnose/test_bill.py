@@ -95,6 +95,14 @@ def test_documents_are_cut_at_what_each_cache_keeps(deploy: Callable[..., Deploy
     assert bytes_at_most(recipe, amounts, None)["embedding_cache"] is None
 
 
+def test_each_final_state_is_billed_as_a_block_and_runs_all_of_them(deploy: Callable[..., Deployment]) -> None:
+    hidden = {"blocks": [], "max_length": 8, "final": "both"}
+    deployment = deploy(caches={"hidden_states": hidden})
+    at_most = bytes_at_most(deployment.recipe, [Amount(n_documents=1, n_tokens=8)], 32)
+    assert at_most["hidden_state_cache"] == 8 * (5 + 2 * 2 * 32) + 100
+    assert bill(deployment).teacher.flops_rest_on.startswith("all 3 blocks, without the head")
+
+
 def test_documents_that_are_split_are_billed_as_their_windows(deploy: Callable[..., Deployment]) -> None:
     recipe = deploy(long_documents="split", overlap=32).recipe
     assert in_windows(recipe, Amount(n_documents=1, n_tokens=640)) == Amount(n_documents=21, n_tokens=1280)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from kd_assets.components import TeacherCaches
-from kd_assets.contract import EmbeddingParams, HiddenStateParams, StudentParams, TeacherParams, TopkParams
+from kd_assets.contract import (
+    EmbeddingParams,
+    FinalState,
+    HiddenStateParams,
+    PositionChoice,
+    StudentParams,
+    TeacherParams,
+    TopkParams,
+)
 from kd_assets.recipes.models import (
     EmbeddingsModel,
     HiddenStatesModel,
@@ -64,7 +72,31 @@ def test_a_models_options_and_their_defaults_are_those_of_its_dataclass(
     of_model, of_class = defaults_of_model(model, renamed), defaults_of_dataclass(cls)
     if model is HiddenStatesModel:  # a word of YAML, and several names behind it
         assert (of_model.pop("final"), of_class.pop("final")) == (None, ())
-    assert of_model == {name: value for name, value in of_class.items() if name != "positions"}
+    if "positions" in of_model:  # a word, or a share, and one class behind both
+        assert (of_model.pop("positions"), of_class.pop("positions")) == ("all", PositionChoice())
+    assert of_model == of_class
+
+
+@pytest.mark.parametrize(
+    ("said", "choice"),
+    [
+        ("all", PositionChoice()),
+        ("learned", PositionChoice(kept="learned")),
+        ({"share": 0.1}, PositionChoice(kept="share", share=0.1)),
+        ({"share": 0.5, "seed": 7}, PositionChoice(kept="share", share=0.5, seed=7)),
+    ],
+)
+def test_positions_are_a_word_or_a_share_of_either_cache(said: Any, choice: PositionChoice) -> None:
+    assert TopkModel(k=2, max_length=8, positions=said).to_params().positions == choice
+    assert HiddenStatesModel(blocks=[1], max_length=8, positions=said).to_params().positions == choice
+
+
+@pytest.mark.parametrize(
+    "said", ["some", {"share": 0}, {"share": 1}, {"share": 1.5}, {"seed": 1}, 0.1, {"share": 0.1, "x": 1}]
+)
+def test_positions_that_are_neither_are_refused_by_the_fields_name(said: Any) -> None:
+    with pytest.raises(ValidationError, match="positions"):
+        TopkModel(k=2, max_length=8, positions=said)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +108,11 @@ def test_a_models_options_and_their_defaults_are_those_of_its_dataclass(
         ("both", ("before_norm", "after_norm")),
     ],
 )
-def test_final_names_the_states_at_the_decoders_end(said: str | None, kept: tuple[str, ...]) -> None:
+def test_final_names_the_states_at_the_decoders_end(
+    said: Literal["before_norm", "after_norm", "both"] | None, kept: tuple[FinalState, ...]
+) -> None:
     params = HiddenStatesModel(blocks=[28, 1, 28], max_length=8, final=said).to_params()
-    assert params == HiddenStateParams(blocks=(1, 28), max_length=8, final=kept)  # type: ignore[arg-type]
+    assert params == HiddenStateParams(blocks=(1, 28), max_length=8, final=kept)
 
 
 def test_no_block_is_enough_where_a_final_state_is_kept_and_only_there() -> None:

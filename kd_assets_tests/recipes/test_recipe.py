@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, TopkParams
+from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, PositionChoice, TopkParams
 from kd_assets.errors import RecipeError
-from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising
+from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising, content_of
 from kd_assets.sources.spec import Sharding, SourceSpec
 
 
@@ -42,6 +42,20 @@ def test_draws_change_the_topk_cache_and_no_other() -> None:
     assert other.code_version("topk_cache") != a_recipe(draws=51).code_version("topk_cache")
     for asset in ("hidden_state_cache", "embedding_cache"):
         assert one.code_version(asset) == other.code_version(asset)
+
+
+def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
+    every = a_recipe()
+    learned = TopkParams(k=4, max_length=100, positions=PositionChoice(kept="learned"))
+    share = TopkParams(k=4, max_length=100, positions=PositionChoice(kept="share", share=0.5))
+    versions = {
+        dataclasses.replace(every, topk=topk).code_version("topk_cache") for topk in (every.topk, learned, share)
+    }
+    assert len(versions) == 3
+    changed = dataclasses.replace(every, topk=learned)
+    assert changed.code_version("hidden_state_cache") == every.code_version("hidden_state_cache")
+    assert content_of(learned, seed=0) == {"k": 4, "max_length": 100, "positions": "learned"}
+    assert content_of(share, seed=0)["positions"] == {"share": 0.5, "seed": 0}
 
 
 def test_seed_is_of_a_caches_identity_where_something_is_drawn_with_it() -> None:

@@ -29,6 +29,7 @@ from kd_assets.store import (
     set_head,
 )
 from kd_assets.store.checking import checks
+from kd_assets.store.checking.rows import expected_schema, schema_difference
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.reading import parts
 from kd_assets_tests.store import examples
@@ -170,6 +171,38 @@ def test_result_that_is_not_committed_fails_every_check(store: Path) -> None:
 def test_columns_of_another_k_fail_schema(store: Path) -> None:
     folder, _ = examples.commit(store, "topk_cache", params={"k": 5, "max_length": examples.MAX_LENGTH})
     fails(check_schema(folder), r"column topk_ids: expected .*\[5\].*, found .*\[4\]")
+
+
+def test_a_final_state_that_is_not_there_fails_schema(store: Path) -> None:
+    params = {"blocks": [0], "max_length": 6, "final": ["before_norm", "after_norm"]}
+    folder, manifest = examples.commit(store, "hidden_state_cache", params=params)
+    assert check_schema(folder).passed
+    expected = expected_schema(manifest, examples.HIDDEN_SIZE)
+    assert expected is not None
+    kept = examples.table("hidden_state_cache", examples.documents(), states=(0, "before_norm"))
+    assert schema_difference(expected, kept.schema) == "column hidden_final_after_norm is missing"
+
+
+def test_the_check_rebuilt_is_shown_with_its_numbers_where_it_was_made_and_only_there(store: Path) -> None:
+    folders = examples.commit_all(store)
+    shard = ResultFiles(folders["shards_manifest"])
+    names = [result.name for result in check_all(ResultFiles(folders["hidden_state_cache"]), shard)]
+    assert "rebuilt" not in names
+    both = {"recomputed": examples.RECOMPUTED}
+    params = {"blocks": [], "max_length": 6, "final": ["after_norm"]}
+    folder, _ = examples.commit(store, "hidden_state_cache", params=params, checks=both | {"rebuilt": examples.REBUILT})
+    result = check_all(ResultFiles(folder), shard)[-1]
+    assert (result.name, result.passed) == ("rebuilt", True)
+    assert result.description == "7 positions of 2 documents rebuilt"
+    assert result.numbers["worst_over_tolerance"] == examples.REBUILT["worst_over_tolerance"]
+    params["max_length"] = 5
+    record = examples.REBUILT | {"passed": False, "worst_over_tolerance": 7.25}
+    folder, _ = examples.commit(store, "hidden_state_cache", params=params, checks=both | {"rebuilt": record})
+    fails(check_all(ResultFiles(folder), shard)[-1], r"rebuilt from the final states are not those .*\(7.25 times")
+    params["max_length"] = 4
+    not_made = {"passed": None, "not_made": "the head lies in pieces"}
+    folder, _ = examples.commit(store, "hidden_state_cache", params=params, checks=both | {"rebuilt": not_made})
+    assert "rebuilt" not in [result.name for result in check_all(ResultFiles(folder), shard)]
 
 
 def test_columns_of_other_blocks_fail_schema(store: Path) -> None:

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd_assets.contract import CACHES, Asset
-from kd_assets.durable import append_line
+from kd_assets.contract import CACHES, Asset, FinalState, HiddenStateParams, PositionChoice
+from kd_assets.durable import append_line, atomic_file
 from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
@@ -34,14 +34,18 @@ from kd_assets.errors import (
     ResultBusyError,
     VariantConflictError,
 )
+from kd_assets.recipes.recipe import content_of
 from kd_assets.store import (
     CacheReader,
     Documents,
+    KeptPositions,
+    ResultFiles,
     Samples,
     canonical_json,
     commit_file_result,
     committed,
     computing_versions,
+    encode_hidden_states,
     encode_topk,
     fingerprint,
     part_stats,
@@ -55,12 +59,17 @@ from kd_assets.store import (
     variant_of,
     verify,
 )
+from kd_assets.store.checking.checks import check_schema
 from kd_assets.store.manifest import merge_stats
-from kd_assets.store.partfile import PartFile
+from kd_assets.store.partfile import PartFile, part_suffix, write_table
+from kd_assets.store.positions import kept_positions
+from kd_assets.store.positions import uniforms as position_uniforms
+from kd_assets.store.writing.documents import offsets_of
 from kd_assets.store.writing.encode import flat
 from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit_partition, hash_of, write_plan
+from kd_assets_tests.store.test_verify import adopt_files
 
 FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"
 
@@ -86,6 +95,55 @@ def test_result_that_failed_a_check_is_committed_and_not_made_current_and_reader
     with pytest.raises(FailedCheckError, match="check recomputed failed"):
         CacheReader.from_folders([folder])
     assert CacheReader.from_folders([folder], allow_failed=True).manifests == (manifest,)
+
+
+@pytest.mark.parametrize(
+    ("record", "fails"),
+    [
+        (examples.REBUILT, False),
+        (examples.REBUILT | {"passed": False}, True),
+        (examples.REBUILT | {"n_positions": 0}, True),
+        ({"passed": None, "not_made": "the head lies in pieces"}, False),
+        ({"passed": None}, True),
+        ({}, True),
+    ],
+)
+def test_states_that_do_not_give_the_log_probabilities_back_have_failed_and_ones_that_were_not_asked_have_not(
+    store: Path, record: dict[str, Any], fails: bool
+) -> None:
+    """[F53] [F63]"""
+    checks = {"recomputed": examples.RECOMPUTED, "rebuilt": record}
+    folder, _ = examples.commit(store, "hidden_state_cache", checks=checks)
+    assert (folder.parent / "head.json").exists() is not fails
+    if fails:
+        with pytest.raises(FailedCheckError, match="check rebuilt failed"):
+            CacheReader.from_folders([folder])
+    else:
+        assert len(CacheReader.from_folders([folder]).manifests) == 1
+
+
+@pytest.mark.parametrize("blocks", [(), (2, 0)])
+@pytest.mark.parametrize("final", [("before_norm",), ("after_norm",), ("after_norm", "before_norm")])
+def test_final_states_are_columns_after_those_of_the_blocks(
+    store: Path, blocks: tuple[int, ...], final: tuple[FinalState, ...]
+) -> None:
+    """[F61] [F62] That they are what goes into the norm and comes out of it is in the teacher's tests."""
+    params = {"blocks": sorted(blocks), "max_length": examples.MAX_LENGTH, "final": list(final)}
+    folder, _ = examples.commit(store, "hidden_state_cache", params=params)
+    rows = next(part_tables(folder))
+    names = [f"hidden_final_{name}" for name in ("before_norm", "after_norm") if name in final]
+    assert rows.schema.names[4:] == [*(f"hidden_block_{n}" for n in sorted(blocks)), *names]
+    for name in names:
+        field = rows.schema.field(name)
+        assert str(field.type).replace(" not null", "") == "list<element: fixed_size_list<element: uint16>[3]>"
+        metadata = {key.decode(): value.decode() for key, value in field.metadata.items()}
+        assert (metadata["dtype"], metadata["final"]) == ("bfloat16", name.removeprefix("hidden_final_"))
+        assert "final norm" in metadata["convention"]
+    assert check_schema(ResultFiles(folder)).passed
+    assert not verify(store).problems
+    plain = HiddenStateParams(blocks=(0,), max_length=6)
+    assert "final" not in content_of(plain, seed=0)
+    assert content_of(dataclasses.replace(plain, final=final), seed=0)["final"] == final
 
 
 def test_plan_is_a_head_and_blocks_of_partitions_and_their_inputs_and_is_hashed_over_them(store: Path) -> None:
@@ -453,8 +511,75 @@ def test_audit_log_gets_a_line_a_commit_and_is_only_appended_to(store: Path) -> 
     assert all(line["provenance"] == {"host": "here"} for line in lines)
 
 
+def kept_by_hand(docs: Documents, positions: list[list[int]]) -> KeptPositions:
+    return KeptPositions(
+        offsets=offsets_of(np.array([len(p) for p in positions])),
+        positions_M=np.array([i for p in positions for i in p], dtype=np.uint32),
+    )
+
+
+@pytest.mark.parametrize("asset", ["topk_cache", "hidden_state_cache"])
+def test_a_cache_of_learned_positions_has_their_rows_and_says_which(store: Path, asset: Asset) -> None:
+    """[F65] [F66] That the rows are those of the whole cache is in the teacher's tests."""
+    docs = examples.documents((5, 1, 3))
+    mask = np.array([True, False, True, True, False, True, False, False, True])
+    docs = dataclasses.replace(docs, loss_mask=mask)
+    kept = kept_by_hand(docs, [[1, 2], [], [1]])
+    n, rng = 3, np.random.default_rng(0)
+    if asset == "topk_cache":
+        table = encode_topk(
+            docs,
+            topk_ids_Mk=rng.integers(0, 9, (n, 2), dtype=np.uint32),
+            topk_logprobs_Mk=np.full((n, 2), -1, np.float16),
+            logsumexp_M=np.zeros(n, np.float32),
+            target_logprob_M=np.full(n, -1, np.float32),
+            positions=kept,
+        )
+        params: dict[str, Any] = {"k": 2, "max_length": 9, "positions": "learned"}
+    else:
+        table = encode_hidden_states(docs, {1: np.zeros((n, 4), np.uint16)}, kept)
+        params = {"blocks": [1], "max_length": 9, "positions": "learned"}
+    assert table.schema.names[-1] == "positions"
+    out = examples.output(store, asset, params=params)
+    with examples.writer(store, out) as writer:
+        writer.write_part(0, table, n_tokens=docs.n_tokens, stats=part_stats(asset, table))
+        writer.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    assert verify(Path(out.path)).ok
+    reader = CacheReader.from_folders([Path(out.path)])
+    assert [reader[i]["positions"].tolist() for i in range(3)] == [[1, 2], [], [1]]
+    assert [len(reader[i]["input_ids"]) for i in range(3)] == [5, 1, 3]
+    other = table.set_column(
+        table.schema.get_field_index("positions"),
+        table.schema.field("positions"),
+        pa.array([[0, 2], [], [1]], type=table.schema.field("positions").type),
+    )
+    suffix = part_suffix(asset)
+    with atomic_file(Path(out.path) / f"part-00000{suffix}") as file:
+        write_table(other, suffix, file)
+    adopt_files(Path(out.path))
+    (problem,) = (p for p in verify(Path(out.path)).problems if p.kind == "wrong_positions")
+    assert "not those that the parameters say" in problem.message
+
+
+def test_the_numbers_of_a_share_are_philox_words_of_the_documents_key() -> None:
+    """[F67]"""
+    key = int.from_bytes(hashlib.sha256(b"positions:7:doc").digest()[:16], "little")
+    words = np.random.Philox(key=key).random_raw(3).tolist()
+    halves = [half for word in words for half in (word & 0xFFFFFFFF, word >> 32)]
+    assert position_uniforms(7, "doc", 5).tolist() == [half / 2**32 for half in halves[:5]]
+    docs = Documents(
+        document_ids=["doc"],
+        offsets=np.array([0, 6]),
+        input_ids=np.zeros(6, np.uint32),
+        loss_mask=np.zeros(6, np.bool_),
+    )
+    kept = kept_positions(PositionChoice(kept="share", share=0.5, seed=7), docs, has_next=True)
+    assert kept is not None
+    assert kept.positions_M.tolist() == [i for i, half in enumerate(halves[:5]) if half / 2**32 < 0.5]
+
+
 def test_a_result_that_is_put_aside_is_audited_then_loses_its_head_then_moves(store: Path) -> None:
-    """[F61] What a kill in between leaves is in test_quarantine.py."""
+    """[F64] What a kill in between leaves is in test_quarantine.py."""
     folder, manifest = examples.commit(store, "topk_cache")
     before = contents(folder)
     (moved,) = put_aside(
@@ -793,7 +918,7 @@ def test_hidden_columns_say_which_block_they_are(store: Path) -> None:
     rows = next(part_tables(examples.commit(store, "hidden_state_cache")[0]))
     metadata = {key.decode(): value.decode() for key, value in rows.schema.field("hidden_block_2").metadata.items()}
     assert (metadata["dtype"], metadata["block"]) == ("bfloat16", "2")
-    assert "hidden_states[2 + 1]" in metadata["convention"]
+    assert "hidden_states[2 + 1] before any final norm" in metadata["convention"]
 
 
 def test_embeddings_are_vectors_of_float32(store: Path) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_assets.contract import CACHES, Asset
+from kd_assets.contract import CACHES, Asset, PositionChoice
 from kd_assets.store import (
     FORMAT_VERSION,
     Documents,
@@ -27,6 +27,8 @@ from kd_assets.store import (
     plan_output,
     plan_parts,
 )
+from kd_assets.store.positions import ALL, kept_positions
+from kd_assets.store.writing.documents import KeptPositions
 
 RECIPE = "made-up"
 VOCABULARY = 32
@@ -92,10 +94,11 @@ def commit_caches(
     shard: str = "shard",
     facts: Mapping[str, Any] | None = None,
     draws: int = 0,
+    positions: PositionChoice = ALL,
 ) -> dict[Asset, Path]:
     """Commit caches of these documents, in this order and two documents to a part; asset → folder.
 
-    With `draws` the top-k cache has as many random draws of each position.
+    With `draws` the top-k cache has as many random draws of each position; `positions`: which are kept.
     """
     teacher = teacher or BigramTeacher()
     recipe_folder = store / RECIPE
@@ -108,7 +111,7 @@ def commit_caches(
         with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=partition_key) as writer:
             for plan in plans:
                 part = cut.slice(plan.first_document, plan.n_documents)
-                table = _encoded(asset, part, teacher, draws)
+                table = _encoded(asset, part, teacher, draws, positions)
                 writer.write_part(plan.index, table, n_tokens=part.n_tokens, stats=part_stats(asset, table))
             writer.commit(parts=len(plans), checks={}, provenance={}, facts=facts or {"vocab_size": VOCABULARY})
         folders[asset] = writer.folder
@@ -124,14 +127,22 @@ def _flat(documents: Sequence[MadeUpDocument]) -> Documents:
     )
 
 
-def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher, draws: int) -> Any:
+def of_window(documents: Documents, kept: KeptPositions) -> Any:
+    """int64: where the kept positions are among the tokens of all documents."""
+    starts = np.repeat(documents.offsets[:-1], np.diff(kept.offsets))
+    return torch.from_numpy(starts + kept.positions_M.astype(np.int64))
+
+
+def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher, draws: int, choice: PositionChoice) -> Any:
+    kept = None if asset == "embedding_cache" else kept_positions(choice, documents, has_next=asset == "topk_cache")
     ids = torch.from_numpy(documents.input_ids.astype(np.int64))
     if asset == "topk_cache":
         last = torch.zeros(len(ids), dtype=torch.bool)
         last[torch.from_numpy(documents.offsets[1:] - 1)] = True
-        logits = teacher.logits_VV[ids[~last]]
+        wanted = torch.arange(len(ids))[~last] if kept is None else of_window(documents, kept)
+        logits = teacher.logits_VV[ids[wanted]]
         top = logits.log_softmax(-1).topk(K)
-        targets = ids[1:][~last[:-1]]
+        targets = ids[wanted + 1]
         return encode_topk(
             documents,
             topk_ids_Mk=top.indices.numpy().astype(np.uint32),
@@ -139,10 +150,12 @@ def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher, draws: 
             logsumexp_M=logits.logsumexp(-1).numpy(),
             target_logprob_M=logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy(),
             sampled_ids_Md=teacher.drawn(logits, draws) if draws else None,
+            positions=kept,
         )
     states = teacher.states_VH[ids]
     if asset == "hidden_state_cache":
-        return encode_hidden_states(documents, {BLOCK: states.bfloat16().view(torch.uint16).numpy()})
+        of_kept = states if kept is None else states[of_window(documents, kept)]
+        return encode_hidden_states(documents, {BLOCK: of_kept.bfloat16().view(torch.uint16).numpy()}, kept)
     of_documents = torch.split(states, documents.n_tokens_D.tolist())
     return encode_embeddings(
         documents,

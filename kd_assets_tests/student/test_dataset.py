@@ -8,15 +8,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from kd_assets.contract import CACHES, Asset
+from kd_assets.contract import CACHES, Asset, PositionChoice
 from kd_assets.errors import CorruptPartError, NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader
-from kd_assets.student.dataset import TeacherCacheDataset, collate, hidden_fields
+from kd_assets.student.dataset import (
+    TeacherCacheDataset,
+    _tensors_of,
+    at_hidden_positions,
+    at_topk_positions,
+    collate,
+    hidden_fields,
+)
 from kd_assets_tests.student.made_up import (
     BLOCK,
     HIDDEN_SIZE,
@@ -84,6 +92,16 @@ def test_hidden_states_come_back_in_bfloat16_bit_for_bit(dataset: TeacherCacheDa
         expected = TEACHER.states_VH[sample["input_ids"][: len(hidden)]].bfloat16()
         assert hidden.dtype == torch.bfloat16
         assert torch.equal(hidden.view(torch.int16), expected.view(torch.int16))
+
+
+def test_final_states_come_after_those_of_blocks_and_are_tensors_like_them() -> None:
+    names = ["hidden_final_after_norm", "hidden_block_10", "hidden_final_before_norm", "input_ids", "hidden_block_9"]
+    in_order = ["hidden_block_9", "hidden_block_10", "hidden_final_before_norm", "hidden_final_after_norm"]
+    assert hidden_fields(names) == in_order
+    states_NH = torch.randn(5, 4).bfloat16()
+    row = {"hidden_final_after_norm": states_NH.view(torch.int16).numpy().view(np.uint16)}
+    sample = _tensors_of("hidden_state_cache", row)
+    assert torch.equal(sample["hidden_final_after_norm"].view(torch.int16), states_NH.view(torch.int16))
 
 
 def test_dtypes_are_those_that_training_wants(dataset: TeacherCacheDataset) -> None:
@@ -313,3 +331,63 @@ def test_a_batch_of_documents_of_one_token_predicts_nothing(tmp_path: Path) -> N
     assert batch["topk_mask"].shape == (3, 0)
     assert batch["sampled_ids"].shape == batch["sampled_mask"].shape == (3, 0, 0)
     assert int(batch["input_ids"].max()) < VOCABULARY
+
+
+# ------------------------------------------------------------------------------------------------- kept positions
+
+
+KEPT = PositionChoice(kept="learned")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> TeacherCacheDataset:
+    """The same documents and teacher; the top-k and the hidden states keep the learned positions."""
+    for key, documents in DOCUMENTS.items():
+        commit_caches(tmp_path / "kept", key, documents, teacher=TEACHER, positions=KEPT)
+    return TeacherCacheDataset.from_recipe(tmp_path / "kept" / RECIPE)
+
+
+def test_rows_of_kept_positions_are_those_of_the_whole_cache(
+    dataset: TeacherCacheDataset, kept: TeacherCacheDataset
+) -> None:
+    for i in range(len(dataset)):
+        whole, some = dataset[i], kept[i]
+        at = some["topk_positions"]
+        assert (at + 1).tolist() == [t for t in range(1, len(whole["input_ids"])) if whole["loss_mask"][t]]
+        for name in ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob"):
+            assert torch.equal(some[name], whole[name][at])
+        for name in hidden_fields(whole):
+            assert torch.equal(some[name], whole[name][some["hidden_positions"]])
+        assert torch.equal(some["mean_embedding"], whole["mean_embedding"])
+
+
+@pytest.mark.parametrize("max_length", [None, 1, 2, 5, 1000])
+def test_a_batch_of_kept_positions_has_the_same_pairs_of_prediction_and_target(
+    dataset: TeacherCacheDataset, kept: TeacherCacheDataset, max_length: int | None
+) -> None:
+    whole, some = (
+        collate([TeacherCacheDataset(data.readers, max_length=max_length)[i] for i in range(len(data))])
+        for data in (dataset, kept)
+    )
+    torch.manual_seed(0)
+    outputs_BTV = torch.randn(*whole["input_ids"].shape, 3)
+    asked, asked_kept = whole["topk_mask"], some["topk_mask"]
+    assert torch.equal(outputs_BTV[:, :-1][asked], at_topk_positions(outputs_BTV[:, :-1], some)[asked_kept])
+    assert torch.equal(whole["topk_ids"][asked], some["topk_ids"][asked_kept])
+    for name in hidden_fields(whole):
+        states = at_hidden_positions(whole[name], some)
+        assert torch.equal(states[some["hidden_mask"]], some[name][some["hidden_mask"]])
+    assert not some["topk_mask"].numel() or int(some["topk_mask"].sum()) == int(whole["loss_mask"][:, 1:].sum())
+
+
+def test_caches_that_keep_other_positions_are_joined_document_by_document(
+    store: Path, kept: TeacherCacheDataset
+) -> None:
+    whole = TeacherCacheDataset.from_recipe(store / RECIPE)
+    readers: dict[Asset, CacheReader] = {
+        "topk_cache": kept.readers["topk_cache"],
+        "hidden_state_cache": whole.readers["hidden_state_cache"],
+    }
+    sample = TeacherCacheDataset(readers)[0]
+    assert len(sample[f"hidden_block_{BLOCK}"]) == len(sample["input_ids"]) > len(sample["topk_ids"])
+    assert "hidden_positions" not in sample

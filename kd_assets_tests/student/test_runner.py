@@ -23,7 +23,7 @@ from kd_assets.errors import (
 )
 from kd_assets.store import FORMAT_VERSION, plan_output, read_manifest
 from kd_assets.student.dataset import TeacherCacheDataset
-from kd_assets.student.runner import StudentRunner, fallen, student_layers, vocabulary_of
+from kd_assets.student.runner import StudentRunner, distilled_fields, fallen, student_layers, vocabulary_of
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets_tests.student.made_up import RECIPE, VOCABULARY, commit_caches, made_up_documents
 
@@ -226,3 +226,11 @@ def test_vocabulary_is_what_the_manifests_say_or_the_largest_token_id(tmp_path: 
     for folders in (said, silent):
         dataset = TeacherCacheDataset.from_folders({asset: [folder] for asset, folder in folders.items()})
         assert vocabulary_of(dataset) == VOCABULARY
+
+
+def test_blocks_are_what_a_student_learns_from_and_a_final_state_where_there_are_none() -> None:
+    ends = ["hidden_final_before_norm", "hidden_final_after_norm"]
+    assert distilled_fields(["hidden_block_1", *ends]) == ["hidden_block_1"]
+    assert distilled_fields(ends) == ["hidden_final_after_norm"]
+    assert distilled_fields(ends[:1]) == ends[:1]
+    assert distilled_fields([]) == []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_assets.contract import Asset
+from kd_assets.contract import Asset, PositionChoice
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
 
 
@@ -59,10 +59,11 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
     kept = {SHARDS_MANIFEST: recipe.max_length}
     if (topk := recipe.topk) is not None:
         # Ids and log-probabilities of the k, the normaliser and the target's; ids and counts of the draws.
-        per_token["topk_cache"] = 5 + topk.k * (4 + 2) + 8 + topk.draws * (4 + 2)
+        per_token["topk_cache"] = 5 + _of_positions(topk.k * (4 + 2) + 8 + topk.draws * (4 + 2), topk.positions)
         kept["topk_cache"] = topk.max_length
     if (hidden := recipe.hidden_states) is not None:
-        per_token["hidden_state_cache"] = 5 + (len(hidden.blocks) + len(hidden.final)) * hidden_size * 2
+        n_states = len(hidden.blocks) + len(hidden.final)
+        per_token["hidden_state_cache"] = 5 + _of_positions(n_states * hidden_size * 2, hidden.positions)
         kept["hidden_state_cache"] = hidden.max_length
     if (embeddings := recipe.embeddings) is not None:
         per_token["embedding_cache"], per_document["embedding_cache"] = 5.0, 2 * hidden_size * 4
@@ -73,6 +74,14 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
         )
         for asset, a_token in per_token.items()
     }
+
+
+def _of_positions(bytes_a_position: float, choice: PositionChoice) -> float:
+    """Bytes a token at most: of learned positions it may be every one, as only the shards say which are."""
+    if choice.kept == "all":
+        return bytes_a_position
+    share = choice.share if choice.share is not None else 1.0
+    return (bytes_a_position + 4) * share
 
 
 def free_bytes(folder: Path) -> int:

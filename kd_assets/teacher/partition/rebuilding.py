@@ -21,7 +21,7 @@ from kd_assets.store.manifest import PartRecord
 from kd_assets.store.reading.parts import require_unchanged
 from kd_assets.teacher.devices.teacher_on_devices import TeacherOnDevices
 from kd_assets.teacher.partition.recomputation import documents_to_recompute
-from kd_assets.teacher.rebuilt import RebuiltComparison, why_not
+from kd_assets.teacher.rebuilt import RebuiltComparison, not_made, why_not
 from kd_assets.teacher.recompute import Row, stored_row
 
 PAIR: tuple[Asset, Asset] = ("topk_cache", "hidden_state_cache")
@@ -83,11 +83,6 @@ def rebuilt_checks(
     except StoreError as e:  # of a result that was there before, which its own checks are about
         return {asset: not_made(str(e))}
     return {asset: comparison.result()}
-
-
-def not_made(why: str) -> dict[str, Any]:
-    """The record of a check that was not made: neither passed nor failed."""
-    return {"passed": None, "not_made": why}
 
 
 def _stored(asset: Asset, unit: WorkUnit, results: Mapping[Asset, ResultWriter]) -> StoredCache | None:

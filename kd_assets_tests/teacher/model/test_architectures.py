@@ -201,7 +201,7 @@ def worst_of(row: dict[str, Any], expected: Plain, bound: Bound) -> dict[str, Ar
         worst_of_states(bfloat16_values(row[hidden_field(n)]), expected.block_LH[n], bound.of_states + 2.0**-8)
         for n in range(N_BLOCKS)
     ]
-    ends = {"before_norm": expected.block_LH[N_BLOCKS - 1], "after_norm": expected.final_LH}
+    ends: dict[FinalState, Array] = {"before_norm": expected.block_LH[N_BLOCKS - 1], "after_norm": expected.final_LH}
     hidden += [
         worst_of_states(bfloat16_values(row[hidden_field(name)]), plain_LH, bound.of_states + 2.0**-8)
         for name, plain_LH in ends.items()

@@ -182,7 +182,8 @@ def test_caches_of_a_teacher_quantised_on_loading_pass_their_recomputation(
     folder = save_teacher(tmp_path / "model")
     desk = Desk(tmp_path)
     shard_folder = desk.commit_shard(tiny_documents([30, 12, 1, 50, 7, 41, 22]))
-    params = tiny_params(folder, quantization=settings, dtype=dtype)
+    hidden = HiddenStateParams(blocks=(1,), max_length=64, final=("before_norm", "after_norm"))
+    params = tiny_params(folder, quantization=settings, dtype=dtype, hidden_states=hidden)
     unit = desk.unit(shard_folder, params)
     desk.run(params, unit)
     (loaded,) = desk.events("teacher_loaded")
@@ -191,6 +192,8 @@ def test_caches_of_a_teacher_quantised_on_loading_pass_their_recomputation(
     for output in unit.outputs:
         manifest = read_manifest(Path(output.path))
         assert manifest.checks["recomputed"]["passed"], manifest.checks["recomputed"]
+        if output.asset == "hidden_state_cache":
+            assert manifest.checks["rebuilt"]["passed"], manifest.checks["rebuilt"]
         assert (manifest.provenance["quantization"], manifest.facts["quantization"]) == (expected, expected)
 
 
