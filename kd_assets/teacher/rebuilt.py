@@ -52,7 +52,9 @@ DEVIATIONS = 8.0
 """Six would do for a standard deviation that is known; one that is measured on a few numbers may be a quarter short."""
 
 ROUNDED_RTOL = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Of a logit: a unit in its last place in 16 bits; in float32 what another order of summation costs, of the largest."""
+"""Of a logit itself: a unit in its last place in 16 bits."""
+SUMMED_RTOL = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+"""Of the row's largest logit: what another order of summation costs, where partial sums may be in 16 bits, too."""
 
 
 def why_not(teacher: Teacher, *, is_shared: bool = False) -> str | None:
@@ -81,8 +83,10 @@ def rebuilt_logits(teacher: Teacher, states_PH: Tensor, state: FinalState) -> It
     weight = getattr(teacher.head.linear, "weight", None)
     device = weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else teacher.device
     dtype = teacher.end.dtypes.get(state, teacher.dtype)
-    buffers = ChunkBuffers(vocabulary_size=teacher.vocabulary_size, dtype=teacher.dtype, device=device)
-    for chunk_PH in torch.split(states_PH, min(buffers.rows, MOST_POSITIONS)):
+    buffers = ChunkBuffers(
+        vocabulary_size=teacher.vocabulary_size, dtype=teacher.dtype, device=device, most_rows=MOST_POSITIONS
+    )
+    for chunk_PH in torch.split(states_PH, buffers.rows):
         final_PH = chunk_PH.to(device=device, dtype=dtype)
         if state == "before_norm":
             if teacher.end.norm is None:
@@ -228,12 +232,10 @@ class RebuiltComparison:
         """[P, k] and [P]: how far two ways of computing a kept logit, and the largest one, may lie apart."""
         teacher = self.teacher
         assert teacher.head is not None
-        whole = LOGIT_RTOL[teacher.dtype] if not self.same_pass else 0.0
+        whole = SUMMED_RTOL[teacher.dtype] if self.same_pass else LOGIT_RTOL[teacher.dtype]
         if not self.same_pass or not is_plain(teacher.head.linear):
             whole = tolerance(whole, teacher.quantisation)
         rounded = ROUNDED_RTOL[teacher.dtype]
-        if teacher.dtype == torch.float32:
-            whole = max(whole, rounded)
         steps = 1 + sum(x is not None for x in (teacher.head.divisor, teacher.head.multiplier, teacher.head.softcap))
         # what a scale or a cap makes of a logit is rounded, too
         return rounded * steps * logits_Pk.abs() + whole * size_P.unsqueeze(1), (rounded * steps + whole) * size_P

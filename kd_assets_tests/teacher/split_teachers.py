@@ -30,6 +30,7 @@ def a_step() -> Step:
     return Step(
         ids_BT=ids_BT,
         blocks=tuple(range(N_BLOCKS)),
+        final=("before_norm", "after_norm"),
         rows_N=np.arange(60),
         pooled_lengths_B=np.array([20, 7, 1]),
         topk=TopkStep(k=4, rows_M=np.arange(59), targets_M=ids_BT.ravel()[1:]),

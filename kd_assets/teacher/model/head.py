@@ -80,8 +80,13 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
 class ChunkBuffers:
     """Memory for one chunk of logits in the model's precision, taken once for the whole pass."""
 
-    def __init__(self, *, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, *, vocabulary_size: int, dtype: torch.dtype, device: torch.device, most_rows: int | None = None
+    ) -> None:
+        """`most_rows`: where no chunk has more of them."""
         self.rows = chunk_rows(vocabulary_size, dtype, device)
+        if most_rows is not None:
+            self.rows = min(self.rows, most_rows)
         self.device = device
         self._shape, self._dtype = (self.rows, vocabulary_size), dtype
         self._memory: Tensor | None = None
