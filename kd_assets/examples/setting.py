@@ -1,0 +1,54 @@
+"""What the examples train, and on what: a student, and a recipe's documents in two parts. Replace it by your own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, random_split
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from kd_assets.student.dataset import Sample, TeacherCacheDataset
+from kd_assets.student.runner import vocabulary_of
+
+HELD_OUT_SHARE = 0.1
+
+
+def parsed_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("recipe_folder", type=Path, help="a recipe's folder in the store, such as var/store/demo")
+    parser.add_argument("--to", type=Path, required=True, help="folder for the trained student")
+    parser.add_argument(
+        "--student", type=Path, help="a model with the teacher's token ids (default: a new, small Llama)"
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a document (default: %(default)s)")
+    return parser.parse_args()
+
+
+def setting_of(arguments: argparse.Namespace) -> tuple[Any, Dataset[Sample], Dataset[Sample]]:
+    """The student, and documents to train it and to measure it on: the same ones every time."""
+    dataset = TeacherCacheDataset.from_recipe(
+        arguments.recipe_folder, assets=("topk_cache",), max_length=arguments.max_length
+    )
+    parts = random_split(dataset, [1 - HELD_OUT_SHARE, HELD_OUT_SHARE], torch.Generator().manual_seed(0))
+    if arguments.student is not None:
+        return AutoModelForCausalLM.from_pretrained(arguments.student), *parts
+    torch.manual_seed(0)
+    return small_student(vocabulary_of(dataset)), *parts
+
+
+def small_student(vocabulary: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
