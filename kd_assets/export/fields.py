@@ -30,12 +30,11 @@ def fields_of(document: JoinedDocument, *, learned_only: bool = False) -> Iterat
     `input_ids` uint32 [L], `loss_mask` bool [L]; `topk_ids` uint32 and `topk_logprobs` float16 [M, k], `logsumexp`,
     `target_logprob` and `outside_mass` float32 [M], `sampled_ids` uint32 and `sampled_counts` int64 (flat, with
     `sampled_offsets` int64 [M + 1]), `hidden_…` bfloat16 [N, H], `mean_embedding` and `last_token_embedding` float32
-    [H]. Where predictions or states are not of all positions, `topk_positions` int64 [M] and `hidden_positions` int64
-    [N] say which: with `learned_only` those of which the loss mask asks for the next token.
+    [H]. Of a cache that does not keep all positions, and with `learned_only` (those of which the loss mask asks for the
+    next token), `topk_positions` int64 [M] and `hidden_positions` int64 [N] say which they are.
     """
     yield Field(name="input_ids", values=document.input_ids_L, dtype="uint32")
     yield Field(name="loss_mask", values=document.loss_mask_L, dtype="bool")
-    length = len(document.input_ids_L)
     if (topk := document.topk) is not None:
         kept = kept_positions(document, topk.positions_M, learned_only=learned_only)
         yield Field(name="topk_ids", values=_of(topk.ids_Mk, kept), dtype="uint32")
@@ -46,13 +45,13 @@ def fields_of(document: JoinedDocument, *, learned_only: bool = False) -> Iterat
             yield Field(name="outside_mass", values=_of(topk.outside_mass_M, kept), dtype="float32")
         if topk.sampled_ids is not None and topk.sampled_counts is not None:
             yield from _sampled(topk.sampled_ids, topk.sampled_counts, kept)
-        if kept is not None or len(topk.positions_M) != length - 1:
+        if kept is not None or not topk.keeps_all:
             yield Field(name="topk_positions", values=_of(topk.positions_M, kept), dtype="int64")
     if (states := document.states) is not None:
         kept = kept_positions(document, states.positions_N, learned_only=learned_only)
         for state, bits_NH in states.bits_NH.items():
             yield Field(name=hidden_field(state), values=_of(bits_NH, kept), dtype="bfloat16")
-        if kept is not None or len(states.positions_N) != length:
+        if kept is not None or not states.keeps_all:
             yield Field(name="hidden_positions", values=_of(states.positions_N, kept), dtype="int64")
     for name, vector in (
         ("mean_embedding", document.mean_embedding_H),

@@ -285,6 +285,7 @@ def _topk_of(document: Mapping[str, Any], length: int) -> TopkOfDocument:
         outside_mass_M=None if outside is None else outside[:m],
         sampled_ids=None if sampled_ids is None else sampled_ids[:m],
         sampled_counts=None if sampled_ids is None else document["sampled_counts"][:m],
+        keeps_all="positions" not in document,
     )
 
 
@@ -293,7 +294,9 @@ def _states_of(document: Mapping[str, Any], states: Sequence[HiddenState], lengt
     positions_N = _positions(document, len(first))
     n = int(np.searchsorted(positions_N, length))
     return StatesOfDocument(
-        positions_N=positions_N[:n], bits_NH={state: document[hidden_field(state)][:n] for state in states}
+        positions_N=positions_N[:n],
+        bits_NH={state: document[hidden_field(state)][:n] for state in states},
+        keeps_all="positions" not in document,
     )
 
 

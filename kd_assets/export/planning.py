@@ -47,6 +47,7 @@ class LeftOut:
 
     n_documents: int = 0
     first: list[str] = field(default_factory=list)
+    """Partition key and document id of a few, with a slash."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -137,17 +138,18 @@ def _count(plan: ExportPlan, partition: JoinedPartition, needs: Needs, options: 
     """What is cut and left out of one partition."""
     too_short_D = partition.lengths_D < needs.min_tokens
     for row in np.flatnonzero(too_short_D):
-        _leave_out(plan, f"fewer than {needs.min_tokens} tokens", partition.document_ids[row])
+        named = f"{partition.partition_key}/{partition.document_ids[row]}"
+        _leave_out(plan, f"fewer than {needs.min_tokens} tokens", named)
     asked_D = np.minimum(partition.whole_D, options.max_length or np.iinfo(np.int64).max)
     plan.n_cut += int((partition.lengths_D < asked_D)[~too_short_D].sum())
     plan.n_tokens_of_caches += int(partition.whole_D.sum())
 
 
-def _leave_out(plan: ExportPlan, reason: str, document_id: str) -> None:
+def _leave_out(plan: ExportPlan, reason: str, named: str) -> None:
     left_out = plan.left_out.setdefault(reason, LeftOut())
     left_out.n_documents += 1
     if len(left_out.first) < _NAMED:
-        left_out.first.append(document_id)
+        left_out.first.append(named)
 
 
 def _reasons(plan: ExportPlan) -> str:

@@ -7,8 +7,10 @@ this module is imported by the command line.
 from collections.abc import Mapping
 
 from kd_assets.export.format import ExportFormat
+from kd_assets.export.formats.hf import HuggingFace
+from kd_assets.export.formats.original import Original
 from kd_assets.export.formats.safetensors import Safetensors
 
-_ALL: tuple[ExportFormat, ...] = (Safetensors(),)
+_ALL: tuple[ExportFormat, ...] = (HuggingFace(), Original(), Safetensors())
 
 FORMATS: Mapping[str, ExportFormat] = {export_format.name: export_format for export_format in _ALL}
