@@ -3,7 +3,7 @@
 `topk_k<k>/rb_topk_<number>.parquet` has `input_ids`, `attn_mask`, `topk_ids` and `topk_logprobs`,
 `fb_hints_L<block>/fb_hints_<number>.parquet` has `hidden_L<block>` in place of the last two, and
 `relb_embeds/relb_embeds_<number>.parquet` `pooled_embedding` and `length`. Numbers are float32, int32 and int8 in
-nested lists, as they were there. The trainer knows no loss mask: `attn_mask` is 1 everywhere, and it takes the number of
+nested lists, as they were there. The trainer knows no loss mask, so `attn_mask` is 1, and it takes the number of
 candidates from the first document of a batch, so that one without a prediction cannot be in it.
 
 Its loss compares `hidden_L<block>` with the student's `hidden_states[index]`, which is the output of block index − 1.
