@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from kd_assets.commands.base import Subcommand, show
 from kd_assets.commands.control import DOCTOR, PLAN, PREVIEW
 from kd_assets.commands.diff import DIFF
+from kd_assets.commands.export import EXPORT
 from kd_assets.commands.gc import GC
 from kd_assets.commands.inspect import INSPECT
 from kd_assets.commands.quarantine import QUARANTINE
@@ -24,7 +25,7 @@ from kd_assets.errors import KdAssetsError
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of a command whose reader went away."""
 
-COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, DIFF, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
+COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, EXPORT, DIFF, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
