@@ -1,12 +1,11 @@
 """A student trained by a plain loop with `accelerate` from a recipe's top-k cache, on one process or many.
 
     python -m kd_assets.examples.with_accelerate var/store/demo --to my-student
-    accelerate launch --multi_gpu -m kd_assets.examples.with_accelerate var/store/demo --to my-student
-    torchrun --nproc-per-node 2 -m kd_assets.examples.with_accelerate var/store/demo --to my-student
+    accelerate launch --multi_gpu --num_processes 2 -m kd_assets.examples.with_accelerate var/store/demo --to my-student
 
-The last is for CPUs, too, where `accelerate launch --cpu` starts one process whatever `--num_processes` says. Every
-batch is divided among the ranks, each reads only its own documents, and each predicted token counts alike: the number
-of ranks changes the speed and not the student.
+The second is for a machine without GPUs, too: with `--cpu`, accelerate starts one process whatever `--num_processes`
+says. Every batch is divided among the ranks, each reads only its own documents, and each predicted token counts alike:
+the number of ranks changes the speed and not the student.
 """
 
 from __future__ import annotations

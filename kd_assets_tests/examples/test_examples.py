@@ -25,6 +25,9 @@ STEPS = 200
 N_TRAINED = N_SHARDS * DOCUMENTS_OF_A_SHARD * 9 // 10
 
 
+LAUNCH = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+
+
 class OneRowOff(Dataset[Sample]):
     """The documents of another data set, with every row of the teacher's at the place of the next one."""
 
@@ -107,7 +110,7 @@ def test_the_trainer_runs_as_its_docstring_says(made: Made, tmp_path: Path) -> N
 def test_ranks_share_the_documents_and_make_the_student_that_one_process_makes(made: Made, tmp_path: Path) -> None:
     found = {}
     for n_ranks in (1, 2):
-        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks))
+        launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_ranks), *LAUNCH)
         out = run(
             *(() if n_ranks == 1 else launch),
             *("-m", "kd_assets.examples.with_accelerate", str(made.recipe_folder)),
