@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from kd_assets.examples.setting import parsed_arguments, setting_of
-from kd_assets.student.dataset import Sample, collate
+from kd_assets.student.dataset import Sample, at_topk_positions, collate
 from kd_assets.student.losses import response_loss
 
 
 def kl(model: Any, batch: dict[str, Any]) -> Tensor:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     # Row i of the cache is about token i + 1: the logits of the last token have no row.
-    return response_loss(logits[:, :-1], batch["topk_ids"], batch["topk_logprobs"], batch["topk_mask"])
+    of_rows = at_topk_positions(logits[:, :-1], batch)
+    return response_loss(of_rows, batch["topk_ids"], batch["topk_logprobs"], batch["topk_mask"])
 
 
 def held_out_kl(accelerator: Accelerator, model: Any, held_out: Dataset[Sample]) -> float:

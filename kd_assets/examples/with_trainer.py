@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from kd_assets.examples.setting import parsed_arguments, setting_of
-from kd_assets.student.dataset import Sample, collate
+from kd_assets.student.dataset import Sample, at_topk_positions, collate
 from kd_assets.student.losses import response_loss
 
 
@@ -29,7 +29,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         # Row i of the cache is about token i + 1: the logits of the last token have no row.
         loss = response_loss(
-            outputs.logits[:, :-1], inputs["topk_ids"], inputs["topk_logprobs"], inputs["topk_mask"], temperature=1.0
+            at_topk_positions(outputs.logits[:, :-1], inputs),
+            inputs["topk_ids"],
+            inputs["topk_logprobs"],
+            inputs["topk_mask"],
+            temperature=1.0,
         )
         return (loss, outputs) if return_outputs else loss
 

@@ -111,7 +111,7 @@ def commit(
     folders: dict[Asset, Path] = {}
     for asset in assets:
         cut = (max_lengths or {}).get(asset)
-        identity = {"asset": asset, "format_version": FORMAT_VERSION, "input": f"{made_of} of {key}", "params": {}}
+        identity: dict[str, Any] = {"asset": asset, "format_version": FORMAT_VERSION, "input": f"{made_of} of {key}", "params": {}}
         identity["params"] = {"max_length": cut, "positions": positions}
         output = plan_output(asset, identity, recipe_folder=recipe_folder, partition_key=key)
         with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=key) as writer:
