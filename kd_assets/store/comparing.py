@@ -77,7 +77,7 @@ class Comparison:
     """Of other tokens in one than in the other, or in other numbers: cut at another length."""
     measures: dict[str, Measure] = field(default_factory=dict)
     worst: list[DocumentDifference] = field(default_factory=list)
-    """Largest first."""
+    """Largest first; without those that do not differ."""
     ordered_by: str = ""
     """The measure that says which documents are the worst."""
 
@@ -116,9 +116,10 @@ def compare(
         found.n_positions += max((len(values) for values in numbers.values()), default=0)
         found.add(numbers)
         means = {name: float(values.mean()) for name, values in numbers.items() if len(values)}
-        if n_worst and ordered_by in means:
+        apart = means.get(ordered_by, 0.0)
+        if n_worst and apart != 0:
             difference = DocumentDifference(
-                difference=means[ordered_by] if np.isfinite(means[ordered_by]) else float("inf"),
+                difference=apart if np.isfinite(apart) else float("inf"),
                 partition_key=key[0],
                 document_id=key[1],
                 numbers=means,

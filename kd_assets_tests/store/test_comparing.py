@@ -50,6 +50,7 @@ def test_a_cache_differs_from_itself_by_exactly_nothing(store: Path, asset: Asse
     found = compare(reader, CacheReader.from_folders([folder]))
     assert found.n_documents == manifest.n_documents
     assert (found.only_in_first, found.only_in_second, found.other_tokens) == ([], [], [])
+    assert found.worst == []
     for name, measure in found.measures.items():
         expected = 1.0 if name.startswith("cosine") else 0.0
         assert measure.mean == pytest.approx(expected, abs=1e-12), name
