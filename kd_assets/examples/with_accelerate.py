@@ -20,6 +20,7 @@ from accelerate.utils import DataLoaderConfiguration, gather_object, send_to_dev
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from kd_assets.errors import InputError
 from kd_assets.examples.setting import parsed_arguments, setting_of
 from kd_assets.student.dataset import Sample, at_topk_positions, collate
 from kd_assets.student.losses import response_loss
@@ -46,16 +47,28 @@ def held_out_kl(accelerator: Accelerator, model: Any, held_out: Dataset[Sample])
 
 
 def train(
-    student: Any, documents: Dataset[Sample], held_out: Dataset[Sample], *, to: Path, steps: int, batch_size: int = 16
+    student: Any,
+    documents: Dataset[Sample],
+    held_out: Dataset[Sample],
+    *,
+    to: Path,
+    steps: int,
+    batch_size: int = 16,
+    learning_rate: float = 5e-3,
 ) -> dict[str, Any]:
-    """Train in place and save. Returns the KL divergence before and after, and which documents the ranks saw."""
+    """Train in place and save. Returns the KL divergence before and after, and which documents the ranks saw.
+
+    `batch_size` is that of all ranks together. Raises InputError where the documents do not fill one batch.
+    """
     accelerator = Accelerator(
         # Without this word, processes on a machine without a GPU know nothing of each other and train a student each.
         cpu=not torch.accelerator.is_available(),
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
     )
     loader = DataLoader(documents, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
+    if not len(loader):
+        raise InputError(f"no batch of {batch_size} documents: take a smaller one, or materialize more partitions")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
     model, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     before = held_out_kl(accelerator, model, held_out)
@@ -80,7 +93,7 @@ def train(
 
 if __name__ == "__main__":
     given = parsed_arguments("Train a student by accelerate from a recipe's top-k cache.")
-    found = train(*setting_of(given), to=given.to, steps=given.steps)
+    found = train(*setting_of(given), to=given.to, steps=given.steps, learning_rate=given.learning_rate)
     if found["is_first"]:
         all_seen = [key for seen in found["of_ranks"] for key in seen]
         print(f"KL divergence on held-out documents: {found['before']:.4f} before, {found['after']:.4f} after")

@@ -39,14 +39,20 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
 
 def train(
-    student: Any, documents: Dataset[Sample], held_out: Dataset[Sample], *, to: Path, steps: int
+    student: Any,
+    documents: Dataset[Sample],
+    held_out: Dataset[Sample],
+    *,
+    to: Path,
+    steps: int,
+    learning_rate: float = 5e-3,
 ) -> tuple[float, float]:
     """Train in place and save. Returns the KL divergence on `held_out` before and after, in nats a token."""
     arguments = TrainingArguments(
         output_dir=str(to),
         max_steps=steps,
         per_device_train_batch_size=16,
-        learning_rate=5e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         logging_steps=50,
@@ -68,5 +74,5 @@ def train(
 
 if __name__ == "__main__":
     given = parsed_arguments("Train a student by transformers.Trainer from a recipe's top-k cache.")
-    kls = train(*setting_of(given), to=given.to, steps=given.steps)
+    kls = train(*setting_of(given), to=given.to, steps=given.steps, learning_rate=given.learning_rate)
     print("KL divergence on held-out documents: {:.4f} before, {:.4f} after, in nats a token".format(*kls))

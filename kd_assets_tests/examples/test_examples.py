@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import AutoModelForCausalLM
 
+from kd_assets.errors import InputError
 from kd_assets.examples import with_accelerate, with_trainer
 from kd_assets.examples.setting import setting_of
-from kd_assets.student.dataset import Sample
-from kd_assets_tests.examples.conftest import DOCUMENTS_OF_A_SHARD, N_SHARDS, Made
+from kd_assets.student.dataset import Sample, collate
+from kd_assets_tests.examples.conftest import DOCUMENTS_OF_A_SHARD, N_SHARDS, VOCABULARY, Made
+from kd_assets_tests.teacher.tiny import Desk, tiny_documents, tiny_params
 
 STEPS = 200
 N_TRAINED = N_SHARDS * DOCUMENTS_OF_A_SHARD * 9 // 10
@@ -60,6 +62,18 @@ def full_kl(made: Made, student: Any, held_out: Dataset[Sample], *, shift: int =
         p = p.roll(shift, 0)
         rows.append((p.exp() * (p - q)).sum(-1)[sample["loss_mask"][1:]])
     return torch.cat(rows).mean().item()
+
+
+@torch.no_grad()
+def test_the_teacher_as_student_has_no_loss_and_much_of_it_where_rows_are_one_off(made: Made) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(made.teacher).eval()
+    _, documents, _ = setting(made)
+    true, off = (
+        with_accelerate.kl(teacher, collate([source[i] for i in range(16)])).item()
+        for source in (documents, OneRowOff(documents))
+    )
+    assert true < 1e-5, "what float16 leaves of log-probabilities"
+    assert off > 1e4 * true
 
 
 @pytest.mark.parametrize("train", [with_trainer.train, with_accelerate.train], ids=["trainer", "accelerate"])
@@ -125,3 +139,18 @@ def test_ranks_share_the_documents_and_make_the_student_that_one_process_makes(m
     assert found[1][1] < found[1][0] / 1.5
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / str(n)).model.embed_tokens.weight for n in (1, 2)]
     torch.testing.assert_close(*weights, rtol=0.0, atol=2e-2)
+
+
+def test_too_few_documents_are_an_error_and_no_endless_loop(made: Made, tmp_path: Path) -> None:
+    student, documents, held_out = setting(made)
+    with pytest.raises(InputError, match="no batch of 16 documents"):
+        with_accelerate.train(student, Subset(documents, range(15)), held_out, to=tmp_path, steps=5)
+    desk = Desk(tmp_path)
+    params = tiny_params(made.teacher, hidden_states=None, embeddings=None)
+    desk.run(
+        params,
+        desk.unit(desk.commit_shard(tiny_documents([5] * 19, vocabulary=VOCABULARY)), params, assets=("topk_cache",)),
+    )
+    arguments = argparse.Namespace(recipe_folder=desk.recipe_folder, student=None, max_length=256)
+    with pytest.raises(InputError, match="has 19 documents with a top-k cache"):
+        setting_of(arguments)

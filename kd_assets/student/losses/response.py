@@ -122,7 +122,8 @@ def renormalised_response_loss(
 
     The teacher's side is p^(1/T) / Σ p^(1/T) over the k ids, which is its true distribution at T given that it is one
     of them; the student's is softmax(logits / T). The loss of trainers that take what is missing for zero. It is
-    lowest for a student with nothing outside the k ids; for the teacher itself it is -log of its mass on them at T.
+    lowest for a student with nothing outside the k ids; for the teacher itself it is T² times -log of its
+    mass on them at T.
     """
     places = selected_places(mask_BT, logits_BTV, topk_ids_BTk, topk_logprobs_BTk)
     student_Mk = chosen_logprobs(logits_BTV, places, topk_ids_BTk[places], temperature=temperature)
