@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kd_assets.errors import EXIT_FAILED, KdAssetsError, MissingInputError, printable
+from kd_assets.export.command import add_export_arguments, run_export
 from kd_assets.store.checking.report import VerifyReport
 from kd_assets.store.checking.verify import verify
 from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
@@ -328,6 +329,12 @@ COMMANDS: tuple[Subcommand, ...] = (
         description="check every hash and every count; exit 1 with the file named when something is wrong",
         add_arguments=_verify_arguments,
         run=_verify,
+    ),
+    Subcommand(
+        name="export",
+        description="write a recipe's caches as files that a trainer reads; goes on where a killed export left off",
+        add_arguments=add_export_arguments,
+        run=run_export,
     ),
     Subcommand(
         name="plan",

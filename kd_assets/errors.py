@@ -62,6 +62,10 @@ class RecipeError(InputError):
     """A recipe asks for something that cannot be: an unknown block, k above the vocabulary, no cache at all."""
 
 
+class ExportFolderError(InputError):
+    """A folder that is to hold an export holds another one, or files that are of none; nothing in it is touched."""
+
+
 class ContractError(KdAssetsError):
     """A job file or event line is missing, not of this version of the contract, or not of its shape."""
 

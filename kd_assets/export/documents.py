@@ -36,6 +36,8 @@ class TopkOfDocument:
     sampled_ids: Ragged | None = None
     """M lists, of a cache with random draws."""
     sampled_counts: Ragged | None = None
+    keeps_all: bool = True
+    """Whether the cache keeps all positions of every document."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,6 +48,8 @@ class StatesOfDocument:
     """Ascending; 0 to L - 1 of a cache that keeps all positions."""
     bits_NH: Mapping[HiddenState, npt.NDArray[np.uint16]] = field(default_factory=dict)
     """By state: uint16 [N, H]."""
+    keeps_all: bool = True
+    """Whether the cache keeps all positions of every document."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -3,7 +3,7 @@
 An export is written section by section, a section being one part of one partition: the unit that memory is bounded by
 and that a killed export goes on from. `ExportWriter.section` writes the files of one section, whole and under their
 last names; when all are there, `finish` writes what stands once in the folder (an index, a schema, a card). Equal
-documents and options give equal bytes.
+documents and options give equal bytes. What came to these classes later has a default.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class ExportOptions:
     draft_vocabulary: int | None = None
     """Size of a draft head's vocabulary, counted from the tokens of the recipe's shards; only of draft formats."""
     seed: int = 0
+    assets: tuple[Asset, ...] | None = None
+    """Of a format that takes whatever caches there are: only these. Documents are cut to the tokens that all of them
+    have, so that caches of different lengths are better exported one by one."""
+    states: tuple[HiddenState, ...] | None = None
+    """Only these of the hidden-state cache, where the format leaves the choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,12 @@ class Needs:
     """Of the hidden-state cache."""
     all_positions: bool = True
     """Whether a cache that keeps some positions only is refused."""
+    min_tokens: int = 1
+    """Documents with fewer are left out, counted and named: a format that needs a prediction says 2."""
+    expansion: float = 1.0
+    """Bytes written for each byte of the caches, about; what the room on the disk is compared with."""
+    version: int = 1
+    """Of the format's files: another one is another export."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +75,10 @@ class Source:
     """None where they are not on this machine."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Of the first manifest: teacher, fingerprints, sources with licences."""
+    folders: dict[Asset, tuple[Path, ...]] = field(default_factory=dict)
+    """Where the results lie, in the order of `manifests`."""
+    states: tuple[HiddenState, ...] = ()
+    """All that the hidden-state cache has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +97,11 @@ class ExportWriter(Protocol):
     """An export in one folder (of one split)."""
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        """Write the documents of one section. Files of an attempt that was killed are written over."""
+        """Write the documents of one section. Files of an attempt that was killed are written over.
+
+        `documents` may be iterated more than once, and `len` says how many there are. Arrays of states are views of a
+        mapped file: they stay valid, but what of them is in memory is let go of when the next document is asked for.
+        """
         ...
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
@@ -93,7 +112,8 @@ class ExportWriter(Protocol):
 class ExportFormat(Protocol):
     """One consumer's format."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def needs(self, source: Source, options: ExportOptions) -> Needs:
         """Raises RecipeError for options that it does not have, and for a teacher that it cannot serve."""

@@ -1,0 +1,372 @@
+"""Making an export: all that can be wrong is looked for before a byte is written, then section after section.
+
+`export_recipe` takes a recipe's folder in a store, `export_to_folder` result folders by asset: a job, or an asset of
+one partition, has these. Both end with a folder that has an `export.json`, or with an error that says what to do.
+Killed anywhere and called again they go on from the last whole section, and end with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_assets.contract import CACHES, Asset
+from kd_assets.durable import prepare_folder, remove_file
+from kd_assets.errors import CorruptPartError, RecipeError, StorageUnavailableError
+from kd_assets.export.folder import (
+    EXPORT_NAME,
+    EXPORT_VERSION,
+    LEASE_NAME,
+    Exported,
+    Journal,
+    JournalLine,
+    damage,
+    found_in,
+    hashed,
+    read_export,
+    write_export,
+)
+from kd_assets.export.format import ExportFormat, ExportOptions, ExportWriter, Needs, SectionFiles, Source
+from kd_assets.export.formats import FORMATS
+from kd_assets.export.joined import JoinedPartition, joined_partition
+from kd_assets.export.planning import ExportPlan, PlannedSection, check_options, plan_export, rows_of
+from kd_assets.export.source import FolderCaches, RecipeCaches, choose_needed, source_of
+from kd_assets.locks import Lease
+from kd_assets.store import Chosen, fingerprint
+
+log = logging.getLogger(__name__)
+
+_ROOM_TO_SPARE = 64 << 20
+"""Bytes that are to stay free on the disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportProgress:
+    """Where an export stands after a section."""
+
+    n_sections: int
+    of_sections: int
+    n_documents: int
+    of_documents: int
+    n_bytes: int
+    partition_key: str
+
+
+OnProgress = Callable[[ExportProgress], None]
+
+
+def export_recipe(
+    format_name: str,
+    recipe_folder: Path,
+    to: Path,
+    *,
+    options: ExportOptions | None = None,
+    partition_keys: Sequence[str] | None = None,
+    variants: Mapping[Asset, str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Exported:
+    """Export what the current plan of a recipe names (`partition_keys`: only these) into the folder `to`.
+
+    Raises RecipeError for what cannot be asked of the format, NotCommittedError, FailedCheckError or
+    VariantConflictError for caches that cannot be exported, ExportFolderError for what is in the folder, and
+    StorageUnavailableError where there is no room: all before anything is written.
+    """
+    keys = None if partition_keys is None else tuple(partition_keys)
+    caches = RecipeCaches(recipe_folder=recipe_folder, partition_keys=keys, variants=variants)
+    return _export(format_name, caches, to, options or ExportOptions(), on_progress)
+
+
+def export_to_folder(
+    format_name: str,
+    folders: Mapping[Asset, Sequence[Path]],
+    to: Path,
+    *,
+    options: ExportOptions | None = None,
+    on_progress: OnProgress | None = None,
+) -> Exported:
+    """Export these committed results (asset → one folder a partition, in the order of the export) into `to`.
+
+    Of a format that counts tokens `folders` has those of shards_manifest besides. Raises as `export_recipe` does.
+    """
+    return _export(format_name, FolderCaches(folders=folders), to, options or ExportOptions(), on_progress)
+
+
+def format_of(name: str) -> ExportFormat:
+    """The format of this name. Raises RecipeError, which lists all."""
+    if name not in FORMATS:
+        raise RecipeError(f"there is no export format {name!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def export_fingerprint(export_format: str, chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOptions) -> str:
+    """The fingerprint of what decides an export's bytes: format, options, and the content of the caches."""
+    return fingerprint(
+        {
+            "export_version": EXPORT_VERSION,
+            "format": export_format,
+            "format_version": needs.version,
+            "options": _as_json(options),
+            "states": list(needs.states),
+            "sources": _sources(chosen),
+        }
+    )
+
+
+def _export(
+    format_name: str,
+    caches: RecipeCaches | FolderCaches,
+    to: Path,
+    options: ExportOptions,
+    on_progress: OnProgress | None,
+) -> Exported:
+    export_format = format_of(format_name)
+    check_options(options)
+    needs = export_format.needs(source_of(caches.there()), options)
+    chosen = choose_needed(caches, needs)
+    source = source_of(chosen)
+    digest = export_fingerprint(export_format.name, chosen, needs, options)
+    if (whole := found_in(to, digest)) is not None:
+        _require_whole(whole)
+        return whole
+    plan = plan_export(chosen, needs, options)
+    _require_room(to, chosen, needs, plan)
+    _say_what_is_cut(plan, chosen)
+    prepare_folder(to)
+    lease = Lease(to / LEASE_NAME)
+    lease.acquire({"host": socket.gethostname(), "pid": os.getpid()})
+    try:
+        return _Export(
+            export_format=export_format,
+            chosen=chosen,
+            source=source,
+            needs=needs,
+            options=options,
+            plan=plan,
+            to=to,
+            digest=digest,
+            journal=Journal(to, digest),
+        ).make(on_progress)
+    finally:
+        lease.release()
+        with contextlib.suppress(OSError):
+            remove_file(to / LEASE_NAME)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Export:
+    """One export being made, by the one process that holds its lease."""
+
+    export_format: ExportFormat
+    chosen: Mapping[Asset, Chosen]
+    source: Source
+    needs: Needs
+    options: ExportOptions
+    plan: ExportPlan
+    to: Path
+    digest: str
+    journal: Journal
+
+    def make(self, on_progress: OnProgress | None) -> Exported:
+        self.journal.open()
+        try:
+            for folder in map(self._folder_of, self.plan.splits):
+                prepare_folder(folder)
+            writers = {
+                split: self.export_format.writer(self._folder_of(split), self.source, self.options)
+                for split in self.plan.splits
+            }
+            self._write_sections(writers, on_progress)
+            files = self._finish(writers)
+        except BaseException:
+            self.journal.abandon()
+            raise
+        write_export(self.to, self._said(files))
+        self.journal.close()
+        return read_export(self.to)
+
+    def _write_sections(self, writers: Mapping[str, ExportWriter], on_progress: OnProgress | None) -> None:
+        n_documents = n_bytes = 0
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            for at, (section, partition) in enumerate(self._sections(ahead), start=1):
+                line = self.journal.finished.get((section.split, section.index))
+                if line is None:
+                    line = self._write_section(writers[section.split], section, partition)
+                n_documents += line.n_documents
+                n_bytes += sum(file.n_bytes for file in line.files.values())
+                if on_progress is not None:
+                    on_progress(
+                        ExportProgress(
+                            n_sections=at,
+                            of_sections=len(self.plan.sections),
+                            n_documents=n_documents,
+                            of_documents=sum(self.plan.n_documents.values()),
+                            n_bytes=n_bytes,
+                            partition_key=section.partition_key,
+                        )
+                    )
+
+    def _sections(self, ahead: ThreadPoolExecutor) -> Iterator[tuple[PlannedSection, JoinedPartition]]:
+        """All sections in order, each with its partition. While one is written the next part is verified."""
+        partition: JoinedPartition | None = None
+        verified: Future[None] | None = None
+        sections = self.plan.sections
+        for at, section in enumerate(sections):
+            if partition is None or partition.partition_key != section.partition_key:
+                if verified is not None:
+                    verified.result()
+                    verified = None
+                if partition is not None:
+                    partition.close()
+                partition = joined_partition(
+                    self.chosen,
+                    section.partition_key,
+                    states=self.needs.states,
+                    max_length=self.options.max_length,
+                )
+            following = sections[at + 1] if at + 1 < len(sections) else None
+            if (section.split, section.index) not in self.journal.finished:
+                if verified is not None:
+                    verified.result()
+                    verified = None
+                partition.require_part_unchanged(section.part)
+                if following is not None and following.partition_key == section.partition_key:
+                    verified = ahead.submit(partition.require_part_unchanged, following.part)
+            yield section, partition
+
+    def _write_section(self, writer: ExportWriter, section: PlannedSection, partition: JoinedPartition) -> JournalLine:
+        rows = rows_of(partition, partition.parts[section.part], self.needs, self.options)[section.split]
+        documents = partition.documents(section.part, rows.tolist(), first_number=section.first_number)
+        written = writer.section(section.index, section.partition_key, documents)
+        line = JournalLine(
+            split=section.split,
+            index=section.index,
+            partition_key=section.partition_key,
+            n_documents=written.n_documents,
+            n_tokens=written.n_tokens,
+            files=hashed(self._folder_of(section.split), written.names),
+        )
+        self.journal.append(line)
+        return line
+
+    def _finish(self, writers: Mapping[str, ExportWriter]) -> dict[str, Any]:
+        """All files, by their names in the export's folder."""
+        files: dict[str, Any] = {}
+        for split, writer in writers.items():
+            folder = self._folder_of(split)
+            lines = [line for (of_split, _), line in sorted(self.journal.finished.items()) if of_split == split]
+            found = {name: file for line in lines for name, file in line.files.items()}
+            once = writer.finish([_section_files(line) for line in lines])
+            found |= hashed(folder, list(once))
+            prefix = f"{split}/" if split else ""
+            files |= {prefix + name: dataclasses.asdict(file) for name, file in found.items()}
+        return files
+
+    def _said(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        lines = self.journal.finished.values()
+        return {
+            "export_version": EXPORT_VERSION,
+            "format": self.export_format.name,
+            "format_version": self.needs.version,
+            "recipe": self.source.recipe,
+            "fingerprint": self.digest,
+            "options": _as_json(self.options),
+            "states": list(self.needs.states),
+            "sources": _sources(self.chosen),
+            "splits": {split: n for split, n in self.plan.n_documents.items() if split},
+            "n_documents": sum(line.n_documents for line in lines),
+            "n_tokens": sum(line.n_tokens for line in lines),
+            "n_cut_to_the_shortest_cache": self.plan.n_cut,
+            "left_out": {why: dataclasses.asdict(left_out) for why, left_out in self.plan.left_out.items()},
+            "files": dict(files),
+        }
+
+    def _folder_of(self, split: str) -> Path:
+        return self.to / split if split else self.to
+
+
+def _section_files(line: JournalLine) -> SectionFiles:
+    return SectionFiles(
+        index=line.index,
+        partition_key=line.partition_key,
+        n_documents=line.n_documents,
+        n_tokens=line.n_tokens,
+        names=tuple(line.files),
+    )
+
+
+def _require_whole(exported: Exported) -> None:
+    """Raise CorruptPartError where a file of a whole export is missing or of another size. Hashes nothing."""
+    for name, file in exported.files.items():
+        path = exported.folder / name
+        if not path.is_file() or path.stat().st_size != file.n_bytes:
+            raise CorruptPartError(f"{path}: {damage(path, file)}, though {EXPORT_NAME} names it: export elsewhere")
+
+
+def _require_room(to: Path, chosen: Mapping[Asset, Chosen], needs: Needs, plan: ExportPlan) -> None:
+    """Raise StorageUnavailableError where the disk has less room than the export takes, about."""
+    there = to
+    while not there.exists():
+        there = there.parent
+    n_bytes = sum(manifest.n_bytes for asset in CACHES if asset in chosen for manifest in chosen[asset].manifests)
+    share = plan.n_tokens / max(plan.n_tokens_of_caches, 1)
+    already = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) if to.exists() else 0
+    wanted = int(n_bytes * needs.expansion * share) - already
+    free = shutil.disk_usage(there).free
+    if wanted + _ROOM_TO_SPARE > free:
+        raise StorageUnavailableError(
+            f"{to} needs about {wanted / 2**30:,.2f} GiB, and its disk has {free / 2**30:,.2f} GiB free: free some "
+            "space, choose another disk, or export fewer partitions"
+        )
+
+
+def _say_what_is_cut(plan: ExportPlan, chosen: Mapping[Asset, Chosen]) -> None:
+    if plan.n_cut:
+        lengths = {
+            asset: manifest.params.get("max_length")
+            for asset, results in chosen.items()
+            for manifest in results.manifests[:1]
+            if asset in CACHES
+        }
+        log.warning(
+            "%d documents are cut to the tokens that all caches of the export have (max_length: %s); exported "
+            "one by one the caches keep theirs",
+            plan.n_cut,
+            ", ".join(f"{asset} {length}" for asset, length in lengths.items()),
+        )
+    for why, left_out in plan.left_out.items():
+        log.warning("%d documents are left out: %s (%s)", left_out.n_documents, why, ", ".join(left_out.first[:3]))
+
+
+def _sources(chosen: Mapping[Asset, Chosen]) -> dict[str, list[dict[str, str]]]:
+    return {
+        asset: [
+            {
+                "partition_key": manifest.partition_key,
+                "data_version": manifest.data_version,
+                "variant": manifest.variant,
+                "fingerprint": manifest.fingerprint,
+            }
+            for manifest in results.manifests
+        ]
+        for asset, results in sorted(chosen.items())
+    }
+
+
+def _as_json(options: ExportOptions) -> dict[str, Any]:
+    """What of the options is not left to its default: one that comes later changes no export that lacks it."""
+    plain = ExportOptions()
+    named = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in named.items()
+        if value != getattr(plain, name)
+    }

@@ -1,0 +1,16 @@
+"""The formats by name: a module each, small, over the documents of `kd_assets.export.documents`.
+
+A format is added by one line. What it takes to write it (torch, `datasets`) is imported in the function that needs it:
+this module is imported by the command line.
+"""
+
+from collections.abc import Mapping
+
+from kd_assets.export.format import ExportFormat
+from kd_assets.export.formats.hf import HuggingFace
+from kd_assets.export.formats.original import Original
+from kd_assets.export.formats.safetensors import Safetensors
+
+_ALL: tuple[ExportFormat, ...] = (HuggingFace(), Original(), Safetensors())
+
+FORMATS: Mapping[str, ExportFormat] = {export_format.name: export_format for export_format in _ALL}

@@ -1,0 +1,145 @@
+"""The card of an `hf` export: what the hub and a reader are to know of the data set, from the caches' provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from kd_assets.export.format import Source
+from kd_assets.store.schema import BLOCK_CONVENTION, FINAL_CONVENTIONS, hidden_state_of
+
+CARD_NAME = "README.md"
+
+_HUB_LICENCES = (
+    *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
+    *("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "odc-by", "odbl", "pddl", "gpl-3.0", "lgpl-3.0", "unlicense"),
+)
+"""Those names of the hub for licences that are SPDX's in lower case."""
+
+_MEANINGS = {
+    "partition_key": "the shard of the recipe that the document is in",
+    "document_id": "the document's id",
+    "input_ids": "token ids [L]",
+    "loss_mask": "which tokens a student learns to predict [L]; not shifted",
+    "topk_ids": "the most probable next tokens of each position, most probable first [M, k]",
+    "topk_logprobs": "their natural log-probabilities at temperature 1 [M, k]; row i is about token i + 1",
+    "logsumexp": "of the logits [M]: a log-probability plus this is the logit",
+    "target_logprob": "the log-probability of the token that follows [M]",
+    "outside_mass": "the probability of all ids that the student's vocabulary lacks [M]",
+    "sampled_ids": "ids drawn from the whole distribution: those of row i from sampled_offsets[i] on",
+    "sampled_counts": "how often each was drawn",
+    "sampled_offsets": "where the draws of each row begin [M + 1]",
+    "topk_positions": "the position of each row of the predictions [M]",
+    "hidden_positions": "the position of each row of the states [N]",
+    "mean_embedding": "the mean of the final hidden states over the document's tokens [H]",
+    "last_token_embedding": "the final hidden state of the last token [H]",
+}
+
+
+def dataset_card(source: Source, schema: pa.Schema, *, n_documents: int, n_tokens: int) -> str:
+    """The text of the card. Equal caches give an equal one."""
+    states = [name for name in schema.names if hidden_state_of(name) is not None]
+    return "\n".join(
+        [
+            *_front_matter(source, n_documents),
+            "",
+            f"# Teacher caches of {source.recipe}",
+            "",
+            f"{n_documents:,} documents, {n_tokens:,} tokens, with what a teacher says of each: knowledge distillation",
+            f"without the teacher at hand. Teacher: `{_teacher(source)}`. Made by kd_assets; `export.json` has the",
+            "files' hashes and the versions of the caches.",
+            "",
+            "## Columns",
+            "",
+            "L tokens of a document, M = its predictions, N = its states, H = the teacher's hidden size.",
+            "",
+            "| column | type | what it is |",
+            "|---|---|---|",
+            *(f"| `{field.name}` | {_type(field, source)} | {_meaning(field.name)} |" for field in schema),
+            "",
+            *_how_to_load(source, states),
+            "",
+            "## Sources",
+            "",
+            *(_source_line(raw) for raw in _sources(source)),
+            "",
+        ]
+    )
+
+
+def _front_matter(source: Source, n_documents: int) -> list[str]:
+    licences = sorted({str(raw.get("licence")) for raw in _sources(source) if raw.get("licence")})
+    known = len(licences) == 1 and licences[0].lower() in _HUB_LICENCES
+    lines = ["---", f"license: {licences[0].lower() if known else 'other'}"]
+    if not known:
+        lines.append(f"license_name: {json.dumps(', '.join(licences) or 'not stated by the sources')}")
+    return [
+        *lines,
+        "tags:",
+        "- knowledge-distillation",
+        "- teacher-cache",
+        "size_categories:",
+        f"- {_size_category(n_documents)}",
+        "configs:",
+        "- config_name: default",
+        "  data_files:",
+        "  - split: train",
+        "    path: data/part-*.parquet",
+        "---",
+    ]
+
+
+def _size_category(n_documents: int) -> str:
+    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+    return next((label for limit, label in limits.items() if n_documents < limit), "n>1M")
+
+
+def _how_to_load(source: Source, states: list[str]) -> list[str]:
+    load = "rows = datasets.load_dataset(FOLDER, split='train')"
+    lines = ["## How to load", "", "```python", "import datasets", "", load]
+    if states:
+        lines += [
+            "# States are the bits of bfloat16:",
+            "import torch",
+            "",
+            f"states = torch.frombuffer(bytearray(rows[0]['{states[0]}']), dtype=torch.bfloat16)"
+            f".view(-1, {source.hidden_size})",
+        ]
+    return [*lines, "```"]
+
+
+def _type(field: pa.Field, source: Source) -> str:
+    if hidden_state_of(field.name) is not None:
+        return f"bytes: bfloat16 [N, {source.hidden_size}]"
+    kind, dimensions = field.type, ""
+    while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        dimensions += f"[{kind.list_size}]" if pa.types.is_fixed_size_list(kind) else "[]"
+        kind = kind.value_type
+    return f"{kind}{dimensions}"
+
+
+def _meaning(name: str) -> str:
+    state = hidden_state_of(name)
+    if isinstance(state, int):
+        return BLOCK_CONVENTION.replace("<block>", str(state)).replace("|", "/")
+    if state is not None:
+        return FINAL_CONVENTIONS[state]
+    return _MEANINGS.get(name, "as in the cache")
+
+
+def _teacher(source: Source) -> str:
+    revision = source.provenance.get("teacher_revision")
+    return f"{source.provenance.get('teacher', 'unknown')}{f' at {revision}' if revision else ''}"
+
+
+def _sources(source: Source) -> list[Mapping[str, Any]]:
+    found = source.provenance.get("sources")
+    return [raw for raw in found if isinstance(raw, dict)] if isinstance(found, list) else []
+
+
+def _source_line(raw: Mapping[str, Any]) -> str:
+    licence = raw.get("licence") or raw.get("licence_accepted") or "no licence stated"
+    return f"- {raw.get('name')}: {licence}" + (f", revision {raw['revision']}" if raw.get("revision") else "")

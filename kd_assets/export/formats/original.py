@@ -1,0 +1,174 @@
+"""`original`: the columns of the scripts that this project replaces, for their trainer, which globs Parquet files.
+
+`topk_k<k>/rb_topk_<number>.parquet` has `input_ids`, `attn_mask`, `topk_ids` and `topk_logprobs`,
+`fb_hints_L<block>/fb_hints_<number>.parquet` has `hidden_L<block>` in place of the last two, and
+`relb_embeds/relb_embeds_<number>.parquet` `pooled_embedding` and `length`. Numbers are float32, int32 and int8 in
+nested lists, as they were there. The trainer knows no loss mask, so `attn_mask` is 1, and it takes the number of
+candidates from the first document of a batch, so that one without a prediction cannot be in it.
+
+Its loss compares `hidden_L<block>` with the student's `hidden_states[index]`, which is the output of block index − 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kd_assets.contract import CACHES
+from kd_assets.durable import atomic_file, prepare_folder
+from kd_assets.errors import RecipeError
+from kd_assets.export.documents import Float32Array, JoinedDocument
+from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
+from kd_assets.export.source import needs_of_chosen
+
+_GROUP_BYTES = 8 << 20
+"""Of a group of rows: the trainer makes Python lists of a whole group at a time."""
+
+FLOAT32_PER_BFLOAT16 = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The format; see the module."""
+
+    name: str = "original"
+
+    def needs(self, source: Source, options: ExportOptions) -> Needs:
+        if options.pack_to is not None or options.draft_vocabulary is not None or options.learned_only:
+            raise RecipeError(
+                "the original trainer reads whole documents and has no loss mask: pack_to, learned_only and "
+                "draft_vocabulary are not for it"
+            )
+        needs = needs_of_chosen(source, options, CACHES)
+        if final := [state for state in needs.states if options.states and not isinstance(state, int)]:
+            raise RecipeError(f"the original trainer reads outputs of blocks, and {final[0]!r} is none")
+        return Needs(
+            assets=needs.assets,
+            states=tuple(state for state in needs.states if isinstance(state, int)),
+            min_tokens=2 if "topk_cache" in needs.assets else 1,
+            expansion=FLOAT32_PER_BFLOAT16,
+        )
+
+    def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
+        return _Writer(folder)
+
+
+class _Writer:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
+        files: dict[str, _Rows] = {}
+        n_documents = n_tokens = 0
+        with contextlib.ExitStack() as open_files:
+            for document in documents:
+                for stem, columns in _kinds(document).items():
+                    name = f"{stem}_{index:06d}.parquet"
+                    if name not in files:
+                        prepare_folder((self._folder / name).parent)
+                        file = open_files.enter_context(atomic_file(self._folder / name))
+                        files[name] = open_files.enter_context(_Rows(file))
+                    files[name].add(columns)
+                n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
+        return SectionFiles(
+            index=index,
+            partition_key=partition_key,
+            n_documents=n_documents,
+            n_tokens=n_tokens,
+            names=tuple(files),
+        )
+
+    def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
+        return []
+
+
+class _Rows:
+    """Rows on their way into a Parquet file, a group at a time."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._writer: pq.ParquetWriter | None = None
+        self._held: list[pa.RecordBatch] = []
+        self._n_bytes = 0
+
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, columns: Mapping[str, pa.Array]) -> None:
+        batch = pa.record_batch(list(columns.values()), names=list(columns))
+        self._held.append(batch)
+        self._n_bytes += batch.nbytes
+        if self._n_bytes >= _GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        table = pa.Table.from_batches(self._held)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._file,
+                table.schema,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=False,
+            )
+        self._writer.write_table(table, row_group_size=table.num_rows)
+        self._held.clear()
+        self._n_bytes = 0
+
+
+def _kinds(document: JoinedDocument) -> dict[str, dict[str, pa.Array]]:
+    """Stem of a file → the columns of this document in it, each an array of one row."""
+    length = len(document.input_ids_L)
+    tokens = {
+        "input_ids": _row(document.input_ids_L.astype(np.int32)),
+        "attn_mask": _row(np.ones(length, dtype=np.int8)),
+    }
+    kinds: dict[str, dict[str, pa.Array]] = {}
+    if (topk := document.topk) is not None:
+        kinds[f"topk_k{topk.ids_Mk.shape[1]}/rb_topk"] = {
+            **tokens,
+            "topk_ids": _row(topk.ids_Mk.astype(np.int32)),
+            "topk_logprobs": _row(topk.logprobs_Mk.astype(np.float32)),
+        }
+    if (states := document.states) is not None:
+        for state, bits_NH in states.bits_NH.items():
+            kinds[f"fb_hints_L{state}/fb_hints"] = {**tokens, f"hidden_L{state}": _row(float32_of(bits_NH))}
+    if document.mean_embedding_H is not None:
+        kinds["relb_embeds/relb_embeds"] = {
+            **tokens,
+            "pooled_embedding": _row(document.mean_embedding_H),
+            "length": pa.array([length], pa.int32()),
+        }
+    return kinds
+
+
+def float32_of(bits: npt.NDArray[np.uint16]) -> Float32Array:
+    """The numbers of which these are the bits of bfloat16, exactly."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def _row(values: npt.NDArray[Any]) -> pa.Array:
+    """One row: a list of numbers, or a list of lists."""
+    lists = pa.array(np.ascontiguousarray(values).reshape(-1))
+    if values.ndim == 2:
+        ends = np.arange(values.shape[0] + 1, dtype=np.int64) * values.shape[1]
+        lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), lists)
+    return pa.ListArray.from_arrays(pa.array(np.array([0, len(lists)], dtype=np.int32)), lists)

@@ -1,0 +1,156 @@
+"""What an export will hold, known before anything is written: sections, their documents, and the numbers of these.
+
+Which documents go into the validation set depends on their ids and the seed alone, so that equal documents are on one
+side in every export, whatever partitions it has. Sections and documents are numbered in each split for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_assets.contract import Asset
+from kd_assets.errors import NotCommittedError, RecipeError
+from kd_assets.export.documents import Int64Array
+from kd_assets.export.format import ExportOptions, Needs
+from kd_assets.export.joined import JoinedPartition, PartSpan, joined_partition, partitions_of
+from kd_assets.store import Chosen
+
+TRAIN, VALIDATION = "train", "validation"
+WHOLE = ""
+"""The split of an export that has no validation set: its files lie in the folder itself."""
+
+_NAMED = 10
+"""Documents that are named of those that are left out for one reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedSection:
+    """Documents of one part that go into one split."""
+
+    split: str
+    index: int
+    partition_key: str
+    part: int
+    first_number: int
+    n_documents: int
+    n_tokens: int
+
+
+@dataclass(kw_only=True, slots=True)
+class LeftOut:
+    """Documents that the format cannot hold, for one reason."""
+
+    n_documents: int = 0
+    first: list[str] = field(default_factory=list)
+    """Partition key and document id of a few, with a slash."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportPlan:
+    """All sections in the order they are written."""
+
+    splits: tuple[str, ...]
+    sections: list[PlannedSection] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    n_cut: int = 0
+    """Documents that are cut, as a cache that is read has only their first tokens."""
+    n_documents: dict[str, int] = field(default_factory=dict)
+    n_tokens: int = 0
+    n_tokens_of_caches: int = 0
+    """Before they were cut, and before any were left out."""
+
+
+def check_options(options: ExportOptions) -> None:
+    """Raise RecipeError for what no format can do."""
+    if options.max_length is not None and options.max_length < 1:
+        raise RecipeError(f"max_length is {options.max_length}: a document needs at least one token")
+    if options.pack_to is not None and options.pack_to < 2:
+        raise RecipeError(f"pack_to is {options.pack_to}: a row needs at least two tokens")
+    if not 0 <= options.validation_share < 1:
+        raise RecipeError(f"validation_share is {options.validation_share}: it is at least 0 and below 1")
+    if options.draft_vocabulary is not None and options.draft_vocabulary < 1:
+        raise RecipeError(f"draft_vocabulary is {options.draft_vocabulary}: it needs at least one token")
+
+
+def plan_export(chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOptions) -> ExportPlan:
+    """Go through all ids and lengths; holds those of one partition at a time.
+
+    Raises NotCommittedError where a split has no document.
+    """
+    splits = (TRAIN, VALIDATION) if options.validation_share else (WHOLE,)
+    plan = ExportPlan(splits=splits, n_documents=dict.fromkeys(splits, 0))
+    indexes = dict.fromkeys(splits, 0)
+    for key in partitions_of(chosen):
+        partition = joined_partition(chosen, key, states=needs.states, max_length=options.max_length)
+        _count(plan, partition, needs, options)
+        for part in partition.parts:
+            for split, rows in rows_of(partition, part, needs, options).items():
+                section = PlannedSection(
+                    split=split,
+                    index=indexes[split],
+                    partition_key=key,
+                    part=part.index,
+                    first_number=plan.n_documents[split],
+                    n_documents=len(rows),
+                    n_tokens=int(partition.lengths_D[rows].sum()),
+                )
+                plan.sections.append(section)
+                indexes[split] += 1
+                plan.n_documents[split] += section.n_documents
+                plan.n_tokens += section.n_tokens
+    if empty := [split for split in splits if not plan.n_documents[split]]:
+        what = f"the split {empty[0]!r} would have no document" if empty[0] else "there is no document to export"
+        raise NotCommittedError(f"{what}: {sum(plan.n_documents.values())} documents in all, {_reasons(plan)}")
+    return plan
+
+
+def rows_of(partition: JoinedPartition, part: PartSpan, needs: Needs, options: ExportOptions) -> dict[str, Int64Array]:
+    """Split → int64 rows in their partition of the documents of this part that go there; without empty splits."""
+    rows = np.arange(part.first, part.stop)
+    rows = rows[partition.lengths_D[rows] >= needs.min_tokens]
+    if not options.validation_share:
+        return {WHOLE: rows} if len(rows) else {}
+    validation = in_validation([partition.document_ids[row] for row in rows], options)
+    chosen = {TRAIN: rows[~validation], VALIDATION: rows[validation]}
+    return {split: of_split for split, of_split in chosen.items() if len(of_split)}
+
+
+def in_validation(document_ids: Sequence[str], options: ExportOptions) -> npt.NDArray[np.bool_]:
+    """bool [D]: which documents are in the validation set."""
+    limit = int(options.validation_share * 2**64)
+    seed = f"{options.seed}\0".encode()
+
+    def drawn(document_id: str) -> int:
+        data = seed + document_id.encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+    if not limit:
+        return np.zeros(len(document_ids), dtype=np.bool_)
+    return np.fromiter((drawn(document_id) < limit for document_id in document_ids), np.bool_, len(document_ids))
+
+
+def _count(plan: ExportPlan, partition: JoinedPartition, needs: Needs, options: ExportOptions) -> None:
+    """What is cut and left out of one partition."""
+    too_short_D = partition.lengths_D < needs.min_tokens
+    for row in np.flatnonzero(too_short_D):
+        named = f"{partition.partition_key}/{partition.document_ids[row]}"
+        _leave_out(plan, f"fewer than {needs.min_tokens} tokens", named)
+    asked_D = np.minimum(partition.whole_D, options.max_length or np.iinfo(np.int64).max)
+    plan.n_cut += int((partition.lengths_D < asked_D)[~too_short_D].sum())
+    plan.n_tokens_of_caches += int(partition.whole_D.sum())
+
+
+def _leave_out(plan: ExportPlan, reason: str, named: str) -> None:
+    left_out = plan.left_out.setdefault(reason, LeftOut())
+    left_out.n_documents += 1
+    if len(left_out.first) < _NAMED:
+        left_out.first.append(named)
+
+
+def _reasons(plan: ExportPlan) -> str:
+    return "; ".join(f"{n.n_documents} left out, {why}" for why, n in plan.left_out.items()) or "none left out"
