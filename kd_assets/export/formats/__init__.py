@@ -8,9 +8,18 @@ from collections.abc import Mapping
 
 from kd_assets.export.format import ExportFormat
 from kd_assets.export.formats.hf import HuggingFace
+from kd_assets.export.formats.modelopt import ModelOpt
 from kd_assets.export.formats.original import Original
 from kd_assets.export.formats.safetensors import Safetensors
+from kd_assets.export.formats.specforge import SpecForge
 
-_ALL: tuple[ExportFormat, ...] = (HuggingFace(), Original(), Safetensors())
+_ALL: tuple[ExportFormat, ...] = (
+    HuggingFace(),
+    ModelOpt(),
+    Original(),
+    Safetensors(),
+    SpecForge(),
+    SpecForge("dflash"),
+)
 
 FORMATS: Mapping[str, ExportFormat] = {export_format.name: export_format for export_format in _ALL}

@@ -1,0 +1,115 @@
+"""What the formats of draft-head trainers (SpecForge, ModelOpt) share: which blocks they take, what they cannot have,
+and tensors of states in files of `torch.save`.
+
+A teacher of n blocks has its auxiliary states at the outputs of blocks 1, n // 2 − 1 and n − 4, counted from 0, unless
+the draft's configuration names others. That is the default of SpecForge 0.2.0 and of ModelOpt 0.47.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_assets.contract import FinalState
+from kd_assets.durable import atomic_file, prepare_folder
+from kd_assets.errors import FailedCheckError, RecipeError
+from kd_assets.export.documents import StatesOfDocument
+from kd_assets.export.format import ExportOptions, Source
+from kd_assets.store.schema import HiddenState
+
+
+def default_blocks(source: Source, format_name: str) -> list[int]:
+    """Blocks 1, n // 2 − 1 and n − 4. Raises RecipeError where n is not known."""
+    n = source.n_blocks
+    if n is None:
+        raise RecipeError(
+            f"{format_name}: how many decoder blocks the teacher of recipe {source.recipe} has is not known here (its "
+            "folder is not on this machine), so that the blocks of the auxiliary states are not known: name them "
+            "(states: [1, …])"
+        )
+    return [1, n // 2 - 1, n - 4]
+
+
+def chosen_blocks(options: ExportOptions) -> list[int] | None:
+    """The blocks that the options name, in their order; None where they name none."""
+    return [state for state in options.states or () if isinstance(state, int)] or None
+
+
+def chosen_final(options: ExportOptions) -> list[FinalState]:
+    """The states at the decoder's end that the options name."""
+    return [state for state in options.states or () if not isinstance(state, int)]
+
+
+def require_blocks(blocks: Sequence[int], source: Source, format_name: str) -> None:
+    """Raise RecipeError unless these are blocks of the teacher, each once and in ascending order.
+
+    Trainers collect states in the order in which the teacher computes them, whatever the order in a configuration.
+    """
+    n = source.n_blocks
+    listed = ", ".join(map(str, blocks))
+    if list(blocks) != sorted(set(blocks)) or any(block < 0 for block in blocks):
+        whose = "" if n is None else f" of a teacher with {n} blocks"
+        raise RecipeError(
+            f"{format_name}: the blocks of the auxiliary states{whose} are {listed}, which are not in ascending order, "
+            "each once: name others in the draft's configuration and here (states: …)"
+        )
+    if n is not None and blocks and blocks[-1] >= n:
+        raise RecipeError(
+            f"{format_name}: block {blocks[-1]} was asked for, and the teacher of recipe {source.recipe} has blocks 0 "
+            f"to {n - 1}"
+        )
+
+
+def require_finite(source: Source, format_name: str) -> None:
+    """Raise FailedCheckError where a part has states that are no numbers: the trainers' losses turn to NaN of them."""
+    for manifest in source.manifests.get("hidden_state_cache", ()):
+        for record in manifest.parts:
+            if n := int(record.stats.get("n_non_finite", 0)):
+                raise FailedCheckError(
+                    f"{format_name}: {record.name} of partition {manifest.partition_key!r} has {n} states that are NaN "
+                    "or infinite, and its trainer has no way to leave them out: materialize the partition again, or "
+                    "leave it out of the export"
+                )
+
+
+def require_plain(options: ExportOptions, format_name: str) -> None:
+    """Raise RecipeError for options of formats with rows of other shapes."""
+    if options.pack_to is not None or options.learned_only:
+        raise RecipeError(
+            f"{format_name}: its trainer reads one whole document a file and leaves out by the loss mask: pack_to and "
+            "learned_only are not for it"
+        )
+
+
+def bfloat16(states: StatesOfDocument, which: Sequence[HiddenState]) -> Any:
+    """torch.bfloat16 [L, m · H]: the states beside each other in this order."""
+    import torch
+
+    parts = [states.bits_NH[state] for state in which]
+    joined = np.concatenate(parts, axis=1)  # a copy in any case: what is mapped cannot be written to
+    return torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
+
+
+def int64(values: npt.NDArray[Any]) -> Any:
+    """torch.int64 of the same shape."""
+    import torch
+
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write as `torch.save` does. Equal contents give equal bytes, whatever the file's name."""
+    import torch
+
+    prepare_folder(path.parent)
+    with atomic_file(path) as file:
+        torch.save(dict(content), cast(IO[bytes], file))  # it only writes
+
+
+def share_of_states(which: Sequence[HiddenState], source: Source) -> float:
+    """Of the bytes of the hidden-state cache, about."""
+    return len(which) / max(len(source.states), 1)

@@ -1,0 +1,103 @@
+"""`modelopt`: dumps for ModelOpt's offline training of draft heads (`OfflineSupervisedDataset` of version 0.47.0).
+
+`<number>.pt` is a dictionary in a file of `torch.save` for each document: `input_ids` and `loss_mask` int64 [L],
+`hidden_states` bfloat16 [L, H], `aux_hidden_states` bfloat16 [L, m · H] of m blocks beside each other,
+`hidden_states_prenorm` whether `hidden_states` are before the final norm, and `conversation_id`, the partition's key
+and the document's id. Nothing is shifted. The reader uses `loss_mask` with answer_only_loss alone.
+
+`hidden_states` are after the norm unless `before_norm` is among the chosen states: the reader of a version that does
+not know `hidden_states_prenorm` takes them as after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd_assets.contract import FinalState
+from kd_assets.errors import RecipeError
+from kd_assets.export.documents import JoinedDocument
+from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
+from kd_assets.export.formats.draft_states import (
+    bfloat16,
+    chosen_blocks,
+    chosen_final,
+    default_blocks,
+    int64,
+    require_blocks,
+    require_finite,
+    require_plain,
+    save,
+    share_of_states,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOpt:
+    """The format; see the module."""
+
+    name: str = "modelopt"
+
+    def needs(self, source: Source, options: ExportOptions) -> Needs:
+        require_plain(options, self.name)
+        if options.draft_vocabulary is not None:
+            raise RecipeError(f"{self.name}: it counts its draft vocabulary itself: draft_vocabulary is not for it")
+        states = (*self._blocks(source, options), self._final(options))
+        require_finite(source, self.name)
+        return Needs(
+            assets=("hidden_state_cache",),
+            states=states,
+            min_tokens=2,
+            expansion=share_of_states(states, source),
+        )
+
+    def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
+        return _Writer(folder, self._blocks(source, options), self._final(options))
+
+    def _blocks(self, source: Source, options: ExportOptions) -> list[int]:
+        blocks = chosen_blocks(options)
+        if blocks is None:  # of a shallow teacher two of the three may be one
+            blocks = sorted({max(block, 0) for block in default_blocks(source, self.name)})
+        require_blocks(blocks, source, self.name)
+        return blocks
+
+    def _final(self, options: ExportOptions) -> FinalState:
+        final = chosen_final(options)
+        if len(final) > 1:
+            raise RecipeError(
+                f"{self.name}: a file has one state at the decoder's end, choose one of {', '.join(final)}"
+            )
+        return final[0] if final else "after_norm"
+
+
+class _Writer:
+    def __init__(self, folder: Path, blocks: Sequence[int], final: FinalState) -> None:
+        self._folder, self._blocks, self._final = folder, blocks, final
+
+    def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
+        names: list[str] = []
+        n_tokens = 0
+        for document in documents:
+            assert document.states is not None, "needs() asked for them"
+            content = {
+                "input_ids": int64(document.input_ids_L),
+                "loss_mask": int64(document.loss_mask_L),
+                "hidden_states": bfloat16(document.states, [self._final]),
+                "aux_hidden_states": bfloat16(document.states, self._blocks),
+                "hidden_states_prenorm": self._final == "before_norm",
+                "conversation_id": f"{partition_key}/{document.document_id}",
+            }
+            names.append(f"{document.number:08d}.pt")
+            save(self._folder / names[-1], content)
+            n_tokens += len(document.input_ids_L)
+        return SectionFiles(
+            index=index,
+            partition_key=partition_key,
+            n_documents=len(names),
+            n_tokens=n_tokens,
+            names=tuple(names),
+        )
+
+    def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
+        return []

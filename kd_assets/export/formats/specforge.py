@@ -1,0 +1,235 @@
+"""`specforge` and `specforge_dflash`: offline features of SpecForge's trainer (as version 0.2.0 reads them).
+
+`rows_<g>-<g + 2000>/data_<number>.ckpt` is a dictionary in a file of `torch.save` for each document, with `input_ids`
+and `loss_mask` int64 [L]. Nothing is shifted: the trainer does.
+
+- `specforge` (EAGLE-3): `hidden_state` bfloat16 [1, L, H], after the final norm; `aux_hidden_state` [1, L, 3H], the
+  outputs of three blocks beside each other. With `draft_vocabulary`, `vocab_mapping/vocab_mapping.pt` has `d2t` and
+  `t2d` (model.vocab_mapping_path).
+- `specforge_dflash` (DFlash, Domino): `hidden_states` [1, L, m · H] of the blocks in the draft's target_layer_ids; with
+  `after_norm` among the chosen states `target_last_hidden_states` [1, L, H], too (DSpark).
+
+The DFlash reader fails at a document in which no two tokens side by side are learned: those are left out, and
+`left_out/<section>.json` names them. `layers.json` says which blocks the draft's configuration must name.
+
+SpecForge takes the head, `lm_head.weight`, from the teacher's own folder, and wants an `*.index.json` there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_assets.contract import Asset
+from kd_assets.durable import atomic_write, prepare_folder
+from kd_assets.errors import RecipeError
+from kd_assets.export.documents import JoinedDocument
+from kd_assets.export.draft_vocabulary import DraftVocabulary, count_tokens, draft_vocabulary
+from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
+from kd_assets.export.formats.draft_states import (
+    bfloat16,
+    chosen_blocks,
+    chosen_final,
+    default_blocks,
+    int64,
+    require_blocks,
+    require_finite,
+    require_plain,
+    save,
+    share_of_states,
+)
+from kd_assets.store.schema import HiddenState
+
+log = logging.getLogger(__name__)
+
+FILES_A_FOLDER = 2000
+VOCABULARY_NAME = "vocab_mapping/vocab_mapping.pt"
+LAYERS_NAME = "layers.json"
+
+Draft = Literal["eagle3", "dflash"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecForge:
+    """The formats; see the module."""
+
+    draft: Draft = "eagle3"
+
+    @property
+    def name(self) -> str:
+        return "specforge" if self.draft == "eagle3" else "specforge_dflash"
+
+    def needs(self, source: Source, options: ExportOptions) -> Needs:
+        require_plain(options, self.name)
+        states = (*self._blocks(source, options), *self._final(options))
+        require_finite(source, self.name)
+        assets: tuple[Asset, ...] = ("hidden_state_cache",)
+        if options.draft_vocabulary is not None:
+            self._require_vocabulary(source, options.draft_vocabulary)
+            assets = ("shards_manifest", *assets)
+        return Needs(assets=assets, states=states, min_tokens=2, expansion=share_of_states(states, source))
+
+    def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
+        # Counted before any document is written, since shards of another tokenizer are found by it.
+        vocabulary = None
+        if options.draft_vocabulary is not None:
+            assert source.vocabulary_size is not None, "needs() has refused that"
+            counts_V = count_tokens(
+                source.folders["shards_manifest"], source.vocabulary_size, max_length=options.max_length
+            )
+            vocabulary = draft_vocabulary(counts_V, options.draft_vocabulary)
+        blocks = self._blocks(source, options)
+        if self.draft == "eagle3":
+            return _Writer(folder, _Eagle3(blocks), vocabulary)
+        return _Writer(folder, _Dflash(blocks, with_last="after_norm" in self._final(options)), None)
+
+    def _blocks(self, source: Source, options: ExportOptions) -> list[int]:
+        blocks = chosen_blocks(options)
+        if blocks is None and self.draft == "eagle3":
+            blocks = default_blocks(source, self.name)
+        elif blocks is None:
+            blocks = sorted(state for state in source.states if isinstance(state, int))
+        if self.draft == "eagle3" and len(blocks) != 3:
+            raise RecipeError(
+                f"{self.name}: EAGLE-3 takes exactly three blocks, and {len(blocks)} were named: {blocks}"
+            )
+        if not blocks:
+            raise RecipeError(f"{self.name}: the hidden-state cache of recipe {source.recipe} has no blocks")
+        require_blocks(blocks, source, self.name)
+        return blocks
+
+    def _final(self, options: ExportOptions) -> list[HiddenState]:
+        final: list[HiddenState] = list(chosen_final(options))
+        if "before_norm" in final:
+            raise RecipeError(
+                f"{self.name}: the trainer applies the head alone: it reads after_norm, never before_norm"
+            )
+        return ["after_norm"] if self.draft == "eagle3" else final
+
+    def _require_vocabulary(self, source: Source, size: int) -> None:
+        if self.draft != "eagle3":
+            raise RecipeError(
+                f"{self.name}: DFlash drafts have the teacher's vocabulary: draft_vocabulary is not for it"
+            )
+        if source.vocabulary_size is None:
+            raise RecipeError(
+                f"{self.name}: how many ids the vocabulary of the teacher of recipe {source.recipe} has is not known "
+                "here, so that draft_vocabulary cannot be counted: export where the teacher's folder is"
+            )
+        if size > source.vocabulary_size:
+            raise RecipeError(
+                f"{self.name}: a draft vocabulary of {size} tokens was asked for, and the teacher's has "
+                f"{source.vocabulary_size}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Eagle3:
+    blocks: Sequence[int]
+
+    def content(self, document: JoinedDocument) -> dict[str, Any]:
+        assert document.states is not None
+        return {
+            **_tokens(document),
+            "hidden_state": bfloat16(document.states, ["after_norm"]).unsqueeze(0),
+            "aux_hidden_state": bfloat16(document.states, self.blocks).unsqueeze(0),
+        }
+
+    def takes(self, document: JoinedDocument) -> bool:
+        return True
+
+    def layers(self) -> dict[str, Any]:
+        return {"eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.blocks)}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Dflash:
+    blocks: Sequence[int]
+    with_last: bool
+
+    def content(self, document: JoinedDocument) -> dict[str, Any]:
+        assert document.states is not None
+        content = {**_tokens(document), "hidden_states": bfloat16(document.states, self.blocks).unsqueeze(0)}
+        if self.with_last:
+            content["target_last_hidden_states"] = bfloat16(document.states, ["after_norm"]).unsqueeze(0)
+        return content
+
+    def takes(self, document: JoinedDocument) -> bool:
+        return has_learned_neighbours(document.loss_mask_L)
+
+    def layers(self) -> dict[str, Any]:
+        return {"dflash_config": {"target_layer_ids": list(self.blocks)}}
+
+
+class _Writer:
+    def __init__(self, folder: Path, kind: _Eagle3 | _Dflash, vocabulary: DraftVocabulary | None) -> None:
+        self._folder, self._kind, self._vocabulary = folder, kind, vocabulary
+
+    def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
+        names: list[str] = []
+        left_out: list[str] = []
+        n_tokens = 0
+        for document in documents:
+            if not self._kind.takes(document):
+                left_out.append(document.document_id)
+                continue
+            name = file_name(document.number)
+            save(self._folder / name, self._kind.content(document))
+            names.append(name)
+            n_tokens += len(document.input_ids_L)
+        n_documents = len(names)
+        if left_out:
+            log.warning(
+                "%d documents of partition %s are left out: no two tokens side by side are learned (%s)",
+                len(left_out),
+                partition_key,
+                ", ".join(left_out[:3]),
+            )
+            names.append(f"left_out/{index:06d}.json")
+            self._write_json(names[-1], {"partition_key": partition_key, "document_ids": left_out})
+        return SectionFiles(
+            index=index,
+            partition_key=partition_key,
+            n_documents=n_documents,
+            n_tokens=n_tokens,
+            names=tuple(names),
+        )
+
+    def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
+        self._write_json(LAYERS_NAME, self._kind.layers())
+        if self._vocabulary is None:
+            return [LAYERS_NAME]
+        import torch
+
+        maps = {
+            "d2t": torch.from_numpy(self._vocabulary.d2t_D),
+            "t2d": torch.from_numpy(self._vocabulary.t2d_V),
+        }
+        save(self._folder / VOCABULARY_NAME, maps)
+        return [LAYERS_NAME, VOCABULARY_NAME]
+
+    def _write_json(self, name: str, raw: Mapping[str, Any]) -> None:
+        prepare_folder((self._folder / name).parent)
+        atomic_write(self._folder / name, json.dumps(raw, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def file_name(number: int) -> str:
+    """Of a document, 2,000 in a folder as SpecForge's own preparation has them."""
+    first = number // FILES_A_FOLDER * FILES_A_FOLDER
+    return f"rows_{first}-{first + FILES_A_FOLDER}/data_{number}.ckpt"
+
+
+def has_learned_neighbours(loss_mask_L: npt.NDArray[np.bool_]) -> bool:
+    """Whether any two tokens side by side are learned."""
+    return bool((loss_mask_L[:-1] & loss_mask_L[1:]).any())
+
+
+def _tokens(document: JoinedDocument) -> dict[str, Any]:
+    return {"input_ids": int64(document.input_ids_L), "loss_mask": int64(document.loss_mask_L)}
