@@ -130,7 +130,7 @@ def _export(
 ) -> Exported:
     export_format = format_of(format_name)
     check_options(options)
-    needs = export_format.needs(source_of(caches.there()), options)
+    needs = export_format.needs(source_of(caches.there(), unclear=caches.unclear()), options)
     chosen = choose_needed(caches, needs)
     source = source_of(chosen)
     digest = export_fingerprint(export_format.name, chosen, needs, options)
@@ -252,7 +252,7 @@ class _Export:
             partition_key=section.partition_key,
             n_documents=written.n_documents,
             n_tokens=written.n_tokens,
-            files=hashed(self._folder_of(section.split), written.names),
+            files=hashed(self._folder_of(section.split), written.names, written.sha256),
         )
         self.journal.append(line)
         return line

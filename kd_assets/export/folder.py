@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kd_assets.contract import parse_json
@@ -186,7 +187,8 @@ class Journal:
                 self.finished[line.split, line.index] = line
 
     def append(self, line: JournalLine) -> None:
-        files = {name: [file.n_bytes, file.sha256] for name, file in line.files.items()}
+        # A list: a line's keys are sorted, and a format may go by the order of its names.
+        files = [[name, file.n_bytes, file.sha256] for name, file in line.files.items()]
         append_line(
             self._path,
             {
@@ -220,20 +222,23 @@ class Journal:
         for text in (read_if_there(self._path) or b"").splitlines()[1:]:
             try:
                 raw = parse_json(text)
-                files = {name: ExportedFile(n_bytes=n, sha256=sha256) for name, (n, sha256) in raw["files"].items()}
+                files = {name: ExportedFile(n_bytes=n, sha256=sha256) for name, n, sha256 in raw["files"]}
                 yield JournalLine(**{**raw, "files": files})
             except (ValueError, LookupError, TypeError, AttributeError):
                 continue
 
 
-def hashed(folder: Path, names: Sequence[str]) -> dict[str, ExportedFile]:
-    """Size and hash of these files, which are read whole. Raises StoreError where one is missing."""
+def hashed(
+    folder: Path, names: Sequence[str], known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, ExportedFile]:
+    """Size and hash of these files; those whose hash is not known are read whole. Raises StoreError where one is
+    missing."""
     found = {}
     for name in names:
         n_bytes = size_if_there(folder / name)
         if n_bytes is None:
             raise StoreError(f"{folder / name} was to be written, and is not there")
-        found[name] = ExportedFile(n_bytes=n_bytes, sha256=file_sha256(folder / name))
+        found[name] = ExportedFile(n_bytes=n_bytes, sha256=known.get(name) or file_sha256(folder / name))
     return found
 
 
