@@ -171,12 +171,14 @@ class Journal:
         self._folder, self._path, self._fingerprint = folder, folder / JOURNAL_NAME, export_fingerprint
         self.finished: dict[tuple[str, int], JournalLine] = {}
         """By split and index; every file of theirs was verified."""
+        self._is_new = False
 
     def open(self) -> None:
         """Take stock of what an earlier attempt left: its whole sections stand, temporary files go."""
         prepare_folder(self._folder)
         if read_if_there(self._path) is None:
             append_line(self._path, {"fingerprint": self._fingerprint})
+            self._is_new = True
             return
         for path in _files_below(self._folder):
             if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
@@ -207,8 +209,8 @@ class Journal:
         remove_file(self._path)
 
     def abandon(self) -> None:
-        """Leave the folder as it was found where no section is whole yet: what is half-written goes."""
-        if self.finished:
+        """Leave the folder as it was found, empty, where this attempt began it and no section is whole yet."""
+        if self.finished or not self._is_new:
             return
         for path in _files_below(self._folder):
             if path.name != LEASE_NAME:

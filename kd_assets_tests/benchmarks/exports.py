@@ -143,8 +143,10 @@ def copy_seconds(folder: Path, to: Path) -> float:
 def figures_of(format_name: str, store: Path, work: Path, *, rounds: int) -> dict[str, float]:
     rates, shares, peaks = [], [], []
     for _ in range(rounds):
+        os.sync()  # what others have written and not synced would slow down whoever writes next
         exported = in_own_process(format_name, store, work / "export")
         rate = exported["n_bytes"] / 1e6 / exported["seconds"]
+        os.sync()
         copied = exported["n_bytes"] / 1e6 / copy_seconds(work / "export", work / "copy")
         rates.append(rate)
         shares.append(rate / copied)

@@ -173,7 +173,7 @@ def _columns(document: JoinedDocument, kind: _Kind) -> dict[str, pa.Array]:
     else:
         assert document.mean_embedding_H is not None
         columns["pooled_embedding"] = _row(document.mean_embedding_H)
-        columns["length"] = pa.array([length], pa.int32())
+        columns["length"] = pa.array([document.embedded_tokens], pa.int32())
     return columns
 
 
