@@ -29,7 +29,7 @@ from kd_assets.store.writing.documents import offsets_of
 
 RECIPE = "made-up"
 VOCABULARY = 40
-STATES: tuple[HiddenState, ...] = (1, 2, 4, "before_norm", "after_norm")
+STATES: tuple[HiddenState, ...] = (1, 4, "before_norm", "after_norm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -111,8 +111,13 @@ def commit(
     folders: dict[Asset, Path] = {}
     for asset in assets:
         cut = (max_lengths or {}).get(asset)
-        identity: dict[str, Any] = {"asset": asset, "format_version": FORMAT_VERSION, "input": f"{made_of} of {key}", "params": {}}
-        identity["params"] = {"max_length": cut, "positions": positions}
+        identity: dict[str, Any] = {
+            "asset": asset,
+            "format_version": FORMAT_VERSION,
+            "input": f"{made_of} of {key}",
+            "params": {},
+        }
+        identity["params"] = {"max_length": cut, "positions": positions, "k": documents[0].topk_ids_Mk.shape[1]}
         output = plan_output(asset, identity, recipe_folder=recipe_folder, partition_key=key)
         with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=key) as writer:
             lengths = np.array([min(d.length, cut or d.length) for d in documents])
