@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from kd_assets.contract import Asset
 from kd_assets.errors import FailedCheckError, KdAssetsError, NotCommittedError, RecipeError, UnknownFieldError
 from kd_assets.export.exporting import export_recipe, export_to_folder
 from kd_assets.export.folder import verify_export
@@ -21,6 +22,7 @@ from kd_assets.export.format import ExportOptions, Source
 from kd_assets.export.formats.modelopt import ModelOpt
 from kd_assets.export.formats.specforge import SpecForge, file_name, has_learned_neighbours
 from kd_assets.export.source import RecipeCaches, source_of
+from kd_assets.store import Manifest
 from kd_assets.store.schema import HiddenState
 from kd_assets_tests.export import made_up
 from kd_assets_tests.export.made_up import Truth
@@ -256,7 +258,8 @@ def test_states_that_are_no_numbers_are_refused_by_their_part(tmp_path: Path) ->
     source = source_of(RecipeCaches(recipe_folder=tmp_path / made_up.RECIPE).there())
     manifest = source.manifests["hidden_state_cache"][0]
     spoiled = dataclasses.replace(manifest.parts[0], stats={**manifest.parts[0].stats, "n_non_finite": 2.0})
-    manifests = {"hidden_state_cache": (dataclasses.replace(manifest, parts=(spoiled, *manifest.parts[1:])),)}
+    manifests: dict[Asset, tuple[Manifest, ...]] = {}
+    manifests["hidden_state_cache"] = (dataclasses.replace(manifest, parts=(spoiled, *manifest.parts[1:])),)
     for export_format in (SpecForge(), SpecForge("dflash"), ModelOpt()):
         with pytest.raises(FailedCheckError, match="2 states that are NaN or infinite"):
             export_format.needs(dataclasses.replace(source, manifests=manifests), ExportOptions(states=BLOCKS))

@@ -5,8 +5,8 @@
 `hidden_states_prenorm` whether `hidden_states` are before the final norm, and `conversation_id`, the partition's key
 and the document's id. Nothing is shifted. The reader uses `loss_mask` with answer_only_loss alone.
 
-`hidden_states` are after the norm unless `before_norm` is among the chosen states: the reader of a version that does
-not know `hidden_states_prenorm` takes them as after it.
+`hidden_states` are after the norm unless `before_norm` is among the chosen states, which is for DFlash heads alone: of
+EAGLE's the loss does not look at `hidden_states_prenorm` and takes all states as after it.
 """
 
 from __future__ import annotations
