@@ -67,3 +67,5 @@ class JoinedDocument:
     states: StatesOfDocument | None = None
     mean_embedding_H: Float32Array | None = None
     last_token_embedding_H: Float32Array | None = None
+    embedded_tokens: int | None = None
+    """How many tokens the embeddings are of: all that their cache has, also where the document is cut."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_assets.contract import CACHES, Asset
+from kd_assets.contract import Asset
 from kd_assets.durable import prepare_folder, remove_file
 from kd_assets.errors import CorruptPartError, RecipeError, StorageUnavailableError
 from kd_assets.export.folder import (
@@ -37,16 +35,20 @@ from kd_assets.export.folder import (
 )
 from kd_assets.export.format import ExportFormat, ExportOptions, ExportWriter, Needs, SectionFiles, Source
 from kd_assets.export.formats import FORMATS
+from kd_assets.export.identity import export_fingerprint, options_as_json, sources_as_json
 from kd_assets.export.joined import JoinedPartition, joined_partition
-from kd_assets.export.planning import ExportPlan, PlannedSection, check_options, plan_export, rows_of
+from kd_assets.export.planning import (
+    ExportPlan,
+    PlannedSection,
+    check_options,
+    plan_export,
+    require_room,
+    rows_of,
+    say_what_is_cut,
+)
 from kd_assets.export.source import FolderCaches, RecipeCaches, choose_needed, source_of
 from kd_assets.locks import Lease
-from kd_assets.store import Chosen, fingerprint
-
-log = logging.getLogger(__name__)
-
-_ROOM_TO_SPARE = 64 << 20
-"""Bytes that are to stay free on the disk."""
+from kd_assets.store import Chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,20 +109,6 @@ def format_of(name: str) -> ExportFormat:
     return FORMATS[name]
 
 
-def export_fingerprint(export_format: str, chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOptions) -> str:
-    """The fingerprint of what decides an export's bytes: format, options, and the content of the caches."""
-    return fingerprint(
-        {
-            "export_version": EXPORT_VERSION,
-            "format": export_format,
-            "format_version": needs.version,
-            "options": _as_json(options),
-            "states": list(needs.states),
-            "sources": _sources(chosen),
-        }
-    )
-
-
 def _export(
     format_name: str,
     caches: RecipeCaches | FolderCaches,
@@ -130,7 +118,7 @@ def _export(
 ) -> Exported:
     export_format = format_of(format_name)
     check_options(options)
-    needs = export_format.needs(source_of(caches.there()), options)
+    needs = export_format.needs(source_of(caches.there(), unclear=caches.unclear()), options)
     chosen = choose_needed(caches, needs)
     source = source_of(chosen)
     digest = export_fingerprint(export_format.name, chosen, needs, options)
@@ -138,12 +126,15 @@ def _export(
         _require_whole(whole)
         return whole
     plan = plan_export(chosen, needs, options)
-    _require_room(to, chosen, needs, plan)
-    _say_what_is_cut(plan, chosen)
+    require_room(to, chosen, needs, plan)
+    say_what_is_cut(plan, chosen)
+    is_new = not to.exists()
     prepare_folder(to)
     lease = Lease(to / LEASE_NAME)
     lease.acquire({"host": socket.gethostname(), "pid": os.getpid()})
     try:
+        if (whole := found_in(to, digest)) is not None:  # another process finished it meanwhile
+            return whole
         return _Export(
             export_format=export_format,
             chosen=chosen,
@@ -157,8 +148,10 @@ def _export(
         ).make(on_progress)
     finally:
         lease.release()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageUnavailableError):
             remove_file(to / LEASE_NAME)
+            if is_new and not any(to.iterdir()):  # nothing came of it
+                to.rmdir()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,7 +245,7 @@ class _Export:
             partition_key=section.partition_key,
             n_documents=written.n_documents,
             n_tokens=written.n_tokens,
-            files=hashed(self._folder_of(section.split), written.names),
+            files=hashed(self._folder_of(section.split), written.names, written.sha256),
         )
         self.journal.append(line)
         return line
@@ -278,9 +271,9 @@ class _Export:
             "format_version": self.needs.version,
             "recipe": self.source.recipe,
             "fingerprint": self.digest,
-            "options": _as_json(self.options),
+            "options": options_as_json(self.options),
             "states": list(self.needs.states),
-            "sources": _sources(self.chosen),
+            "sources": sources_as_json(self.chosen),
             "splits": {split: n for split, n in self.plan.n_documents.items() if split},
             "n_documents": sum(line.n_documents for line in lines),
             "n_tokens": sum(line.n_tokens for line in lines),
@@ -309,64 +302,3 @@ def _require_whole(exported: Exported) -> None:
         path = exported.folder / name
         if not path.is_file() or path.stat().st_size != file.n_bytes:
             raise CorruptPartError(f"{path}: {damage(path, file)}, though {EXPORT_NAME} names it: export elsewhere")
-
-
-def _require_room(to: Path, chosen: Mapping[Asset, Chosen], needs: Needs, plan: ExportPlan) -> None:
-    """Raise StorageUnavailableError where the disk has less room than the export takes, about."""
-    there = to
-    while not there.exists():
-        there = there.parent
-    n_bytes = sum(manifest.n_bytes for asset in CACHES if asset in chosen for manifest in chosen[asset].manifests)
-    share = plan.n_tokens / max(plan.n_tokens_of_caches, 1)
-    already = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) if to.exists() else 0
-    wanted = int(n_bytes * needs.expansion * share) - already
-    free = shutil.disk_usage(there).free
-    if wanted + _ROOM_TO_SPARE > free:
-        raise StorageUnavailableError(
-            f"{to} needs about {wanted / 2**30:,.2f} GiB, and its disk has {free / 2**30:,.2f} GiB free: free some "
-            "space, choose another disk, or export fewer partitions"
-        )
-
-
-def _say_what_is_cut(plan: ExportPlan, chosen: Mapping[Asset, Chosen]) -> None:
-    if plan.n_cut:
-        lengths = {
-            asset: manifest.params.get("max_length")
-            for asset, results in chosen.items()
-            for manifest in results.manifests[:1]
-            if asset in CACHES
-        }
-        log.warning(
-            "%d documents are cut to the tokens that all caches of the export have (max_length: %s); exported "
-            "one by one the caches keep theirs",
-            plan.n_cut,
-            ", ".join(f"{asset} {length}" for asset, length in lengths.items()),
-        )
-    for why, left_out in plan.left_out.items():
-        log.warning("%d documents are left out: %s (%s)", left_out.n_documents, why, ", ".join(left_out.first[:3]))
-
-
-def _sources(chosen: Mapping[Asset, Chosen]) -> dict[str, list[dict[str, str]]]:
-    return {
-        asset: [
-            {
-                "partition_key": manifest.partition_key,
-                "data_version": manifest.data_version,
-                "variant": manifest.variant,
-                "fingerprint": manifest.fingerprint,
-            }
-            for manifest in results.manifests
-        ]
-        for asset, results in sorted(chosen.items())
-    }
-
-
-def _as_json(options: ExportOptions) -> dict[str, Any]:
-    """What of the options is not left to its default: one that comes later changes no export that lacks it."""
-    plain = ExportOptions()
-    named = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in named.items()
-        if value != getattr(plain, name)
-    }

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kd_assets.contract import parse_json
@@ -170,12 +171,14 @@ class Journal:
         self._folder, self._path, self._fingerprint = folder, folder / JOURNAL_NAME, export_fingerprint
         self.finished: dict[tuple[str, int], JournalLine] = {}
         """By split and index; every file of theirs was verified."""
+        self._is_new = False
 
     def open(self) -> None:
         """Take stock of what an earlier attempt left: its whole sections stand, temporary files go."""
         prepare_folder(self._folder)
         if read_if_there(self._path) is None:
             append_line(self._path, {"fingerprint": self._fingerprint})
+            self._is_new = True
             return
         for path in _files_below(self._folder):
             if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
@@ -186,7 +189,8 @@ class Journal:
                 self.finished[line.split, line.index] = line
 
     def append(self, line: JournalLine) -> None:
-        files = {name: [file.n_bytes, file.sha256] for name, file in line.files.items()}
+        # A list: a line's keys are sorted, and a format may go by the order of its names.
+        files = [[name, file.n_bytes, file.sha256] for name, file in line.files.items()]
         append_line(
             self._path,
             {
@@ -205,8 +209,8 @@ class Journal:
         remove_file(self._path)
 
     def abandon(self) -> None:
-        """Leave the folder as it was found where no section is whole yet: what is half-written goes."""
-        if self.finished:
+        """Leave the folder as it was found, empty, where this attempt began it and no section is whole yet."""
+        if self.finished or not self._is_new:
             return
         for path in _files_below(self._folder):
             if path.name != LEASE_NAME:
@@ -220,20 +224,23 @@ class Journal:
         for text in (read_if_there(self._path) or b"").splitlines()[1:]:
             try:
                 raw = parse_json(text)
-                files = {name: ExportedFile(n_bytes=n, sha256=sha256) for name, (n, sha256) in raw["files"].items()}
+                files = {name: ExportedFile(n_bytes=n, sha256=sha256) for name, n, sha256 in raw["files"]}
                 yield JournalLine(**{**raw, "files": files})
             except (ValueError, LookupError, TypeError, AttributeError):
                 continue
 
 
-def hashed(folder: Path, names: Sequence[str]) -> dict[str, ExportedFile]:
-    """Size and hash of these files, which are read whole. Raises StoreError where one is missing."""
+def hashed(
+    folder: Path, names: Sequence[str], known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, ExportedFile]:
+    """Size and hash of these files; those whose hash is not known are read whole. Raises StoreError where one is
+    missing."""
     found = {}
     for name in names:
         n_bytes = size_if_there(folder / name)
         if n_bytes is None:
             raise StoreError(f"{folder / name} was to be written, and is not there")
-        found[name] = ExportedFile(n_bytes=n_bytes, sha256=file_sha256(folder / name))
+        found[name] = ExportedFile(n_bytes=n_bytes, sha256=known.get(name) or file_sha256(folder / name))
     return found
 
 

@@ -8,7 +8,7 @@ documents and options give equal bytes. What came to these classes later has a d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +79,9 @@ class Source:
     """Where the results lie, in the order of `manifests`."""
     states: tuple[HiddenState, ...] = ()
     """All that the hidden-state cache has."""
+    unclear: tuple[Asset, ...] = ()
+    """Of which there are results on disk, and it cannot be told which to read: several variants, or none that passed
+    its checks. Choosing them says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +94,8 @@ class SectionFiles:
     n_tokens: int
     names: tuple[str, ...]
     """Relative to the export's folder, with slashes."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Name → hash, of files that were hashed as they were written: the others are read once more."""
 
 
 class ExportWriter(Protocol):

@@ -160,6 +160,7 @@ class JoinedPartition:
             states=None if states is None else _states_of(states, self._states, length),
             mean_embedding_H=None if embedding is None else embedding["mean_embedding"],
             last_token_embedding_H=None if embedding is None else embedding["last_token_embedding"],
+            embedded_tokens=None if embedding is None else len(embedding["input_ids"]),
         )
 
     def _rows_in(self, asset: Asset) -> Int64Array:

@@ -7,22 +7,30 @@ side in every export, whatever partitions it has. Sections and documents are num
 from __future__ import annotations
 
 import hashlib
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from kd_assets.contract import Asset
-from kd_assets.errors import NotCommittedError, RecipeError
+from kd_assets.contract import CACHES, Asset
+from kd_assets.errors import NotCommittedError, RecipeError, StorageUnavailableError
 from kd_assets.export.documents import Int64Array
 from kd_assets.export.format import ExportOptions, Needs
 from kd_assets.export.joined import JoinedPartition, PartSpan, joined_partition, partitions_of
 from kd_assets.store import Chosen
 
+log = logging.getLogger(__name__)
+
 TRAIN, VALIDATION = "train", "validation"
 WHOLE = ""
 """The split of an export that has no validation set: its files lie in the folder itself."""
+
+_ROOM_TO_SPARE = 64 << 20
+"""Bytes that are to stay free on the disk."""
 
 _NAMED = 10
 """Documents that are named of those that are left out for one reason."""
@@ -132,6 +140,42 @@ def in_validation(document_ids: Sequence[str], options: ExportOptions) -> npt.ND
     if not limit:
         return np.zeros(len(document_ids), dtype=np.bool_)
     return np.fromiter((drawn(document_id) < limit for document_id in document_ids), np.bool_, len(document_ids))
+
+
+def require_room(to: Path, chosen: Mapping[Asset, Chosen], needs: Needs, plan: ExportPlan) -> None:
+    """Raise StorageUnavailableError where the disk has less room than the export takes, about."""
+    there = to
+    while not there.exists():
+        there = there.parent
+    n_bytes = sum(manifest.n_bytes for asset in CACHES if asset in chosen for manifest in chosen[asset].manifests)
+    share = plan.n_tokens / max(plan.n_tokens_of_caches, 1)
+    already = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) if to.exists() else 0
+    wanted = int(n_bytes * needs.expansion * share) - already
+    free = shutil.disk_usage(there).free
+    if wanted + _ROOM_TO_SPARE > free:
+        raise StorageUnavailableError(
+            f"{to} needs about {wanted / 2**30:,.2f} GiB, and its disk has {free / 2**30:,.2f} GiB free: free some "
+            "space, choose another disk, or export fewer partitions"
+        )
+
+
+def say_what_is_cut(plan: ExportPlan, chosen: Mapping[Asset, Chosen]) -> None:
+    """Log what of the caches is not in the export."""
+    if plan.n_cut:
+        lengths = {
+            asset: manifest.params.get("max_length")
+            for asset, results in chosen.items()
+            for manifest in results.manifests[:1]
+            if asset in CACHES
+        }
+        log.warning(
+            "%d documents are cut to the tokens that all caches of the export have (max_length: %s); exported "
+            "one by one the caches keep theirs",
+            plan.n_cut,
+            ", ".join(f"{asset} {length}" for asset, length in lengths.items()),
+        )
+    for why, left_out in plan.left_out.items():
+        log.warning("%d documents are left out: %s (%s)", left_out.n_documents, why, ", ".join(left_out.first[:3]))
 
 
 def _count(plan: ExportPlan, partition: JoinedPartition, needs: Needs, options: ExportOptions) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import CACHES, Asset
-from kd_assets.durable import read_if_there
+from kd_assets.durable import listing, read_if_there
 from kd_assets.errors import (
     FailedCheckError,
     NotCommittedError,
@@ -33,6 +33,7 @@ from kd_assets.store import (
     read_manifest,
     variants_of,
 )
+from kd_assets.store.layout import is_variant_name
 from kd_assets.store.schema import HiddenState, hidden_size_of, hidden_state_of
 
 SHARDS: Asset = "shards_manifest"
@@ -61,6 +62,11 @@ class RecipeCaches:
                 found[asset] = _of_folders([folder for _, folder in sorted(folders.items())])
         return found
 
+    def unclear(self) -> tuple[Asset, ...]:
+        """Of which something is on disk, and `there` has nothing."""
+        there = self.there()
+        return tuple(a for a in CACHES if a not in there and any(map(is_variant_name, listing(self.recipe_folder / a))))
+
     def choose(self, asset: Asset) -> Chosen:
         """What is to be read of an asset. Raises as `kd_assets.store.choose` does, and names all that is missing."""
         variant = (self.variants or {}).get(asset)
@@ -86,6 +92,9 @@ class FolderCaches:
     def there(self) -> dict[Asset, Chosen]:
         return {asset: _of_folders(folders) for asset, folders in self.folders.items() if folders}
 
+    def unclear(self) -> tuple[Asset, ...]:
+        return ()
+
     def choose(self, asset: Asset) -> Chosen:
         """Raises NotCommittedError for an asset without folders, FailedCheckError for a result that failed a check."""
         if not self.folders.get(asset):
@@ -109,7 +118,7 @@ def choose_needed(caches: RecipeCaches | FolderCaches, needs: Needs) -> dict[Ass
     return chosen
 
 
-def source_of(chosen: Mapping[Asset, Chosen]) -> Source:
+def source_of(chosen: Mapping[Asset, Chosen], *, unclear: tuple[Asset, ...] = ()) -> Source:
     """What is known of these results. Raises NotCommittedError where there are none at all."""
     caches = [asset for asset in CACHES if asset in chosen]
     if not caches:
@@ -129,6 +138,7 @@ def source_of(chosen: Mapping[Asset, Chosen]) -> Source:
         tokenizer_folder=_folder_on_this_machine(first, "tokenizer", "teacher_folder", "teacher"),
         provenance=dict(first.provenance),
         states=states_of(chosen["hidden_state_cache"]) if "hidden_state_cache" in chosen else (),
+        unclear=unclear,
     )
 
 
@@ -141,12 +151,10 @@ def states_of(chosen: Chosen) -> tuple[HiddenState, ...]:
 def needs_of_chosen(source: Source, options: ExportOptions, known: Sequence[Asset]) -> Needs:
     """What a format needs that takes any of the caches in `known`: those that are there, or that the options name.
 
-    Raises RecipeError where an option names a cache or a state that is not there.
+    What is not there, or cannot be read, is refused when it is chosen. Raises RecipeError where nothing is left.
     """
-    there = [asset for asset in known if asset in source.manifests]
+    there = [asset for asset in known if asset in source.manifests or asset in source.unclear]
     wanted = there if options.assets is None else list(options.assets)
-    if absent := [asset for asset in wanted if asset not in there]:
-        raise RecipeError(f"recipe {source.recipe} has no {absent[0]} to export; it has {', '.join(there) or 'none'}")
     if not wanted:
         raise RecipeError(f"recipe {source.recipe} has none of {', '.join(known)} to export")
     states: tuple[HiddenState, ...] = ()

@@ -111,8 +111,13 @@ def commit(
     folders: dict[Asset, Path] = {}
     for asset in assets:
         cut = (max_lengths or {}).get(asset)
-        identity = {"asset": asset, "format_version": FORMAT_VERSION, "input": f"{made_of} of {key}", "params": {}}
-        identity["params"] = {"max_length": cut, "positions": positions}
+        identity: dict[str, Any] = {
+            "asset": asset,
+            "format_version": FORMAT_VERSION,
+            "input": f"{made_of} of {key}",
+            "params": {},
+        }
+        identity["params"] = {"max_length": cut, "positions": positions, "k": documents[0].topk_ids_Mk.shape[1]}
         output = plan_output(asset, identity, recipe_folder=recipe_folder, partition_key=key)
         with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=key) as writer:
             lengths = np.array([min(d.length, cut or d.length) for d in documents])

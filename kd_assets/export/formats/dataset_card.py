@@ -34,8 +34,8 @@ _MEANINGS = {
     "sampled_offsets": "where the draws of each row begin [M + 1]",
     "topk_positions": "the position of each row of the predictions [M]",
     "hidden_positions": "the position of each row of the states [N]",
-    "mean_embedding": "the mean of the final hidden states over the document's tokens [H]",
-    "last_token_embedding": "the final hidden state of the last token [H]",
+    "mean_embedding": "the mean of the final hidden states over all tokens that its cache has [H]",
+    "last_token_embedding": "the final hidden state of the last token that its cache has [H]",
 }
 
 

@@ -63,7 +63,12 @@ class _Writer:
                 n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
             rows.close()
         return SectionFiles(
-            index=index, partition_key=partition_key, n_documents=n_documents, n_tokens=n_tokens, names=(name,)
+            index=index,
+            partition_key=partition_key,
+            n_documents=n_documents,
+            n_tokens=n_tokens,
+            names=(name,),
+            sha256={name: file.sha256},
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:

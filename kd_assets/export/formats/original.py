@@ -11,7 +11,6 @@ Its loss compares `hidden_L<block>` with the student's `hidden_states[index]`, w
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_assets.contract import CACHES
+from kd_assets.contract import CACHES, Asset
 from kd_assets.durable import atomic_file, prepare_folder
 from kd_assets.errors import RecipeError
 from kd_assets.export.documents import Float32Array, JoinedDocument
@@ -58,32 +57,33 @@ class Original:
         )
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
-        return _Writer(folder)
+        return _Writer(folder, _kinds(source, self.needs(source, options)))
 
 
 class _Writer:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, kinds: Sequence[_Kind]) -> None:
+        self._folder, self._kinds = folder, kinds
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        files: dict[str, _Rows] = {}
+        """Goes through the documents once for each kind of file, so that one group of rows is held at a time."""
         n_documents = n_tokens = 0
-        with contextlib.ExitStack() as open_files:
-            for document in documents:
-                for stem, columns in _kinds(document).items():
-                    name = f"{stem}_{index:06d}.parquet"
-                    if name not in files:
-                        prepare_folder((self._folder / name).parent)
-                        file = open_files.enter_context(atomic_file(self._folder / name))
-                        files[name] = open_files.enter_context(_Rows(file))
-                    files[name].add(columns)
-                n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
+        sha256: dict[str, str] = {}
+        for kind in self._kinds:
+            name = f"{kind.stem}_{index:06d}.parquet"
+            prepare_folder((self._folder / name).parent)
+            n_documents = n_tokens = 0
+            with atomic_file(self._folder / name) as file, _Rows(file) as rows:
+                for document in documents:
+                    rows.add(_columns(document, kind))
+                    n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
+            sha256[name] = file.sha256
         return SectionFiles(
             index=index,
             partition_key=partition_key,
             n_documents=n_documents,
             n_tokens=n_tokens,
-            names=tuple(files),
+            names=tuple(sha256),
+            sha256=sha256,
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
@@ -132,30 +132,49 @@ class _Rows:
         self._n_bytes = 0
 
 
-def _kinds(document: JoinedDocument) -> dict[str, dict[str, pa.Array]]:
-    """Stem of a file → the columns of this document in it, each an array of one row."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kind:
+    """One of the trainer's three kinds of files."""
+
+    stem: str
+    asset: Asset
+    block: int | None = None
+
+
+def _kinds(source: Source, needs: Needs) -> list[_Kind]:
+    kinds = []
+    if "topk_cache" in needs.assets:
+        k = source.manifests["topk_cache"][0].params.get("k", "")
+        kinds.append(_Kind(stem=f"topk_k{k}/rb_topk", asset="topk_cache"))
+    kinds += [
+        _Kind(stem=f"fb_hints_L{state}/fb_hints", asset="hidden_state_cache", block=state)
+        for state in needs.states
+        if isinstance(state, int)
+    ]
+    if "embedding_cache" in needs.assets:
+        kinds.append(_Kind(stem="relb_embeds/relb_embeds", asset="embedding_cache"))
+    return kinds
+
+
+def _columns(document: JoinedDocument, kind: _Kind) -> dict[str, pa.Array]:
+    """The columns of this document in a file of this kind, each an array of one row."""
     length = len(document.input_ids_L)
-    tokens = {
+    columns = {
         "input_ids": _row(document.input_ids_L.astype(np.int32)),
         "attn_mask": _row(np.ones(length, dtype=np.int8)),
     }
-    kinds: dict[str, dict[str, pa.Array]] = {}
-    if (topk := document.topk) is not None:
-        kinds[f"topk_k{topk.ids_Mk.shape[1]}/rb_topk"] = {
-            **tokens,
-            "topk_ids": _row(topk.ids_Mk.astype(np.int32)),
-            "topk_logprobs": _row(topk.logprobs_Mk.astype(np.float32)),
-        }
-    if (states := document.states) is not None:
-        for state, bits_NH in states.bits_NH.items():
-            kinds[f"fb_hints_L{state}/fb_hints"] = {**tokens, f"hidden_L{state}": _row(float32_of(bits_NH))}
-    if document.mean_embedding_H is not None:
-        kinds["relb_embeds/relb_embeds"] = {
-            **tokens,
-            "pooled_embedding": _row(document.mean_embedding_H),
-            "length": pa.array([length], pa.int32()),
-        }
-    return kinds
+    if kind.asset == "topk_cache":
+        assert document.topk is not None
+        columns["topk_ids"] = _row(document.topk.ids_Mk.astype(np.int32))
+        columns["topk_logprobs"] = _row(document.topk.logprobs_Mk.astype(np.float32))
+    elif kind.block is not None:
+        assert document.states is not None
+        columns[f"hidden_L{kind.block}"] = _row(float32_of(document.states.bits_NH[kind.block]))
+    else:
+        assert document.mean_embedding_H is not None
+        columns["pooled_embedding"] = _row(document.mean_embedding_H)
+        columns["length"] = pa.array([document.embedded_tokens], pa.int32())
+    return columns
 
 
 def float32_of(bits: npt.NDArray[np.uint16]) -> Float32Array:

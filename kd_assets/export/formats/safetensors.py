@@ -77,6 +77,7 @@ class _Writer:
             n_documents=len(held),
             n_tokens=n_tokens,
             names=(name, index_name),
+            sha256={name: file.sha256},
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:

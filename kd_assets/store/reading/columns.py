@@ -75,7 +75,8 @@ class Column:
 
 def column_of(chunked: pa.ChunkedArray) -> Column:
     """A column of a table. One chunk is not copied."""
-    array = chunked.combine_chunks()
+    # combine_chunks copies even a single chunk (pyarrow 26), which of states is all of a group.
+    array = chunked.chunk(0) if chunked.num_chunks == 1 else chunked.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks == 1 else pa.array([], type=array.type)
     offsets = None

@@ -136,7 +136,9 @@ def part_stats(asset: str, table: pa.Table) -> dict[str, float]:
 
 def flat(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
     """All numbers of a column, nesting dropped, without a copy where the column is one chunk."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = column
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks copies even a single chunk (pyarrow 26)
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # a column of no chunks stays chunked
         array = pa.array([], type=array.type)
     while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
