@@ -101,13 +101,14 @@ def int64(values: npt.NDArray[Any]) -> Any:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write as `torch.save` does. Equal contents give equal bytes, whatever the file's name."""
+def save(path: Path, content: Mapping[str, Any]) -> str:
+    """Write as `torch.save` does; returns the file's hash. Equal contents give equal bytes, whatever its name."""
     import torch
 
     prepare_folder(path.parent)
     with atomic_file(path) as file:
         torch.save(dict(content), cast(IO[bytes], file))  # it only writes
+    return file.sha256
 
 
 def share_of_states(which: Sequence[HiddenState], source: Source) -> float:

@@ -76,7 +76,7 @@ class _Writer:
         self._folder, self._blocks, self._final = folder, blocks, final
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        names: list[str] = []
+        hashes: dict[str, str] = {}
         n_tokens = 0
         for document in documents:
             assert document.states is not None, "needs() asked for them"
@@ -88,15 +88,16 @@ class _Writer:
                 "hidden_states_prenorm": self._final == "before_norm",
                 "conversation_id": f"{partition_key}/{document.document_id}",
             }
-            names.append(f"{document.number:08d}.pt")
-            save(self._folder / names[-1], content)
+            name = f"{document.number:08d}.pt"
+            hashes[name] = save(self._folder / name, content)
             n_tokens += len(document.input_ids_L)
         return SectionFiles(
             index=index,
             partition_key=partition_key,
-            n_documents=len(names),
+            n_documents=len(hashes),
             n_tokens=n_tokens,
-            names=tuple(names),
+            names=tuple(hashes),
+            sha256=hashes,
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:

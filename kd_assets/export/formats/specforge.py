@@ -173,7 +173,7 @@ class _Writer:
         self._folder, self._kind, self._vocabulary = folder, kind, vocabulary
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        names: list[str] = []
+        hashes: dict[str, str] = {}
         left_out: list[str] = []
         n_tokens = 0
         for document in documents:
@@ -181,10 +181,9 @@ class _Writer:
                 left_out.append(document.document_id)
                 continue
             name = file_name(document.number)
-            save(self._folder / name, self._kind.content(document))
-            names.append(name)
+            hashes[name] = save(self._folder / name, self._kind.content(document))
             n_tokens += len(document.input_ids_L)
-        n_documents = len(names)
+        names = list(hashes)
         if left_out:
             log.warning(
                 "%d documents of partition %s are left out: no two tokens side by side are learned (%s)",
@@ -197,9 +196,10 @@ class _Writer:
         return SectionFiles(
             index=index,
             partition_key=partition_key,
-            n_documents=n_documents,
+            n_documents=len(hashes),
             n_tokens=n_tokens,
             names=tuple(names),
+            sha256=hashes,
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
