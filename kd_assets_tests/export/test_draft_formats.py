@@ -16,7 +16,7 @@ import torch
 
 from kd_assets.contract import Asset
 from kd_assets.errors import FailedCheckError, KdAssetsError, NotCommittedError, RecipeError, UnknownFieldError
-from kd_assets.export.exporting import export_recipe, export_to_folder
+from kd_assets.export.exporting import ExportProgress, export_recipe, export_to_folder
 from kd_assets.export.folder import verify_export
 from kd_assets.export.format import ExportOptions, Source
 from kd_assets.export.formats.modelopt import ModelOpt
@@ -157,6 +157,27 @@ def test_equal_caches_give_equal_bytes(tmp_path: Path, name: str) -> None:
     options = ExportOptions(states=BLOCKS)
     first = export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "a", options=options)
     assert export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "b", options=options).files == first.files
+
+
+@pytest.mark.parametrize("name", ["specforge", "specforge_dflash", "modelopt"])
+def test_an_export_that_is_cut_off_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, name: str) -> None:
+    class PowerCutError(Exception):
+        pass
+
+    def cut(progress: ExportProgress) -> None:
+        if progress.n_sections == 3:
+            raise PowerCutError
+
+    made(tmp_path, 3)
+    options = ExportOptions(states=BLOCKS, validation_share=0.3)
+    whole = export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "whole", options=options)
+    assert set(whole.said["splits"]) == {"train", "validation"}
+    with pytest.raises(PowerCutError):
+        export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "out", options=options, on_progress=cut)
+    gone_on = export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "out", options=options)
+    verify_export(tmp_path / "out")
+    assert gone_on.files == whole.files
+    assert gone_on.said == whole.said
 
 
 def test_files_are_two_thousand_in_a_folder() -> None:
