@@ -283,4 +283,23 @@ def test_states_that_are_no_numbers_are_refused_by_their_part(tmp_path: Path) ->
     manifests["hidden_state_cache"] = (dataclasses.replace(manifest, parts=(spoiled, *manifest.parts[1:])),)
     for export_format in (SpecForge(), SpecForge("dflash"), ModelOpt()):
         with pytest.raises(FailedCheckError, match="2 states that are NaN or infinite"):
-            export_format.needs(dataclasses.replace(source, manifests=manifests), ExportOptions(states=BLOCKS))
+            export_format.writer(
+                tmp_path / "out", dataclasses.replace(source, manifests=manifests), ExportOptions(states=BLOCKS)
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_another_tokenizer_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    documents = made_up.truths(0)
+    made_up.commit(tmp_path, documents, assets=("shards_manifest", "hidden_state_cache"), facts={"vocab_size": 9})
+    options = ExportOptions(states=BLOCKS, draft_vocabulary=4)
+    with pytest.raises(RecipeError, match="shards are of another tokenizer"):
+        export_recipe("specforge", tmp_path / made_up.RECIPE, tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_without_a_document_that_dflash_can_learn_from_is_refused(tmp_path: Path) -> None:
+    documents = [dataclasses.replace(truth, mask_L=np.zeros_like(truth.mask_L)) for truth in made_up.truths(0)]
+    made_up.commit(tmp_path, documents, assets=("hidden_state_cache",))
+    with pytest.raises(NotCommittedError, match="no document"):
+        export_recipe("specforge_dflash", tmp_path / made_up.RECIPE, tmp_path / "out")

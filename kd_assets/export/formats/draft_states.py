@@ -65,7 +65,10 @@ def require_blocks(blocks: Sequence[int], source: Source, format_name: str) -> N
 
 
 def require_finite(source: Source, format_name: str) -> None:
-    """Raise FailedCheckError where a part has states that are no numbers: the trainers' losses turn to NaN of them."""
+    """Raise FailedCheckError where a part has states that are no numbers: the trainers' losses turn to NaN of them.
+
+    Of the source that is exported: a partition that is not chosen may have them.
+    """
     for manifest in source.manifests.get("hidden_state_cache", ()):
         for record in manifest.parts:
             if n := int(record.stats.get("n_non_finite", 0)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kd_assets.contract import FinalState
 from kd_assets.errors import RecipeError
@@ -44,7 +45,6 @@ class ModelOpt:
         if options.draft_vocabulary is not None:
             raise RecipeError(f"{self.name}: it counts its draft vocabulary itself: draft_vocabulary is not for it")
         states = (*self._blocks(source, options), self._final(options))
-        require_finite(source, self.name)
         return Needs(
             assets=("hidden_state_cache",),
             states=states,
@@ -53,6 +53,7 @@ class ModelOpt:
         )
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
+        require_finite(source, self.name)
         return _Writer(folder, self._blocks(source, options), self._final(options))
 
     def _blocks(self, source: Source, options: ExportOptions) -> list[int]:
@@ -79,17 +80,8 @@ class _Writer:
         hashes: dict[str, str] = {}
         n_tokens = 0
         for document in documents:
-            assert document.states is not None, "needs() asked for them"
-            content = {
-                "input_ids": int64(document.input_ids_L),
-                "loss_mask": int64(document.loss_mask_L),
-                "hidden_states": bfloat16(document.states, [self._final]),
-                "aux_hidden_states": bfloat16(document.states, self._blocks),
-                "hidden_states_prenorm": self._final == "before_norm",
-                "conversation_id": f"{partition_key}/{document.document_id}",
-            }
             name = f"{document.number:08d}.pt"
-            hashes[name] = save(self._folder / name, content)
+            hashes[name] = save(self._folder / name, self._content(document))
             n_tokens += len(document.input_ids_L)
         return SectionFiles(
             index=index,
@@ -102,3 +94,14 @@ class _Writer:
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
         return []
+
+    def _content(self, document: JoinedDocument) -> dict[str, Any]:
+        assert document.states is not None, "needs() asked for them"
+        return {
+            "input_ids": int64(document.input_ids_L),
+            "loss_mask": int64(document.loss_mask_L),
+            "hidden_states": bfloat16(document.states, [self._final]),
+            "aux_hidden_states": bfloat16(document.states, self._blocks),
+            "hidden_states_prenorm": self._final == "before_norm",
+            "conversation_id": f"{document.partition_key}/{document.document_id}",
+        }
