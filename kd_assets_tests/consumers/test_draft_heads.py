@@ -4,8 +4,9 @@ The student is the teacher: its logits come from a forward pass of its own over 
 their loss compares them with what the export says. What is left of the cross-entropy when the targets' entropy is taken
 off is about 0, and grows by a large factor where the student's rows are shifted by one.
 
-Runs where `specforge` and `nvidia-modelopt` are installed (0.2.0 and 0.47.0; besides, without their other requirements:
-triton, which is imported and not run, omegaconf, pulp, scipy, nvidia-ml-py). `-s` shows the rows of the table.
+Runs where `specforge` 0.2.0 and `nvidia-modelopt` 0.47.0 are installed, without their other requirements but triton
+(imported, not run), omegaconf, pulp, scipy and nvidia-ml-py; with TORCHDYNAMO_DISABLE=1, since SpecForge compiles its
+loss, which takes a C++ compiler. `-s` shows the rows of the table.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def document_of(teacher: Any, seed: int, length: int) -> Truth:
         for n, block in enumerate(teacher.model.layers)
     ]
     norm_hook = teacher.model.norm.register_forward_hook(
-        lambda _m, given, out: outputs.update(before_norm=given[0][0], after_norm=out[0])
+        lambda _m, given, out: outputs.update({"before_norm": given[0][0], "after_norm": out[0]})
     )
     teacher(input_ids=ids)
     for hook in (*hooks, norm_hook):

@@ -43,7 +43,10 @@ class ModelOpt:
     def needs(self, source: Source, options: ExportOptions) -> Needs:
         require_plain(options, self.name)
         if options.draft_vocabulary is not None:
-            raise RecipeError(f"{self.name}: it counts its draft vocabulary itself: draft_vocabulary is not for it")
+            raise RecipeError(
+                f"{self.name}: ModelOpt makes its file of draft ids with a tool of its own, and this format has none: "
+                "leave draft_vocabulary out"
+            )
         states = (*self._blocks(source, options), self._final(options))
         return Needs(
             assets=("hidden_state_cache",),
