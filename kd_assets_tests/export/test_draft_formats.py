@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from kd_assets.contract import Asset
 from kd_assets.errors import FailedCheckError, KdAssetsError, NotCommittedError, RecipeError, UnknownFieldError
-from kd_assets.export.exporting import export_recipe, export_to_folder
+from kd_assets.export.exporting import ExportProgress, export_recipe, export_to_folder
 from kd_assets.export.folder import verify_export
 from kd_assets.export.format import ExportOptions, Source
 from kd_assets.export.formats.modelopt import ModelOpt
 from kd_assets.export.formats.specforge import SpecForge, file_name, has_learned_neighbours
 from kd_assets.export.source import RecipeCaches, source_of
+from kd_assets.store import Manifest
 from kd_assets.store.schema import HiddenState
 from kd_assets_tests.export import made_up
 from kd_assets_tests.export.made_up import Truth
@@ -157,6 +159,27 @@ def test_equal_caches_give_equal_bytes(tmp_path: Path, name: str) -> None:
     assert export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "b", options=options).files == first.files
 
 
+@pytest.mark.parametrize("name", ["specforge", "specforge_dflash", "modelopt"])
+def test_an_export_that_is_cut_off_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, name: str) -> None:
+    class PowerCutError(Exception):
+        pass
+
+    def cut(progress: ExportProgress) -> None:
+        if progress.n_sections == 3:
+            raise PowerCutError
+
+    made(tmp_path, 3)
+    options = ExportOptions(states=BLOCKS, validation_share=0.3)
+    whole = export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "whole", options=options)
+    assert set(whole.said["splits"]) == {"train", "validation"}
+    with pytest.raises(PowerCutError):
+        export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "out", options=options, on_progress=cut)
+    gone_on = export_recipe(name, tmp_path / made_up.RECIPE, tmp_path / "out", options=options)
+    verify_export(tmp_path / "out")
+    assert gone_on.files == whole.files
+    assert gone_on.said == whole.said
+
+
 def test_files_are_two_thousand_in_a_folder() -> None:
     assert file_name(0) == "rows_0-2000/data_0.ckpt"
     assert file_name(1999) == "rows_0-2000/data_1999.ckpt"
@@ -256,7 +279,27 @@ def test_states_that_are_no_numbers_are_refused_by_their_part(tmp_path: Path) ->
     source = source_of(RecipeCaches(recipe_folder=tmp_path / made_up.RECIPE).there())
     manifest = source.manifests["hidden_state_cache"][0]
     spoiled = dataclasses.replace(manifest.parts[0], stats={**manifest.parts[0].stats, "n_non_finite": 2.0})
-    manifests = {"hidden_state_cache": (dataclasses.replace(manifest, parts=(spoiled, *manifest.parts[1:])),)}
+    manifests: dict[Asset, tuple[Manifest, ...]] = {}
+    manifests["hidden_state_cache"] = (dataclasses.replace(manifest, parts=(spoiled, *manifest.parts[1:])),)
     for export_format in (SpecForge(), SpecForge("dflash"), ModelOpt()):
         with pytest.raises(FailedCheckError, match="2 states that are NaN or infinite"):
-            export_format.needs(dataclasses.replace(source, manifests=manifests), ExportOptions(states=BLOCKS))
+            export_format.writer(
+                tmp_path / "out", dataclasses.replace(source, manifests=manifests), ExportOptions(states=BLOCKS)
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_another_tokenizer_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    documents = made_up.truths(0)
+    made_up.commit(tmp_path, documents, assets=("shards_manifest", "hidden_state_cache"), facts={"vocab_size": 9})
+    options = ExportOptions(states=BLOCKS, draft_vocabulary=4)
+    with pytest.raises(RecipeError, match="shards are of another tokenizer"):
+        export_recipe("specforge", tmp_path / made_up.RECIPE, tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_without_a_document_that_dflash_can_learn_from_is_refused(tmp_path: Path) -> None:
+    documents = [dataclasses.replace(truth, mask_L=np.zeros_like(truth.mask_L)) for truth in made_up.truths(0)]
+    made_up.commit(tmp_path, documents, assets=("hidden_state_cache",))
+    with pytest.raises(NotCommittedError, match="no document"):
+        export_recipe("specforge_dflash", tmp_path / made_up.RECIPE, tmp_path / "out")

@@ -65,7 +65,10 @@ def require_blocks(blocks: Sequence[int], source: Source, format_name: str) -> N
 
 
 def require_finite(source: Source, format_name: str) -> None:
-    """Raise FailedCheckError where a part has states that are no numbers: the trainers' losses turn to NaN of them."""
+    """Raise FailedCheckError where a part has states that are no numbers: the trainers' losses turn to NaN of them.
+
+    Of the source that is exported: a partition that is not chosen may have them.
+    """
     for manifest in source.manifests.get("hidden_state_cache", ()):
         for record in manifest.parts:
             if n := int(record.stats.get("n_non_finite", 0)):
@@ -101,13 +104,14 @@ def int64(values: npt.NDArray[Any]) -> Any:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write as `torch.save` does. Equal contents give equal bytes, whatever the file's name."""
+def save(path: Path, content: Mapping[str, Any]) -> str:
+    """Write as `torch.save` does; returns the file's hash. Equal contents give equal bytes, whatever its name."""
     import torch
 
     prepare_folder(path.parent)
     with atomic_file(path) as file:
         torch.save(dict(content), cast(IO[bytes], file))  # it only writes
+    return file.sha256
 
 
 def share_of_states(which: Sequence[HiddenState], source: Source) -> float:

@@ -5,8 +5,8 @@
 `hidden_states_prenorm` whether `hidden_states` are before the final norm, and `conversation_id`, the partition's key
 and the document's id. Nothing is shifted. The reader uses `loss_mask` with answer_only_loss alone.
 
-`hidden_states` are after the norm unless `before_norm` is among the chosen states: the reader of a version that does
-not know `hidden_states_prenorm` takes them as after it.
+`hidden_states` are after the norm unless `before_norm` is among the chosen states, which is for DFlash heads alone: of
+EAGLE's the loss does not look at `hidden_states_prenorm` and takes all states as after it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kd_assets.contract import FinalState
 from kd_assets.errors import RecipeError
@@ -42,9 +43,11 @@ class ModelOpt:
     def needs(self, source: Source, options: ExportOptions) -> Needs:
         require_plain(options, self.name)
         if options.draft_vocabulary is not None:
-            raise RecipeError(f"{self.name}: it counts its draft vocabulary itself: draft_vocabulary is not for it")
+            raise RecipeError(
+                f"{self.name}: ModelOpt makes its file of draft ids with a tool of its own, and this format has none: "
+                "leave draft_vocabulary out"
+            )
         states = (*self._blocks(source, options), self._final(options))
-        require_finite(source, self.name)
         return Needs(
             assets=("hidden_state_cache",),
             states=states,
@@ -53,6 +56,7 @@ class ModelOpt:
         )
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
+        require_finite(source, self.name)
         return _Writer(folder, self._blocks(source, options), self._final(options))
 
     def _blocks(self, source: Source, options: ExportOptions) -> list[int]:
@@ -76,28 +80,31 @@ class _Writer:
         self._folder, self._blocks, self._final = folder, blocks, final
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        names: list[str] = []
+        hashes: dict[str, str] = {}
         n_tokens = 0
         for document in documents:
-            assert document.states is not None, "needs() asked for them"
-            content = {
-                "input_ids": int64(document.input_ids_L),
-                "loss_mask": int64(document.loss_mask_L),
-                "hidden_states": bfloat16(document.states, [self._final]),
-                "aux_hidden_states": bfloat16(document.states, self._blocks),
-                "hidden_states_prenorm": self._final == "before_norm",
-                "conversation_id": f"{partition_key}/{document.document_id}",
-            }
-            names.append(f"{document.number:08d}.pt")
-            save(self._folder / names[-1], content)
+            name = f"{document.number:08d}.pt"
+            hashes[name] = save(self._folder / name, self._content(document))
             n_tokens += len(document.input_ids_L)
         return SectionFiles(
             index=index,
             partition_key=partition_key,
-            n_documents=len(names),
+            n_documents=len(hashes),
             n_tokens=n_tokens,
-            names=tuple(names),
+            names=tuple(hashes),
+            sha256=hashes,
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
         return []
+
+    def _content(self, document: JoinedDocument) -> dict[str, Any]:
+        assert document.states is not None, "needs() asked for them"
+        return {
+            "input_ids": int64(document.input_ids_L),
+            "loss_mask": int64(document.loss_mask_L),
+            "hidden_states": bfloat16(document.states, [self._final]),
+            "aux_hidden_states": bfloat16(document.states, self._blocks),
+            "hidden_states_prenorm": self._final == "before_norm",
+            "conversation_id": f"{document.partition_key}/{document.document_id}",
+        }

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from kd_assets.contract import Asset
 from kd_assets.durable import atomic_write, prepare_folder
-from kd_assets.errors import RecipeError
+from kd_assets.errors import NotCommittedError, RecipeError
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.draft_vocabulary import DraftVocabulary, count_tokens, draft_vocabulary
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
@@ -69,7 +69,6 @@ class SpecForge:
     def needs(self, source: Source, options: ExportOptions) -> Needs:
         require_plain(options, self.name)
         states = (*self._blocks(source, options), *self._final(options))
-        require_finite(source, self.name)
         assets: tuple[Asset, ...] = ("hidden_state_cache",)
         if options.draft_vocabulary is not None:
             self._require_vocabulary(source, options.draft_vocabulary)
@@ -77,6 +76,7 @@ class SpecForge:
         return Needs(assets=assets, states=states, min_tokens=2, expansion=share_of_states(states, source))
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
+        require_finite(source, self.name)
         # Counted before any document is written, since shards of another tokenizer are found by it.
         vocabulary = None
         if options.draft_vocabulary is not None:
@@ -173,7 +173,7 @@ class _Writer:
         self._folder, self._kind, self._vocabulary = folder, kind, vocabulary
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        names: list[str] = []
+        hashes: dict[str, str] = {}
         left_out: list[str] = []
         n_tokens = 0
         for document in documents:
@@ -181,10 +181,9 @@ class _Writer:
                 left_out.append(document.document_id)
                 continue
             name = file_name(document.number)
-            save(self._folder / name, self._kind.content(document))
-            names.append(name)
+            hashes[name] = save(self._folder / name, self._kind.content(document))
             n_tokens += len(document.input_ids_L)
-        n_documents = len(names)
+        names = list(hashes)
         if left_out:
             log.warning(
                 "%d documents of partition %s are left out: no two tokens side by side are learned (%s)",
@@ -197,12 +196,17 @@ class _Writer:
         return SectionFiles(
             index=index,
             partition_key=partition_key,
-            n_documents=n_documents,
+            n_documents=len(hashes),
             n_tokens=n_tokens,
             names=tuple(names),
+            sha256=hashes,
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
+        if not any(section.n_documents for section in sections):
+            raise NotCommittedError(
+                "there is no document with two learned tokens side by side: DFlash learns from none"
+            )
         self._write_json(LAYERS_NAME, self._kind.layers())
         if self._vocabulary is None:
             return [LAYERS_NAME]
