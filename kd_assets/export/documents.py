@@ -31,8 +31,6 @@ class TopkOfDocument:
     logsumexp_M: Float32Array
     target_logprob_M: Float32Array
     """Of the token that is really at `positions_M + 1`."""
-    outside_mass_M: Float32Array | None = None
-    """Of a cache that is cut to a student's vocabulary."""
     sampled_ids: Ragged | None = None
     """M lists, of a cache with random draws."""
     sampled_counts: Ragged | None = None

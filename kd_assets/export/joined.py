@@ -46,7 +46,6 @@ _FIELDS: dict[Asset, tuple[str, ...]] = {
         "topk_logprobs",
         "logsumexp",
         "target_logprob",
-        "outside_mass",
         "sampled_ids",
         "sampled_counts",
         "positions",
@@ -276,14 +275,13 @@ def _reader(asset: Asset, chosen: Chosen) -> CacheReader:
 def _topk_of(document: Mapping[str, Any], length: int) -> TopkOfDocument:
     positions_M = _positions(document, len(document["topk_ids"]))
     m = int(np.searchsorted(positions_M, length - 1))  # the last token predicts nothing
-    outside, sampled_ids = document.get("outside_mass"), document.get("sampled_ids")
+    sampled_ids = document.get("sampled_ids")
     return TopkOfDocument(
         positions_M=positions_M[:m],
         ids_Mk=document["topk_ids"][:m],
         logprobs_Mk=document["topk_logprobs"][:m],
         logsumexp_M=document["logsumexp"][:m],
         target_logprob_M=document["target_logprob"][:m],
-        outside_mass_M=None if outside is None else outside[:m],
         sampled_ids=None if sampled_ids is None else sampled_ids[:m],
         sampled_counts=None if sampled_ids is None else document["sampled_counts"][:m],
         keeps_all="positions" not in document,

@@ -41,11 +41,6 @@ POSITIONS_CONVENTION = (
     "positions[j]"
 )
 
-OUTSIDE_CONVENTION = (
-    "the probability, at temperature 1, of all ids of the teacher that the student's vocabulary lacks; topk_logprobs, "
-    "logsumexp and target_logprob are of the distribution without them"
-)
-
 FINAL_CONVENTIONS: dict[FinalState, str] = {
     "before_norm": "what goes into the decoder's final norm: the last block's output",
     "after_norm": "what comes out of the decoder's final norm and goes into the head",
@@ -90,17 +85,15 @@ def shard_schema() -> pa.Schema:
     return _schema("shards_manifest", [_column("source", pa.string()), _column("source_record", pa.int64())])
 
 
-def topk_schema(k: int, draws: int = 0, *, outside: bool = False, positions: bool = False) -> pa.Schema:
-    """`draws` of a position, of random-sampling KD: two more columns where there are any. `outside`: of a cache that is
-    cut to a student's vocabulary; `positions`: of one that keeps some of the positions: one more column each."""
+def topk_schema(k: int, draws: int = 0, *, positions: bool = False) -> pa.Schema:
+    """`draws` of a position, of random-sampling KD: two more columns where there are any. `positions`: of a cache that
+    keeps some of the positions: one more."""
     columns = [
         _column("topk_ids", list_of(vector_of(pa.uint32(), k))),
         _column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
         _column("logsumexp", list_of(pa.float32())),
         _column("target_logprob", list_of(pa.float32())),
     ]
-    if outside:
-        columns.append(_column("outside_mass", list_of(pa.float32()), convention=OUTSIDE_CONVENTION))
     if draws:
         said = {"draws": str(draws), "convention": DRAWS_CONVENTION}
         columns += [

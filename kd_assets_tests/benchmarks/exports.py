@@ -62,7 +62,7 @@ def documents(n: int, n_tokens: int) -> Documents:
 
 
 def commit(store: Path, asset: Asset, whole: Documents, *, hidden_size: int, part_documents: int) -> None:
-    identity = {"asset": asset, "format_version": 1, "params": {"k": K}, "input": "made up"}
+    identity: dict[str, Any] = {"asset": asset, "format_version": 1, "params": {"k": K}, "input": "made up"}
     out = plan_output(asset, identity, recipe_folder=store / RECIPE, partition_key=KEY)
     teacher = write_teacher(store, hidden_size)
     with ResultWriter(out, recipe=RECIPE, recipe_folder=store / RECIPE, partition_key=KEY) as writer:

@@ -45,14 +45,12 @@ def encode_topk(
     logsumexp_M: FloatArray,
     target_logprob_M: FloatArray,
     sampled_ids_Md: npt.NDArray[np.uint32] | None = None,
-    outside_mass_M: FloatArray | None = None,
     positions: KeptPositions | None = None,
 ) -> pa.Table:
     """Top-k log-probabilities as rows of a cache: uint32 and float16 [M, k], float32 [M] and [M].
 
     `sampled_ids_Md` uint32 [M, d], of a cache with draws: the token ids drawn at each position, in any order.
-    `outside_mass_M` float32 [M], of a cache that is cut to a student's vocabulary. `positions`, of a cache that keeps
-    some: which; M is then their number.
+    `positions`, of a cache that keeps some: which; M is then their number.
     """
     offsets = documents.offsets - np.arange(documents.n_documents + 1) if positions is None else positions.offsets
     _expect_positions(documents, positions, has_next=True)
@@ -70,9 +68,6 @@ def encode_topk(
         _lists(offsets, pa.array(logsumexp_M)),
         _lists(offsets, pa.array(target_logprob_M)),
     ]
-    if outside_mass_M is not None:
-        _expect("outside_mass", outside_mass_M, np.float32, (n_positions,))
-        columns.append(_lists(offsets, pa.array(outside_mass_M)))
     draws = 0
     if sampled_ids_Md is not None:
         if sampled_ids_Md.ndim != 2 or not 1 <= sampled_ids_Md.shape[1] <= MAX_DRAWS:
@@ -83,7 +78,7 @@ def encode_topk(
         columns += [_lists(offsets, counted) for counted in _counted(sampled_ids_Md)]
     if positions is not None:
         columns.append(_lists(offsets, pa.array(positions.positions_M)))
-    schema = schemas.topk_schema(k, draws, outside=outside_mass_M is not None, positions=positions is not None)
+    schema = schemas.topk_schema(k, draws, positions=positions is not None)
     return _table(documents, columns, schema)
 
 

@@ -8,10 +8,8 @@ The shift is the same for all: row i of a top-k cache, of draws and of `topk_mas
 tokens has T - 1 rows, and the student's logits for them are `logits[:, :-1]`, the targets `input_ids[:, 1:]`. Logits
 and rows that do not fit each other are refused. Hidden states belong to their own token and are not shifted.
 
-Cut distributions: log-probabilities are those of the cache. Without more in the recipe they are true ones at
-temperature 1, and what they lack to 1 is the mass outside. In a cache that a recipe cuts to the student's `vocabulary`
-they are normalised over the student's ids: the losses take them as they are, the mass outside is again that of the
-student's other ids, and what the teacher gave to ids that no student has (`outside_mass`) enters no loss.
+Cut distributions: log-probabilities are those of the cache, true ones at temperature 1, and what they lack to 1 is the
+mass outside.
 
 Legend: B documents, T positions, V vocabulary, k of top-k, s ids among the random draws of a position, H hidden size,
 M selected positions or documents.
