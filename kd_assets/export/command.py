@@ -37,7 +37,6 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--states", nargs="+", metavar="N", help="only these blocks, before_norm, after_norm")
     parser.add_argument("--variant", nargs="+", default=[], metavar="CACHE=VARIANT", help="where a cache has several")
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="cut documents to their first tokens")
-    parser.add_argument("--pack-to", type=int, metavar="TOKENS", help="pack documents into rows of so many tokens")
     parser.add_argument("--validation-share", type=float, default=0.0, metavar="SHARE", help="of documents, by id")
     parser.add_argument("--learned-only", action="store_true", help="leave out positions that the loss mask leaves out")
     parser.add_argument("--draft-vocabulary", type=int, metavar="TOKENS", help="of a draft head, by frequency")
@@ -111,7 +110,6 @@ def _options(arguments: argparse.Namespace) -> ExportOptions:
     assets: Sequence[Asset] | None = arguments.assets
     return ExportOptions(
         max_length=arguments.max_length,
-        pack_to=arguments.pack_to,
         validation_share=arguments.validation_share,
         learned_only=arguments.learned_only,
         draft_vocabulary=arguments.draft_vocabulary,
