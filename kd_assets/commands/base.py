@@ -27,15 +27,21 @@ class Subcommand:
 
 def control_plane(module: str) -> Any:
     """A module of the planes that need dagster. Raises MissingInputError where its packages are not installed."""
+    return _loaded(module, "run it on the service node, or pip install 'kd-assets[control]'")
+
+
+def compute_plane(module: str) -> Any:
+    """A module that needs torch. Raises MissingInputError where its packages are not installed."""
+    return _loaded(module, "run it on a node, or pip install 'kd-assets[compute]'")
+
+
+def _loaded(module: str, remedy: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] == "kd_assets":
             raise
-        raise MissingInputError(
-            f"this command needs {e.name}, which is not installed here: run it on the service node, or "
-            "pip install 'kd-assets[control]'"
-        ) from e
+        raise MissingInputError(f"this command needs {e.name}, which is not installed here: {remedy}") from e
 
 
 def recipe_folder_of(recipe: str) -> Path:
