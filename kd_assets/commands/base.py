@@ -52,7 +52,10 @@ def recipe_folder_of(recipe: str) -> Path:
         if not (folder / AUDIT_NAME).is_file():
             raise MissingInputError(f"{folder} is no recipe's folder in a store: it has no {AUDIT_NAME}")
         return folder
-    name = control_plane("kd_assets.components").load_recipe(recipe).name
+    try:
+        name = control_plane("kd_assets.components").load_recipe(recipe).name
+    except MissingInputError as e:
+        raise MissingInputError(f"{e}; or give the path of the recipe's folder in the store") from e
     platform = control_plane("kd_assets.orchestration.platform").Platform.from_environment()
     named: Path = platform.recipe_folder(name)
     if not (named / AUDIT_NAME).is_file():

@@ -2,12 +2,161 @@
 
 from __future__ import annotations
 
-from kd_assets.commands.base import Subcommand
-from kd_assets.export.command import add_export_arguments, run_export
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_assets.commands.base import Subcommand, recipe_folder_of, show, show_json
+from kd_assets.contract import CACHES, Asset
+from kd_assets.errors import RecipeError
+from kd_assets.export.exporting import ExportProgress, export_recipe
+from kd_assets.export.folder import Exported
+from kd_assets.export.format import ExportOptions
+from kd_assets.export.formats import FORMATS
+from kd_assets.store import planned_partitions, variants_of
+from kd_assets.store.schema import FINAL_CONVENTIONS, HiddenState
+
+PROGRESS_EVERY_S = 2.0
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", choices=list(FORMATS), help="whose files are written")
+    parser.add_argument("recipe", help="a folder of kd_assets/defs, or the path of a recipe's folder in a store")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with")
+    parser.add_argument("--partitions", metavar="A..B", help="from shard A to shard B; or A,C; or one (default: all)")
+    parser.add_argument("--assets", nargs="+", choices=CACHES, metavar="CACHE", help="only these caches")
+    parser.add_argument("--states", nargs="+", metavar="N", help="only these blocks, before_norm, after_norm")
+    parser.add_argument("--variant", nargs="+", default=[], metavar="CACHE=VARIANT", help="where a cache has several")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="cut documents to their first tokens")
+    parser.add_argument("--validation-share", type=float, default=0.0, metavar="SHARE", help="of documents, by id")
+    parser.add_argument("--learned-only", action="store_true", help="leave out positions that the loss mask leaves out")
+    parser.add_argument("--draft-vocabulary", type=int, metavar="TOKENS", help="of a draft head, by frequency")
+    parser.add_argument("--seed", type=int, default=0, help="of the validation set (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Export, with lines of progress on stderr; 0 when the export is whole."""
+    recipe_folder = recipe_folder_of(arguments.recipe)
+    exported = export_recipe(
+        arguments.format,
+        recipe_folder,
+        arguments.to,
+        options=_options(arguments),
+        partition_keys=_partition_keys(recipe_folder, arguments.partitions),
+        variants=dict(map(_variant, arguments.variant)),
+        on_progress=progress_lines(time.monotonic),
+    )
+    if arguments.json:
+        show_json(summary(exported))
+    else:
+        show(*text_lines(exported))
+    return 0
+
+
+def summary(exported: Exported) -> dict[str, Any]:
+    """What the command says as JSON: `export.json` without the list of files, and where it lies."""
+    said = {name: value for name, value in exported.said.items() if name != "files"}
+    return {"folder": str(exported.folder), "n_files": len(exported.files), "n_bytes": exported.n_bytes} | said
+
+
+def text_lines(exported: Exported) -> list[str]:
+    said = exported.said
+    splits = "".join(f", {name} {n:,}" for name, n in said["splits"].items())
+    lines = [
+        f"{exported.folder}: {exported.export_format} of recipe {exported.recipe}: {exported.n_documents:,} documents"
+        f"{splits}, {exported.n_tokens:,} tokens, {len(exported.files)} files, {exported.n_bytes:,} bytes"
+    ]
+    if said["n_cut_to_the_shortest_cache"]:
+        lines.append(f"{said['n_cut_to_the_shortest_cache']:,} documents are cut to the tokens that all caches have")
+    for why, left_out in said["left_out"].items():
+        named = ", ".join(left_out["first"])
+        lines.append(f"{left_out['n_documents']:,} documents are left out: {why}, such as {named}")
+    return lines
+
+
+def progress_lines(clock: Callable[[], float]) -> Callable[[ExportProgress], None]:
+    """What prints a line on stderr from time to time, and for the last section."""
+    started = last = clock()
+
+    def say(progress: ExportProgress) -> None:
+        nonlocal last
+        now = clock()
+        if now - last < PROGRESS_EVERY_S and progress.n_sections < progress.of_sections:
+            return
+        last = now
+        rate = progress.n_bytes / 2**20 / max(now - started, 1e-3)
+        show(
+            f"export: {progress.n_documents:,} of {progress.of_documents:,} documents, section {progress.n_sections:,} "
+            f"of {progress.of_sections:,} ({progress.partition_key}), {progress.n_bytes:,} bytes, "
+            f"{rate:,.0f} MiB/s",
+            stream=sys.stderr,
+        )
+
+    return say
+
+
+def _options(arguments: argparse.Namespace) -> ExportOptions:
+    assets: Sequence[Asset] | None = arguments.assets
+    return ExportOptions(
+        max_length=arguments.max_length,
+        validation_share=arguments.validation_share,
+        learned_only=arguments.learned_only,
+        draft_vocabulary=arguments.draft_vocabulary,
+        seed=arguments.seed,
+        assets=None if assets is None else tuple(asset for asset in CACHES if asset in assets),
+        states=None if arguments.states is None else tuple(map(_state, arguments.states)),
+    )
+
+
+def _state(text: str) -> HiddenState:
+    if text.isdecimal():
+        return int(text)
+    for final in FINAL_CONVENTIONS:
+        if text == final:
+            return final
+    raise RecipeError(f"{text!r} is no state: give the number of a decoder block, {' or '.join(FINAL_CONVENTIONS)}")
+
+
+def _variant(text: str) -> tuple[Asset, str]:
+    asset, _, variant = text.partition("=")
+    for known in CACHES:
+        if asset == known and variant:
+            return known, variant
+    raise RecipeError(f"--variant {text!r} is not of the form CACHE=VARIANT with a cache of {', '.join(CACHES)}")
+
+
+def _partition_keys(recipe_folder: Path, selection: str | None) -> list[str] | None:
+    """Keys of `a..b` (both included), `a,b,c`, or one; None: all. Raises RecipeError for what is not there."""
+    if selection is None:
+        return None
+    plan = planned_partitions(recipe_folder)
+    if plan is not None:
+        known = list(plan.input_hashes)
+    else:
+        variants = [variants_of(recipe_folder / asset) for asset in CACHES]
+        known = sorted({key for of_asset in variants for folders in of_asset.values() for key in folders})
+    position = {key: index for index, key in enumerate(known)}
+    keys: list[str] = []
+    for word in selection.split(","):
+        first, dots, last = word.replace("...", "..").partition("..")
+        ends = [first, last] if dots else [first]
+        if unknown := [key for key in ends if key not in position]:
+            there = f"{known[0]} to {known[-1]}" if known else "none"
+            raise RecipeError(f"there is no partition {unknown[0]!r}; there are {len(known)}: {there}")
+        start, end = position[ends[0]], position[ends[-1]]
+        if end < start:
+            raise RecipeError(f"the range {word} is reversed: {ends[0]} comes after {ends[-1]}")
+        keys += known[start : end + 1]
+    return list(dict.fromkeys(keys))
+
 
 EXPORT = Subcommand(
     name="export",
     description="write a recipe's caches as files that a trainer reads; goes on where a killed export left off",
-    add_arguments=add_export_arguments,
-    run=run_export,
+    add_arguments=_arguments,
+    run=_run,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd_assets import cli
-from kd_assets.export.command import PROGRESS_EVERY_S, progress_lines
+from kd_assets.commands.export import PROGRESS_EVERY_S, progress_lines
 from kd_assets.export.exporting import ExportProgress
 from kd_assets.export.folder import verify_export
 from kd_assets_tests.export import made_up
