@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_assets.contract import read_job
+from kd_assets.contract import CONTRACT_VERSION, read_job
 from kd_assets.diagnose import preview as preview_module
 from kd_assets.diagnose.preview import (
     UNKNOWN_KEY,
@@ -151,7 +151,10 @@ def test_work_in_the_hands_of_a_live_job_is_joined_and_not_submitted(deployment:
 def test_a_live_job_of_another_version_is_not_joined_and_does_not_fail_a_preview(deployment: Deployment) -> None:
     assert deployment.run("shards_manifest", partition=SHARDS[0]).success
     (theirs,) = submitted(deployment, "shards")
-    theirs.job_file.write_text(theirs.job_file.read_text().replace('"contract_version": 3', '"contract_version": 1'))
+    ours = f'"contract_version": {CONTRACT_VERSION}'
+    text = theirs.job_file.read_text()
+    assert ours in text
+    theirs.job_file.write_text(text.replace(ours, '"contract_version": 1'))
     for result in (deployment.home / "store" / "tiny" / "shards_manifest").glob("*/*/*/manifest.json"):
         result.unlink()
     with locked(theirs.job_lock):

@@ -29,7 +29,7 @@ from kd_assets.store.writing.documents import offsets_of
 
 RECIPE = "made-up"
 VOCABULARY = 40
-STATES: tuple[HiddenState, ...] = (1, 4, "before_norm", "after_norm")
+STATES: tuple[HiddenState, ...] = (1, 2, 4, "before_norm", "after_norm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -145,7 +145,7 @@ def test_mismatched_vocabularies_are_refused(tmp_path: Path) -> None:
     ("format_name", "options", "error", "words"),
     [
         ("nobodys", {}, RecipeError, "there is no export format 'nobodys'"),
-        ("hf", {"states": (2,)}, UnknownFieldError, "has no block 2; it has 1, 4, before_norm, after_norm"),
+        ("hf", {"states": (3,)}, UnknownFieldError, "has no block 3; it has 1, 2, 4, before_norm, after_norm"),
         ("hf", {"assets": ("topk_cache",), "states": (1,)}, RecipeError, "no hidden_state_cache is exported"),
         ("original", {"states": ("after_norm",)}, RecipeError, "outputs of blocks"),
         ("original", {"learned_only": True}, RecipeError, "no loss mask"),

@@ -127,6 +127,11 @@ def teacher_params(teacher: Path) -> TeacherParams:
     )
 
 
+def without_positions(params: dict[str, Any]) -> dict[str, Any]:
+    """All of them are kept, of which an identity says nothing."""
+    return {name: value for name, value in params.items() if name != "positions"}
+
+
 def teacher_job(folder: Path, shard: Path, params: TeacherParams) -> JobFile:
     """All three caches of the shard."""
     assert params.topk is not None
@@ -134,8 +139,8 @@ def teacher_job(folder: Path, shard: Path, params: TeacherParams) -> JobFile:
     assert params.embeddings is not None
     manifest = read_manifest(shard)
     caches: tuple[tuple[Asset, dict[str, Any]], ...] = (
-        ("topk_cache", asdict(params.topk) | {"seed": params.seed}),
-        ("hidden_state_cache", asdict(params.hidden_states)),
+        ("topk_cache", without_positions(asdict(params.topk)) | {"seed": params.seed}),
+        ("hidden_state_cache", without_positions(asdict(params.hidden_states))),
         ("embedding_cache", asdict(params.embeddings)),
     )
     outputs = tuple(

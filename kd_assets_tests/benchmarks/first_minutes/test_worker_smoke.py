@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
 import pytest
 
-from kd_assets.contract import HiddenStateParams, JobFile
+from kd_assets.contract import CONTRACT_VERSION, HiddenStateParams, JobFile
 from kd_assets_tests.benchmarks.figures import Figures
 from kd_assets_tests.benchmarks.first_minutes.worker_smoke import (
     Worker,
@@ -77,8 +78,10 @@ def test_a_teacher_that_ran_elsewhere_is_noticed(tmp_path: Path) -> None:
     job = desk.job(tiny_params(save_teacher(tmp_path / "teacher")), [])
     events = Path(job.events_folder)
     events.mkdir()
+    on_cpu = {"data": {"device": "cpu"}}
     (events / "task-00000.jsonl").write_text(
-        '{"v": 3, "type": "teacher_loaded", "time": 1.0, "task": 0, "attempt": 0, "data": {"device": "cpu"}}\n'
+        json.dumps({"v": CONTRACT_VERSION, "type": "teacher_loaded", "time": 1.0, "task": 0, "attempt": 0} | on_cpu)
+        + "\n"
     )
     assert device_problems(job, "cpu") == []
     assert device_problems(job, "cuda") == ["the teacher ran on cpu, expected cuda"]
