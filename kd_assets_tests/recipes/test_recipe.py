@@ -44,6 +44,13 @@ def test_draws_change_the_topk_cache_and_no_other() -> None:
         assert one.code_version(asset) == other.code_version(asset)
 
 
+def test_final_states_are_of_the_identity_of_a_cache_that_keeps_them_alone() -> None:
+    """[F61]"""
+    plain = HiddenStateParams(blocks=(0,), max_length=6)
+    assert content_of(plain, seed=0) == {"blocks": (0,), "max_length": 6}
+    assert content_of(dataclasses.replace(plain, final=("after_norm",)), seed=0)["final"] == ("after_norm",)
+
+
 def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
     every = a_recipe()
     learned = TopkParams(k=4, max_length=100, positions=PositionChoice(kept="learned"))

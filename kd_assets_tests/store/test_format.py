@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd_assets.contract import CACHES, Asset, FinalState, HiddenStateParams, PositionChoice
+from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice
 from kd_assets.durable import append_line, atomic_file
 from kd_assets.errors import (
     CorruptManifestError,
@@ -34,7 +34,6 @@ from kd_assets.errors import (
     ResultBusyError,
     VariantConflictError,
 )
-from kd_assets.recipes.recipe import content_of
 from kd_assets.store import (
     CacheReader,
     Documents,
@@ -141,9 +140,6 @@ def test_final_states_are_columns_after_those_of_the_blocks(
         assert "final norm" in metadata["convention"]
     assert check_schema(ResultFiles(folder)).passed
     assert not verify(store).problems
-    plain = HiddenStateParams(blocks=(0,), max_length=6)
-    assert "final" not in content_of(plain, seed=0)
-    assert content_of(dataclasses.replace(plain, final=final), seed=0)["final"] == final
 
 
 def test_plan_is_a_head_and_blocks_of_partitions_and_their_inputs_and_is_hashed_over_them(store: Path) -> None:
