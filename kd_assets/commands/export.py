@@ -17,6 +17,7 @@ from kd_assets.export.folder import Exported
 from kd_assets.export.format import ExportOptions
 from kd_assets.export.formats import FORMATS
 from kd_assets.store import planned_partitions, variants_of
+from kd_assets.store.reading.selection import select_partitions
 from kd_assets.store.schema import FINAL_CONVENTIONS, HiddenState
 
 PROGRESS_EVERY_S = 2.0
@@ -139,19 +140,7 @@ def _partition_keys(recipe_folder: Path, selection: str | None) -> list[str] | N
     else:
         variants = [variants_of(recipe_folder / asset) for asset in CACHES]
         known = sorted({key for of_asset in variants for folders in of_asset.values() for key in folders})
-    position = {key: index for index, key in enumerate(known)}
-    keys: list[str] = []
-    for word in selection.split(","):
-        first, dots, last = word.replace("...", "..").partition("..")
-        ends = [first, last] if dots else [first]
-        if unknown := [key for key in ends if key not in position]:
-            there = f"{known[0]} to {known[-1]}" if known else "none"
-            raise RecipeError(f"there is no partition {unknown[0]!r}; there are {len(known)}: {there}")
-        start, end = position[ends[0]], position[ends[-1]]
-        if end < start:
-            raise RecipeError(f"the range {word} is reversed: {ends[0]} comes after {ends[-1]}")
-        keys += known[start : end + 1]
-    return list(dict.fromkeys(keys))
+    return select_partitions(known, selection)
 
 
 EXPORT = Subcommand(

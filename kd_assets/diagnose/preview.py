@@ -34,6 +34,7 @@ from kd_assets.scheduler import (
 )
 from kd_assets.scheduler.folder import key_folder
 from kd_assets.store import Manifest, failed_check
+from kd_assets.store.reading.selection import select_partitions
 
 UNKNOWN_KEY = "0" * 32
 UNKNOWN_WEIGHTS = "0" * 64
@@ -97,28 +98,6 @@ class Preview:
 
 
 # ------------------------------------------------------------------------------------------------------- selection
-
-
-def select_partitions(known: Sequence[str], selection: str | None) -> list[str]:
-    """Keys of `a..b` (from a to b, both included), `a,b,c`, or one key; None: all.
-
-    Raises RecipeError for a key that the plan does not have, and for a reversed range.
-    """
-    if selection is None:
-        return list(known)
-    position = {key: index for index, key in enumerate(known)}
-    keys: list[str] = []
-    for word in selection.split(","):
-        first, dots, last = word.replace("...", "..").partition("..")
-        ends = [first, last] if dots else [first]
-        if unknown := [key for key in ends if key not in position]:
-            there = f"{known[0]} to {known[-1]}" if known else "none"
-            raise RecipeError(f"the current shard plan has no shard {unknown[0]!r}; there are {len(known)}: {there}")
-        start, end = position[ends[0]], position[ends[-1]]
-        if end < start:
-            raise RecipeError(f"the range {word} is reversed: {ends[0]} comes after {ends[-1]}")
-        keys += known[start : end + 1]
-    return list(dict.fromkeys(keys))
 
 
 def select_assets(recipe: Recipe, names: Sequence[str] | None) -> list[Asset]:

@@ -25,8 +25,6 @@ class ExportOptions:
 
     max_length: int | None = None
     """Cut documents to their first tokens."""
-    pack_to: int | None = None
-    """Pack documents into rows of exactly so many tokens; only of formats that have packed rows."""
     validation_share: float = 0.0
     """Of the documents, chosen by their ids and `seed`: a data set of its own beside the others."""
     learned_only: bool = False

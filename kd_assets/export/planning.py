@@ -77,8 +77,6 @@ def check_options(options: ExportOptions) -> None:
     """Raise RecipeError for what no format can do."""
     if options.max_length is not None and options.max_length < 1:
         raise RecipeError(f"max_length is {options.max_length}: a document needs at least one token")
-    if options.pack_to is not None and options.pack_to < 2:
-        raise RecipeError(f"pack_to is {options.pack_to}: a row needs at least two tokens")
     if not 0 <= options.validation_share < 1:
         raise RecipeError(f"validation_share is {options.validation_share}: it is at least 0 and below 1")
     if options.draft_vocabulary is not None and options.draft_vocabulary < 1:

@@ -16,7 +16,6 @@ from kd_assets.diagnose.preview import (
     preview,
     resources_in_words,
     select_assets,
-    select_partitions,
     text_lines,
 )
 from kd_assets.errors import MissingInputError, RecipeError, StorageUnavailableError
@@ -26,6 +25,7 @@ from kd_assets.orchestration import planned_work
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.scheduler import Resources, Submission
 from kd_assets.scheduler.submissions import read_spec
+from kd_assets.store.reading.selection import select_partitions
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
 
 JOBS = {"shards": {"n_tasks": 2, "concurrency": 2}, "teacher": {"n_tasks": 3, "concurrency": 2}}
@@ -215,7 +215,7 @@ def test_partitions_are_chosen_by_range_list_or_key(selection: str | None, keys:
 
 
 def test_a_selection_that_cannot_be_is_refused(deployment: Deployment) -> None:
-    with pytest.raises(RecipeError, match=r"no shard 'e'; there are 2: a to b"):
+    with pytest.raises(RecipeError, match=r"no partition 'e'; there are 2: a to b"):
         select_partitions(["a", "b"], "a..e")
     with pytest.raises(RecipeError, match=r"b\.\.a is reversed"):
         select_partitions(["a", "b"], "b..a")

@@ -205,7 +205,7 @@ def test_two_learned_tokens_side_by_side_are_found(mask: list[int], expected: bo
         ("modelopt", {"states": (1, 7)}, UnknownFieldError, "no block 7"),
         ("specforge", {"states": (1, 2, 4, "before_norm")}, RecipeError, "never before_norm"),
         ("modelopt", {"states": (1, "before_norm", "after_norm")}, RecipeError, "one state at the decoder's end"),
-        ("specforge", {"states": BLOCKS, "pack_to": 8}, RecipeError, "pack_to"),
+        ("specforge", {"states": BLOCKS, "learned_only": True}, RecipeError, "learned_only"),
         ("modelopt", {"states": BLOCKS, "learned_only": True}, RecipeError, "learned_only"),
         ("modelopt", {"states": BLOCKS, "draft_vocabulary": 3}, RecipeError, "draft_vocabulary"),
         ("specforge_dflash", {"states": BLOCKS, "draft_vocabulary": 3}, RecipeError, "draft_vocabulary"),

@@ -149,7 +149,7 @@ def test_mismatched_vocabularies_are_refused(tmp_path: Path) -> None:
         ("hf", {"assets": ("topk_cache",), "states": (1,)}, RecipeError, "no hidden_state_cache is exported"),
         ("original", {"states": ("after_norm",)}, RecipeError, "outputs of blocks"),
         ("original", {"learned_only": True}, RecipeError, "no loss mask"),
-        ("hf", {"pack_to": 8}, RecipeError, "neither packs"),
+        ("hf", {"draft_vocabulary": 8}, RecipeError, "counts no draft vocabulary"),
         ("safetensors", {"draft_vocabulary": 8}, RecipeError, "draft vocabulary"),
         ("hf", {"max_length": 0}, RecipeError, "max_length is 0"),
         ("hf", {"validation_share": 1.0}, RecipeError, "below 1"),

@@ -81,10 +81,10 @@ def require_finite(source: Source, format_name: str) -> None:
 
 def require_plain(options: ExportOptions, format_name: str) -> None:
     """Raise RecipeError for options of formats with rows of other shapes."""
-    if options.pack_to is not None or options.learned_only:
+    if options.learned_only:
         raise RecipeError(
-            f"{format_name}: its trainer reads one whole document a file and leaves out by the loss mask: pack_to and "
-            "learned_only are not for it"
+            f"{format_name}: its trainer reads whole documents and leaves out by the loss mask: learned_only is not "
+            "for it"
         )
 
 

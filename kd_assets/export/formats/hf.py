@@ -40,8 +40,8 @@ class HuggingFace:
     name: str = "hf"
 
     def needs(self, source: Source, options: ExportOptions) -> Needs:
-        if options.pack_to is not None or options.draft_vocabulary is not None:
-            raise RecipeError("the hf export neither packs documents nor counts a draft vocabulary")
+        if options.draft_vocabulary is not None:
+            raise RecipeError("the hf export counts no draft vocabulary")
         return needs_of_chosen(source, options, CACHES)
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:

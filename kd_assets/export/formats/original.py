@@ -41,10 +41,10 @@ class Original:
     name: str = "original"
 
     def needs(self, source: Source, options: ExportOptions) -> Needs:
-        if options.pack_to is not None or options.draft_vocabulary is not None or options.learned_only:
+        if options.draft_vocabulary is not None or options.learned_only:
             raise RecipeError(
-                "the original trainer reads whole documents and has no loss mask: pack_to, learned_only and "
-                "draft_vocabulary are not for it"
+                "the original trainer reads whole documents and has no loss mask: learned_only and draft_vocabulary "
+                "are not for it"
             )
         needs = needs_of_chosen(source, options, CACHES)
         if final := [state for state in needs.states if options.states and not isinstance(state, int)]:

@@ -41,8 +41,8 @@ class Safetensors:
     name: str = "safetensors"
 
     def needs(self, source: Source, options: ExportOptions) -> Needs:
-        if options.pack_to is not None or options.draft_vocabulary is not None:
-            raise RecipeError("the safetensors export neither packs documents nor counts a draft vocabulary")
+        if options.draft_vocabulary is not None:
+            raise RecipeError("the safetensors export counts no draft vocabulary")
         return needs_of_chosen(source, options, CACHES)
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:

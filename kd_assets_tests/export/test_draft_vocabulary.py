@@ -1,4 +1,4 @@
-"""Draft vocabularies are those that the consumers' own tools make; packing loses nothing."""
+"""Draft vocabularies are those that the consumers' own tools make."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 from kd_assets.errors import RecipeError
 from kd_assets.export.draft_vocabulary import count_tokens, draft_vocabulary
-from kd_assets.export.packing import pack
 from kd_assets_tests.export import made_up
 
 
@@ -45,44 +44,3 @@ def test_ids_that_were_never_seen_fill_a_draft_vocabulary_from_the_lowest_on() -
     assert draft_vocabulary(counts, 4).target_ids_D.tolist() == [0, 1, 2, 10]
     with pytest.raises(RecipeError, match="a draft vocabulary of 17 tokens"):
         draft_vocabulary(counts, 17)
-
-
-def test_packed_rows_hold_every_token_once_in_the_first_row_with_room() -> None:
-    packed = pack([5, 4, 3, 1, 6], 8)
-    assert [[(p.document, p.start, p.stop) for p in row] for row in packed.rows] == [
-        [(0, 0, 5), (2, 0, 3)],
-        [(1, 0, 4), (3, 0, 1)],
-        [(4, 0, 6)],
-    ]
-    assert packed.n_cut == 0
-
-
-def test_only_a_document_that_is_longer_than_a_row_is_cut_and_it_is_counted() -> None:
-    packed = pack([10, 2, 8], 4)
-    assert packed.n_cut == 2
-    assert [[(p.document, p.start, p.stop) for p in row] for row in packed.rows] == [
-        [(0, 0, 4)],
-        [(0, 4, 8)],
-        [(0, 8, 10), (1, 0, 2)],
-        [(2, 0, 4)],
-        [(2, 4, 8)],
-    ]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_packing_is_that_of_a_plain_search_for_the_first_row(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    lengths, row_length = rng.integers(1, 40, 300).tolist(), 32
-    rows: list[list[tuple[int, int, int]]] = []
-    for document, length in enumerate(lengths):
-        for start in range(0, length, row_length):
-            n = min(row_length, length - start)
-            fits = (row for row in rows if sum(b - a for _, a, b in row) + n <= row_length)
-            row = next(fits, None)
-            if row is None:
-                rows.append(row := [])
-            row.append((document, start, start + n))
-    packed = pack(lengths, row_length)
-    assert [[(p.document, p.start, p.stop) for p in row] for row in packed.rows] == rows
-    with pytest.raises(ValueError, match="at least 1"):
-        pack([3, 0], 4)
