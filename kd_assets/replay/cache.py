@@ -47,7 +47,8 @@ class Rows:
     @property
     def target_in_topk_M(self) -> npt.NDArray[np.bool_]:
         """Whether the rank of the sequence's own token is known."""
-        return self.target_rank_M <= self.topk_ids_Mk.shape[1]
+        in_topk: npt.NDArray[np.bool_] = self.target_rank_M <= self.topk_ids_Mk.shape[1]
+        return in_topk
 
 
 class ReplayCache:

@@ -22,10 +22,6 @@ class Tokens:
         self._why_not = why_not
         self._as_json: dict[int, str] = {}
 
-    @property
-    def is_there(self) -> bool:
-        return self._tokenizer is not None
-
     def encode(self, text: str, *, add_special_tokens: bool) -> Uint32Array:
         """uint32 [L]. Raises RefusedRequestError where there is no tokenizer."""
         encoding = self._required("a prompt that is text").encode(text, add_special_tokens=add_special_tokens)
@@ -62,14 +58,12 @@ def open_tokens(given: Path | None, provenance: Mapping[str, Any]) -> Tokens:
     try:
         # By name: the library is not needed to answer token ids.
         tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(file))
-    except ImportError as e:
-        why, cause = "the tokenizers library is not installed here", e
-    except Exception as e:  # noqa: BLE001 - the library raises plain Exception for a file it cannot read
-        why, cause = "it is not on the server's machine", e
-    else:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return Tokens(tokenizer)
-    if given is not None:
-        raise MissingInputError(f"no tokenizer could be read from {file}: {why} ({cause})") from cause
-    return Tokens(None, why)
+    except Exception as e:  # the library raises plain Exception for a file it cannot read
+        missing = isinstance(e, ImportError)
+        why = "the tokenizers library is not installed here" if missing else "it is not on the server's machine"
+        if given is not None:
+            raise MissingInputError(f"no tokenizer could be read from {file}: {why} ({e})") from e
+        return Tokens(None, why)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Tokens(tokenizer)

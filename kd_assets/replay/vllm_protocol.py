@@ -179,7 +179,7 @@ def _choice(number: int, rows: Rows, request: CompletionsRequest, tokens: Tokens
     text = ""
     if request.echo and not request.return_token_ids:
         text = request.texts[number] or ("" if request.tokens_as_ids else tokens.decode(ids))
-    fields = {
+    fields: dict[str, Any] = {
         "index": number,
         "text": text,
         "logprobs": None
@@ -199,15 +199,7 @@ def _choice(number: int, rows: Rows, request: CompletionsRequest, tokens: Tokens
 def prompt_logprobs_json(rows: Rows, *, k: int, tokens: Tokens) -> str:
     """A JSON list with an element for each token: null of the first, and of rows that are not kept."""
     elements = ["null"] * len(rows.ids_L)
-    if tokens.is_there:
-
-        def named(token_id: int) -> str:
-            return f',"decoded_token":{tokens.decoded_json(token_id)}}}'
-    else:
-
-        def named(_: int) -> str:
-            return ',"decoded_token":null}'
-
+    decoded = tokens.decoded_json
     own_ids = rows.ids_L[rows.tokens_M].tolist()
     top_ids = rows.topk_ids_Mk[:, : max(k, 1)].tolist()
     top_texts = float16_texts()[rows.topk_logprobs_Mk[:, : max(k, 1)].view(np.uint16)].tolist()
@@ -222,10 +214,10 @@ def prompt_logprobs_json(rows: Rows, *, k: int, tokens: Tokens) -> str:
         strict=True,
     ):
         bound = "" if known else ',"rank_is_lower_bound":true'
-        entries = [f'"{own_id}":{{"logprob":{own_text},"rank":{rank}{bound}{named(own_id)}']
+        entries = [f'"{own_id}":{{"logprob":{own_text},"rank":{rank}{bound},"decoded_token":{decoded(own_id)}}}']
         if k:
             entries += [
-                f'"{i}":{{"logprob":{text},"rank":{at}{named(i)}'
+                f'"{i}":{{"logprob":{text},"rank":{at},"decoded_token":{decoded(i)}}}'
                 for at, (i, text) in enumerate(zip(row_ids, row_texts, strict=True), start=1)
                 if at != rank
             ]
