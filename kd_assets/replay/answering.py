@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -83,11 +82,13 @@ _desk: Desk | None = None
 
 
 def start_answering(desk: Desk, parent: int) -> None:
-    """Make this process one that answers, until its parent is gone. Signals to the group are the parent's to follow."""
+    """Make this process one that answers, until its parent is gone.
+
+    In a group of its own: a signal to the parent's group is the parent's to follow, once what is under way is answered.
+    """
     global _desk  # noqa: PLW0603 - what a pool calls in its processes finds nothing else there
     _desk = desk
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(parent, os.getppid, time.sleep), daemon=True).start()
 
 

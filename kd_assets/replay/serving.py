@@ -171,11 +171,17 @@ def _pool(desk: Desk, processes: int) -> ProcessPoolExecutor:
 def _listening(host: str, port: int) -> socket.socket:
     """A bound socket that takes no connections yet."""
     try:
+        if not 0 <= port < 1 << 16:
+            raise OSError("ports are from 0 to 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, OverflowError) as e:
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as e:
         raise MissingInputError(
             f"port {port} of {host} cannot be listened on ({e}): give another --port or --host"
         ) from e
