@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import requests
-
 TOKEN = "a secret of the tests".replace(" ", "-")
 
 
@@ -36,6 +34,8 @@ class Server:
         return [int(word) for word in found.stdout.split()]
 
     def metrics(self, **how: object) -> dict[str, float]:
+        import requests  # not everywhere where tests are collected
+
         text = requests.get(f"{self.url}/metrics", timeout=10, **how).text  # type: ignore[arg-type]
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
