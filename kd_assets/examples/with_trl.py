@@ -5,7 +5,7 @@
 
 TRL's `ServerDistillationTrainer` has the student write each completion, which no cache can know. Here completions are
 the cached documents' own, from their first learned token on: one method says so, and what is asked of the server, the
-loss and the loop are TRL's. It has to be 1.12 or later, which asks `/v1/completions`.
+loss and the loop are TRL's, version 1.16.
 """
 
 from __future__ import annotations

@@ -96,6 +96,9 @@ class ReplayApp:
                 response = _error(str(e), e.status)
             except ClientDisconnect:
                 response = Response(status_code=_NO_ANSWER_STATUS)
+            except Exception:
+                self._metrics.finished(route, 500, time.perf_counter() - started)
+                raise
             self._metrics.finished(route, response.status_code, time.perf_counter() - started)
             return response
 

@@ -1,5 +1,5 @@
-"""`/get_sequence_logprobs/` as TRL's own server answered it (trl/scripts/vllm_serve.py, TRL up to 1.6 and some later
-ones), in both of its formats. Later versions of TRL ask `/v1/completions` (see `vllm_protocol`).
+"""`/get_sequence_logprobs/` as TRL's own server answered it (trl/scripts/vllm_serve.py, up to TRL 1.10), in both of its
+formats. Later versions of TRL ask `/v1/completions` (see `vllm_protocol`).
 
 What is asked are the tokens of each sequence from its prompt's length on; of the first token of a sequence nothing is
 known. In `json` a position has its top k by rank, and its own token besides where that is not among them.

@@ -39,29 +39,28 @@ N_TOKENS = 512
 def served(recipe_folder: Path, *arguments: str) -> Iterator[int]:
     """The port of a server of this recipe."""
     command = [sys.executable, "-m", "kd_assets.cli", "serve", str(recipe_folder), "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        yield int(said.split(": ")[0].rpartition(":")[2])
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            yield int(said.split(": ")[0].rpartition(":")[2])
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
 
 
 def ask(port: int, path: str, bodies: Sequence[bytes]) -> list[float]:
     """Seconds that each of these requests takes, one after the other on one connection."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     seconds = []
-    for body in bodies:
-        started = time.perf_counter()
-        connection.request("POST", path, body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        answer = response.read()
-        seconds.append(time.perf_counter() - started)
-        if response.status != 200:
-            raise RuntimeError(f"{response.status}: {answer[:300]!r}")
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        for body in bodies:
+            started = time.perf_counter()
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+            seconds.append(time.perf_counter() - started)
+            if response.status != 200:
+                raise RuntimeError(f"{response.status}: {answer[:300]!r}")
     return seconds
 
 

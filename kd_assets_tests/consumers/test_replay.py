@@ -7,6 +7,7 @@ and the same with rows shifted by one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_assets.contract import TopkParams
+from kd_assets.contract import PositionChoice, TopkParams
 from kd_assets_tests.replay.servers import TOKEN, Server, served
 from kd_assets_tests.teacher.tiny import Desk, save_teacher, tiny_documents, tiny_params
 
@@ -125,6 +126,23 @@ def test_trls_client_finds_the_best_k_and_the_real_token_outside_of_them(
     for few, all_of_it in zip(said["logprob_token_ids"], whole["logprob_token_ids"], strict=True):
         assert few == [row[:k] for row in all_of_it]
     assert said["actual_logprobs"] == whole["actual_logprobs"]
+
+
+def test_trls_client_reads_completions_of_a_cache_that_keeps_no_prompts(taught: Taught, tmp_path: Path) -> None:
+    documents = tiny_documents(LENGTHS, vocabulary=VOCABULARY)
+    learned = np.concatenate([np.arange(n) >= first for n, first in zip(LENGTHS, PROMPT_LENGTHS, strict=True)])
+    desk = Desk(tmp_path)
+    topk = TopkParams(k=K, max_length=64, positions=PositionChoice(kept="learned"))
+    folder = save_teacher(tmp_path / "teacher", vocab_size=VOCABULARY, initializer_range=0.2)
+    params = tiny_params(folder, topk=topk, hidden_states=None, embeddings=None)
+    shard = desk.commit_shard(dataclasses.replace(documents, loss_mask=learned))
+    desk.run(params, desk.unit(shard, params, assets=("topk_cache",)))
+    with served(desk.recipe_folder) as refusing:
+        with pytest.raises(Exception, match=r"404.* start the server with `--not-kept null`"):
+            trl_client(refusing.url).get_sequence_logprobs(**asked_by_trl(taught))
+    with served(desk.recipe_folder, "--not-kept", "null") as server:
+        said = trl_client(server.url).get_sequence_logprobs(**asked_by_trl(taught))
+        require_taught(taught, said, f"trl {version('trl')}, learned positions")
 
 
 def test_trls_client_is_told_what_is_not_in_the_cache(taught: Taught, server: Server) -> None:
