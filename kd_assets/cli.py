@@ -19,13 +19,14 @@ from kd_assets.commands.export import EXPORT
 from kd_assets.commands.gc import GC
 from kd_assets.commands.inspect import INSPECT
 from kd_assets.commands.quarantine import QUARANTINE
+from kd_assets.commands.serve import SERVE
 from kd_assets.commands.verify import VERIFY
 from kd_assets.errors import KdAssetsError
 
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of a command whose reader went away."""
 
-COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, EXPORT, DIFF, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
+COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, EXPORT, SERVE, DIFF, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

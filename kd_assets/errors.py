@@ -66,6 +66,24 @@ class ExportFolderError(InputError):
     """A folder that is to hold an export holds another one, or files that are of none; nothing in it is touched."""
 
 
+class RefusedRequestError(InputError):
+    """A request to the replay server that is malformed, too large, or for what no cache can answer.
+
+    `status`: the HTTP status that says so.
+    """
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class NotInCacheError(RefusedRequestError):
+    """A request to the replay server for a sequence or a row that its cache has not."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=404)
+
+
 class ContractError(KdAssetsError):
     """A job file or event line is missing, not of this version of the contract, or not of its shape."""
 

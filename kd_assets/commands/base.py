@@ -35,6 +35,11 @@ def compute_plane(module: str) -> Any:
     return _loaded(module, "run it on a node, or pip install 'kd-assets[compute]'")
 
 
+def serving_plane(module: str) -> Any:
+    """A module that needs a web server. Raises MissingInputError where its packages are not installed."""
+    return _loaded(module, "pip install 'kd-assets[serve]'")
+
+
 def _loaded(module: str, remedy: str) -> Any:
     try:
         return importlib.import_module(module)

@@ -19,7 +19,8 @@ SMALLEST_DATA_SET = 20
 """Documents: a batch of 16 to train on, and two to measure on."""
 
 
-def parsed_arguments(description: str) -> argparse.Namespace:
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """What every example is told."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("recipe_folder", type=Path, help="a recipe's folder in the store, such as var/store/demo")
     parser.add_argument("--to", type=Path, required=True, help="folder for the trained student")
@@ -29,6 +30,10 @@ def parsed_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, help="default: 5e-3, and 2e-5 for a --student of yours")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a document (default: %(default)s)")
+    return parser
+
+
+def parsed_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.learning_rate is None:
         arguments.learning_rate = 5e-3 if arguments.student is None else 2e-5

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from kd_assets.errors import InputError
-from kd_assets.examples.setting import parsed_arguments, setting_of
+from kd_assets.examples.setting import argument_parser, parsed_arguments, setting_of
 from kd_assets.student.dataset import Sample, at_topk_positions, collate
 from kd_assets.student.losses import response_loss
 
@@ -95,7 +95,7 @@ def train(
 
 
 if __name__ == "__main__":
-    given = parsed_arguments("Train a student by accelerate from a recipe's top-k cache.")
+    given = parsed_arguments(argument_parser("Train a student by accelerate from a recipe's top-k cache."))
     found = train(*setting_of(given), to=given.to, steps=given.steps, learning_rate=given.learning_rate)
     if found["is_first"]:
         all_seen = [key for seen in found["of_ranks"] for key in seen]

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from kd_assets.examples.setting import parsed_arguments, setting_of
+from kd_assets.examples.setting import argument_parser, parsed_arguments, setting_of
 from kd_assets.student.dataset import Sample, at_topk_positions, collate
 from kd_assets.student.losses import response_loss
 
@@ -73,6 +73,6 @@ def train(
 
 
 if __name__ == "__main__":
-    given = parsed_arguments("Train a student by transformers.Trainer from a recipe's top-k cache.")
+    given = parsed_arguments(argument_parser("Train a student by transformers.Trainer from a recipe's top-k cache."))
     kls = train(*setting_of(given), to=given.to, steps=given.steps, learning_rate=given.learning_rate)
     print("KL divergence on held-out documents: {:.4f} before, {:.4f} after, in nats a token".format(*kls))

@@ -1,0 +1,84 @@
+"""`kd-assets serve`: a recipe's top-k cache as the online teacher that a trainer asks."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from kd_assets.commands.base import Subcommand, count, recipe_folder_of, serving_plane, show
+from kd_assets.errors import RecipeError
+from kd_assets.store import planned_partitions, variants_of
+from kd_assets.store.reading.selection import select_partitions
+
+TOKEN_VARIABLE = "KD_SERVE_TOKEN"  # noqa: S105 - the name of a variable, and no token
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a folder of kd_assets/defs, or the path of a recipe's folder in a store")
+    parser.add_argument("--host", default="127.0.0.1", help=f"any other needs a token in {TOKEN_VARIABLE} (127.0.0.1)")
+    parser.add_argument("--port", type=count, default=8000, help="0: one that is free (8000)")
+    parser.add_argument("--partitions", metavar="A..B", help="from shard A to shard B; or A,C; or one (default: all)")
+    parser.add_argument("--variant", help="where the cache has several")
+    parser.add_argument(
+        "--not-kept",
+        choices=("refuse", "null"),
+        default="refuse",
+        help="rows that a cache of some positions does not keep: an error, or null, for trainers that ask for whole "
+        "sequences and use their completions (refuse)",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="for prompts that are text (default: the cache's)"
+    )
+    parser.add_argument("--processes", type=count, default=2, help="that answer (2)")
+    parser.add_argument(
+        "--max-answer", type=count, metavar="N", help="log-probabilities in one answer (2,097,152; about 60 bytes each)"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; 0 then."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    serving = serving_plane("kd_assets.replay.serving")
+    requests = serving_plane("kd_assets.replay.requests")
+    if not arguments.processes:
+        raise RecipeError("--processes 0 would answer nothing: give at least 1")
+    limits = requests.Limits()
+    if arguments.max_answer is not None:
+        limits = requests.Limits(answer_logprobs=arguments.max_answer)
+    recipe_folder = recipe_folder_of(arguments.recipe)
+    options = serving.ServeOptions(
+        recipe_folder=recipe_folder,
+        variant=arguments.variant,
+        partition_keys=_partition_keys(recipe_folder, arguments.partitions),
+        not_kept=arguments.not_kept,
+        tokenizer=arguments.tokenizer,
+        host=arguments.host,
+        port=arguments.port,
+        processes=arguments.processes,
+        limits=limits,
+    )
+    # From the environment: what stands on a command line, every user of the machine can read.
+    serving.serve(options, token=os.environ.get(TOKEN_VARIABLE) or None, say=show)
+    return 0
+
+
+def _partition_keys(recipe_folder: Path, selection: str | None) -> list[str] | None:
+    """Keys of the selection; None: all. Raises RecipeError for what is not there."""
+    if selection is None:
+        return None
+    plan = planned_partitions(recipe_folder)
+    if plan is not None:
+        return select_partitions(list(plan.input_hashes), selection)
+    known = {key for folders in variants_of(recipe_folder / "topk_cache").values() for key in folders}
+    return select_partitions(sorted(known), selection)
+
+
+SERVE = Subcommand(
+    name="serve",
+    description="answer from a recipe's top-k cache what trainers ask of an online teacher (as vLLM and TRL do)",
+    add_arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,171 @@
+"""A recipe's top-k cache as an oracle: token ids in, the teacher's predictions of them out, or why there are none.
+
+Row i of a document depends on its tokens 0 to i alone, so a sequence that a document begins with has the document's
+first rows. The invariant: rows are given of a document whose ids are those that were asked, compared id by id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_assets.errors import NotCommittedError, NotInCacheError, RecipeError, RefusedRequestError
+from kd_assets.replay.index import PrefixIndex, Uint32Array, documents_of
+from kd_assets.store import CacheReader, Chosen, choose
+
+NotKept = Literal["refuse", "null"]
+"""What to answer for rows that a cache of some positions does not keep."""
+
+MAX_CANDIDATES = 2_048
+"""Documents that are compared with a sequence before it is given up: seconds of reading."""
+
+_FIELDS = ("input_ids", "topk_ids", "topk_logprobs", "target_logprob", "positions")
+_CACHE_BYTES = 128 << 20
+"""Decoded, of each process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rows:
+    """The teacher's predictions of tokens of one sequence: M rows of the cache's own k. Natural log, temperature 1."""
+
+    ids_L: Uint32Array
+    """Of the sequence."""
+    tokens_M: npt.NDArray[np.int64]
+    """Which tokens of the sequence the rows are about, ascending: token t is predicted from tokens 0 to t − 1."""
+    topk_ids_Mk: Uint32Array
+    """Most probable first."""
+    topk_logprobs_Mk: npt.NDArray[np.float16]
+    target_logprob_M: npt.NDArray[np.float32]
+    """Of the sequence's own tokens."""
+    target_rank_M: npt.NDArray[np.int64]
+    """Of the sequence's own tokens, from 1; k + 1 where it is not among the top k: then it may be any from there on."""
+
+    @property
+    def target_in_topk_M(self) -> npt.NDArray[np.bool_]:
+        """Whether the rank of the sequence's own token is known."""
+        in_topk: npt.NDArray[np.bool_] = self.target_rank_M <= self.topk_ids_Mk.shape[1]
+        return in_topk
+
+
+class ReplayCache:
+    """Finds sequences among the documents of a top-k cache. May be forked: processes share what it holds."""
+
+    def __init__(self, chosen: Chosen, *, not_kept: NotKept = "refuse") -> None:
+        """Reads the token ids of all documents once. Raises NotCommittedError for a cache without documents."""
+        if not sum(manifest.n_documents for manifest in chosen.manifests):
+            raise NotCommittedError(f"the top-k cache in {chosen.folders[0]} has no documents to answer from")
+        schema = CacheReader.of(chosen).schema
+        self.k = int(schema.field("topk_ids").type.value_type.list_size)
+        self.keeps_all = "positions" not in schema.names
+        self._not_kept = not_kept
+        fields = [name for name in _FIELDS if name in schema.names]
+        self._reader = CacheReader.of(chosen, fields=fields, cache_bytes=_CACHE_BYTES)
+        first = chosen.manifests[0]
+        self.recipe, self.variant = first.recipe, first.variant
+        self.provenance: dict[str, Any] = dict(first.provenance)
+        vocabulary = first.facts.get("vocab_size")
+        self.vocabulary = vocabulary if isinstance(vocabulary, int) else 1 << 32
+        """Token ids are below it."""
+        self.n_partitions = len(chosen.manifests)
+        self.index = PrefixIndex(documents_of(chosen))
+
+    def rows(self, ids_L: Uint32Array, *, first: int, k: int, name: str) -> Rows:
+        """The rows about the tokens from `first` on. `name`: of the sequence, in errors.
+
+        Raises RefusedRequestError for a `k` above the cache's own, NotInCacheError for a sequence that no document
+        begins with, and for rows that are not kept, unless they may be left out.
+        """
+        self.require_k(k)
+        document = self._document(ids_L, name)
+        wanted = np.arange(max(first, 1), len(ids_L), dtype=np.int64)
+        kept = wanted
+        at = wanted - 1
+        if not self.keeps_all:
+            positions = document["positions"].astype(np.int64)
+            at = np.flatnonzero((positions >= max(first, 1) - 1) & (positions < len(ids_L) - 1))
+            kept = positions[at] + 1
+            if len(kept) < len(wanted) and self._not_kept == "refuse":
+                absent = np.setdiff1d(wanted, kept)
+                raise NotInCacheError(
+                    f"{name} asks for the predictions of {len(wanted)} tokens, and the cache keeps some positions "
+                    f"only: it has none of token {absent[0]} (counted from 0), and of {len(absent)} in all. Ask for "
+                    "the tokens that are learned, make the cache with `positions: all`, or start the server with "
+                    "`--not-kept null` where what is asked besides is not used"
+                )
+        topk_ids_Mk = document["topk_ids"][at]
+        is_target_Mk = topk_ids_Mk == ids_L[kept][:, None]
+        found_M = is_target_Mk.any(axis=1)
+        return Rows(
+            ids_L=ids_L,
+            tokens_M=kept,
+            topk_ids_Mk=topk_ids_Mk,
+            topk_logprobs_Mk=document["topk_logprobs"][at],
+            target_logprob_M=document["target_logprob"][at],
+            target_rank_M=np.where(found_M, is_target_Mk.argmax(axis=1), self.k) + 1,
+        )
+
+    def require_k(self, k: int) -> None:
+        """Raise RefusedRequestError unless the cache has this many log-probabilities of a position."""
+        if not 0 <= k <= self.k:
+            raise RefusedRequestError(
+                f"the {k} most probable tokens are asked for, and the cache of recipe {self.recipe} has {self.k} of "
+                f"each position: ask for 0 to {self.k}, or make the cache with a larger k"
+            )
+
+    def _document(self, ids_L: Uint32Array, name: str) -> dict[str, Any]:
+        """A document that begins with these ids. Raises as `rows` does."""
+        for number in self.index.exact(ids_L):
+            document = self._reader[int(number)]
+            if np.array_equal(document["input_ids"], ids_L):
+                return document
+        beginning = self.index.beginning_with(ids_L)
+        # In the order in which they lie: documents beside each other are decoded together.
+        for number in np.sort(beginning.documents[:MAX_CANDIDATES]):
+            document = self._reader[int(number)]
+            if np.array_equal(document["input_ids"][: len(ids_L)], ids_L):
+                return document
+        if len(beginning.documents) > MAX_CANDIDATES:
+            raise NotInCacheError(
+                f"{name} ({len(ids_L)} token ids) is no whole document, and {len(beginning.documents)} documents "
+                f"begin with its first {beginning.known_length} ids: more than are compared ({MAX_CANDIDATES}). Ask "
+                "for whole documents"
+            )
+        for number in beginning.shorter[:8]:
+            held = self._reader[int(number)]["input_ids"]
+            if np.array_equal(ids_L[: len(held)], held):
+                raise NotInCacheError(
+                    f"{name} ({len(ids_L)} token ids) is longer than what the cache has: its document ends after "
+                    f"{len(held)}. Cut it there, or make the cache with a larger max_length"
+                )
+        raise NotInCacheError(
+            f"{name} ({len(ids_L)} token ids) is not in the top-k cache of recipe {self.recipe}, variant "
+            f"{self.variant} ({len(self.index)} documents of {self.n_partitions} partitions): "
+            f"{_likeness(beginning.known_length)}. "
+            "Only sequences that a cached document begins with have an answer; nothing is computed here"
+        )
+
+
+def _likeness(known: int) -> str:
+    if not known:
+        return "no document begins with its first id (another tokenizer, or no BOS token?)"
+    ids = "its first id" if known == 1 else f"its first {known} ids"
+    return f"a document begins with {ids}, none with all of them"
+
+
+def open_cache(
+    recipe_folder: Path,
+    *,
+    variant: str | None = None,
+    partition_keys: list[str] | None = None,
+    not_kept: NotKept = "refuse",
+) -> ReplayCache:
+    """The top-k cache of a recipe, chosen and refused as readers of a recipe do (see `kd_assets.store.choose`)."""
+    chosen = choose(recipe_folder, "topk_cache", variant=variant, partition_keys=partition_keys)
+    cache = ReplayCache(chosen, not_kept=not_kept)
+    if cache.keeps_all and not_kept == "null":
+        raise RecipeError("--not-kept null is for caches that keep some positions, and this one keeps all")
+    return cache

@@ -1,0 +1,201 @@
+"""A server from start to end: the index is made, processes that answer are forked off, and requests are taken until a
+signal comes. Those that are under way then are finished.
+
+The invariant: no address but the loopback one is listened on without a token.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from kd_assets.errors import KdAssetsError, MissingInputError, RecipeError
+from kd_assets.replay.answering import Desk, process_id, start_answering
+from kd_assets.replay.app import ReplayApp
+from kd_assets.replay.cache import NotKept, ReplayCache, open_cache
+from kd_assets.replay.metrics import Metrics
+from kd_assets.replay.requests import Limits
+from kd_assets.replay.tokens import open_tokens
+from kd_assets.replay.vllm_protocol import ModelNames
+
+log = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "KD_SERVE_TOKEN"  # noqa: S105 - the name of a variable, and no token
+SHORTEST_TOKEN = 16
+
+_KEEP_ALIVE_S = 30
+_SHUTDOWN_S = 30
+"""Requests under way have this long to finish."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOptions:
+    """What is served, and where."""
+
+    recipe_folder: Path
+    variant: str | None = None
+    partition_keys: list[str] | None = None
+    not_kept: NotKept = "refuse"
+    tokenizer: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: one that is free."""
+    processes: int = 2
+    """That answer; one more takes requests."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def serve(options: ServeOptions, *, token: str | None, say: Callable[[str], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT. `say` is told where, once requests are taken.
+
+    Raises RecipeError for a host that needs a token and has none, MissingInputError for an address that cannot be
+    listened on, KdAssetsError when a process that answers dies, and what `open_cache` raises.
+    """
+    require_token(options.host, token)
+    listening = _listening(options.host, options.port)
+    with listening:
+        cache = open_cache(
+            options.recipe_folder,
+            variant=options.variant,
+            partition_keys=options.partition_keys,
+            not_kept=options.not_kept,
+        )
+        tokens = open_tokens(options.tokenizer, cache.provenance)
+        names = model_names(cache)
+        desk = Desk(cache=cache, tokens=tokens, names=names, limits=options.limits)
+        with _pool(desk, options.processes) as pool:
+            _take_requests(pool, desk, listening, options, token=token, say=say)
+
+
+def require_token(host: str, token: str | None) -> None:
+    """Raise RecipeError for an address that others reach without a token, and for a token that can be guessed."""
+    if token is not None and (len(token) < SHORTEST_TOKEN or not token.isprintable() or " " in token):
+        raise RecipeError(
+            f"{TOKEN_VARIABLE} must be at least {SHORTEST_TOKEN} printable characters without spaces: "
+            "openssl rand -hex 32 makes one"
+        )
+    if token is None and not _is_loopback(host):
+        raise RecipeError(
+            f"--host {host} is reached by others: set {TOKEN_VARIABLE} to a secret that clients send as a bearer token "
+            "(openssl rand -hex 32 makes one), or listen on 127.0.0.1"
+        )
+
+
+def model_names(cache: ReplayCache) -> ModelNames:
+    """The recipe's name, and the teacher's as the recipe has it."""
+    teacher = cache.provenance.get("teacher")
+    return ModelNames(known=tuple(dict.fromkeys([cache.recipe, *([teacher] if isinstance(teacher, str) else [])])))
+
+
+def _take_requests(
+    pool: ProcessPoolExecutor,
+    desk: Desk,
+    listening: socket.socket,
+    options: ServeOptions,
+    *,
+    token: str | None,
+    say: Callable[[str], None],
+) -> None:
+    index = desk.cache.index
+    lost: list[bool] = []
+
+    def end() -> None:
+        lost.append(True)
+        server.should_exit = True
+
+    app = ReplayApp(
+        pool,
+        names=desk.names,
+        longest=index.longest,
+        limits=options.limits,
+        metrics=Metrics(documents=len(index), index_bytes=index.n_bytes),
+        token=token,
+        on_lost_process=end,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app.asgi,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+            limit_concurrency=options.limits.connections,
+        )
+    )
+    listening.listen(options.limits.connections)
+    host, port = listening.getsockname()[:2]
+    say(
+        f"http://{f'[{host}]' if ':' in host else host}:{port}: recipe {desk.cache.recipe}, topk_cache "
+        f"{desk.cache.variant}, {len(index):,} documents of {desk.cache.n_partitions:,} partitions, k = "
+        f"{desk.cache.k}, an index of {index.n_bytes / 2**20:,.1f} MiB; partitions that are added are seen after a "
+        "restart"
+    )
+    # uvicorn raises the signal that ended it once more when it has ended: it ends here, with status 0.
+    before = {number: signal.signal(number, _ended) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if lost:
+        raise KdAssetsError("a process that answers has died (out of memory?): see above, and start the server again")
+
+
+def _pool(desk: Desk, processes: int) -> ProcessPoolExecutor:
+    """Processes that answer, all of them started: what is forked off later would hold the connections of clients."""
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=start_answering,
+        initargs=(desk, os.getpid()),
+    )
+    pool.submit(process_id).result()
+    return pool
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A bound socket that takes no connections yet."""
+    try:
+        if not 0 <= port < 1 << 16:
+            raise OSError("ports are from 0 to 65535")
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as e:
+        raise MissingInputError(
+            f"port {port} of {host} cannot be listened on ({e}): give another --port or --host"
+        ) from e
+    return bound
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _ended(_: int, __: FrameType | None) -> None:
+    """A signal that has done its work."""

@@ -1,0 +1,81 @@
+"""`kd-assets serve` in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKEN = "a secret of the tests".replace(" ", "-")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Server:
+    """A server that takes requests."""
+
+    url: str
+    process: subprocess.Popen[str]
+    said: str
+    """Its first line."""
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def children(self) -> list[int]:
+        """Process ids of those that answer."""
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
+        return [int(word) for word in found.stdout.split()]
+
+    def metrics(self, **how: object) -> dict[str, float]:
+        import requests  # not everywhere where tests are collected
+
+        text = requests.get(f"{self.url}/metrics", timeout=10, **how).text  # type: ignore[arg-type]
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+
+def command(recipe_folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kd_assets.cli", "serve", str(recipe_folder), *arguments]
+
+
+@contextlib.contextmanager
+def served(recipe_folder: Path, *arguments: str, token: str | None = None, log: Path | None = None) -> Iterator[Server]:
+    """A server of this recipe on a free port; ended by SIGTERM if it is still there. `log`: for its stderr."""
+    environment = {name: value for name, value in os.environ.items() if name != "KD_SERVE_TOKEN"}
+    if token is not None:
+        environment["KD_SERVE_TOKEN"] = token
+    with open(log or os.devnull, "w") as errors:
+        process = subprocess.Popen(
+            command(recipe_folder, "--port", "0", *arguments),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
+        with process:
+            try:
+                assert process.stdout is not None
+                said = process.stdout.readline()
+                assert said, "the server ended"
+                yield Server(url=said.split(": ")[0], process=process, said=said)
+            finally:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+                    process.wait(timeout=60)
+
+
+def gone(process_ids: list[int], within_s: float = 20.0) -> bool:
+    """Whether all of these processes end within a time."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if not any(Path(f"/proc/{process_id}").exists() for process_id in process_ids):
+            return True
+        time.sleep(0.1)
+    return False
