@@ -272,6 +272,9 @@ def prepare_folder(path: Path) -> None:
             sync_folder(folder.parent)
 
 
+_WRITE_BACK_BYTES = 32 << 20
+
+
 class HashingFile(io.RawIOBase):
     """A file being written, hashed as it goes: `sha256` and `n_bytes` of all that was written."""
 
@@ -280,6 +283,7 @@ class HashingFile(io.RawIOBase):
         self._file = file
         self._digest = hashlib.sha256()
         self.n_bytes = 0
+        self._n_begun = 0
 
     @property
     def sha256(self) -> str:
@@ -296,7 +300,20 @@ class HashingFile(io.RawIOBase):
         self._digest.update(view)
         self._file.write(view)
         self.n_bytes += len(view)
+        if self.n_bytes - self._n_begun >= _WRITE_BACK_BYTES:
+            self._begin_write_back()
         return len(view)
+
+    def _begin_write_back(self) -> None:
+        """Have the kernel write to the disk what is new, so that the sync at the end does not wait for all of it.
+
+        posix_fadvise(2): POSIX_FADV_DONTNEED begins to write the dirty pages of a range, and waits for none.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # only time is saved by it
+                n_new = self.n_bytes - self._n_begun
+                os.posix_fadvise(self._file.fileno(), self._n_begun, n_new, os.POSIX_FADV_DONTNEED)
+        self._n_begun = self.n_bytes
 
 
 @contextlib.contextmanager

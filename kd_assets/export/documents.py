@@ -6,7 +6,7 @@ H = hidden size, k as in top-k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +48,9 @@ class StatesOfDocument:
     """By state: uint16 [N, H]."""
     keeps_all: bool = True
     """Whether the cache keeps all positions of every document."""
+    let_go: Callable[[], None] = lambda: None
+    """Gives back the memory of what was looked at, for a format that is done with one of several states. The arrays
+    stay valid, and are read from the file again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

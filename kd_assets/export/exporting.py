@@ -11,8 +11,7 @@ import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from kd_assets.contract import Asset
 from kd_assets.durable import prepare_folder, remove_file
 from kd_assets.errors import CorruptPartError, RecipeError, StorageUnavailableError
+from kd_assets.export.ahead import SectionsAhead
 from kd_assets.export.folder import (
     EXPORT_NAME,
     EXPORT_VERSION,
@@ -173,11 +173,14 @@ class _Export:
         try:
             for folder in map(self._folder_of, self.plan.splits):
                 prepare_folder(folder)
-            writers = {
-                split: self.export_format.writer(self._folder_of(split), self.source, self.options)
-                for split in self.plan.splits
-            }
-            self._write_sections(writers, on_progress)
+            with SectionsAhead(
+                self.plan.sections, open_partition=self._partition, is_finished=self._is_finished
+            ) as ahead:
+                writers = {
+                    split: self.export_format.writer(self._folder_of(split), self.source, self.options)
+                    for split in self.plan.splits
+                }
+                self._write_sections(ahead, writers, on_progress)
             files = self._finish(writers)
         except BaseException:
             self.journal.abandon()
@@ -186,54 +189,34 @@ class _Export:
         self.journal.close()
         return read_export(self.to)
 
-    def _write_sections(self, writers: Mapping[str, ExportWriter], on_progress: OnProgress | None) -> None:
+    def _write_sections(
+        self, ahead: SectionsAhead, writers: Mapping[str, ExportWriter], on_progress: OnProgress | None
+    ) -> None:
         n_documents = n_bytes = 0
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            for at, (section, partition) in enumerate(self._sections(ahead), start=1):
-                line = self.journal.finished.get((section.split, section.index))
-                if line is None:
-                    line = self._write_section(writers[section.split], section, partition)
-                n_documents += line.n_documents
-                n_bytes += sum(file.n_bytes for file in line.files.values())
-                if on_progress is not None:
-                    on_progress(
-                        ExportProgress(
-                            n_sections=at,
-                            of_sections=len(self.plan.sections),
-                            n_documents=n_documents,
-                            of_documents=sum(self.plan.n_documents.values()),
-                            n_bytes=n_bytes,
-                            partition_key=section.partition_key,
-                        )
+        for at, (section, partition) in enumerate(ahead, start=1):
+            if partition is None:
+                line = self.journal.finished[section.split, section.index]
+            else:
+                line = self._write_section(writers[section.split], section, partition)
+            n_documents += line.n_documents
+            n_bytes += sum(file.n_bytes for file in line.files.values())
+            if on_progress is not None:
+                on_progress(
+                    ExportProgress(
+                        n_sections=at,
+                        of_sections=len(self.plan.sections),
+                        n_documents=n_documents,
+                        of_documents=sum(self.plan.n_documents.values()),
+                        n_bytes=n_bytes,
+                        partition_key=section.partition_key,
                     )
-
-    def _sections(self, ahead: ThreadPoolExecutor) -> Iterator[tuple[PlannedSection, JoinedPartition]]:
-        """All sections in order, each with its partition. While one is written the next part is verified."""
-        partition: JoinedPartition | None = None
-        verified: Future[None] | None = None
-        sections = self.plan.sections
-        for at, section in enumerate(sections):
-            if partition is None or partition.partition_key != section.partition_key:
-                if verified is not None:
-                    verified.result()
-                    verified = None
-                if partition is not None:
-                    partition.close()
-                partition = joined_partition(
-                    self.chosen,
-                    section.partition_key,
-                    states=self.needs.states,
-                    max_length=self.options.max_length,
                 )
-            following = sections[at + 1] if at + 1 < len(sections) else None
-            if (section.split, section.index) not in self.journal.finished:
-                if verified is not None:
-                    verified.result()
-                    verified = None
-                partition.require_part_unchanged(section.part)
-                if following is not None and following.partition_key == section.partition_key:
-                    verified = ahead.submit(partition.require_part_unchanged, following.part)
-            yield section, partition
+
+    def _partition(self, key: str) -> JoinedPartition:
+        return joined_partition(self.chosen, key, states=self.needs.states, max_length=self.options.max_length)
+
+    def _is_finished(self, section: PlannedSection) -> bool:
+        return (section.split, section.index) in self.journal.finished
 
     def _write_section(self, writer: ExportWriter, section: PlannedSection, partition: JoinedPartition) -> JournalLine:
         rows = rows_of(partition, partition.parts[section.part], self.needs, self.options)[section.split]

@@ -127,7 +127,7 @@ class JoinedPartition:
             }
             yield self._joined(found, number=number, row=row)
             if self._mapped is not None:
-                self._mapped.let_go()
+                self._mapped.let_go_of_much()
 
     def _from_mapped(self, part: int, row: int) -> dict[str, Any]:
         if self._mapped is None or self._mapped.index != part:
@@ -156,11 +156,15 @@ class JoinedPartition:
             input_ids_L=tokens_L,
             loss_mask_L=leading["loss_mask"][:length],
             topk=None if topk is None else _topk_of(topk, length),
-            states=None if states is None else _states_of(states, self._states, length),
+            states=None if states is None else _states_of(states, self._states, length, self._let_go),
             mean_embedding_H=None if embedding is None else embedding["mean_embedding"],
             last_token_embedding_H=None if embedding is None else embedding["last_token_embedding"],
             embedded_tokens=None if embedding is None else len(embedding["input_ids"]),
         )
+
+    def _let_go(self) -> None:
+        if self._mapped is not None:
+            self._mapped.let_go()
 
     def _rows_in(self, asset: Asset) -> Int64Array:
         """int64 [D]: where in a cache each document is. Raises as the constructor does."""
@@ -221,11 +225,15 @@ class _MappedPart:
         return found
 
     def let_go(self) -> None:
-        """Give pages back once enough were read; views stay valid, and read them from the file again."""
+        """Give pages back; views stay valid, and read them from the file again."""
+        with contextlib.suppress(OSError):  # only memory is saved by it
+            self._memory.madvise(mmap.MADV_DONTNEED)
+        self._touched = 0
+
+    def let_go_of_much(self) -> None:
+        """`let_go` once enough was read."""
         if self._touched > _MAPPED_PAGES_BYTES:
-            with contextlib.suppress(OSError):  # only memory is saved by it
-                self._memory.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
+            self.let_go()
 
 
 def partitions_of(chosen: Mapping[Asset, Chosen]) -> list[str]:
@@ -288,7 +296,9 @@ def _topk_of(document: Mapping[str, Any], length: int) -> TopkOfDocument:
     )
 
 
-def _states_of(document: Mapping[str, Any], states: Sequence[HiddenState], length: int) -> StatesOfDocument:
+def _states_of(
+    document: Mapping[str, Any], states: Sequence[HiddenState], length: int, let_go: Callable[[], None]
+) -> StatesOfDocument:
     first = document[hidden_field(states[0])] if states else document["input_ids"]
     positions_N = _positions(document, len(first))
     n = int(np.searchsorted(positions_N, length))
@@ -296,6 +306,7 @@ def _states_of(document: Mapping[str, Any], states: Sequence[HiddenState], lengt
         positions_N=positions_N[:n],
         bits_NH={state: document[hidden_field(state)][:n] for state in states},
         keeps_all="positions" not in document,
+        let_go=let_go,
     )
 
 

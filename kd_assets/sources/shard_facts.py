@@ -19,9 +19,9 @@ from kd_assets.contract import RecordRange
 from kd_assets.errors import BadRecordError, ContractError
 from kd_assets.sources.records import Record, file_of
 from kd_assets.store import PartRecord, Samples
+from kd_assets.store.arrays import flat
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.writing.documents import Int64Array
-from kd_assets.store.writing.encode import flat
 
 SHARE_BINS = 10
 """Of the picture of learned shares: tenths, the last one with 1."""

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from kd_assets.contract import Asset, FinalState
+from kd_assets.store.arrays import flat
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import HiddenState, hidden_field
-from kd_assets.store.writing.encode import flat
 from kd_assets.teacher.batch.sampling import cdf_distance, uniforms
 from kd_assets.teacher.model.anatomy import tapped
 from kd_assets.teacher.model.final_norm import watched

@@ -2,12 +2,17 @@
 
     python -m kd_assets_tests.benchmarks.exports --json [--folder /somewhere/on/a/disk] [--formats hf safetensors]
 
-Two stores of made-up numbers: one of states at H = 8,192, whose two parts are each larger than the memory that an
-export may take, and one of top-k. Each export runs in a process of its own, from a warm page cache; then its files are
-copied by `shutil.copyfile` and synced, which the export's files are, too. `<format>_mb_per_s` counts the bytes that are
-written (MB = 10⁶ bytes), `<format>_share_of_copy` is that rate as a share of the copy's, and `<format>_peak_rss_mb` is
-the most memory that the process had. A format that is written from both stores has its figures of top-k under
-`<format>_topk_…`; one that cannot be written from either has the reason under `<format>_error`. Figures are medians.
+Two stores of made-up numbers: one of states at H = 8,192, whose parts of four documents are each larger than the memory
+that an export may take, and one of top-k. Each export runs in a process of its own, from a warm page cache; its seconds
+are those of `export_recipe`, with all that it imports. Then its files are copied on the same disk, by `shutil.copyfile`
+from a warm page cache, and each is synced, as each file of the export is (which syncs folders and its journal, too).
+Before either begins, nothing waits to be written to the disk, and as much memory as a copy takes was just written to
+and given back: what a virtual machine has not used for a while is slow to be had, several times slower than a copy.
+
+`<format>_mb_per_s` counts the bytes that are written (MB = 10⁶ bytes), `<format>_share_of_copy` is that rate as a share
+of the copy's, and `<format>_peak_rss_mb` is the most memory that the process had. A format that is written from both
+stores has its figures of top-k under `<format>_topk_…`; one that cannot be written from either has the reason under
+`<format>_error`. Figures are medians, of memory the largest.
 """
 
 from __future__ import annotations
@@ -47,6 +52,8 @@ from kd_assets.store.writing.documents import offsets_of
 
 RECIPE, KEY = "exports", "exports-00000"
 N_BLOCKS, VOCABULARY, K = 8, 128_256, 16
+PART_DOCUMENTS = {"hidden_state_cache": 4, "topk_cache": 64}
+CHUNK_BYTES = 4 << 20
 STATES: tuple[HiddenState, ...] = (1, 3, 4, 7, "before_norm", "after_norm")
 """What the formats of draft heads ask of a teacher of eight blocks."""
 
@@ -140,13 +147,35 @@ def copy_seconds(folder: Path, to: Path) -> float:
     return time.perf_counter() - started
 
 
+def prepare_to_write(work: Path, n_bytes: int) -> None:
+    """Make whoever writes next find memory that is in use by this machine already, and a disk that is at rest."""
+    work.mkdir(parents=True, exist_ok=True)
+    thrown_away = work / "thrown-away"
+    with thrown_away.open("wb") as file:
+        for _ in range(0, n_bytes, CHUNK_BYTES):
+            file.write(bytes(CHUNK_BYTES))
+    thrown_away.unlink()
+    os.sync()
+
+
+def read_all(folder: Path) -> None:
+    """Have all files of a folder in the page cache."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            while file.read(CHUNK_BYTES):
+                pass
+
+
 def figures_of(format_name: str, store: Path, work: Path, *, rounds: int) -> dict[str, float]:
     rates, shares, peaks = [], [], []
+    n_bytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     for _ in range(rounds):
-        os.sync()  # what others have written and not synced would slow down whoever writes next
+        read_all(store)
+        prepare_to_write(work, n_bytes)
         exported = in_own_process(format_name, store, work / "export")
         rate = exported["n_bytes"] / 1e6 / exported["seconds"]
-        os.sync()
+        read_all(work / "export")
+        prepare_to_write(work, n_bytes)
         copied = exported["n_bytes"] / 1e6 / copy_seconds(work / "export", work / "copy")
         rates.append(rate)
         shares.append(rate / copied)
@@ -164,11 +193,12 @@ def measure(
 ) -> dict[str, Any]:
     states, topk = folder / "states", folder / "topk"
     of_states, of_topk = documents(state_documents, 1024), documents(topk_documents, 512)
-    made: tuple[tuple[Path, Asset, Documents, int], ...] = (
-        (states, "hidden_state_cache", of_states, max(state_documents // 2, 1)),
-        (topk, "topk_cache", of_topk, 64),
+    made: tuple[tuple[Path, Asset, Documents], ...] = (
+        (states, "hidden_state_cache", of_states),
+        (topk, "topk_cache", of_topk),
     )
-    for store, asset, whole, part_documents in made:
+    for store, asset, whole in made:
+        part_documents = PART_DOCUMENTS[asset]
         commit(store, "shards_manifest", whole, hidden_size=hidden_size, part_documents=part_documents)
         commit(store, asset, whole, hidden_size=hidden_size, part_documents=part_documents)
     figures: dict[str, Any] = {}
@@ -199,8 +229,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: a temporary one)")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
-    parser.add_argument("--state-documents", type=int, default=8, help="of 1,024 tokens")
-    parser.add_argument("--topk-documents", type=int, default=512, help="of 512 tokens")
+    parser.add_argument("--state-documents", type=int, default=24, help="of 1,024 tokens")
+    parser.add_argument("--topk-documents", type=int, default=2048, help="of 512 tokens")
     parser.add_argument("--hidden-size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", nargs=3, metavar=("FORMAT", "STORE", "TO"), help="one export, in this process")

@@ -58,13 +58,13 @@ from kd_assets.store import (
     variant_of,
     verify,
 )
+from kd_assets.store.arrays import flat
 from kd_assets.store.checking.checks import check_schema
 from kd_assets.store.manifest import merge_stats
 from kd_assets.store.partfile import PartFile, part_suffix, write_table
 from kd_assets.store.positions import kept_positions
 from kd_assets.store.positions import uniforms as position_uniforms
 from kd_assets.store.writing.documents import offsets_of
-from kd_assets.store.writing.encode import flat
 from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit_partition, hash_of, write_plan

@@ -15,11 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.contract import FinalState
-from kd_assets.durable import atomic_file, prepare_folder
+from kd_assets.durable import prepare_folder
 from kd_assets.errors import FailedCheckError, RecipeError
+from kd_assets.export.aside import export_file
 from kd_assets.export.documents import StatesOfDocument
 from kd_assets.export.format import ExportOptions, Source
 from kd_assets.store.schema import HiddenState
+
+_ROWS_BYTES = 8 << 20
+"""Of a state that are looked at before their memory is given back."""
 
 
 def default_blocks(source: Source, format_name: str) -> list[int]:
@@ -88,13 +92,31 @@ def require_plain(options: ExportOptions, format_name: str) -> None:
         )
 
 
-def bfloat16(states: StatesOfDocument, which: Sequence[HiddenState]) -> Any:
-    """torch.bfloat16 [L, m · H]: the states beside each other in this order."""
-    import torch
+class StatesBeside:
+    """States of a document beside each other in one tensor, document after document in the same memory."""
 
-    parts = [states.bits_NH[state] for state in which]
-    joined = np.concatenate(parts, axis=1)  # a copy in any case: what is mapped cannot be written to
-    return torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
+    def __init__(self, which: Sequence[HiddenState]) -> None:
+        """`which`: in this order. Imports torch, so that it is there before the first document is."""
+        import torch
+
+        self._torch, self._which = torch, tuple(which)
+        self._memory = np.empty(0, dtype=np.uint16)
+
+    def tensor(self, states: StatesOfDocument) -> Any:
+        """torch.bfloat16 [N, m · H] of m states. The next call takes its memory."""
+        n, hidden_size = states.bits_NH[self._which[0]].shape
+        width = len(self._which) * hidden_size
+        if len(self._memory) < n * width:
+            self._memory = np.empty(n * width, dtype=np.uint16)
+        beside = self._memory[: n * width].reshape(n, width)
+        rows = max(_ROWS_BYTES // (2 * max(hidden_size, 1)), 1)
+        for at, state in enumerate(self._which):
+            bits_NH, columns = states.bits_NH[state], slice(at * hidden_size, (at + 1) * hidden_size)
+            for first in range(0, n, rows):
+                beside[first : first + rows, columns] = bits_NH[first : first + rows]
+                if n > rows:
+                    states.let_go()
+        return self._torch.from_numpy(beside.view(np.int16)).view(self._torch.bfloat16)
 
 
 def int64(values: npt.NDArray[Any]) -> Any:
@@ -109,7 +131,7 @@ def save(path: Path, content: Mapping[str, Any]) -> str:
     import torch
 
     prepare_folder(path.parent)
-    with atomic_file(path) as file:
+    with export_file(path) as file:
         torch.save(dict(content), cast(IO[bytes], file))  # it only writes
     return file.sha256
 

@@ -18,13 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_assets.contract import CACHES
-from kd_assets.durable import atomic_file, atomic_write, prepare_folder
+from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import RecipeError
+from kd_assets.export.aside import export_file
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.fields import Field, fields_of
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.dataset_card import CARD_NAME, dataset_card
 from kd_assets.export.source import needs_of_chosen
+from kd_assets.store.arrays import arrow_numbers, arrow_strings
 from kd_assets.store.schema import element, list_of, split_columns, vector_of
 
 _GROUP_BYTES = 16 << 20
@@ -56,7 +58,7 @@ class _Writer:
         name = f"data/part-{index:05d}.parquet"
         prepare_folder(self._folder / "data")
         n_documents = n_tokens = 0
-        with atomic_file(self._folder / name) as file:
+        with export_file(self._folder / name) as file:
             rows = _Rows(file)
             for document in documents:
                 rows.add(document, list(fields_of(document, learned_only=self._options.learned_only)))
@@ -105,8 +107,8 @@ class _Rows:
             self._writer.close()
 
     def _flush(self) -> None:
-        keys = pa.array([document.partition_key for document, _ in self._held], pa.string())
-        ids = pa.array([document.document_id for document, _ in self._held], pa.string())
+        keys = arrow_strings([document.partition_key for document, _ in self._held])
+        ids = arrow_strings([document.document_id for document, _ in self._held])
         names = [field.name for field in self._held[0][1]]
         columns = [_column([fields[at] for _, fields in self._held]) for at in range(len(names))]
         table = pa.table([keys, ids, *columns], names=["partition_key", "document_id", *names])
@@ -130,13 +132,13 @@ def _column(fields: Sequence[Field]) -> pa.Array | pa.ChunkedArray:
     if first.dtype == "bfloat16":  # a chunk a document, so that states are not copied together
         return pa.chunked_array([_as_bytes(field.values) for field in fields])
     values = np.concatenate([field.values for field in fields])
-    numbers = pa.array(values.reshape(-1))
+    elements = arrow_numbers(values.reshape(-1))
     if first.name.endswith("_embedding"):
-        return pa.FixedSizeListArray.from_arrays(numbers, type=vector_of(numbers.type, len(first.values)))
-    offsets = pa.array(np.cumsum([0, *(len(field.values) for field in fields)], dtype=np.int32))
+        return pa.FixedSizeListArray.from_arrays(elements, type=vector_of(elements.type, len(first.values)))
+    offsets = arrow_numbers(np.cumsum([0, *(len(field.values) for field in fields)], dtype=np.int32))
     if values.ndim == 1:
-        return pa.ListArray.from_arrays(offsets, numbers, type=list_of(numbers.type))
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=vector_of(numbers.type, values.shape[1]))
+        return pa.ListArray.from_arrays(offsets, elements, type=list_of(elements.type))
+    vectors = pa.FixedSizeListArray.from_arrays(elements, type=vector_of(elements.type, values.shape[1]))
     return pa.ListArray.from_arrays(offsets, vectors, type=pa.list_(element(vectors.type)))
 
 

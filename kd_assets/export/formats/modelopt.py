@@ -21,7 +21,7 @@ from kd_assets.errors import RecipeError
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.draft_states import (
-    bfloat16,
+    StatesBeside,
     chosen_blocks,
     chosen_final,
     default_blocks,
@@ -77,7 +77,8 @@ class ModelOpt:
 
 class _Writer:
     def __init__(self, folder: Path, blocks: Sequence[int], final: FinalState) -> None:
-        self._folder, self._blocks, self._final = folder, blocks, final
+        self._folder, self._is_before_norm = folder, final == "before_norm"
+        self._hidden, self._aux = StatesBeside([final]), StatesBeside(blocks)
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
         hashes: dict[str, str] = {}
@@ -103,8 +104,8 @@ class _Writer:
         return {
             "input_ids": int64(document.input_ids_L),
             "loss_mask": int64(document.loss_mask_L),
-            "hidden_states": bfloat16(document.states, [self._final]),
-            "aux_hidden_states": bfloat16(document.states, self._blocks),
-            "hidden_states_prenorm": self._final == "before_norm",
+            "hidden_states": self._hidden.tensor(document.states),
+            "aux_hidden_states": self._aux.tensor(document.states),
+            "hidden_states_prenorm": self._is_before_norm,
             "conversation_id": f"{document.partition_key}/{document.document_id}",
         }

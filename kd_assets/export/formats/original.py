@@ -22,11 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_assets.contract import CACHES, Asset
-from kd_assets.durable import atomic_file, prepare_folder
+from kd_assets.durable import prepare_folder
 from kd_assets.errors import RecipeError
+from kd_assets.export.aside import export_file
 from kd_assets.export.documents import Float32Array, JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.source import needs_of_chosen
+from kd_assets.store.arrays import arrow_numbers
 
 _GROUP_BYTES = 8 << 20
 """Of a group of rows: the trainer makes Python lists of a whole group at a time."""
@@ -72,7 +74,7 @@ class _Writer:
             name = f"{kind.stem}_{index:06d}.parquet"
             prepare_folder((self._folder / name).parent)
             n_documents = n_tokens = 0
-            with atomic_file(self._folder / name) as file, _Rows(file) as rows:
+            with export_file(self._folder / name) as file, _Rows(file) as rows:
                 for document in documents:
                     rows.add(_columns(document, kind))
                     n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
@@ -170,6 +172,7 @@ def _columns(document: JoinedDocument, kind: _Kind) -> dict[str, pa.Array]:
     elif kind.block is not None:
         assert document.states is not None
         columns[f"hidden_L{kind.block}"] = _row(float32_of(document.states.bits_NH[kind.block]))
+        document.states.let_go()
     else:
         assert document.mean_embedding_H is not None
         columns["pooled_embedding"] = _row(document.mean_embedding_H)
@@ -186,8 +189,8 @@ def float32_of(bits: npt.NDArray[np.uint16]) -> Float32Array:
 
 def _row(values: npt.NDArray[Any]) -> pa.Array:
     """One row: a list of numbers, or a list of lists."""
-    lists = pa.array(np.ascontiguousarray(values).reshape(-1))
+    lists = arrow_numbers(np.ascontiguousarray(values).reshape(-1))
     if values.ndim == 2:
         ends = np.arange(values.shape[0] + 1, dtype=np.int64) * values.shape[1]
-        lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), lists)
-    return pa.ListArray.from_arrays(pa.array(np.array([0, len(lists)], dtype=np.int32)), lists)
+        lists = pa.ListArray.from_arrays(arrow_numbers(ends.astype(np.int32)), lists)
+    return pa.ListArray.from_arrays(arrow_numbers(np.array([0, len(lists)], dtype=np.int32)), lists)

@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.contract import CACHES
-from kd_assets.durable import atomic_file, atomic_write
+from kd_assets.durable import atomic_write
 from kd_assets.errors import RecipeError
+from kd_assets.export.aside import export_file
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.fields import Field, fields_of
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
@@ -59,7 +60,7 @@ class _Writer:
         # Readers look at a tensor in place, so each begins at a multiple of its elements' size: widest elements first.
         before = [field for field in small if field[1].values.itemsize > 2]
         after = [field for field in small if field[1].values.itemsize <= 2]
-        with atomic_file(self._folder / name) as file:
+        with export_file(self._folder / name) as file:
             file.write(_header([*map(_described, before), *states, *map(_described, after)]))
             for _, field in before:
                 file.write(_bytes(field.values))

@@ -34,7 +34,7 @@ from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.draft_vocabulary import DraftVocabulary, count_tokens, draft_vocabulary
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.draft_states import (
-    bfloat16,
+    StatesBeside,
     chosen_blocks,
     chosen_final,
     default_blocks,
@@ -130,42 +130,44 @@ class SpecForge:
             )
 
 
-@dataclass(frozen=True, slots=True)
 class _Eagle3:
-    blocks: Sequence[int]
+    def __init__(self, blocks: Sequence[int]) -> None:
+        self._blocks = list(blocks)
+        self._hidden, self._aux = StatesBeside(["after_norm"]), StatesBeside(blocks)
 
     def content(self, document: JoinedDocument) -> dict[str, Any]:
         assert document.states is not None
         return {
             **_tokens(document),
-            "hidden_state": bfloat16(document.states, ["after_norm"]).unsqueeze(0),
-            "aux_hidden_state": bfloat16(document.states, self.blocks).unsqueeze(0),
+            "hidden_state": self._hidden.tensor(document.states).unsqueeze(0),
+            "aux_hidden_state": self._aux.tensor(document.states).unsqueeze(0),
         }
 
     def takes(self, document: JoinedDocument) -> bool:
         return True
 
     def layers(self) -> dict[str, Any]:
-        return {"eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.blocks)}}
+        return {"eagle_config": {"eagle_aux_hidden_state_layer_ids": self._blocks}}
 
 
-@dataclass(frozen=True, slots=True)
 class _Dflash:
-    blocks: Sequence[int]
-    with_last: bool
+    def __init__(self, blocks: Sequence[int], *, with_last: bool) -> None:
+        self._blocks = list(blocks)
+        self._hidden = StatesBeside(blocks)
+        self._last = StatesBeside(["after_norm"]) if with_last else None
 
     def content(self, document: JoinedDocument) -> dict[str, Any]:
         assert document.states is not None
-        content = {**_tokens(document), "hidden_states": bfloat16(document.states, self.blocks).unsqueeze(0)}
-        if self.with_last:
-            content["target_last_hidden_states"] = bfloat16(document.states, ["after_norm"]).unsqueeze(0)
+        content = {**_tokens(document), "hidden_states": self._hidden.tensor(document.states).unsqueeze(0)}
+        if self._last is not None:
+            content["target_last_hidden_states"] = self._last.tensor(document.states).unsqueeze(0)
         return content
 
     def takes(self, document: JoinedDocument) -> bool:
         return has_learned_neighbours(document.loss_mask_L)
 
     def layers(self) -> dict[str, Any]:
-        return {"dflash_config": {"target_layer_ids": list(self.blocks)}}
+        return {"dflash_config": {"target_layer_ids": self._blocks}}
 
 
 class _Writer:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
+from kd_assets.store.arrays import flat
 from kd_assets.store.manifest import Manifest
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.positions import choice_of, kept_positions
@@ -16,7 +17,6 @@ from kd_assets.store.reading.columns import Ragged, column_of
 from kd_assets.store.reading.parts import damage_named
 from kd_assets.store.recorded_checks import draws_of
 from kd_assets.store.writing.documents import Documents, Int64Array
-from kd_assets.store.writing.encode import flat
 
 
 class MissingParameterError(StoreError):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kd_assets.store.writing.encode import flat
+from kd_assets.store.arrays import elements_of, flat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,5 +94,5 @@ def column_of(chunked: pa.ChunkedArray) -> Column:
 
 def _unwrapped(lists: pa.ListArray) -> tuple[npt.NDArray[np.int32], pa.Array]:
     """Offsets from 0 on, and the elements they point into."""
-    starts = lists.offsets.to_numpy()
-    return starts - starts[0] if len(starts) else np.zeros(1, np.int32), lists.flatten()
+    starts = flat(lists.offsets)
+    return starts - starts[0] if len(starts) else np.zeros(1, np.int32), elements_of(lists)

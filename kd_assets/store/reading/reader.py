@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from kd_assets.errors import NotCommittedError, UnknownFieldError, VariantConflictError
+from kd_assets.store.arrays import flat
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_passed, require_place
@@ -244,7 +245,7 @@ class CacheReader:
                 table = self._part(part).read(["document_id", "n_tokens"])
                 table.validate(full=True)
                 document_ids += table["document_id"].to_pylist()
-                n_tokens.append(table["n_tokens"].to_numpy().astype(np.int64))
+                n_tokens.append(flat(table["n_tokens"]).astype(np.int64))
         self._index = document_ids, np.concatenate(n_tokens)
         return self._index
 

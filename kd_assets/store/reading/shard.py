@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kd_assets.store.arrays import flat
 from kd_assets.store.manifest import Manifest, read_manifest
 from kd_assets.store.reading.chosen import require_place
 from kd_assets.store.reading.parts import damage_named, part_in_memory
 from kd_assets.store.writing.documents import BoolArray, Documents, Int64Array, Uint32Array, offsets_of
-from kd_assets.store.writing.encode import flat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kd_assets.store import schema as schemas
+from kd_assets.store.arrays import flat
 from kd_assets.store.writing.documents import Documents, KeptPositions
 
 FloatArray = npt.NDArray[np.float32]
@@ -127,18 +128,6 @@ def part_stats(asset: str, table: pa.Table) -> dict[str, float]:
     if asset == "embedding_cache":
         return _float_stats([flat(table[name]) for name in ("mean_embedding", "last_token_embedding")])
     return {}
-
-
-def flat(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
-    """All numbers of a column, nesting dropped, without a copy where the column is one chunk."""
-    array = column
-    if isinstance(column, pa.ChunkedArray):  # combine_chunks copies even a single chunk (pyarrow 26)
-        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # a column of no chunks stays chunked
-        array = pa.array([], type=array.type)
-    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
-        array = array.flatten()
-    return np.asarray(array.to_numpy(zero_copy_only=False))
 
 
 def _topk_stats(table: pa.Table) -> dict[str, float]:
