@@ -5,6 +5,7 @@ way of reading written anew (`distillkit_reader`)."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,29 @@ def test_an_axolotl_export_has_the_same_numbers_and_asks_for_learned_tokens_alon
         assert not any(row["target_mask"][-1])
 
 
+def has_learned(truth: Truth, max_length: int | None) -> bool:
+    """Whether a row of DistillKit's has a label: the last token is not in it."""
+    n = min(truth.length, max_length or truth.length)
+    return any(label != IGNORED for label in expected_labels(truth, n)[:-1])
+
+
+def named_left_out(out: Path) -> list[str]:
+    files = sorted((out / "left_out").glob("*.json"))
+    return [document_id for path in files for document_id in json.loads(path.read_text())["document_ids"]]
+
+
 @pytest.mark.parametrize(
-    ("seed", "k", "max_length"), [(0, 5, None), (1, 1, 7), (2, made_up.VOCABULARY, 2), (3, 30, None)]
+    ("seed", "k", "max_length"), [(0, 5, None), (1, 1, 7), (2, made_up.VOCABULARY, 3), (3, 30, None)]
 )
 def test_a_distillkit_export_has_the_same_numbers_to_the_last_bit(
     tmp_path: Path, seed: int, k: int, max_length: int | None
 ) -> None:
-    held, out = made(tmp_path, seed, k=k), tmp_path / "out"
-    export_recipe("distillkit", tmp_path / made_up.RECIPE, out, options=ExportOptions(max_length=max_length))
+    known, out = made(tmp_path, seed, k=k), tmp_path / "out"
+    options = ExportOptions(max_length=max_length)
+    exported = export_recipe("distillkit", tmp_path / made_up.RECIPE, out, options=options)
+    held = [truth for truth in known if has_learned(truth, max_length)]
+    assert exported.n_documents == len(held)
+    assert named_left_out(out) == [truth.document_id for truth in known if truth not in held]
     config = read_config(out / "compression_config.yaml")
     assert (config["d"], config["k"]) == (made_up.VOCABULARY, k)
     files = sorted(out.glob("data_*.parquet"), key=lambda path: int(path.stem.removeprefix("data_")))
@@ -113,8 +129,10 @@ def require_positions(row: dict[str, Any], truth: Truth, config: dict[str, Any],
 def test_packed_rows_have_every_document_once_and_whole_and_never_predict_across_a_border(
     tmp_path: Path, seed: int, k: int, pack_to: int
 ) -> None:
-    held, out = made(tmp_path, seed, k=k), tmp_path / "out"
+    known, out = made(tmp_path, seed, k=k), tmp_path / "out"
     export_recipe("distillkit", tmp_path / made_up.RECIPE, out, options=ExportOptions(pack_to=pack_to))
+    held = [truth for truth in known if has_learned(truth, None)]
+    assert named_left_out(out) == [truth.document_id for truth in known if truth not in held]
     config = read_config(out / "compression_config.yaml")
     waiting = list(held)
     rows = saved_rows(out)
@@ -126,6 +144,8 @@ def test_packed_rows_have_every_document_once_and_whole_and_never_predict_across
         assert numbers == [*sorted(numbers[:n_tokens]), *[0] * (pack_to - n_tokens)]
         assert set(numbers) - {0} == set(range(1, max(numbers) + 1))
         assert row["labels"][n_tokens:] == [IGNORED] * (pack_to - n_tokens)
+        for name in ("compressed_logprobs", "bytepacked_indices"):  # a distribution, so that no loss makes NaN of it
+            assert row[name][n_tokens:] == [row[name][n_tokens - 1]] * (pack_to - n_tokens)
         for number in range(1, max(numbers) + 1):
             first = numbers.index(number)
             at = range(first, first + numbers.count(number))
@@ -214,6 +234,15 @@ def test_distillkit_refuses_a_cache_of_some_positions_since_its_rows_are_all_of_
     with pytest.raises(RecipeError, match="keeps some positions only"):
         export_recipe("distillkit", tmp_path / made_up.RECIPE, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_documents_of_which_nothing_is_learned_are_no_export_alone(tmp_path: Path) -> None:
+    documents = made_up.truths(0)
+    for document in documents:
+        document.mask_L[:] = False
+    made_up.commit(tmp_path, documents, assets=("topk_cache",))
+    with pytest.raises(NotCommittedError, match="no document with a learned token"):
+        export_recipe("distillkit", tmp_path / made_up.RECIPE, tmp_path / "out")
 
 
 def test_one_packed_row_alone_is_refused_since_the_loader_takes_two_or_more(tmp_path: Path) -> None:

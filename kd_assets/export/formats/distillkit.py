@@ -12,11 +12,14 @@ temperature 1.
   (`functionary_packing: true`) keeps documents apart by these numbers.
 
 `labels` are −100 where a token is not learned. The trainer's cross-entropy shifts them and its distillation losses do
-not: these leave out position i where token i is not learned.
+not: these leave out position i where token i is not learned. They are NaN of a row in which nothing is: such documents
+are left out, and `left_out/<section>.json` names them.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +30,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_assets.durable import atomic_file, atomic_write
-from kd_assets.errors import RecipeError
+from kd_assets.durable import atomic_file, atomic_write, prepare_folder
+from kd_assets.errors import NotCommittedError, RecipeError
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, Packing, SectionFiles, Source
 from kd_assets.export.formats.topk_targets import IGNORED, labels_of, require_topk_alone
@@ -40,6 +43,8 @@ from kd_assets.export.saved_dataset import (
     section_name,
     section_rows,
 )
+
+log = logging.getLogger(__name__)
 
 CONFIG_NAME, CARD_NAME = "compression_config.yaml", "README.md"
 
@@ -113,12 +118,17 @@ class _Writer:
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
         n_documents = n_tokens = 0
+        left_out: list[str] = []
 
         def encoded() -> Iterator[_Row]:
             nonlocal n_documents, n_tokens
             for document in documents:
+                row = self._layout.row(document)
+                if not (row["labels"] != IGNORED).any():
+                    left_out.append(document.document_id)
+                    continue
                 n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
-                yield self._layout.row(document)
+                yield row
 
         if self._pack_to is None:
             name = f"data_{index}.parquet"
@@ -138,16 +148,36 @@ class _Writer:
             partition_key=partition_key,
             n_documents=n_documents,
             n_tokens=n_tokens,
-            names=(name,),
+            names=(name, *self._name_left_out(index, partition_key, left_out)),
             sha256={name: file.sha256},
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
+        if not any(section.n_documents for section in sections):
+            raise NotCommittedError(
+                "there is no document with a learned token: DistillKit's losses are NaN of the others"
+            )
         atomic_write(self._folder / CONFIG_NAME, self._layout.config().encode())
         if self._pack_to is None:
             atomic_write(self._folder / CARD_NAME, _CARD.encode())
             return [CONFIG_NAME, CARD_NAME]
         return [CONFIG_NAME, *finish_saved_dataset(self._folder, _PACKED_SCHEMA, sections)]
+
+    def _name_left_out(self, index: int, partition_key: str, document_ids: Sequence[str]) -> list[str]:
+        """Write which documents of a section are left out; returns the file's name, where there are any."""
+        if not document_ids:
+            return []
+        log.warning(
+            "%d documents of partition %s are left out: nothing of them is learned (%s)",
+            len(document_ids),
+            partition_key,
+            ", ".join(document_ids[:3]),
+        )
+        name = f"left_out/{index:06d}.json"
+        prepare_folder((self._folder / name).parent)
+        said = {"partition_key": partition_key, "document_ids": list(document_ids)}
+        atomic_write(self._folder / name, json.dumps(said, indent=1).encode() + b"\n")
+        return [name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,15 +234,20 @@ def packed_ids(ids_Mk: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint
 
 
 def one_row(together: Sequence[_Row], row_tokens: int) -> _Row:
-    """The documents one after the other, numbered from 1 in `attention_mask`, and what fills the row up, which is 0."""
+    """The documents one after the other, numbered from 1 in `attention_mask`, and what fills the row up.
+
+    That is id 0, label −100 and mask 0, with the prediction of the last position again: losses multiply by the mask
+    what they computed of it, so that it must be a distribution (SYMMETRIC_UNIFORM makes NaN of zeros).
+    """
     lengths = [len(row["input_ids"]) for row in together]
-    empty = row_tokens - sum(lengths)
+    filling = (0, row_tokens - sum(lengths))
     whole = {name: np.concatenate([row[name] for row in together]) for name in together[0]}
-    whole["attention_mask"] = np.repeat(np.arange(1, len(together) + 1), lengths)
-    filling = {"labels": IGNORED}
     return {
-        name: np.pad(values, [(0, empty)] + [(0, 0)] * (values.ndim - 1), constant_values=filling.get(name, 0))
-        for name, values in whole.items()
+        "input_ids": np.pad(whole["input_ids"], filling),
+        "labels": np.pad(whole["labels"], filling, constant_values=IGNORED),
+        "attention_mask": np.pad(np.repeat(np.arange(1, len(together) + 1), lengths), filling),
+        "compressed_logprobs": np.pad(whole["compressed_logprobs"], (filling, (0, 0)), mode="edge"),
+        "bytepacked_indices": np.pad(whole["bytepacked_indices"], (filling, (0, 0)), mode="edge"),
     }
 
 
