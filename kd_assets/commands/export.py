@@ -35,6 +35,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation-share", type=float, default=0.0, metavar="SHARE", help="of documents, by id")
     parser.add_argument("--learned-only", action="store_true", help="leave out positions that the loss mask leaves out")
     parser.add_argument("--draft-vocabulary", type=int, metavar="TOKENS", help="of a draft head, by frequency")
+    parser.add_argument("--pack-to", type=int, metavar="TOKENS", help="rows of whole documents, padded to this length")
     parser.add_argument("--seed", type=int, default=0, help="of the validation set (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -107,6 +108,7 @@ def _options(arguments: argparse.Namespace) -> ExportOptions:
         validation_share=arguments.validation_share,
         learned_only=arguments.learned_only,
         draft_vocabulary=arguments.draft_vocabulary,
+        pack_to=arguments.pack_to,
         seed=arguments.seed,
         assets=None if assets is None else tuple(asset for asset in CACHES if asset in assets),
         states=None if arguments.states is None else tuple(map(_state, arguments.states)),

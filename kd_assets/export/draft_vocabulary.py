@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kd_assets.errors import RecipeError
 from kd_assets.export.documents import Int64Array
+from kd_assets.export.format import Source
 from kd_assets.store import read_shard
 
 
@@ -53,6 +54,26 @@ def count_tokens(
             )
         counts_V += np.bincount(ids_N, minlength=vocabulary_size)
     return counts_V
+
+
+def require_can_count(source: Source, size: int, format_name: str) -> None:
+    """Raise RecipeError where a vocabulary of this size cannot be counted for the teacher of these caches."""
+    if source.vocabulary_size is None:
+        raise RecipeError(
+            f"{format_name}: how many ids the vocabulary of the teacher of recipe {source.recipe} has is not known "
+            "here, so that draft_vocabulary cannot be counted: export where the teacher's folder is"
+        )
+    if size > source.vocabulary_size:
+        raise RecipeError(
+            f"{format_name}: a draft vocabulary of {size} tokens was asked for, and the teacher's has "
+            f"{source.vocabulary_size}"
+        )
+
+
+def count_source(source: Source, *, max_length: int | None) -> Int64Array:
+    """int64 [V]: how often each id is learned in the shards of this source. Raises as `count_tokens` does."""
+    assert source.vocabulary_size is not None, "require_can_count has refused that"
+    return count_tokens(source.folders["shards_manifest"], source.vocabulary_size, max_length=max_length)
 
 
 def draft_vocabulary(counts_V: Int64Array, size: int) -> DraftVocabulary:

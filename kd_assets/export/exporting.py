@@ -42,6 +42,7 @@ from kd_assets.export.planning import (
     PlannedSection,
     check_options,
     plan_export,
+    require_can_pack,
     require_room,
     rows_of,
     say_what_is_cut,
@@ -119,6 +120,7 @@ def _export(
     export_format = format_of(format_name)
     check_options(options)
     needs = export_format.needs(source_of(caches.there(), unclear=caches.unclear()), options)
+    require_can_pack(export_format.name, needs, options)
     chosen = choose_needed(caches, needs)
     source = source_of(chosen)
     digest = export_fingerprint(export_format.name, chosen, needs, options)
@@ -276,6 +278,7 @@ def _section_files(line: JournalLine) -> SectionFiles:
         n_documents=line.n_documents,
         n_tokens=line.n_tokens,
         names=tuple(line.files),
+        sha256={name: file.sha256 for name, file in line.files.items()},
     )
 
 

@@ -37,6 +37,18 @@ class ExportOptions:
     have, so that caches of different lengths are better exported one by one."""
     states: tuple[HiddenState, ...] | None = None
     """Only these of the hidden-state cache, where the format leaves the choice."""
+    pack_to: int | None = None
+    """Put whole documents together into rows of this many tokens, where the format keeps them apart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """How a format puts documents together into rows."""
+
+    dropped_tokens: int = 0
+    """At the end of each document: they take no place in a row."""
+    min_rows: int = 1
+    """Fewer are refused, in each split: 1 or 2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +66,8 @@ class Needs:
     """Bytes written for each byte of the caches, about; what the room on the disk is compared with."""
     version: int = 1
     """Of the format's files: another one is another export."""
+    packing: Packing | None = None
+    """None: a row is one document, and `pack_to` is refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +122,8 @@ class ExportWriter(Protocol):
         ...
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
-        """Write what stands once; returns its names. `sections` are all, in order, whoever wrote them."""
+        """Write what stands once; returns its names. `sections` are all, in order, whoever wrote them, with the hashes
+        of all of their files."""
         ...
 
 

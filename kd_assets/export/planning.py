@@ -81,18 +81,31 @@ def check_options(options: ExportOptions) -> None:
         raise RecipeError(f"validation_share is {options.validation_share}: it is at least 0 and below 1")
     if options.draft_vocabulary is not None and options.draft_vocabulary < 1:
         raise RecipeError(f"draft_vocabulary is {options.draft_vocabulary}: it needs at least one token")
+    if options.pack_to is not None and options.pack_to < 1:
+        raise RecipeError(f"pack_to is {options.pack_to}: a row needs at least one token")
+
+
+def require_can_pack(format_name: str, needs: Needs, options: ExportOptions) -> None:
+    """Raise RecipeError where packing is asked of a format whose rows are one document each."""
+    if options.pack_to is not None and needs.packing is None:
+        raise RecipeError(
+            f"{format_name}: a row of it is one document, and its reader has no way to keep several apart: pack_to is "
+            "not for it"
+        )
 
 
 def plan_export(chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOptions) -> ExportPlan:
     """Go through all ids and lengths; holds those of one partition at a time.
 
-    Raises NotCommittedError where a split has no document.
+    Raises NotCommittedError where a split has no document, or too few for packed rows, and RecipeError for a document
+    that no packed row has room for.
     """
     splits = (TRAIN, VALIDATION) if options.validation_share else (WHOLE,)
     plan = ExportPlan(splits=splits, n_documents=dict.fromkeys(splits, 0))
     indexes = dict.fromkeys(splits, 0)
     for key in partitions_of(chosen):
         partition = joined_partition(chosen, key, states=needs.states, max_length=options.max_length)
+        _require_room_in_rows(partition, needs, options)
         _count(plan, partition, needs, options)
         for part in partition.parts:
             for split, rows in rows_of(partition, part, needs, options).items():
@@ -112,6 +125,7 @@ def plan_export(chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOpt
     if empty := [split for split in splits if not plan.n_documents[split]]:
         what = f"the split {empty[0]!r} would have no document" if empty[0] else "there is no document to export"
         raise NotCommittedError(f"{what}: {sum(plan.n_documents.values())} documents in all, {_reasons(plan)}")
+    _require_rows(plan, needs, options)
     return plan
 
 
@@ -174,6 +188,34 @@ def say_what_is_cut(plan: ExportPlan, chosen: Mapping[Asset, Chosen]) -> None:
         )
     for why, left_out in plan.left_out.items():
         log.warning("%d documents are left out: %s (%s)", left_out.n_documents, why, ", ".join(left_out.first[:3]))
+
+
+def _require_room_in_rows(partition: JoinedPartition, needs: Needs, options: ExportOptions) -> None:
+    if options.pack_to is None or needs.packing is None:
+        return
+    too_long = np.flatnonzero(partition.lengths_D - needs.packing.dropped_tokens > options.pack_to)
+    if len(too_long):
+        row = int(too_long[0])
+        raise RecipeError(
+            f"{len(too_long)} documents of partition {partition.partition_key!r} have more tokens than a row "
+            f"(pack_to: {options.pack_to}), {partition.document_ids[row]!r} {partition.lengths_D[row]}: documents are "
+            f"never divided; cut them (max_length: {options.pack_to}), or choose longer rows"
+        )
+
+
+def _require_rows(plan: ExportPlan, needs: Needs, options: ExportOptions) -> None:
+    """Sections are packed each for itself: only a split of one section can have a single row."""
+    if options.pack_to is None or needs.packing is None or needs.packing.min_rows < 2:
+        return
+    for split in plan.splits:
+        sections = [section for section in plan.sections if section.split == split]
+        dropped = needs.packing.dropped_tokens * plan.n_documents[split]
+        if len(sections) == 1 and sections[0].n_tokens - dropped <= options.pack_to:
+            of_split = f" of the split {split!r}" if split else ""
+            raise NotCommittedError(
+                f"all documents{of_split} fit into one row of {options.pack_to} tokens (pack_to), and the format's "
+                "loader takes two or more: export more partitions, or choose shorter rows"
+            )
 
 
 def _count(plan: ExportPlan, partition: JoinedPartition, needs: Needs, options: ExportOptions) -> None:

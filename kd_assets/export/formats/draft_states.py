@@ -126,7 +126,7 @@ def int64(values: npt.NDArray[Any]) -> Any:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def save(path: Path, content: Mapping[str, Any]) -> str:
+def save(path: Path, content: Mapping[Any, Any]) -> str:
     """Write as `torch.save` does; returns the file's hash. Equal contents give equal bytes, whatever its name."""
     import torch
 

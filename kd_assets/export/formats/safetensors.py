@@ -4,9 +4,7 @@ A tensor is named `<document number>/<field>`; dtypes are those of the cache, st
 file which documents it holds. With `learned_only` predictions and states are those at learned positions; wherever not
 all are there, `…_positions` says which.
 
-The container is written here, from views of the mapped caches, since the library's own writer takes all tensors of a
-file in memory; it is eight bytes with the header's length, the header as JSON, and the tensors one after the other
-(the safetensors format).
+Files are written from views of the mapped caches (`kd_assets.export.tensor_file`).
 """
 
 from __future__ import annotations
@@ -17,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from kd_assets.contract import CACHES
 from kd_assets.durable import atomic_write
 from kd_assets.errors import RecipeError
@@ -28,11 +23,11 @@ from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.fields import Field, fields_of
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.source import needs_of_chosen
+from kd_assets.export.tensor_file import DTYPES, DescribedTensor, tensor_bytes, tensor_header
 
 INDEX_NAME = "index.json"
 
 STATES_DTYPE = "bfloat16"
-_DTYPES = {"uint32": "U32", "bool": "BOOL", "float16": "F16", "float32": "F32", "int64": "I64", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +56,15 @@ class _Writer:
         before = [field for field in small if field[1].values.itemsize > 2]
         after = [field for field in small if field[1].values.itemsize <= 2]
         with export_file(self._folder / name) as file:
-            file.write(_header([*map(_described, before), *states, *map(_described, after)]))
+            file.write(tensor_header([*map(_described, before), *states, *map(_described, after)]))
             for _, field in before:
-                file.write(_bytes(field.values))
+                file.write(tensor_bytes(field.values))
             for document in documents if states else ():
                 for field in self._fields(document):
                     if field.dtype == STATES_DTYPE:
-                        file.write(_bytes(field.values))
+                        file.write(tensor_bytes(field.values))
             for _, field in after:
-                file.write(_bytes(field.values))
+                file.write(tensor_bytes(field.values))
         listed = {"file": name, "partition_key": partition_key, "documents": held}
         atomic_write(self._folder / index_name, json.dumps(listed).encode() + b"\n")
         return SectionFiles(
@@ -95,7 +90,7 @@ class _Writer:
         first), and the states' descriptions."""
         held, n_tokens = [], 0
         small: list[tuple[str, Field]] = []
-        states: list[_Described] = []
+        states: list[DescribedTensor] = []
         for document in documents:
             held.append({"number": document.number, "document_id": document.document_id})
             n_tokens += len(document.input_ids_L)
@@ -112,27 +107,9 @@ class _Writer:
         return fields_of(document, learned_only=self._options.learned_only)
 
 
-_Described = tuple[str, str, list[int], int]
-"""Name, dtype, shape, and bytes of a tensor."""
-_Collected = tuple[list[dict[str, Any]], int, list[tuple[str, Field]], list[_Described]]
+_Collected = tuple[list[dict[str, Any]], int, list[tuple[str, Field]], list[DescribedTensor]]
 
 
-def _described(named: tuple[str, Field]) -> _Described:
+def _described(named: tuple[str, Field]) -> DescribedTensor:
     name, field = named
-    return name, _DTYPES[field.dtype], list(field.values.shape), field.values.nbytes
-
-
-def _header(tensors: Iterable[_Described]) -> bytes:
-    """The file's first bytes: the header's length and the header, for tensors that follow in this order."""
-    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stop = 0
-    for name, dtype, shape, n_bytes in tensors:
-        start, stop = stop, stop + n_bytes
-        said[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-    text = json.dumps(said, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return name, DTYPES[field.dtype], list(field.values.shape), field.values.nbytes

@@ -31,7 +31,7 @@ from kd_assets.contract import Asset
 from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import NotCommittedError, RecipeError
 from kd_assets.export.documents import JoinedDocument
-from kd_assets.export.draft_vocabulary import DraftVocabulary, count_tokens, draft_vocabulary
+from kd_assets.export.draft_vocabulary import DraftVocabulary, count_source, draft_vocabulary, require_can_count
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.draft_states import (
     StatesBeside,
@@ -80,10 +80,7 @@ class SpecForge:
         # Counted before any document is written, since shards of another tokenizer are found by it.
         vocabulary = None
         if options.draft_vocabulary is not None:
-            assert source.vocabulary_size is not None, "needs() has refused that"
-            counts_V = count_tokens(
-                source.folders["shards_manifest"], source.vocabulary_size, max_length=options.max_length
-            )
+            counts_V = count_source(source, max_length=options.max_length)
             vocabulary = draft_vocabulary(counts_V, options.draft_vocabulary)
         blocks = self._blocks(source, options)
         if self.draft == "eagle3":
@@ -118,16 +115,7 @@ class SpecForge:
             raise RecipeError(
                 f"{self.name}: DFlash drafts have the teacher's vocabulary: draft_vocabulary is not for it"
             )
-        if source.vocabulary_size is None:
-            raise RecipeError(
-                f"{self.name}: how many ids the vocabulary of the teacher of recipe {source.recipe} has is not known "
-                "here, so that draft_vocabulary cannot be counted: export where the teacher's folder is"
-            )
-        if size > source.vocabulary_size:
-            raise RecipeError(
-                f"{self.name}: a draft vocabulary of {size} tokens was asked for, and the teacher's has "
-                f"{source.vocabulary_size}"
-            )
+        require_can_count(source, size, self.name)
 
 
 class _Eagle3:
