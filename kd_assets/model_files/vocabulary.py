@@ -5,14 +5,16 @@ libraries of tokenizers. Which file decides is as in `sources.tokenizer_proof`, 
 jobs tokenise with.
 
 A head may have more rows than its tokenizer has tokens (padding for the matrix product), and a tokenizer holes: ids
-between two of its own that no text gives. So it is a set that is read, and never a largest number.
+between two of its own that no text gives. So it is a set that is read, and never a largest number. What a file calls
+the id of an added token is not believed either: the `tokenizers` library numbers those itself, one after the other.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,23 @@ from kd_assets.model_files.reading import MOST_JSON_BYTES, read_json, reading_er
 TokenTable = dict[int, str | None]
 """Token id → the token as its vocabulary spells it (`Ġthe`, `▁the`, `<|im_end|>`); None: no file says how."""
 
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _WHY = "it is the tokenizer's vocabulary"
 _SHOWN = 3
 
 
-def token_table(place: Path) -> TokenTable:
-    """All tokens of a tokenizer, added ones included, by id. `place`: its folder, or its file.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Vocabulary:
+    """What one file says."""
 
-    A special token that its configuration names and gives no id is not among them: no file says which it gets.
+    tokens: TokenTable
+    added: Sequence[str] = ()
+    """Tokens besides, in the order in which the file has them."""
+
+
+def token_table(place: Path) -> TokenTable:
+    """All tokens of a tokenizer, added ones included, by id. `place`: its folder, or its file alone.
+
     Raises MissingInputError where there is none that can be read so, InputError for a file that is none.
     """
     with reading_errors(place, _WHY):
@@ -43,12 +54,24 @@ def token_table(place: Path) -> TokenTable:
             f"which token ids the tokenizer {place} has cannot be told: it is no {', '.join(_READERS)}, nor a folder "
             "with one; save it with save_pretrained() by a version of transformers that writes tokenizer.json"
         )
-    tokens = _READERS[names[0]](folder / names[0])
-    for token_id, token in _added_beside(folder) if is_folder else ():
-        tokens.setdefault(token_id, token)
-    if not tokens or min(tokens) < 0:
-        raise InputError(f"{folder / names[0]} has {'an id below 0' if tokens else 'no tokens'}: download it again")
-    return tokens
+    found = _READERS[names[0]](folder / names[0])
+    if not found.tokens or min(found.tokens) < 0:
+        what = "an id below 0" if found.tokens else "no tokens"
+        raise InputError(f"{folder / names[0]} has {what}: download it again")
+    return _with_added(found.tokens, [*found.added, *(_added_beside(folder) if is_folder else ())])
+
+
+def _with_added(tokens: TokenTable, added: Iterable[str]) -> TokenTable:
+    """With added tokens, numbered as the `tokenizers` library does it: one that the vocabulary has keeps its id, any
+    other gets the id after the largest of an added one, or the size of the vocabulary, whichever is larger."""
+    by_token = {token: token_id for token_id, token in tokens.items()}
+    numbered: dict[str, int] = {}
+    following = len(tokens)
+    for token in added:
+        if token and token not in numbered:
+            numbered[token] = by_token.get(token, following)
+            following = max(following, numbered[token] + 1)
+    return tokens | {token_id: token for token, token_id in numbered.items()}
 
 
 def shared_token_ids(teacher: Path, student: Path) -> TokenIds:
@@ -88,7 +111,7 @@ def is_tiktoken(path: Path) -> bool:
     return bool(token) and rank.isdigit()
 
 
-def _tokenizer_json(path: Path) -> TokenTable:
+def _tokenizer_json(path: Path) -> _Vocabulary:
     raw = read_json(path, _WHY)
     model = raw.get("model") if isinstance(raw, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -98,13 +121,10 @@ def _tokenizer_json(path: Path) -> TokenTable:
         tokens = {i: str(piece[0]) for i, piece in enumerate(vocabulary) if isinstance(piece, list) and piece}
     else:
         raise InputError(f"{path} is no tokenizer: it has no model.vocab; download it again")
-    for added in raw.get("added_tokens") or ():
-        token_id, content = (added.get(name) if isinstance(added, dict) else None for name in ("id", "content"))
-        tokens[_whole(token_id, path)] = str(content)
-    return tokens
+    return _Vocabulary(tokens=tokens, added=[_content(token, path) for token in raw.get("added_tokens") or ()])
 
 
-def _tekken(path: Path) -> TokenTable:
+def _tekken(path: Path) -> _Vocabulary:
     """Control tokens first, then tokens of bytes by rank; spelled as in the tokenizer.json that is made of it."""
     raw = read_json(path, _WHY)
     try:
@@ -118,10 +138,10 @@ def _tekken(path: Path) -> TokenTable:
                 tokens[int(entry["rank"]) + n_special] = _spelled(base64.b64decode(entry["token_bytes"]))
     except (LookupError, TypeError, ValueError) as e:
         raise InputError(f"{path} is no tekken vocabulary ({type(e).__name__}: {e}): download it again") from e
-    return tokens
+    return _Vocabulary(tokens=tokens)
 
 
-def _sentencepiece(path: Path) -> TokenTable:
+def _sentencepiece(path: Path) -> _Vocabulary:
     """Pieces in the order of their ids: field 1 of a SentencePiece `ModelProto`, in each the piece is field 1."""
     with reading_errors(path, _WHY), open_file(path) as file:
         data = file.read(MOST_JSON_BYTES)
@@ -131,16 +151,14 @@ def _sentencepiece(path: Path) -> TokenTable:
             "the model's authors: name a folder with its tokenizer.json"
         )
     try:
-        pieces = [bytes(piece) for number, piece in _fields(data) if number == 1]
-        return {
-            i: next(bytes(value) for number, value in _fields(piece) if number == 1).decode()
-            for i, piece in enumerate(pieces)
-        }
+        pieces = [piece for number, piece in _fields(data) if number == 1]
+        tokens = [next(value for number, value in _fields(piece) if number == 1).decode() for piece in pieces]
     except (IndexError, ValueError, StopIteration) as e:
         raise InputError(f"{path} is no SentencePiece model: download it again") from e
+    return _Vocabulary(tokens=dict(enumerate(tokens)))
 
 
-_READERS: Mapping[str, Callable[[Path], TokenTable]] = {
+_READERS: Mapping[str, Callable[[Path], _Vocabulary]] = {
     "tokenizer.json": _tokenizer_json,
     "tekken.json": _tekken,
     "tokenizer.model": _sentencepiece,
@@ -148,18 +166,39 @@ _READERS: Mapping[str, Callable[[Path], TokenTable]] = {
 """By file, in the order in which transformers prefers them."""
 
 
-def _added_beside(folder: Path) -> Iterator[tuple[int, str]]:
-    """Tokens with their ids in the files beside the vocabulary."""
-    config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    if config.is_file():
-        raw = read_json(config, "it is part of the tokenizer")
-        decoder = raw.get("added_tokens_decoder") if isinstance(raw, dict) else None
-        for token_id, token in (decoder or {}).items():
-            yield _whole(token_id, config), str(token.get("content") if isinstance(token, dict) else token)
-    if added.is_file():
-        raw = read_json(added, "it is part of the tokenizer")
-        for token, token_id in (raw if isinstance(raw, dict) else {}).items():
-            yield _whole(token_id, added), token
+def _added_beside(folder: Path) -> Iterator[str]:
+    """Tokens that the files beside a vocabulary add, in the order in which transformers (5.17) does: those with ids, by
+    these; then the special ones by their roles."""
+    config = _object(folder / "tokenizer_config.json")
+    with_ids: list[tuple[int, str]] = []
+    if isinstance(decoder := config.get("added_tokens_decoder"), dict):
+        path = folder / "tokenizer_config.json"
+        with_ids = [(_whole(token_id, path), _content(token, path)) for token_id, token in decoder.items()]
+    else:  # of earlier versions
+        config |= _object(folder / "special_tokens_map.json")
+        path = folder / "added_tokens.json"
+        with_ids = [(_whole(token_id, path), token) for token, token_id in _object(path).items()]
+    yield from (token for _, token in sorted(with_ids))
+    named = [config.get(role) for role in _ROLES]
+    named += [value for name, value in config.items() if name.endswith("_token") and name not in _ROLES]
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    for token in (*named, *(extra.values() if isinstance(extra, dict) else extra)):
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            yield content
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file."""
+    raw = read_json(path, "it is part of the tokenizer") if path.is_file() else {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def _content(token: Any, path: Path) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise InputError(f"{path} has an added token without content, {token!r:.80}: download it again")
+    return content
 
 
 def _whole(value: Any, path: Path) -> int:
