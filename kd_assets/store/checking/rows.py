@@ -138,7 +138,7 @@ def draws_difference(part: PartFile, draws: int, vocabulary: int | None) -> str 
 def vocabulary_difference(part: PartFile, token_ids: TokenIds) -> str | None:
     """What ids a part has that are outside of the vocabulary that its cache is cut to, in words; None when it has none,
     and one outside mass for each position."""
-    names = [name for name in ("topk_ids", "sampled_ids") if name in part.schema.names]
+    names = [name for name in ("topk_ids", "sampled_ids", "input_ids") if name in part.schema.names]
     for group in range(part.n_groups):
         table = part.read_group(group, ["target_logprob", "outside_mass", *names])
         n_positions, n_masses = (column_of(table[name]).lengths for name in ("target_logprob", "outside_mass"))
