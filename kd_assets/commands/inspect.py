@@ -10,6 +10,7 @@ from typing import Any
 from kd_assets.commands.base import Subcommand, count, pairs, quoted, show, show_json
 from kd_assets.commands.tokens import Decode, decoder_of
 from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
+from kd_assets.store.vocabulary import mean_outside_mass
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +92,9 @@ def _cache_lines(cache: CacheSummary) -> list[str]:
     for label, values in (("parameters", cache.params), ("identity", cache.identity), ("statistics", cache.stats)):
         if values:
             rows.append((label, pairs(values)))
+    if (outside := mean_outside_mass(cache.stats)) is not None:
+        most = cache.stats["max_outside_mass"]
+        rows.append(("outside mass", f"{outside:.6g} on average, {most:.6g} at most (of ids that no student has)"))
     teacher = cache.provenance.get("teacher")
     if teacher:
         rows.append(("teacher", teacher if isinstance(teacher, str) else pairs(teacher)))

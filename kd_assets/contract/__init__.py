@@ -40,6 +40,7 @@ from kd_assets.contract.job_file import (
     contract_version_of,
     read_job,
 )
+from kd_assets.contract.token_ids import TokenIds
 
 __all__ = [
     "CACHES",
@@ -64,6 +65,7 @@ __all__ = [
     "StudentParams",
     "TeacherOptions",
     "TeacherParams",
+    "TokenIds",
     "TopkParams",
     "WorkUnit",
     "contract_version_of",

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_assets.contract.decode import decode, parse_json
+from kd_assets.contract.token_ids import TokenIds
 from kd_assets.durable import read_if_there
 from kd_assets.errors import ContractError
 
-CONTRACT_VERSION = 4
+CONTRACT_VERSION = 5
 
 JobKind = Literal["shards", "teacher", "student"]
 
@@ -135,8 +136,14 @@ class TopkParams:
     k: int
     max_length: int
     draws: int = 0
-    """Random-sampling KD: token ids drawn from each whole distribution besides (with replacement); 0: none."""
+    """Random-sampling KD: token ids drawn from each distribution besides (with replacement); 0: none."""
     positions: PositionChoice = field(default_factory=PositionChoice)
+    vocabulary: str | None = None
+    """Where `token_ids` are to be looked up when the job is planned: `tokenizer` (the teacher's own), or a folder, a
+    file or a hub id of the student's tokenizer."""
+    token_ids: TokenIds | None = None
+    """The ids that a student can have: what is kept of a distribution is cut to them, and normalised over them. None:
+    all that the teacher's head has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,8 @@ class TopkOfDocument:
     sampled_ids: Ragged | None = None
     """M lists, of a cache with random draws."""
     sampled_counts: Ragged | None = None
+    outside_mass_M: Float32Array | None = None
+    """Of a cache that is cut to a student's vocabulary: the teacher's probability of all other ids."""
     keeps_all: bool = True
     """Whether the cache keeps all positions of every document."""
 

@@ -37,6 +37,7 @@ from kd_assets.export.format import ExportFormat, ExportOptions, ExportWriter, N
 from kd_assets.export.formats import FORMATS
 from kd_assets.export.identity import export_fingerprint, options_as_json, sources_as_json
 from kd_assets.export.joined import JoinedPartition, joined_partition
+from kd_assets.export.known_ids import KnownIds
 from kd_assets.export.planning import (
     ExportPlan,
     PlannedSection,
@@ -147,6 +148,7 @@ def _export(
             to=to,
             digest=digest,
             journal=Journal(to, digest),
+            known_ids=KnownIds.of(chosen, source),
         ).make(on_progress)
     finally:
         lease.release()
@@ -169,6 +171,7 @@ class _Export:
     to: Path
     digest: str
     journal: Journal
+    known_ids: KnownIds
 
     def make(self, on_progress: OnProgress | None) -> Exported:
         self.journal.open()
@@ -223,6 +226,7 @@ class _Export:
     def _write_section(self, writer: ExportWriter, section: PlannedSection, partition: JoinedPartition) -> JournalLine:
         rows = rows_of(partition, partition.parts[section.part], self.needs, self.options)[section.split]
         documents = partition.documents(section.part, rows.tolist(), first_number=section.first_number)
+        documents = self.known_ids.checked(documents)
         written = writer.section(section.index, section.partition_key, documents)
         line = JournalLine(
             split=section.split,

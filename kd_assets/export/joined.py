@@ -48,6 +48,7 @@ _FIELDS: dict[Asset, tuple[str, ...]] = {
         "target_logprob",
         "sampled_ids",
         "sampled_counts",
+        "outside_mass",
         "positions",
     ),
     "hidden_state_cache": ("positions",),
@@ -283,7 +284,7 @@ def _reader(asset: Asset, chosen: Chosen) -> CacheReader:
 def _topk_of(document: Mapping[str, Any], length: int) -> TopkOfDocument:
     positions_M = _positions(document, len(document["topk_ids"]))
     m = int(np.searchsorted(positions_M, length - 1))  # the last token predicts nothing
-    sampled_ids = document.get("sampled_ids")
+    sampled_ids, outside_mass = document.get("sampled_ids"), document.get("outside_mass")
     return TopkOfDocument(
         positions_M=positions_M[:m],
         ids_Mk=document["topk_ids"][:m],
@@ -292,6 +293,7 @@ def _topk_of(document: Mapping[str, Any], length: int) -> TopkOfDocument:
         target_logprob_M=document["target_logprob"][:m],
         sampled_ids=None if sampled_ids is None else sampled_ids[:m],
         sampled_counts=None if sampled_ids is None else document["sampled_counts"][:m],
+        outside_mass_M=None if outside_mass is None else outside_mass[:m],
         keeps_all="positions" not in document,
     )
 

@@ -16,12 +16,16 @@ from typing import Any
 
 from kd_assets.contract import (
     Asset,
+    EmbeddingParams,
+    HiddenStateParams,
     JobFile,
     JobKind,
     Output,
     ShardsParams,
     StudentParams,
     TeacherParams,
+    TokenIds,
+    TopkParams,
     WorkUnit,
     parse_json,
 )
@@ -32,12 +36,14 @@ from kd_assets.errors import (
     CorruptPlanError,
     InputError,
     MissingInputError,
+    RecipeError,
     StorageUnavailableError,
     StoreError,
 )
 from kd_assets.model_files.digests import DigestCache, Say
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
+from kd_assets.model_files.vocabulary import shared_token_ids, teacher_token_ids
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
 from kd_assets.sources.planning.make import plan_shards
@@ -51,6 +57,9 @@ from kd_assets.store.reading.planned import PLAN_NAME
 
 TEACHER_FILE = "teacher.json"
 """In the recipe's folder: the teacher that its caches were last planned with (see `Planner.planned_weights`)."""
+
+TEACHERS_OWN = "tokenizer"
+"""The word of a recipe for the vocabulary of its teacher's tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +93,7 @@ class Planner:
         self._teacher: TeacherIdentity | None = None
         self._tokenizer: tuple[Path, str] | None = None
         self._shards_params: ShardsParams | None = None
+        self._token_ids: TokenIds | None = None
 
     @property
     def recipe_folder(self) -> Path:
@@ -232,11 +242,40 @@ class Planner:
             "tokenizer_fingerprint": self._tokenizer_identity()[1],
             "dtype": self._recipe.teacher.dtype,
             **self._recipe.teacher.changes_to_the_model,
-            "params": content_of(self._recipe.cache_params[asset], seed=self._recipe.teacher.seed),
+            "params": content_of(self._cache_params(asset), seed=self._recipe.teacher.seed),
             "part_documents": self._recipe.part_documents,
             "part_tokens": self._recipe.part_tokens,
         }
         return self._output(asset, partition_key, variant, shard.data_version)
+
+    def _cache_params(self, asset: Asset) -> TopkParams | HiddenStateParams | EmbeddingParams:
+        """The parameters of a cache, with the student's vocabulary looked up."""
+        params = self._recipe.cache_params[asset]
+        return self._topk_params(params) if isinstance(params, TopkParams) else params
+
+    def _topk_params(self, params: TopkParams) -> TopkParams:
+        """Raises RecipeError for a vocabulary that cannot be the student's, MissingInputError for one that is not here.
+
+        Found once: reading a large tokenizer takes a second.
+        """
+        if params.vocabulary is None:
+            return params
+        if self._token_ids is None:
+            self._token_ids = self._look_up(params.vocabulary)
+        if params.k > len(self._token_ids):
+            raise RecipeError(
+                f"topk.k is {params.k}, and vocabulary {params.vocabulary!r} leaves {len(self._token_ids):,} token ids"
+            )
+        return dataclasses.replace(params, token_ids=self._token_ids)
+
+    def _look_up(self, vocabulary: str) -> TokenIds:
+        if vocabulary == TEACHERS_OWN:
+            return teacher_token_ids(self.teacher_folder)
+        place = vocabulary
+        if place.startswith((".", "/", "~", "$")):
+            place = str(self._resolve(place, what="caches.topk.vocabulary"))
+        student = Path(place) if Path(place).is_file() else model_folder(place, None)
+        return shared_token_ids(self.teacher_folder, student)
 
     def _output(self, asset: Asset, partition_key: str, variant: Mapping[str, Any], input_hash: str) -> Output:
         versions = {"format_version": FORMAT_VERSION, **computing_versions(asset, variant.get("params", {}))}
@@ -391,7 +430,7 @@ class Planner:
             tokenizer_fingerprint=files.tokenizer,
             part_documents=recipe.part_documents,
             part_tokens=recipe.part_tokens,
-            topk=recipe.topk,
+            topk=None if recipe.topk is None else self._topk_params(recipe.topk),
             hidden_states=recipe.hidden_states,
             embeddings=recipe.embeddings,
         )

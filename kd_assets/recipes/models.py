@@ -4,12 +4,20 @@ Right behind them stands the frozen `Recipe`, and nothing else in the project se
 """
 
 import dataclasses
+import re
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from kd_assets.contract import STUDENT_HEAD_SIZE, FinalState, HiddenStateParams, PositionChoice, TopkParams
+from kd_assets.contract import (
+    STUDENT_HEAD_SIZE,
+    FinalState,
+    HiddenStateParams,
+    PositionChoice,
+    TokenIds,
+    TopkParams,
+)
 from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
 from kd_assets.recipes.recipe import Tasks
 
@@ -169,6 +177,23 @@ def position_choice(said: Positions) -> PositionChoice:
     return PositionChoice(kept=said)
 
 
+def _number_or_words(said: Any) -> Any:
+    if isinstance(said, bool | float):  # YAML's yes and 1.5e5, which pydantic would take for a number of ids
+        raise ValueError("it is a number of token ids, `tokenizer`, or the student's tokenizer")
+    if isinstance(said, str):
+        if not said.strip():
+            raise ValueError("it is empty: name a tokenizer, or leave vocabulary out")
+        return int(said) if re.fullmatch(r"\s*[-+]?[0-9]+\s*", said) else said
+    return said
+
+
+Vocabulary = Annotated[
+    Positive | str,
+    BeforeValidator(_number_or_words),
+    WithJsonSchema({"type": ["integer", "string"], "minimum": 1, "pattern": r"\S"}),
+]
+
+
 class TopkModel(dg.Model, dg.Resolvable):
     k: Positive
     max_length: Positive
@@ -176,10 +201,27 @@ class TopkModel(dg.Model, dg.Resolvable):
     """Token ids drawn at random from each whole distribution besides (random-sampling KD)."""
     positions: Positions = "all"
     """Which are kept: all, those whose next token is learned, or a random share (`{share: 0.1, seed: 0}`)."""
+    vocabulary: Vocabulary | None = None
+    """The token ids that a student can have: those below a number, those of the teacher's `tokenizer` (a head may have
+    more), or those of the student's tokenizer (a folder, its file, or a hub id). What is kept is cut to them, and
+    normalised over them."""
+
+    @model_validator(mode="after")
+    def _k_ids(self) -> "TopkModel":
+        if isinstance(self.vocabulary, int) and self.k > self.vocabulary:
+            raise ValueError(f"k is {self.k}, and vocabulary leaves {self.vocabulary} token ids: lower k, or raise it")
+        return self
 
     def to_params(self) -> TopkParams:
+        """The ids of a tokenizer are looked up when a job is planned."""
+        said = self.vocabulary
         return TopkParams(
-            k=self.k, max_length=self.max_length, draws=self.draws, positions=position_choice(self.positions)
+            k=self.k,
+            max_length=self.max_length,
+            draws=self.draws,
+            positions=position_choice(self.positions),
+            vocabulary=said if isinstance(said, str) else None,
+            token_ids=TokenIds.below(said) if isinstance(said, int) else None,
         )
 
 

@@ -218,17 +218,22 @@ def used(settings: Sharding | Tokenising) -> dict[str, object]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
-_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": "all"}
+_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": "all", "vocabulary": None}
 
 
 def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
     """A cache's parameters as they enter its identity, with the seed where something is drawn with it. One that came
-    later is left out where it is not used, so that what was made before it stays what it is."""
+    later is left out where it is not used, so that what was made before it stays what it is. A student's vocabulary is
+    its set of ids, wherever that was found; before it is looked up it is the recipe's word for it."""
     content: dict[str, object] = dataclasses.asdict(params)
     if "positions" in content:
         content["positions"] = choice_in_identity(params.positions)  # type: ignore[union-attr]
+    if isinstance(params, TopkParams):
+        del content["token_ids"]
+        if params.token_ids is not None:
+            content["vocabulary"] = params.token_ids.in_identity()
     for later, default in _LATER_DEFAULTS.items():
-        if content.get(later) == default:
+        if later in content and content[later] == default:
             del content[later]
     if isinstance(params, TopkParams):
         if params.draws:

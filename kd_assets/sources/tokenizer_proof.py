@@ -9,14 +9,13 @@ by its files, which are its fingerprint.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_assets.errors import InputError, MissingInputError
 from kd_assets.model_files.reading import reads_folder
+from kd_assets.model_files.vocabulary import is_tiktoken
 
 Encode = Callable[[str], Sequence[int]]
 """Token ids of a text, without the special tokens that a tokenizer adds around it."""
@@ -97,7 +96,7 @@ def _tokenizer_json(path: Path) -> tuple[Encode, Sequence[str]]:
 
 def _tokenizer_model(path: Path) -> tuple[Encode, Sequence[str]]:
     """`tokenizer.model` is a SentencePiece model, or (Llama 3) ranks of tiktoken in lines of base64."""
-    return _tiktoken(path) if _is_tiktoken(path) else _sentencepiece(path)
+    return _tiktoken(path) if is_tiktoken(path) else _sentencepiece(path)
 
 
 def _sentencepiece(path: Path) -> tuple[Encode, Sequence[str]]:
@@ -136,17 +135,6 @@ _READERS: dict[str, Callable[[Path], tuple[Encode, Sequence[str]]]] = {
     "tokenizer.model": _tokenizer_model,
 }
 """By file, in the order in which transformers prefers them."""
-
-
-def _is_tiktoken(path: Path) -> bool:
-    """Whether the first line is base64, a space and a rank."""
-    with path.open("rb") as file:
-        token, _, rank = file.readline(1000).strip().partition(b" ")
-    try:
-        base64.b64decode(token, validate=True)
-    except binascii.Error:
-        return False
-    return bool(token) and rank.isdigit()
 
 
 def _not_installed(package: str, path: Path) -> MissingInputError:

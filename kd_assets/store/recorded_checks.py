@@ -46,6 +46,9 @@ def finite_failure(manifest: Manifest) -> str | None:
             n_draws, expected = part.stats.get("n_draws", 0), draws * part.stats["n_positions"]
             if n_draws != expected:
                 return f"{part.name} has {n_draws:.0f} draws, expected {draws} a position: {expected:.0f}"
+        least, most = (part.stats.get(f"{which}_outside_mass", 0.0) for which in ("min", "max"))
+        if not 0 <= least <= most <= 1:
+            return f"{part.name} has masses outside of the student's vocabulary from {least:.6g} to {most:.6g}"
     return None
 
 

@@ -17,12 +17,13 @@ BLOCK_CONVENTION = (
     "output of decoder block <block>, counted from 0: transformers' hidden_states[<block> + 1] before any final norm"
 )
 _POSITION_CONVENTION = "row i is predicted from tokens 0..i and concerns token i+1; a document of L tokens has L-1 rows"
+_TOPK_CONVENTION = (
+    f"one row a document; {_POSITION_CONVENTION}; log-probabilities are natural logarithms at temperature 1 "
+    "against <all>, computed in float32; logsumexp is that of <their> float32 logits"
+)
 CONVENTIONS = {
     "shards_manifest": "one row a document; loss_mask marks the tokens a student learns to predict",
-    "topk_cache": (
-        f"one row a document; {_POSITION_CONVENTION}; log-probabilities are natural logarithms at temperature 1 "
-        "against the full vocabulary, computed in float32; logsumexp is that of the float32 logits"
-    ),
+    "topk_cache": _TOPK_CONVENTION.replace("<all>", "the full vocabulary").replace("<their>", "the"),
     "hidden_state_cache": f"one row a document, one vector a token; {BLOCK_CONVENTION}",
     "embedding_cache": (
         "one row a document; mean_embedding is the mean over the document's tokens of the final hidden states (after "
@@ -30,6 +31,14 @@ CONVENTIONS = {
     ),
 }
 """What the numbers of each asset mean: the schema's metadata `kd_assets.convention`."""
+
+CUT_TOPK_CONVENTION = _TOPK_CONVENTION.replace("<all>", "the ids of a student's vocabulary").replace("<their>", "their")
+"""Of a top-k cache that is cut to such a vocabulary, in the place of the one above."""
+
+OUTSIDE_CONVENTION = (
+    "the probability, at temperature 1 and over all ids of the teacher, of those that the student's vocabulary lacks; "
+    "every other column is of the distribution without them"
+)
 
 DRAWS_CONVENTION = (
     "token ids drawn at random, with replacement, from the whole distribution at temperature 1: sampled_ids are the "
@@ -85,9 +94,9 @@ def shard_schema() -> pa.Schema:
     return _schema("shards_manifest", [_column("source", pa.string()), _column("source_record", pa.int64())])
 
 
-def topk_schema(k: int, draws: int = 0, *, positions: bool = False) -> pa.Schema:
-    """`draws` of a position, of random-sampling KD: two more columns where there are any. `positions`: of a cache that
-    keeps some of the positions: one more."""
+def topk_schema(k: int, draws: int = 0, *, is_cut: bool = False, positions: bool = False) -> pa.Schema:
+    """`draws` of a position, of random-sampling KD: two more columns where there are any. `is_cut`: of a cache that is
+    cut to a student's vocabulary; `positions`: of one that keeps some of the positions: one more column each."""
     columns = [
         _column("topk_ids", list_of(vector_of(pa.uint32(), k))),
         _column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
@@ -100,7 +109,14 @@ def topk_schema(k: int, draws: int = 0, *, positions: bool = False) -> pa.Schema
             _column("sampled_ids", list_of(list_of(pa.uint32())), **said),
             _column("sampled_counts", list_of(list_of(pa.uint16())), **said),
         ]
-    return _schema("topk_cache", [*columns, *([positions_column()] if positions else [])])
+    if is_cut:
+        columns.append(_column("outside_mass", list_of(pa.float32()), convention=OUTSIDE_CONVENTION))
+    return _schema("topk_cache", [*columns, *([positions_column()] if positions else [])], topk_convention(is_cut))
+
+
+def topk_convention(is_cut: bool) -> str:
+    """What the numbers of a top-k cache mean; `is_cut`: of one that is cut to a student's vocabulary."""
+    return CUT_TOPK_CONVENTION if is_cut else CONVENTIONS["topk_cache"]
 
 
 def hidden_state_schema(
@@ -166,7 +182,7 @@ def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
         yield path, leaf
 
 
-def _schema(asset: str, columns: list[pa.Field]) -> pa.Schema:
+def _schema(asset: str, columns: list[pa.Field], convention: str | None = None) -> pa.Schema:
     common = [
         _column("document_id", pa.string()),
         _column("n_tokens", pa.int32()),
@@ -176,7 +192,7 @@ def _schema(asset: str, columns: list[pa.Field]) -> pa.Schema:
     metadata = {
         "kd_assets.asset": asset,
         "kd_assets.format_version": str(FORMAT_VERSION),
-        "kd_assets.convention": CONVENTIONS[asset],
+        "kd_assets.convention": convention or CONVENTIONS[asset],
     }
     return pa.schema([*common, *columns], metadata=metadata)
 

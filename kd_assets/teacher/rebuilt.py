@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_assets.contract import FinalState
+from kd_assets.contract import FinalState, TokenIds
 from kd_assets.errors import TeacherError
 from kd_assets.store.schema import FINAL_CONVENTIONS, hidden_field
+from kd_assets.teacher.batch.outside import masked
 from kd_assets.teacher.model.head import ChunkBuffers, is_plain
 from kd_assets.teacher.model.load import Teacher
 from kd_assets.teacher.model.quantised import tolerance
@@ -126,6 +127,8 @@ class RebuiltComparison:
 
     teacher: Teacher
     seed: int
+    token_ids: TokenIds | None = None
+    """The ids that the top-k cache is cut to; None: all."""
     same_pass: bool = True
     """Whether both caches were made of the same forward passes."""
     largest: dict[str, float] = field(default_factory=dict)
@@ -223,9 +226,9 @@ class RebuiltComparison:
         for logits_NV in rebuilt_logits(self.teacher, states_PH, state):
             ids_Nk = ids_Pk[first : first + len(logits_NV)].to(logits_NV.device)
             first += len(logits_NV)
-            logits.append(logits_NV.gather(1, ids_Nk).cpu())
-            sums.append(logits_NV.logsumexp(dim=1).cpu())
             sizes.append(logits_NV.abs().amax(dim=1).cpu())
+            logits.append(logits_NV.gather(1, ids_Nk).cpu())
+            sums.append(masked(logits_NV, self.token_ids).logsumexp(dim=1).cpu())
         return Kept(logits_Pk=torch.cat(logits), logsumexp_P=torch.cat(sums)), torch.cat(sizes)
 
     def _computing(self, logits_Pk: Tensor, size_P: Tensor) -> tuple[Tensor, Tensor]:

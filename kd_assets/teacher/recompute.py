@@ -32,10 +32,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_assets.contract import Asset, FinalState
+from kd_assets.contract import Asset, FinalState, TokenIds
 from kd_assets.store.arrays import flat
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import HiddenState, hidden_field
+from kd_assets.teacher.batch.outside import masked
 from kd_assets.teacher.batch.sampling import cdf_distance, uniforms
 from kd_assets.teacher.model.anatomy import tapped
 from kd_assets.teacher.model.final_norm import watched
@@ -59,6 +60,9 @@ document that begins with a token whose embedding is 0 (as that of padding is) a
 
 DRAW_ATOL = 2.0**-20
 """What float32 weights and their sums may change in a cumulative probability."""
+
+MASS_ATOL = 2.0**-126
+"""The smallest float32 that keeps its precision: a probability below may be stored as 0."""
 
 REROUTED_SHARE = 0.1
 """Where two experts are tied within the rounding of their scores, another batch shape takes the other one, and that
@@ -169,6 +173,8 @@ class Comparison:
     """Of the sample and of the draws."""
     quantisation: Quantisation | None = None
     """The teacher's; rounded activations widen the tolerances."""
+    token_ids: TokenIds | None = None
+    """The ids that a top-k cache is cut to; None: all."""
     routed: bool = False
     """Whether the teacher routes tokens to experts: in 16 bits `REROUTED_SHARE` of them may be beyond tolerance."""
     largest: dict[str, float] = field(default_factory=dict)
@@ -229,12 +235,15 @@ class Comparison:
             return
         self.n_positions += len(at_P)
         logits_PV = expected.logits_PV[torch.from_numpy(is_kept_P).to(expected.logits_PV.device)]
+        computing_P1 = self._tolerance(LOGIT_RTOL) * logits_PV.abs().amax(dim=1, keepdim=True) + LOG_ATOL
+        if self.token_ids is not None:
+            self._add_outside_mass(row["outside_mass"][at_P], logits_PV, computing_P1.squeeze(1), self.token_ids)
+        logits_PV = masked(logits_PV, self.token_ids)
         logprobs_PV = torch.log_softmax(logits_PV, dim=-1)
         device = logits_PV.device
         ids_Pk = torch.from_numpy(row["topk_ids"].reshape(n_stored, -1)[at_P].astype(np.int64)).to(device)
         stored_Pk = _on(row["topk_logprobs"].reshape(n_stored, -1)[at_P], device)
         targets_P = torch.from_numpy(row["input_ids"][kept_M[at_P] + 1].astype(np.int64)).to(device)
-        computing_P1 = self._tolerance(LOGIT_RTOL) * logits_PV.abs().amax(dim=1, keepdim=True) + LOG_ATOL
 
         at_ids_Pk = logprobs_PV.gather(1, ids_Pk)
         largest_Pk = logprobs_PV.topk(ids_Pk.shape[1], dim=1).values
@@ -255,6 +264,18 @@ class Comparison:
         self._note("n_repeated_topk_ids", torch.tensor([float(n_repeated)]), torch.tensor([0.5]))
         if "sampled_ids" in row:
             self._add_draws(row, at_P, logits_PV, computing_P1.squeeze(1))
+
+    def _add_outside_mass(
+        self, stored_P: npt.NDArray[np.float32], logits_PV: Tensor, computing_P: Tensor, token_ids: TokenIds
+    ) -> None:
+        """Of the whole distributions. Logits that each move by d at most move a probability by tanh(d / 2) at most, and
+        by a factor of e^(2 d) at most: the first tells large masses apart, the second small ones."""
+        is_out_V = masked(torch.zeros_like(logits_PV[:1]), token_ids)[0].isinf()
+        log_mass_P = logits_PV[:, is_out_V].logsumexp(dim=1) - logits_PV.logsumexp(dim=1)
+        plain_P, d_P = log_mass_P.double().exp().cpu(), computing_P.double().cpu()
+        tolerance_P = torch.minimum((d_P / 2).tanh(), plain_P * (2 * d_P).expm1()) + LOG_ATOL * plain_P + MASS_ATOL
+        difference_P = (torch.from_numpy(stored_P).double() - plain_P).abs()
+        self._note("max_abs_outside_mass_difference", difference_P, tolerance_P)
 
     def _add_draws(self, row: Row, at_P: Int64Array, logits_PV: Tensor, computing_P: Tensor) -> None:
         """Each stored draw against the number that it was drawn with, which can be had again."""

@@ -23,7 +23,8 @@ from kd_assets.contract import JobFile, Output, Reporter, TeacherParams, WorkUni
 from kd_assets.errors import ContractError, RecipeError
 from kd_assets.library_internals import attention_of
 from kd_assets.store import ResultWriter, plan_parts
-from kd_assets.store.schema import CONVENTIONS
+from kd_assets.store.schema import CONVENTIONS, topk_convention
+from kd_assets.store.vocabulary import VOCABULARY_NAME
 from kd_assets.teacher.devices.compiled import compile_blocks
 from kd_assets.teacher.devices.device import device_name, peak_memory_gib
 from kd_assets.teacher.devices.measured_budget import first_budget, longest_possible
@@ -164,6 +165,10 @@ class TeacherRunner:
             stopwatch.lap("compare")
             facts = self._facts(stopwatch, work, telemetry)
             provenance = self._provenance(facts)
+            token_ids = None if params.topk is None else params.topk.token_ids
+            conventions = {**CONVENTIONS, "topk_cache": topk_convention(token_ids is not None)}
+            if token_ids is not None and token_ids.size_if_whole is None and "topk_cache" in results:
+                results["topk_cache"].write_beside(VOCABULARY_NAME, token_ids.to_json())
             for asset, result in results.items():
                 result.commit(
                     parts=len(parts),
@@ -172,7 +177,7 @@ class TeacherRunner:
                         **({"rebuilt": rebuilt[asset]} if asset in rebuilt else {}),
                     },
                     provenance=provenance,
-                    facts=facts | {"convention": CONVENTIONS[asset]},
+                    facts=facts | {"convention": conventions[asset]},
                 )
         return {"partition_key": unit.partition_key, "assets": list(results), **facts}
 

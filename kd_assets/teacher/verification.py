@@ -20,6 +20,7 @@ from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.store import Manifest, read_manifest
 from kd_assets.store.schema import FINAL_CONVENTIONS
+from kd_assets.store.vocabulary import vocabulary_of
 from kd_assets.teacher.model.load import Teacher, load_teacher
 from kd_assets.teacher.recompute import (
     Comparison,
@@ -112,6 +113,7 @@ def _recomputed(teacher: Teacher, folder: Path, manifest: Manifest, *, n_documen
         dtype=teacher.dtype,
         seed=int(manifest.params.get("seed", seed)),  # of the draws
         quantisation=teacher.quantisation,
+        token_ids=vocabulary_of(manifest, folder),
         routed=teacher.routed,
     )
     firsts = np.cumsum([0, *(part.n_documents for part in manifest.parts)])

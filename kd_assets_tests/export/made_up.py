@@ -102,6 +102,7 @@ def commit(
     facts: Mapping[str, Any] | None = None,
     made_of: str = "shard",
     provenance: Mapping[str, Any] | None = None,
+    identity_besides: Mapping[str, Any] | None = None,
 ) -> dict[Asset, Path]:
     """Commit caches of these documents, which are of one partition; asset → folder.
 
@@ -116,6 +117,7 @@ def commit(
             "format_version": FORMAT_VERSION,
             "input": f"{made_of} of {key}",
             "params": {},
+            **(identity_besides or {}),
         }
         identity["params"] = {"max_length": cut, "positions": positions, "k": documents[0].topk_ids_Mk.shape[1]}
         output = plan_output(asset, identity, recipe_folder=recipe_folder, partition_key=key)

@@ -18,6 +18,7 @@ from kd_assets.contract import (
     PositionChoice,
     StudentParams,
     TeacherParams,
+    TokenIds,
     TopkParams,
 )
 from kd_assets.recipes.models import (
@@ -74,6 +75,8 @@ def test_a_models_options_and_their_defaults_are_those_of_its_dataclass(
         assert (of_model.pop("final"), of_class.pop("final")) == (None, ())
     if "positions" in of_model:  # a word, or a share, and one class behind both
         assert (of_model.pop("positions"), of_class.pop("positions")) == ("all", PositionChoice())
+    if model is TopkModel:  # what a vocabulary of the YAML stands for
+        assert of_class.pop("token_ids") is None
     assert of_model == of_class
 
 
@@ -97,6 +100,37 @@ def test_positions_are_a_word_or_a_share_of_either_cache(said: Any, choice: Posi
 def test_positions_that_are_neither_are_refused_by_the_fields_name(said: Any) -> None:
     with pytest.raises(ValidationError, match="positions"):
         TopkModel(k=2, max_length=8, positions=said)
+
+
+@pytest.mark.parametrize(
+    ("said", "word", "token_ids"),
+    [
+        (None, None, None),
+        (151_665, None, TokenIds.below(151_665)),
+        ("151665", None, TokenIds.below(151_665)),
+        ("tokenizer", "tokenizer", None),
+        ("$MODELS/student", "$MODELS/student", None),
+        ("./student/tokenizer.json", "./student/tokenizer.json", None),
+        ("org/student", "org/student", None),
+    ],
+)
+def test_a_vocabulary_is_a_number_or_is_looked_up_later(
+    said: Any, word: str | None, token_ids: TokenIds | None
+) -> None:
+    params = TopkModel(k=2, max_length=8, vocabulary=said).to_params()
+    assert (params.vocabulary, params.token_ids) == (word, token_ids)
+
+
+@pytest.mark.parametrize("said", [0, -5, "-5", "0", True, 1.5e5, "", "  ", ["tokenizer"], {"size": 3}])
+def test_a_vocabulary_that_is_neither_is_refused_by_the_fields_name(said: Any) -> None:
+    with pytest.raises(ValidationError, match="vocabulary"):
+        TopkModel(k=2, max_length=8, vocabulary=said)
+
+
+def test_a_vocabulary_of_fewer_ids_than_k_is_refused_with_the_recipe() -> None:
+    assert TopkModel(k=8, max_length=8, vocabulary=8).to_params().k == 8
+    with pytest.raises(ValidationError, match="k is 9, and vocabulary leaves 8 token ids"):
+        TopkModel(k=9, max_length=8, vocabulary=8)
 
 
 @pytest.mark.parametrize(

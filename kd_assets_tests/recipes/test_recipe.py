@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, PositionChoice, TopkParams
+from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, PositionChoice, TokenIds, TopkParams
 from kd_assets.errors import RecipeError
 from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising, content_of
 from kd_assets.sources.spec import Sharding, SourceSpec
@@ -63,6 +63,30 @@ def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
     assert changed.code_version("hidden_state_cache") == every.code_version("hidden_state_cache")
     assert content_of(learned, seed=0) == {"k": 4, "max_length": 100, "positions": "learned"}
     assert content_of(share, seed=0)["positions"] == {"share": 0.5, "seed": 0}
+
+
+def test_a_vocabulary_changes_the_cache_that_is_cut_to_it_and_is_the_ids_that_were_found() -> None:
+    every = a_recipe()
+    plain = TopkParams(k=4, max_length=100)
+    holes = TokenIds.of([0, 1, 5])
+    asked = dataclasses.replace(plain, vocabulary="tokenizer")
+    choices = (
+        every.topk,
+        asked,
+        dataclasses.replace(asked, token_ids=holes),
+        dataclasses.replace(plain, token_ids=TokenIds.below(9)),
+    )
+    recipes = [dataclasses.replace(every, topk=topk) for topk in choices]
+    assert len({recipe.code_version("topk_cache") for recipe in recipes}) == 4
+    assert len({recipe.code_version("hidden_state_cache") for recipe in recipes}) == 1
+    of_plain = {"k": 4, "max_length": 100}
+    assert content_of(plain, seed=0) == of_plain
+    assert content_of(asked, seed=0) == of_plain | {"vocabulary": "tokenizer"}
+    found = TokenIds.below(9)
+    for said in (asked, dataclasses.replace(asked, vocabulary="/models/student"), plain):
+        assert content_of(dataclasses.replace(said, token_ids=found), seed=0) == of_plain | {"vocabulary": 9}
+        of_holes = content_of(dataclasses.replace(said, token_ids=holes), seed=0)
+        assert of_holes == of_plain | {"vocabulary": {"n_ids": 3, "sha256": holes.sha256}}
 
 
 def test_seed_is_of_a_caches_identity_where_something_is_drawn_with_it() -> None:

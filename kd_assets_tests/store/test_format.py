@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice
+from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice, TokenIds
 from kd_assets.durable import append_line, atomic_file
 from kd_assets.errors import (
     CorruptManifestError,
@@ -38,6 +38,7 @@ from kd_assets.store import (
     CacheReader,
     Documents,
     KeptPositions,
+    Manifest,
     ResultFiles,
     Samples,
     canonical_json,
@@ -46,6 +47,7 @@ from kd_assets.store import (
     computing_versions,
     encode_hidden_states,
     encode_topk,
+    failed_check,
     fingerprint,
     part_stats,
     plan_output,
@@ -64,6 +66,7 @@ from kd_assets.store.manifest import merge_stats
 from kd_assets.store.partfile import PartFile, part_suffix, write_table
 from kd_assets.store.positions import kept_positions
 from kd_assets.store.positions import uniforms as position_uniforms
+from kd_assets.store.vocabulary import mean_outside_mass, vocabulary_of
 from kd_assets.store.writing.documents import offsets_of
 from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
@@ -572,6 +575,121 @@ def test_the_numbers_of_a_share_are_philox_words_of_the_documents_key() -> None:
     kept = kept_positions(PositionChoice(kept="share", share=0.5, seed=7), docs, has_next=True)
     assert kept is not None
     assert kept.positions_M.tolist() == [i for i, half in enumerate(halves[:5]) if half / 2**32 < 0.5]
+
+
+HOLES = TokenIds.of([*range(20), 25, 26, 31])
+
+
+def cut_rows(docs: Documents, mass_M: Any, *, last_id: int = 31) -> pa.Table:
+    m = docs.n_tokens - docs.n_documents
+    return encode_topk(
+        docs,
+        topk_ids_Mk=np.tile(np.array([3, last_id], np.uint32), (m, 1)),
+        topk_logprobs_Mk=np.tile(np.array([-0.5, -1.5], np.float16), (m, 1)),
+        logsumexp_M=np.ones(m, np.float32),
+        target_logprob_M=np.full(m, -1, np.float32),
+        sampled_ids_Md=np.full((m, 3), 25, np.uint32),
+        outside_mass_M=np.asarray(mass_M, np.float32),
+    )
+
+
+def commit_cut(
+    store: Path, table: pa.Table, token_ids: TokenIds, *, beside: bytes | None = None
+) -> tuple[Path, Manifest]:
+    params = {"k": 2, "max_length": 9, "draws": 3, "seed": 0, "vocabulary": token_ids.in_identity()}
+    out = examples.output(store, "topk_cache", params=params)
+    with examples.writer(store, out) as writer:
+        n_tokens = int(table["n_tokens"].to_numpy().sum())
+        writer.write_part(0, table, n_tokens=n_tokens, stats=part_stats("topk_cache", table))
+        if beside is not None:
+            writer.write_beside("vocabulary.json", beside)
+        manifest = writer.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    return Path(out.path), manifest
+
+
+def small_documents() -> Documents:
+    docs = examples.documents((4, 1, 3))
+    return dataclasses.replace(docs, input_ids=docs.input_ids % np.uint32(20))
+
+
+def test_a_student_s_vocabulary_is_a_number_or_a_hash_with_its_runs_beside(store: Path) -> None:
+    """[F68] That a cache without one says nothing of it, and that jobs write this, is in the teacher's tests."""
+    runs = b"[[0,20],[25,27],[31,32]]\n"
+    folder, manifest = commit_cut(store, cut_rows(small_documents(), [0.25] * 5), HOLES, beside=runs)
+    assert manifest.params["vocabulary"] == {"n_ids": 23, "sha256": hashlib.sha256(runs).hexdigest()}
+    assert manifest.facts["files"]["vocabulary.json"]["sha256"] == hashlib.sha256(runs).hexdigest()
+    assert vocabulary_of(manifest, folder) == HOLES
+    numbered = dataclasses.replace(manifest, identity={**manifest.identity, "params": {"vocabulary": 32}})
+    assert vocabulary_of(numbered, folder) == TokenIds.below(32)
+    without = dataclasses.replace(manifest, identity={**manifest.identity, "params": {}})
+    assert vocabulary_of(without, folder) is None
+
+
+@pytest.mark.parametrize("token_ids", [HOLES, TokenIds.below(32)], ids=["holes", "number"])
+def test_no_other_id_is_in_a_cut_cache(store: Path, token_ids: TokenIds) -> None:
+    """[F69] That the numbers are those of the softmax over these ids is in the teacher's tests."""
+    docs = small_documents()
+    good, beside = cut_rows(docs, [0.25] * 5), token_ids.to_json() if token_ids is HOLES else None
+    assert b"against the ids of a student's vocabulary" in good.schema.metadata[b"kd_assets.convention"]
+    folder, _ = commit_cut(store, good, token_ids, beside=beside)
+    assert verify(folder).ok
+    stranger = dataclasses.replace(docs, input_ids=np.where(docs.input_ids > 0, docs.input_ids, 33).astype(np.uint32))
+    assert (stranger.input_ids == 33).any()
+    drawn = cut_rows(docs, [0.25] * 5)
+    at = drawn.schema.get_field_index("sampled_ids")
+    ids = pa.array([[[35]] * (n - 1) for n in (4, 1, 3)], type=drawn.schema.field(at).type)
+    counts = drawn.set_column(at, drawn.schema.field(at), ids)
+    for bad, named in (
+        (cut_rows(docs, [0.25] * 5, last_id=32), "topk_ids has 32"),
+        (counts, "sampled_ids has 35"),
+        (cut_rows(stranger, [0.25] * 5), "input_ids has 33"),
+    ):
+        with atomic_file(folder / "part-00000.parquet") as file:
+            write_table(bad, ".parquet", file)
+        adopt_files(folder)
+        (problem,) = (p for p in verify(folder).problems if p.kind == "wrong_vocabulary")
+        assert named in problem.message
+
+
+def test_the_mass_outside_is_a_column_between_the_others_and_positions(store: Path) -> None:
+    """[F70] That it is the probability of all other ids is in the teacher's tests."""
+    docs, mass_M = small_documents(), [0.0, 0.25, 1e-30, 1.0, 0.5]
+    rows = cut_rows(docs, mass_M)
+    assert rows.schema.names[-3:] == ["sampled_ids", "sampled_counts", "outside_mass"]
+    field = rows.schema.field("outside_mass")
+    assert field.type == pa.list_(pa.field("element", pa.float32(), nullable=False))
+    assert b"student's vocabulary lacks" in field.metadata[b"convention"]
+    folder, _ = commit_cut(store, rows, TokenIds.below(32))
+    assert check_schema(ResultFiles(folder)).passed
+    reader = CacheReader.from_folders([folder])
+    found = [x for i in range(3) for x in reader[i]["outside_mass"].tolist()]
+    np.testing.assert_array_equal(found, np.array(mass_M, np.float32))
+    kept = kept_by_hand(docs, [[0, 2], [], [1]])
+    some = encode_topk(
+        docs,
+        topk_ids_Mk=np.zeros((3, 1), np.uint32),
+        topk_logprobs_Mk=np.zeros((3, 1), np.float16),
+        logsumexp_M=np.zeros(3, np.float32),
+        target_logprob_M=np.zeros(3, np.float32),
+        outside_mass_M=np.zeros(3, np.float32),
+        positions=kept,
+    )
+    assert some.schema.names[-2:] == ["outside_mass", "positions"]
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan, None])
+def test_statistics_tell_the_mass_outside_and_refuse_what_is_no_probability(store: Path, wrong: float | None) -> None:
+    """[F71] [F53]"""
+    mass_M = [0.5, 0.25, 0.125, 0.0, 0.125 if wrong is None else wrong]
+    folder, manifest = commit_cut(store, cut_rows(small_documents(), mass_M), TokenIds.below(32))
+    if wrong is None:
+        found = {name: value for name, value in manifest.stats.items() if "outside" in name}
+        assert found == {"min_outside_mass": 0.0, "max_outside_mass": 0.5, "n_expected_outside": 1.0}
+        assert mean_outside_mass(manifest.stats) == 0.2
+        assert (folder.parent / "head.json").exists()
+    else:
+        assert failed_check(manifest) is not None
+        assert not (folder.parent / "head.json").exists()
 
 
 def test_a_result_that_is_put_aside_is_audited_then_loses_its_head_then_moves(store: Path) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_assets.contract import CACHES, Asset, PositionChoice
+from kd_assets.contract import CACHES, Asset, PositionChoice, TokenIds
 from kd_assets.store import (
     FORMAT_VERSION,
     Documents,
@@ -95,10 +95,12 @@ def commit_caches(
     facts: Mapping[str, Any] | None = None,
     draws: int = 0,
     positions: PositionChoice = ALL,
+    token_ids: TokenIds | None = None,
 ) -> dict[Asset, Path]:
     """Commit caches of these documents, in this order and two documents to a part; asset → folder.
 
-    With `draws` the top-k cache has as many random draws of each position; `positions`: which are kept.
+    With `draws` the top-k cache has as many random draws of each position; `positions`: which are kept; `token_ids`:
+    the student's, to which the top-k cache is cut.
     """
     teacher = teacher or BigramTeacher()
     recipe_folder = store / RECIPE
@@ -111,7 +113,7 @@ def commit_caches(
         with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=partition_key) as writer:
             for plan in plans:
                 part = cut.slice(plan.first_document, plan.n_documents)
-                table = _encoded(asset, part, teacher, draws, positions)
+                table = _encoded(asset, part, teacher, draws, positions, token_ids)
                 writer.write_part(plan.index, table, n_tokens=part.n_tokens, stats=part_stats(asset, table))
             writer.commit(parts=len(plans), checks={}, provenance={}, facts=facts or {"vocab_size": VOCABULARY})
         folders[asset] = writer.folder
@@ -133,7 +135,14 @@ def of_window(documents: Documents, kept: KeptPositions) -> Any:
     return torch.from_numpy(starts + kept.positions_M.astype(np.int64))
 
 
-def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher, draws: int, choice: PositionChoice) -> Any:
+def _encoded(
+    asset: Asset,
+    documents: Documents,
+    teacher: BigramTeacher,
+    draws: int,
+    choice: PositionChoice,
+    token_ids: TokenIds | None,
+) -> Any:
     kept = None if asset == "embedding_cache" else kept_positions(choice, documents, has_next=asset == "topk_cache")
     ids = torch.from_numpy(documents.input_ids.astype(np.int64))
     if asset == "topk_cache":
@@ -141,6 +150,11 @@ def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher, draws: 
         last[torch.from_numpy(documents.offsets[1:] - 1)] = True
         wanted = torch.arange(len(ids))[~last] if kept is None else of_window(documents, kept)
         logits = teacher.logits_VV[ids[wanted]]
+        mass = None
+        if token_ids is not None:
+            is_out_V = torch.tensor([i not in token_ids for i in range(logits.shape[1])])
+            mass = logits.softmax(-1)[:, is_out_V].sum(-1).numpy()
+            logits = logits.masked_fill(is_out_V, -torch.inf)
         top = logits.log_softmax(-1).topk(K)
         targets = ids[wanted + 1]
         return encode_topk(
@@ -150,6 +164,7 @@ def _encoded(asset: Asset, documents: Documents, teacher: BigramTeacher, draws: 
             logsumexp_M=logits.logsumexp(-1).numpy(),
             target_logprob_M=logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy(),
             sampled_ids_Md=teacher.drawn(logits, draws) if draws else None,
+            outside_mass_M=mass,
             positions=kept,
         )
     states = teacher.states_VH[ids]

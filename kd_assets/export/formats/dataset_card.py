@@ -28,6 +28,8 @@ _MEANINGS = {
     "topk_logprobs": "their natural log-probabilities at temperature 1 [M, k]; row i is about token i + 1",
     "logsumexp": "of the logits [M]: a log-probability plus this is the logit",
     "target_logprob": "the log-probability of the token that follows [M]",
+    "outside_mass": "the teacher's probability of all ids that the student's vocabulary lacks, which nothing else here "
+    "is about [M]",
     "sampled_ids": "ids drawn from the whole distribution: those of row i from sampled_offsets[i] on",
     "sampled_counts": "how often each was drawn",
     "sampled_offsets": "where the draws of each row begin [M + 1]",

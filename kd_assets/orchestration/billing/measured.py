@@ -79,15 +79,19 @@ def committed_results(
 
 
 def is_of(recipe: Recipe, asset: Asset, manifest: Manifest) -> bool:
-    """Whether a result was made as the recipe has it now, but for the teacher's files, which may not be here."""
+    """Whether a result was made as the recipe has it now, but for the files of teacher and student, which may not be
+    here."""
     wanted: dict[str, Any] = {"asset": asset}
     if asset == SHARDS_MANIFEST:
         wanted["max_length"] = recipe.max_length
     else:
         params = content_of(recipe.cache_params[asset], seed=recipe.teacher.seed)
+        if isinstance(params.get("vocabulary"), str):  # its ids stand in those files
+            if (known := manifest.params.get("vocabulary")) is None:
+                return False
+            params["vocabulary"] = known
         wanted |= {"params": params, "dtype": recipe.teacher.dtype, **recipe.teacher.changes_to_the_model}
-    found = {name: manifest.identity.get(name) for name in wanted}
-    return bool(found == json.loads(json.dumps(wanted)))
+    return bool({name: manifest.identity.get(name) for name in wanted} == json.loads(json.dumps(wanted)))
 
 
 def speed_of(recipe: Recipe, newest: Mapping[Asset, Manifest | None]) -> Speed | None:

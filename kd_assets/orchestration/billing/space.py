@@ -58,8 +58,11 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
     per_document = {SHARDS_MANIFEST: 100.0}
     kept = {SHARDS_MANIFEST: recipe.max_length}
     if (topk := recipe.topk) is not None:
-        # Ids and log-probabilities of the k, the normaliser and the target's; ids and counts of the draws.
-        per_token["topk_cache"] = 5 + _of_positions(topk.k * (4 + 2) + 8 + topk.draws * (4 + 2), topk.positions)
+        # Ids and log-probabilities of the k, the normaliser and the target's; ids and counts of the draws; what is
+        # outside of a student's vocabulary.
+        is_cut = topk.vocabulary is not None or topk.token_ids is not None
+        a_position = topk.k * (4 + 2) + 8 + topk.draws * (4 + 2) + (4 if is_cut else 0)
+        per_token["topk_cache"] = 5 + _of_positions(a_position, topk.positions)
         kept["topk_cache"] = topk.max_length
     if (hidden := recipe.hidden_states) is not None:
         n_states = len(hidden.blocks) + len(hidden.final)

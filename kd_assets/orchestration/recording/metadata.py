@@ -10,6 +10,7 @@ import dagster as dg
 
 from kd_assets.orchestration.recording.telemetry_picture import telemetry_picture_markdown
 from kd_assets.store import Manifest
+from kd_assets.store.vocabulary import mean_outside_mass
 
 NUMBERS = (
     "tokens_per_s",
@@ -67,6 +68,7 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
         value = facts.get(name, provenance.get(name))
         if value is not None:
             metadata[name] = value
+    metadata |= outside_numbers(manifest)
     if (picture := telemetry_picture_markdown(facts.get("telemetry"))) is not None:
         metadata["telemetry"] = dg.MetadataValue.md(picture)
     if ignored := fields_in_words(facts.get("passed_over_fields")):
@@ -90,6 +92,12 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "provenance": dg.MetadataValue.json(dict(provenance)),
     }
     return metadata
+
+
+def outside_numbers(manifest: Manifest) -> dict[str, float]:
+    """Of a cache that is cut to a student's vocabulary: the probability that the teacher gives to other ids."""
+    mean = mean_outside_mass(manifest.stats)
+    return {} if mean is None else {"mean_outside_mass": mean, "max_outside_mass": manifest.stats["max_outside_mass"]}
 
 
 def fields_in_words(counts: Mapping[str, int] | None) -> str:

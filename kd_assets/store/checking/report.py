@@ -16,6 +16,7 @@ ProblemKind = Literal[
     "wrong_documents",  # it has another number of documents than recorded
     "wrong_tokens",  # it has another number of tokens, or they contradict each other
     "wrong_positions",  # its positions are not those that the cache's parameters say
+    "wrong_vocabulary",  # it has ids outside of the student's vocabulary that its cache is cut to
     "wrong_draws",  # its random draws are not what the cache's parameters ask for
     "corrupt_manifest",  # not JSON, changed, or contradicting itself
     "wrong_identity",  # a manifest whose identity lacks what tells the columns

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kd_assets.contract import TokenIds
 from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
 from kd_assets.store.arrays import flat
@@ -16,6 +17,7 @@ from kd_assets.store.positions import choice_of, kept_positions
 from kd_assets.store.reading.columns import Ragged, column_of
 from kd_assets.store.reading.parts import damage_named
 from kd_assets.store.recorded_checks import draws_of
+from kd_assets.store.vocabulary import is_among
 from kd_assets.store.writing.documents import Documents, Int64Array
 
 
@@ -34,7 +36,8 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
                 return schemas.shard_schema()
             case "topk_cache":
                 k, draws = int(manifest.params["k"]), draws_of(manifest)
-                return schemas.topk_schema(k, draws, positions="positions" in manifest.params)
+                is_cut, positions = manifest.params.get("vocabulary") is not None, "positions" in manifest.params
+                return schemas.topk_schema(k, draws, is_cut=is_cut, positions=positions)
             case "hidden_state_cache":
                 blocks = [int(b) for b in manifest.params["blocks"]]
                 final = manifest.params.get("final", ())
@@ -129,6 +132,22 @@ def draws_difference(part: PartFile, draws: int, vocabulary: int | None) -> str 
         assert isinstance(counts.values, Ragged)
         if difference := _lists_difference(ids.values, counts.values, draws, vocabulary):
             return difference
+    return None
+
+
+def vocabulary_difference(part: PartFile, token_ids: TokenIds) -> str | None:
+    """What ids a part has that are outside of the vocabulary that its cache is cut to, in words; None when it has none,
+    and one outside mass for each position."""
+    names = [name for name in ("topk_ids", "sampled_ids", "input_ids") if name in part.schema.names]
+    for group in range(part.n_groups):
+        table = part.read_group(group, ["target_logprob", "outside_mass", *names])
+        n_positions, n_masses = (column_of(table[name]).lengths for name in ("target_logprob", "outside_mass"))
+        if n_positions is None or n_masses is None or not np.array_equal(n_positions, n_masses):
+            return "outside_mass of a document has not one element for each of its positions"
+        for name in names:
+            ids = flat(table[name])
+            if len(outside := ids[~is_among(token_ids, ids)]):
+                return f"{name} has {int(outside[0])}, which is not in the vocabulary that the cache is cut to"
     return None
 
 

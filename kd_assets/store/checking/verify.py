@@ -17,6 +17,7 @@ from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
     CorruptPlanError,
+    MissingInputError,
     NotCommittedError,
     ObstructedError,
     StoreError,
@@ -29,6 +30,7 @@ from kd_assets.store.checking.rows import (
     part_documents,
     positions_difference,
     schema_difference,
+    vocabulary_difference,
 )
 from kd_assets.store.layout import (
     AUDIT_NAME,
@@ -60,6 +62,7 @@ from kd_assets.store.reading.chosen import require_place
 from kd_assets.store.reading.planned import PLAN_FOLDER, PLAN_NAME, planned_partitions
 from kd_assets.store.recorded_checks import draws_of, failed_check
 from kd_assets.store.schema import hidden_size_of
+from kd_assets.store.vocabulary import vocabulary_of
 
 PARTITIONED = ("shards_manifest", *CACHES)
 """Assets whose partitions are those of the plan."""
@@ -403,6 +406,13 @@ def _wrong_lists(part: PartFile, manifest: Manifest) -> tuple[ProblemKind, str] 
         difference := draws_difference(part, draws, manifest.facts.get("vocab_size"))
     ):
         return "wrong_draws", difference
+    if manifest.params.get("vocabulary") is not None:
+        try:
+            token_ids = vocabulary_of(manifest, part.path.parent)
+        except MissingInputError:  # nothing can be compared without the file beside, of which others tell
+            return None
+        if token_ids is not None and (difference := vocabulary_difference(part, token_ids)):
+            return "wrong_vocabulary", difference
     return None
 
 

@@ -46,11 +46,13 @@ def encode_topk(
     logsumexp_M: FloatArray,
     target_logprob_M: FloatArray,
     sampled_ids_Md: npt.NDArray[np.uint32] | None = None,
+    outside_mass_M: FloatArray | None = None,
     positions: KeptPositions | None = None,
 ) -> pa.Table:
     """Top-k log-probabilities as rows of a cache: uint32 and float16 [M, k], float32 [M] and [M].
 
     `sampled_ids_Md` uint32 [M, d], of a cache with draws: the token ids drawn at each position, in any order.
+    `outside_mass_M` float32 [M], of a cache that is cut to a student's vocabulary: the probability of all other ids.
     `positions`, of a cache that keeps some: which; M is then their number.
     """
     offsets = documents.offsets - np.arange(documents.n_documents + 1) if positions is None else positions.offsets
@@ -77,9 +79,12 @@ def encode_topk(
         draws = sampled_ids_Md.shape[1]
         _expect("sampled_ids", sampled_ids_Md, np.uint32, (n_positions, draws))
         columns += [_lists(offsets, counted) for counted in _counted(sampled_ids_Md)]
+    if outside_mass_M is not None:
+        _expect("outside_mass", outside_mass_M, np.float32, (n_positions,))
+        columns.append(_lists(offsets, pa.array(outside_mass_M)))
     if positions is not None:
         columns.append(_lists(offsets, pa.array(positions.positions_M)))
-    schema = schemas.topk_schema(k, draws, positions=positions is not None)
+    schema = schemas.topk_schema(k, draws, is_cut=outside_mass_M is not None, positions=positions is not None)
     return _table(documents, columns, schema)
 
 
@@ -134,6 +139,8 @@ def _topk_stats(table: pa.Table) -> dict[str, float]:
     k = table.schema.field("topk_ids").type.value_type.list_size
     logprobs_Mk = flat(table["topk_logprobs"]).reshape(-1, k)
     others = [flat(table["logsumexp"]), flat(table["target_logprob"])]
+    if "outside_mass" in table.schema.names:
+        others.append(flat(table["outside_mass"]))
     n_non_finite = sum(int(np.count_nonzero(~np.isfinite(values))) for values in others)
     max_sum, min_logprob, max_logprob = 0.0, 0.0, -np.inf
     rows = max(1, _CHUNK // k)
@@ -149,13 +156,28 @@ def _topk_stats(table: pa.Table) -> dict[str, float]:
         max_logprob = max(max_logprob, float(chunk.max()))
         # a logprob above 0 is wrong, and found so below; far above, its exponential must not become infinite
         max_sum = max(max_sum, float(np.exp(np.minimum(chunk, 10)).sum(axis=1).max()))
-    stats = {"n_non_finite": n_non_finite, "n_positions": len(logprobs_Mk), "max_probability_sum": max_sum}
+    stats: dict[str, float] = {
+        "n_non_finite": n_non_finite,
+        "n_positions": len(logprobs_Mk),
+        "max_probability_sum": max_sum,
+    }
     if len(logprobs_Mk):
         stats |= {"min_logprob": min_logprob, "max_logprob": max_logprob}
     if "sampled_ids" in table.schema.names:
         ids, counts = flat(table["sampled_ids"]), flat(table["sampled_counts"])
         stats |= {"n_sampled_ids": len(ids), "n_draws": int(counts.sum()), "max_sampled_id": int(ids.max(initial=0))}
+    if "outside_mass" in table.schema.names:
+        stats |= _outside_stats(flat(table["outside_mass"]))
     return {name: float(value) for name, value in stats.items()}
+
+
+def _outside_stats(mass_M: FloatArray) -> dict[str, float]:
+    """The sum of masses over positions is how many tokens outside the teacher would give there on average."""
+    finite_M = mass_M[np.isfinite(mass_M)]
+    stats = {"n_expected_outside": float(finite_M.sum(dtype=np.float64))}
+    if len(finite_M):
+        stats |= {"min_outside_mass": float(finite_M.min()), "max_outside_mass": float(finite_M.max())}
+    return stats
 
 
 def _bfloat16_stats(columns: list[npt.NDArray[np.uint16]]) -> dict[str, float]:

@@ -9,7 +9,8 @@ tokens has T - 1 rows, and the student's logits for them are `logits[:, :-1]`, t
 and rows that do not fit each other are refused. Hidden states belong to their own token and are not shifted.
 
 Cut distributions: log-probabilities are those of the cache, true ones at temperature 1, and what they lack to 1 is the
-mass outside.
+mass outside. Those of a cache that is cut to a student's vocabulary are of the distribution over its ids alone: the
+same holds of them, a student with logits for these ids only can be the teacher, and `outside_mass` enters no loss.
 
 Legend: B documents, T positions, V vocabulary, k of top-k, s ids among the random draws of a position, H hidden size,
 M selected positions or documents.

@@ -20,9 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_assets.contract import FinalState
+from kd_assets.contract import FinalState, TokenIds
 from kd_assets.store.schema import HiddenState
 from kd_assets.teacher.batch.forward import States, run_forward
+from kd_assets.teacher.batch.outside import Outside, outside_mass
 from kd_assets.teacher.batch.sampling import drawn_ids
 from kd_assets.teacher.batch.topk import CompiledLogSums, LogSums, eager_log_sums, proven_log_sums, topk_logprobs
 from kd_assets.teacher.model.head import ChunkBuffers
@@ -43,6 +44,8 @@ class TopkStep:
     """The token that really comes next."""
     uniforms_Md: npt.NDArray[np.float32] | None = None
     """A number in [0, 1) for each draw from the distribution; None: no draws."""
+    token_ids: TokenIds | None = None
+    """The ids that distributions are cut to, at least k of them; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -89,7 +92,7 @@ class PooledStates:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TopkRows:
-    """Next-token distributions, natural log at temperature 1 against the full vocabulary."""
+    """Next-token distributions, natural log at temperature 1, against all ids or those of the step."""
 
     ids_Mk: Tensor
     """int32, most probable first; ties: lowest token id first."""
@@ -102,6 +105,8 @@ class TopkRows:
     finite_M: Tensor
     sampled_ids_Md: Tensor | None
     """int32: ids drawn with replacement, in the order of the uniforms."""
+    outside_mass_M: Tensor | None
+    """float32: the probability of all other ids, where the step has some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -134,6 +139,7 @@ class StepResult:
                 target_logprob_M=move(topk.target_logprob_M),
                 finite_M=move(topk.finite_M),
                 sampled_ids_Md=None if topk.sampled_ids_Md is None else move(topk.sampled_ids_Md),
+                outside_mass_M=None if topk.outside_mass_M is None else move(topk.outside_mass_M),
             ),
         )
 
@@ -149,6 +155,7 @@ class Engine:
         self._buffers = ChunkBuffers(
             vocabulary_size=teacher.vocabulary_size, dtype=teacher.dtype, device=_logits_device(teacher)
         )
+        self._outside: dict[TokenIds, Outside] = {}
         self._log_sums: LogSums = eager_log_sums
         if self._buffers.device.type == "cuda":
             self._log_sums = proven_log_sums(
@@ -209,19 +216,32 @@ class Engine:
     def _topk_chunk(self, states: States, step: TopkStep, chunk: slice) -> TopkRows:
         logits_NV = self._logits(states, step.rows_M[chunk])
         targets_N = on_device(step.targets_M[chunk], logits_NV.device)
+        log_outside_N = None if step.token_ids is None else self._outside_of(step.token_ids, logits_NV).cut(logits_NV)
         found = topk_logprobs(logits_NV, targets_N, step.k, self._log_sums)
         drawn_Nd = None
         if step.uniforms_Md is not None:
             uniforms_Nd = on_device(step.uniforms_Md[chunk], logits_NV.device)
             drawn_Nd = drawn_ids(logits_NV, found.largest_N, uniforms_Nd).int()
+        checked_N = found.logsumexp_N + found.target_logprob_N + found.logprobs_Nk.sum(1)
+        mass_N = None
+        if log_outside_N is not None:
+            mass_N = outside_mass(log_outside_N, found.logsumexp_N)
+            checked_N = checked_N + mass_N
         return TopkRows(
             ids_Mk=found.ids_Nk.int(),
             logprobs_Mk=found.logprobs_Nk.half(),
             logsumexp_M=found.logsumexp_N,
             target_logprob_M=found.target_logprob_N,
-            finite_M=(found.logsumexp_N + found.target_logprob_N + found.logprobs_Nk.sum(1)).isfinite(),
+            finite_M=checked_N.isfinite(),
             sampled_ids_Md=drawn_Nd,
+            outside_mass_M=mass_N,
         )
+
+    def _outside_of(self, token_ids: TokenIds, logits_NV: Tensor) -> Outside:
+        """What is left out, put on the device once."""
+        if token_ids not in self._outside:
+            self._outside = {token_ids: Outside(token_ids, vocabulary_size=logits_NV.shape[1], device=logits_NV.device)}
+        return self._outside[token_ids]
 
     def _logits(self, states: States, rows_N: Int64Array) -> Tensor:
         """[N, V] of these rows of the flattened batch."""
@@ -283,12 +303,14 @@ def no_rows(step: TopkStep, device: torch.device) -> TopkRows:
         target_logprob_M=none_M,
         finite_M=none_M.bool(),
         sampled_ids_Md=None if drawn is None else torch.empty(drawn.shape, dtype=torch.int32, device=device),
+        outside_mass_M=None if step.token_ids is None else none_M,
     )
 
 
 def joined(chunks: list[TopkRows]) -> TopkRows:
     """The rows of all chunks, in their order."""
     drawn = [c.sampled_ids_Md for c in chunks if c.sampled_ids_Md is not None]
+    masses = [c.outside_mass_M for c in chunks if c.outside_mass_M is not None]
     return TopkRows(
         ids_Mk=torch.cat([c.ids_Mk for c in chunks]),
         logprobs_Mk=torch.cat([c.logprobs_Mk for c in chunks]),
@@ -296,4 +318,5 @@ def joined(chunks: list[TopkRows]) -> TopkRows:
         target_logprob_M=torch.cat([c.target_logprob_M for c in chunks]),
         finite_M=torch.cat([c.finite_M for c in chunks]),
         sampled_ids_Md=torch.cat(drawn) if drawn else None,
+        outside_mass_M=torch.cat(masses) if masses else None,
     )

@@ -43,7 +43,7 @@ the sum over all ids in float32."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopK:
-    """What the response-based cache keeps of each position (natural log, temperature 1, full vocabulary)."""
+    """What the response-based cache keeps of each position (natural log, temperature 1, over all columns)."""
 
     ids_Nk: Tensor
     """int64, most probable first; ties: lowest token id first."""
@@ -60,8 +60,8 @@ class TopK:
 def topk_logprobs(logits_NV: Tensor, targets_N: Tensor, k: int, log_sums: LogSums | None = None) -> TopK:
     """Top-k log-probabilities against the full vocabulary, in float32. Ties: lowest token id first.
 
-    `logits_NV` of any float dtype, `targets_N` int64. A row with NaN or with an infinity on top gets a logsumexp that
-    is not finite. Raises ValueError if k > V.
+    `logits_NV` of any float dtype, `targets_N` int64; a logit of -inf is that of an id which is not there. A row with
+    NaN or with an infinity on top gets a logsumexp that is not finite. Raises ValueError if k > V.
     """
     if k > logits_NV.shape[1]:
         raise ValueError(f"k is {k}, the vocabulary has {logits_NV.shape[1]} ids")

@@ -249,6 +249,7 @@ def full_step(teacher: Teacher, params: TeacherParams, *, n_documents: int, widt
             rows_M=rows_M,
             targets_M=ids_BT.reshape(-1)[rows_M + 1],
             uniforms_Md=uniforms_Md if topk.draws else None,
+            token_ids=topk.token_ids,
         )
     return Step(
         ids_BT=ids_BT,

@@ -182,7 +182,13 @@ def check_recipe(params: TeacherParams, config: Any) -> None:
 
 def check_k(params: TeacherParams, vocabulary_size: int | None) -> None:
     assert params.topk is not None
-    k = params.topk.k
+    k, token_ids = params.topk.k, params.topk.token_ids
+    if token_ids is not None:
+        kept = token_ids if vocabulary_size is None else token_ids.cut(vocabulary_size)
+        if k > (n_ids := 0 if kept is None else len(kept)):
+            raise RecipeError(
+                f"topk.k is {k}: topk.vocabulary leaves {n_ids} of the {vocabulary_size} token ids of {params.model}"
+            )
     if k < 1 or (vocabulary_size is not None and k > vocabulary_size):
         raise RecipeError(f"topk.k is {k}: {params.model} has a vocabulary of {vocabulary_size}")
 

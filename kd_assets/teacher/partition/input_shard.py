@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from kd_assets.contract import TeacherParams, WorkUnit
-from kd_assets.errors import ContractError, RecipeError
+from kd_assets.errors import ContractError, InputError, RecipeError, StorageUnavailableError
+from kd_assets.model_files.folder import model_folder
+from kd_assets.model_files.vocabulary import token_table
 from kd_assets.store import Shard, read_shard
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.vocabulary import is_among
 from kd_assets.teacher.model.load import Teacher, Warn
 from kd_assets.teacher.partition.batching import longest
 
@@ -26,6 +29,8 @@ def read_input_shard(unit: WorkUnit, teacher: Teacher, params: TeacherParams, *,
     if not shard.document_ids:
         return shard  # every record was skipped, as the recipe says: its caches are empty, too
     check_token_ids(shard, Path(folders[0]), teacher.n_token_ids, unit.partition_key)
+    if any(output.asset == "topk_cache" for output in unit.outputs):
+        check_vocabulary(shard, Path(folders[0]), params, unit.partition_key)
     n_tokens = min(int(shard.n_tokens_D.max()), longest(params))
     if message := check_length(n_tokens, teacher, unit.partition_key):
         warn(message)
@@ -47,6 +52,39 @@ def check_token_ids(shard: Shard, folder: Path, n_token_ids: int, partition_key:
         "has more tokens than config.json's vocab_size, or was another one: leave these tokens out of the texts, or "
         "name a teacher whose embeddings were resized (a shard that is made now has no such documents)"
     )
+
+
+def check_vocabulary(shard: Shard, folder: Path, params: TeacherParams, partition_key: str) -> None:
+    """Raise RecipeError for documents with a token, among those that the top-k cache has, that is outside of the
+    student's vocabulary: a student can neither read nor learn it. Names the first."""
+    topk = params.topk
+    if topk is None or topk.token_ids is None:
+        return
+    outside = np.flatnonzero(~is_among(topk.token_ids, shard.input_ids_N))
+    rows_O = np.searchsorted(shard.offsets_D1, outside, side="right") - 1
+    in_cache = outside - shard.offsets_D1[rows_O] < topk.max_length
+    outside, rows_O = outside[in_cache], rows_O[in_cache]
+    if not len(outside):
+        return
+    row, rows = int(rows_O[0]), np.unique(rows_O)
+    source, number = read_origins(shard, folder)[row]
+    at, token_id = int(outside[0] - shard.offsets_D1[row]), int(shard.input_ids_N[outside[0]])
+    raise RecipeError(
+        f"partition {partition_key}: document {shard.document_ids[row]!r} (row {row} of the shard, record {number} of "
+        f"source {source!r}) has {named_token(token_id, params)} at position {at}, which is not among the "
+        f"{len(topk.token_ids):,} ids of topk.vocabulary ({len(rows):,} of {len(shard.document_ids):,} documents have "
+        "such tokens): a student without that token can neither read nor learn the document. Leave such documents out "
+        "of the source, or name a vocabulary that has their tokens"
+    )
+
+
+def named_token(token_id: int, params: TeacherParams) -> str:
+    """With what the teacher's tokenizer calls it, where its files say that."""
+    try:
+        token = token_table(model_folder(params.model, params.revision)).get(token_id)
+    except (InputError, StorageUnavailableError):
+        token = None
+    return f"token id {token_id}" + ("" if token is None else f" ({token!r})")
 
 
 def read_origins(shard: Shard, folder: Path) -> list[tuple[str, int]]:

@@ -54,6 +54,7 @@ class Recomputation:
                 dtype=teacher.dtype,
                 seed=self._params.seed,
                 quantisation=teacher.quantisation,
+                token_ids=None if self._params.topk is None else self._params.topk.token_ids,
                 routed=teacher.routed,
             )
             for asset in results

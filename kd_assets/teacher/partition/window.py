@@ -19,7 +19,15 @@ import numpy.typing as npt
 import pyarrow as pa
 from torch import Tensor
 
-from kd_assets.contract import Asset, EmbeddingParams, FinalState, HiddenStateParams, TeacherParams, TopkParams
+from kd_assets.contract import (
+    Asset,
+    EmbeddingParams,
+    FinalState,
+    HiddenStateParams,
+    TeacherParams,
+    TokenIds,
+    TopkParams,
+)
 from kd_assets.errors import NonFiniteTeacherError
 from kd_assets.store import Documents, KeptPositions, Shard, encode_embeddings, encode_hidden_states, encode_topk
 from kd_assets.store.positions import kept_positions
@@ -107,6 +115,9 @@ class TopkArrays:
     logsumexp_M: npt.NDArray[np.float32]
     target_logprob_M: npt.NDArray[np.float32]
     sampled_ids_Md: UnsignedArray | None
+    token_ids: TokenIds | None
+    """The ids that distributions are cut to; None: all."""
+    outside_mass_M: npt.NDArray[np.float32] | None
 
     @staticmethod
     def empty(documents: Documents, params: TopkParams) -> TopkArrays:
@@ -120,6 +131,8 @@ class TopkArrays:
             logsumexp_M=np.empty(m, np.float32),
             target_logprob_M=np.empty(m, np.float32),
             sampled_ids_Md=np.empty((m, params.draws), np.uint32) if params.draws else None,
+            token_ids=params.token_ids,
+            outside_mass_M=None if params.token_ids is None else np.empty(m, np.float32),
         )
 
     @property
@@ -134,6 +147,7 @@ class TopkArrays:
             logsumexp_M=self.logsumexp_M,
             target_logprob_M=self.target_logprob_M,
             sampled_ids_Md=self.sampled_ids_Md,
+            outside_mass_M=self.outside_mass_M,
             positions=self.positions,
         )
 
@@ -284,6 +298,7 @@ class Capture:
             rows_M=rows.batch_rows(self.batch),
             targets_M=documents.input_ids[next_tokens_M].astype(np.int64),
             uniforms_Md=drawn,
+            token_ids=kept.token_ids,
         )
 
     def _keep_block(self, kept: HiddenStateArrays, block: HiddenState, found: BlockStates) -> None:
@@ -308,6 +323,8 @@ class Capture:
         kept.target_logprob_M[to_M] = found.target_logprob_M.numpy()
         if kept.sampled_ids_Md is not None and found.sampled_ids_Md is not None:
             kept.sampled_ids_Md[to_M] = found.sampled_ids_Md.numpy().view(np.uint32)
+        if kept.outside_mass_M is not None and found.outside_mass_M is not None:
+            kept.outside_mass_M[to_M] = found.outside_mass_M.numpy()
 
     def _check_finite(self, finite: Tensor, documents: Documents, lengths_B: Int64Array, where: str) -> None:
         """`finite` [sum of lengths]: one flag a row."""

@@ -127,9 +127,9 @@ def teacher_params(teacher: Path) -> TeacherParams:
     )
 
 
-def without_positions(params: dict[str, Any]) -> dict[str, Any]:
-    """All of them are kept, of which an identity says nothing."""
-    return {name: value for name, value in params.items() if name != "positions"}
+def as_in_identity(params: dict[str, Any]) -> dict[str, Any]:
+    """All positions and all ids are kept, of which an identity says nothing."""
+    return {name: value for name, value in params.items() if name not in ("positions", "vocabulary", "token_ids")}
 
 
 def teacher_job(folder: Path, shard: Path, params: TeacherParams) -> JobFile:
@@ -139,8 +139,8 @@ def teacher_job(folder: Path, shard: Path, params: TeacherParams) -> JobFile:
     assert params.embeddings is not None
     manifest = read_manifest(shard)
     caches: tuple[tuple[Asset, dict[str, Any]], ...] = (
-        ("topk_cache", without_positions(asdict(params.topk)) | {"seed": params.seed}),
-        ("hidden_state_cache", without_positions(asdict(params.hidden_states))),
+        ("topk_cache", as_in_identity(asdict(params.topk)) | {"seed": params.seed}),
+        ("hidden_state_cache", as_in_identity(asdict(params.hidden_states))),
         ("embedding_cache", asdict(params.embeddings)),
     )
     outputs = tuple(

@@ -40,7 +40,8 @@ def run(folder: Path, params: TeacherParams, documents: Documents) -> Path:
     unit = desk.unit(desk.commit_shard(documents), params, ("topk_cache",))
     assert params.topk is not None
     kept = dataclasses.asdict(params.topk) | {"seed": params.seed}
-    del kept["positions"]  # all of them, of which an identity says nothing
+    for name in ("positions", "vocabulary", "token_ids"):  # all of them, of which an identity says nothing
+        del kept[name]
     identity = {**unit.outputs[0].identity, "params": kept}
     output = plan_output("topk_cache", identity, recipe_folder=desk.recipe_folder, partition_key=unit.partition_key)
     desk.run(params, dataclasses.replace(unit, outputs=(output,)))

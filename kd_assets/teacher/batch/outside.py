@@ -1,0 +1,62 @@
+"""The ids that a student does not have: their probability, and logits without them.
+
+Used by `kd_assets.teacher` only. Names: N = rows (positions), V = vocabulary, O = ids (columns) that are left out.
+
+The left-out columns are made -inf where the logits are: no second tensor of their size, no other shape for the kernels
+that follow, and each of these gives such an id the probability 0. Only the left-out columns are looked at, once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_assets.contract import TokenIds
+from kd_assets.teacher.batch.topk import SCRATCH_BYTES
+
+_BYTES_A_LOGIT = 12
+"""Of a left-out one: gathered as it is, in float32, and its exponential."""
+
+
+class Outside:
+    """The columns of a teacher's logits that a vocabulary leaves out, on the device of the logits."""
+
+    def __init__(self, token_ids: TokenIds, *, vocabulary_size: int, device: torch.device) -> None:
+        is_out_V = torch.ones(vocabulary_size, dtype=torch.bool)
+        for first, end in token_ids.runs:
+            is_out_V[first:end] = False
+        self._ids_O = is_out_V.nonzero().squeeze(1).to(device)
+
+    def cut(self, logits_NV: Tensor) -> Tensor:
+        """float32 [N]: the logsumexp of the left-out logits, which are -inf on return; -inf where none are left out.
+
+        `logits_NV` of any float dtype; runs of rows at a time, in `SCRATCH_BYTES`.
+        """
+        log_outside_N = torch.full((len(logits_NV),), -torch.inf, dtype=torch.float32, device=logits_NV.device)
+        if not len(self._ids_O):
+            return log_outside_N
+        rows = max(1, SCRATCH_BYTES[logits_NV.device.type] // (_BYTES_A_LOGIT * len(self._ids_O)))
+        for start in range(0, len(logits_NV), rows):
+            run = slice(start, start + rows)
+            log_outside_N[run] = logits_NV[run].index_select(1, self._ids_O).float().logsumexp(dim=1)
+        logits_NV.index_fill_(1, self._ids_O, -torch.inf)
+        return log_outside_N
+
+
+def outside_mass(log_outside_N: Tensor, log_kept_N: Tensor) -> Tensor:
+    """float32 [N]: the probability of what is left out, by the logsumexp of its logits and of the kept ones.
+
+    Right to a few units in its last places however small it is; 0 where nothing is left out; NaN where either is NaN or
+    infinite.
+    """
+    return (log_outside_N - torch.logaddexp(log_outside_N, log_kept_N)).exp()
+
+
+def masked(logits_PV: Tensor, token_ids: TokenIds | None) -> Tensor:
+    """The plain way, for checks: a copy of the logits with -inf at every id that is left out."""
+    if token_ids is None:
+        return logits_PV
+    is_kept_V = torch.zeros(logits_PV.shape[1], dtype=torch.bool)
+    for first, end in token_ids.runs:
+        is_kept_V[first:end] = True
+    return logits_PV.masked_fill(~is_kept_V.to(logits_PV.device), -torch.inf)
