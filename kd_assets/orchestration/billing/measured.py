@@ -83,6 +83,8 @@ def is_of(recipe: Recipe, asset: Asset, manifest: Manifest) -> bool:
     wanted: dict[str, Any] = {"asset": asset}
     if asset == SHARDS_MANIFEST:
         wanted["max_length"] = recipe.max_length
+    elif asset in recipe.export_params:
+        wanted["params"] = recipe.export_params[asset].content()
     else:
         params = content_of(recipe.cache_params[asset], seed=recipe.teacher.seed)
         wanted |= {"params": params, "dtype": recipe.teacher.dtype, **recipe.teacher.changes_to_the_model}
