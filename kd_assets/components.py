@@ -19,6 +19,7 @@ from kd_assets.model_files.size import TeacherShape
 from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets.recipes.cluster_profile import Positive
+from kd_assets.recipes.exports import Exports, export_params
 from kd_assets.recipes.models import CachesModel, JobsModel, NightlyModel, SourceModel, StudentModel, TeacherModel
 from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising
 from kd_assets.sources.spec import DatasetSpec, Sharding, SourceSpec
@@ -62,6 +63,9 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
     caches: CachesModel
     student: StudentModel | None = None
     """Leave it out for no student_smoke asset."""
+    exports: Exports
+    """Formats that the caches are written in besides, an asset each: names (`hf`), or mappings with a format and its
+    options (`{format: specforge, max_length: 2048}`)."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     part_documents: Positive = 256
     part_tokens: Positive = 131072
@@ -101,6 +105,7 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
             hidden_states=None if caches.hidden_states is None else caches.hidden_states.to_params(),
             embeddings=None if caches.embeddings is None else EmbeddingParams(**caches.embeddings.model_dump()),
             student=None if self.student is None else StudentParams(**self.student.model_dump()),
+            exports=export_params(self.exports),
             on_bad_record=self.on_bad_record,
             part_documents=self.part_documents,
             part_tokens=self.part_tokens,
@@ -126,6 +131,7 @@ class TeacherCaches(dg.Component, dg.Model, dg.Resolvable):
                 "shards": self.jobs.shards.to_tasks(),
                 "teacher": self.jobs.teacher.to_tasks(),
                 "student": self.jobs.student.to_tasks(),
+                "export": (self.jobs.export or self.jobs.shards).to_tasks(),
             },
             nightly_plan_cron=self.nightly.plan,
             nightly_caches_cron=self.nightly.caches,

@@ -187,10 +187,10 @@ def read_if_there(path: Path, *, known: Path | None = None) -> bytes | None:
     return read_patiently(read, path)
 
 
-def size_if_there(path: Path) -> int | None:
-    """Bytes of a file in a folder that is known to be there; None where the file is not. Raises
-    StorageUnavailableError, also where the folder is gone, for the reason that `read_if_there` gives, and
-    ObstructedError where something else has its name."""
+def size_if_there(path: Path, *, known: Path | None = None) -> int | None:
+    """Bytes of a file in a folder that is known to be there (`known`: one above, where the file's own may be gone,
+    too); None where the file is not. Raises StorageUnavailableError, also where that folder is gone, for the reason
+    that `read_if_there` gives, and ObstructedError where something else has its name."""
 
     def read() -> int | None:
         try:
@@ -198,7 +198,11 @@ def size_if_there(path: Path) -> int | None:
             _require_file(status.st_mode)
             return status.st_size
         except FileNotFoundError:
-            path.parent.stat()
+            (known or path.parent).stat()
+            return None
+        except NotADirectoryError:
+            if known is None:
+                raise
             return None
 
     return read_patiently(read, path)

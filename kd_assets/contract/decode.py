@@ -6,6 +6,7 @@ a field to ignore.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -44,9 +45,8 @@ def _decode(expected: Any, raw: Any, where: str) -> Any:
     decoded: Any = _MISFIT
     if expected is Any or (origin is Literal and raw in args):
         decoded = raw
-    elif origin in (typing.Union, types.UnionType):  # only `X | None` occurs here
-        (inner,) = (a for a in args if a is not type(None))
-        decoded = None if raw is None else _decode(inner, raw, where)
+    elif origin in (typing.Union, types.UnionType):
+        decoded = None if raw is None and type(None) in args else _decode_one_of(args, raw, where)
     elif origin is list and isinstance(raw, list):
         decoded = [_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw)]
     elif origin is tuple and isinstance(raw, list):
@@ -62,6 +62,15 @@ def _decode(expected: Any, raw: Any, where: str) -> Any:
     if decoded is _MISFIT:
         raise ContractError(f"{where}: expected {getattr(expected, '__name__', expected)}, found {raw!r:.200}")
     return decoded
+
+
+def _decode_one_of(args: tuple[Any, ...], raw: Any, where: str) -> Any:
+    """As the first of these types that takes it; the complaint is that of the last."""
+    *others, last = (a for a in args if a is not type(None))
+    for expected in others:
+        with contextlib.suppress(ContractError):
+            return _decode(expected, raw, where)
+    return _decode(last, raw, where)
 
 
 def _decode_dataclass(cls: type, raw: Mapping[str, Any], where: str) -> Any:

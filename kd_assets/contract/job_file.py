@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kd_assets.contract.decode import decode, parse_json
 from kd_assets.contract.token_ids import TokenIds
@@ -19,11 +19,23 @@ from kd_assets.errors import ContractError
 
 CONTRACT_VERSION = 5
 
-JobKind = Literal["shards", "teacher", "student"]
+JobKind = Literal["shards", "teacher", "student", "export"]
 
-Asset = Literal["shards_manifest", "topk_cache", "hidden_state_cache", "embedding_cache", "student_smoke"]
+ExportAsset = Literal[
+    "export_hf",
+    "export_modelopt",
+    "export_original",
+    "export_safetensors",
+    "export_specforge",
+    "export_specforge_dflash",
+]
+"""`export_<format>` of every format in `kd_assets.export.formats`: a format is made an asset by one line here."""
+
+Asset = Literal["shards_manifest", "topk_cache", "hidden_state_cache", "embedding_cache", "student_smoke", ExportAsset]
 
 CACHES: tuple[Asset, ...] = ("topk_cache", "hidden_state_cache", "embedding_cache")
+
+EXPORTS: tuple[ExportAsset, ...] = get_args(ExportAsset)
 
 FinalState = Literal["before_norm", "after_norm"]
 """A state at the decoder's end: before or after its final norm."""
@@ -234,6 +246,31 @@ class StudentParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExportParams:
+    """An export of each partition's caches: the options of `kd_assets.export.format.ExportOptions` that one partition
+    can have."""
+
+    asset: ExportAsset
+    max_length: int | None = None
+    validation_share: float = 0.0
+    learned_only: bool = False
+    seed: int = 0
+    assets: tuple[Asset, ...] | None = None
+    states: tuple[int | FinalState, ...] | None = None
+
+    @property
+    def format_name(self) -> str:
+        return self.asset.removeprefix("export_")
+
+    def content(self) -> dict[str, Any]:
+        """The format and the options that are not left to their defaults: what enters an identity."""
+        plain = ExportParams(asset=self.asset)
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        used = {name: value for name, value in named.items() if value != getattr(plain, name)}
+        return {"format": self.format_name} | used
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
     """One result a unit must leave behind: an asset's partition with the identity that names it."""
 
@@ -257,7 +294,8 @@ class WorkUnit:
     """Kind `shards`: the records that make the shard."""
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Asset name → committed result folders. Kind `teacher`: {"shards_manifest": (folder,)}; kind `student`: every
-    cache of every shard, the folders of all assets in the same shard order."""
+    cache of every shard, the folders of all assets in the same shard order; kind `export`: the caches of the
+    partition."""
     outputs: tuple[Output, ...]
 
 
@@ -278,6 +316,7 @@ class JobFile:
     shards: ShardsParams | None = None
     teacher: TeacherParams | None = None
     student: StudentParams | None = None
+    exports: tuple[ExportParams, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
     """What only the control plane knows (run id, code commit, source revisions and licences); copied to manifests."""
 

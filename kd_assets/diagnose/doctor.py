@@ -128,6 +128,11 @@ def search_files(folders: Sequence[Path], values: Mapping[str, bytes]) -> tuple[
 # ------------------------------------------------------------------------------------------------------ the cluster
 
 
+def _optional(recipe: Recipe) -> dict[JobKind, bool]:
+    """The kinds of jobs that a recipe may do without → whether it has them."""
+    return {"student": recipe.student is not None, "export": bool(recipe.exports)}
+
+
 def check_cluster(
     recipe: Recipe | None, platform: Platform, profile: Profile, *, test_job: bool, wait_s: float
 ) -> Iterator[Finding]:
@@ -136,7 +141,8 @@ def check_cluster(
     yield from findings
     if any(f.status is Status.FAIL for f in findings):
         return
-    kinds = [kind for kind in KINDS if recipe is None or kind != "student" or recipe.student is not None]
+    unused = set() if recipe is None else {kind for kind, is_used in _optional(recipe).items() if not is_used}
+    kinds = [kind for kind in KINDS if kind not in unused]
     wanted: dict[JobKind, Resources] = {}
     for kind in kinds:
         try:

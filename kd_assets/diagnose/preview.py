@@ -18,6 +18,7 @@ from kd_assets.errors import NO_ANSWER, ContractError, MissingInputError, Recipe
 from kd_assets.model_files.placement import Placement
 from kd_assets.orchestration.driving.following import described
 from kd_assets.orchestration.materialize import planner_of
+from kd_assets.orchestration.planned_exports import export_work
 from kd_assets.orchestration.planned_work import PlannedWork, Survey
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform, secrets_set
@@ -105,7 +106,7 @@ def select_assets(recipe: Recipe, names: Sequence[str] | None) -> list[Asset]:
 
     Raises RecipeError for a name the recipe does not have.
     """
-    known: list[Asset] = [SHARDS_MANIFEST, *recipe.caches, *([STUDENT_SMOKE] if recipe.student else [])]
+    known: list[Asset] = [*recipe.partitioned, *([STUDENT_SMOKE] if recipe.student else [])]
     if names is None:
         return known
     wanted = [name.removeprefix(f"{recipe.name}/") for name in names]
@@ -155,6 +156,8 @@ class _Previewer:
         caches = [asset for asset in self._recipe.caches if asset in assets]
         if caches:
             self._add_caches(keys, caches, not_tokenised if SHARDS_MANIFEST in assets else {})
+        if exports := [asset for asset in self._recipe.export_params if asset in assets]:
+            self._add_exports(keys, exports)
         if STUDENT_SMOKE in assets:
             self._add_student()
 
@@ -216,6 +219,15 @@ class _Previewer:
             return
         tokens = {u.partition_key: u.n_tokens for u in work.units} | dict(not_tokenised)
         self._add("teacher", UNKNOWN_KEY, {key: tokens[key] for key in keys if key in tokens}, *notes)
+
+    def _add_exports(self, keys: Sequence[str], exports: Sequence[Asset]) -> None:
+        """Of partitions whose caches a job before them makes it is not known yet of what content they are made."""
+        if any(job.spec.kind == "teacher" for job in self.jobs):
+            self.notes.append(f"export: {', '.join(exports)} follow, in the run, of what these jobs make")
+        elif self._planner.planned_weights() is None and self._planner.known_weights() is None:
+            self.notes.append("export: the teacher's weights are not hashed yet, which the run does first")
+        else:
+            self._add_job(self._missing(export_work(self._planner, self._recipe, keys, exports)))
 
     def _add_student(self) -> None:
         if any(job.spec.kind == "teacher" for job in self.jobs):

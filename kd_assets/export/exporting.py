@@ -22,7 +22,6 @@ from kd_assets.errors import CorruptPartError, RecipeError, StorageUnavailableEr
 from kd_assets.export.ahead import SectionsAhead
 from kd_assets.export.folder import (
     EXPORT_NAME,
-    EXPORT_VERSION,
     LEASE_NAME,
     Exported,
     Journal,
@@ -51,6 +50,7 @@ from kd_assets.export.planning import (
 from kd_assets.export.source import FolderCaches, RecipeCaches, choose_needed, source_of
 from kd_assets.locks import Lease
 from kd_assets.store import Chosen
+from kd_assets.store.computing_versions import EXPORT_VERSION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +63,8 @@ class ExportProgress:
     of_documents: int
     n_bytes: int
     partition_key: str
+    n_tokens: int = 0
+    of_tokens: int = 0
 
 
 OnProgress = Callable[[ExportProgress], None]
@@ -95,13 +97,17 @@ def export_to_folder(
     to: Path,
     *,
     options: ExportOptions | None = None,
+    leave_out_empty: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Exported:
     """Export these committed results (asset → one folder a partition, in the order of the export) into `to`.
 
-    Of a format that counts tokens `folders` has those of shards_manifest besides. Raises as `export_recipe` does.
+    Of a format that counts tokens `folders` has those of shards_manifest besides. `leave_out_empty`: a split without a
+    document is left out, and an export without any has no file, where others are refused: of one partition of many.
+    Raises as `export_recipe` does.
     """
-    return _export(format_name, FolderCaches(folders=folders), to, options or ExportOptions(), on_progress)
+    caches = FolderCaches(folders=folders)
+    return _export(format_name, caches, to, options or ExportOptions(), on_progress, leave_out_empty=leave_out_empty)
 
 
 def format_of(name: str) -> ExportFormat:
@@ -117,6 +123,8 @@ def _export(
     to: Path,
     options: ExportOptions,
     on_progress: OnProgress | None,
+    *,
+    leave_out_empty: bool = False,
 ) -> Exported:
     export_format = format_of(format_name)
     check_options(options)
@@ -128,7 +136,7 @@ def _export(
     if (whole := found_in(to, digest)) is not None:
         _require_whole(whole)
         return whole
-    plan = plan_export(chosen, needs, options)
+    plan = plan_export(chosen, needs, options, leave_out_empty=leave_out_empty)
     require_room(to, chosen, needs, plan)
     say_what_is_cut(plan, chosen)
     is_new = not to.exists()
@@ -197,13 +205,14 @@ class _Export:
     def _write_sections(
         self, ahead: SectionsAhead, writers: Mapping[str, ExportWriter], on_progress: OnProgress | None
     ) -> None:
-        n_documents = n_bytes = 0
+        n_documents = n_tokens = n_bytes = 0
         for at, (section, partition) in enumerate(ahead, start=1):
             if partition is None:
                 line = self.journal.finished[section.split, section.index]
             else:
                 line = self._write_section(writers[section.split], section, partition)
             n_documents += line.n_documents
+            n_tokens += line.n_tokens
             n_bytes += sum(file.n_bytes for file in line.files.values())
             if on_progress is not None:
                 on_progress(
@@ -212,6 +221,8 @@ class _Export:
                         of_sections=len(self.plan.sections),
                         n_documents=n_documents,
                         of_documents=sum(self.plan.n_documents.values()),
+                        n_tokens=n_tokens,
+                        of_tokens=self.plan.n_tokens,
                         n_bytes=n_bytes,
                         partition_key=section.partition_key,
                     )

@@ -8,6 +8,7 @@ into a folder that holds anything else than this very export, and what `export.j
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +27,16 @@ from kd_assets.durable import (
     read_if_there,
     remove_file,
     size_if_there,
+    storage_errors,
 )
 from kd_assets.errors import CorruptPartError, ExportFolderError, NotCommittedError, StoreError
 from kd_assets.store import fingerprint
+from kd_assets.store.computing_versions import EXPORT_VERSION
 
 EXPORT_NAME = "export.json"
 JOURNAL_NAME = ".export-journal.jsonl"
 LEASE_NAME = ".export.lease"
 _OWN = (EXPORT_NAME, JOURNAL_NAME, LEASE_NAME)
-
-EXPORT_VERSION = 1
-"""Of `export.json`, and of what an export's fingerprint is taken of."""
 
 _SELF_HASH = "export_sha256"
 
@@ -242,6 +242,29 @@ def hashed(
             raise StoreError(f"{folder / name} was to be written, and is not there")
         found[name] = ExportedFile(n_bytes=n_bytes, sha256=known.get(name) or file_sha256(folder / name))
     return found
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill has left beside a whole export: its journal, its lease, and writes that were cut off."""
+    for path in _files_below(folder):
+        if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
+            remove_file(path)
+    for name in (JOURNAL_NAME, LEASE_NAME):
+        remove_file(folder / name)
+
+
+def discard(folder: Path) -> None:
+    """Remove an export, its `export.json` last: what a kill leaves of it is known for one that is not whole."""
+    with storage_errors(folder, "remove"):
+        for name, is_folder in listing(folder).items():
+            path = folder / name
+            if is_folder and not path.is_symlink():
+                shutil.rmtree(path)
+            elif name != EXPORT_NAME:
+                path.unlink()
+        (folder / EXPORT_NAME).unlink(missing_ok=True)
+        if folder.exists():
+            folder.rmdir()
 
 
 def _journal_fingerprint(folder: Path) -> str | None:

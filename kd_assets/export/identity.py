@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_assets.contract import Asset
-from kd_assets.export.folder import EXPORT_VERSION
 from kd_assets.export.format import ExportOptions, Needs
 from kd_assets.store import Chosen, fingerprint
+from kd_assets.store.computing_versions import EXPORT_VERSION
 
 
 def export_fingerprint(export_format: str, chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOptions) -> str:

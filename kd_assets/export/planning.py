@@ -94,11 +94,13 @@ def require_can_pack(format_name: str, needs: Needs, options: ExportOptions) -> 
         )
 
 
-def plan_export(chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOptions) -> ExportPlan:
+def plan_export(
+    chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOptions, *, leave_out_empty: bool = False
+) -> ExportPlan:
     """Go through all ids and lengths; holds those of one partition at a time.
 
-    Raises NotCommittedError where a split has no document, or too few for packed rows, and RecipeError for a document
-    that no packed row has room for.
+    Raises NotCommittedError where a split has no document, unless that is to be left out, or too few for packed rows, and
+    RecipeError for a document that no packed row has room for.
     """
     splits = (TRAIN, VALIDATION) if options.validation_share else (WHOLE,)
     plan = ExportPlan(splits=splits, n_documents=dict.fromkeys(splits, 0))
@@ -122,7 +124,11 @@ def plan_export(chosen: Mapping[Asset, Chosen], needs: Needs, options: ExportOpt
                 indexes[split] += 1
                 plan.n_documents[split] += section.n_documents
                 plan.n_tokens += section.n_tokens
-    if empty := [split for split in splits if not plan.n_documents[split]]:
+    empty = [split for split in splits if not plan.n_documents[split]]
+    if leave_out_empty:
+        plan.splits = tuple(split for split in splits if split not in empty)
+        plan.n_documents = {split: plan.n_documents[split] for split in plan.splits}
+    elif empty:
         what = f"the split {empty[0]!r} would have no document" if empty[0] else "there is no document to export"
         raise NotCommittedError(f"{what}: {sum(plan.n_documents.values())} documents in all, {_reasons(plan)}")
     _require_rows(plan, needs, options)

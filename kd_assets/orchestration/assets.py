@@ -52,22 +52,29 @@ def shard_plan_asset(recipe: Recipe, description: str | None) -> dg.AssetsDefini
 
 
 def caches_specs(recipe: Recipe) -> list[dg.AssetSpec]:
-    """One spec a partitioned asset: the shards, then each cache of the recipe."""
+    """One spec a partitioned asset: the shards, then each cache of the recipe, then each export."""
     described = {
         SHARDS_MANIFEST: ("Tokenised documents with their loss masks.", {"parquet", "huggingface"}),
         "topk_cache": ("Top-k next-token log-probabilities against the full vocabulary.", {"parquet", "pytorch"}),
         "hidden_state_cache": ("Outputs of decoder blocks, in bfloat16.", {"arrow", "pytorch"}),
         "embedding_cache": ("Final hidden states pooled over each document.", {"parquet", "pytorch"}),
+        **{
+            asset: (f"The caches as files of the format {params.format_name}.", {"export"})
+            for asset, params in recipe.export_params.items()
+        },
     }
     partitions = recipe.partitions
     specs = []
-    for asset in (SHARDS_MANIFEST, *recipe.caches):
+    for asset in recipe.partitioned:
         description, kinds = described[asset]
-        # The tokenizer comes with the teacher, so the shards depend on it, too.
-        deps = [
-            recipe.key(SHARD_PLAN if asset == SHARDS_MANIFEST else SHARDS_MANIFEST),
-            *_made_by(recipe.teacher.made_by),
-        ]
+        if asset in recipe.export_params:
+            deps = [recipe.key(cache) for cache in recipe.caches_of([asset])]
+        else:
+            # The tokenizer comes with the teacher, so the shards depend on it, too.
+            deps = [
+                recipe.key(SHARD_PLAN if asset == SHARDS_MANIFEST else SHARDS_MANIFEST),
+                *_made_by(recipe.teacher.made_by),
+            ]
         specs.append(
             dg.AssetSpec(
                 recipe.key(asset),
@@ -84,10 +91,10 @@ def caches_specs(recipe: Recipe) -> list[dg.AssetSpec]:
 
 
 def caches_assets(recipe: Recipe) -> dg.AssetsDefinition:
-    """Shards and caches in one step that any subset can be taken from.
+    """Shards, caches and exports in one step that any subset can be taken from.
 
     One step, so that a shard that cannot be tokenised does not keep the other shards of the same run from their caches,
-    and a re-execution from failure comes back to both.
+    and a re-execution from failure comes back to all.
     """
 
     @dg.multi_asset(
@@ -131,8 +138,8 @@ def recipe_jobs(recipe: Recipe) -> list[UnresolvedAssetJobDefinition]:
         ),
         dg.define_asset_job(
             f"{recipe.name}_caches",
-            selection=dg.AssetSelection.assets(*(recipe.key(a) for a in (SHARDS_MANIFEST, *recipe.caches))),
-            description="Tokenise shards and fill all caches of them in one teacher pass.",
+            selection=dg.AssetSelection.assets(*map(recipe.key, recipe.partitioned)),
+            description="Tokenise shards, fill all caches of them in one teacher pass, and export them.",
         ),
     ]
     if recipe.student is not None:

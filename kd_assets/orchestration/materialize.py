@@ -21,6 +21,7 @@ from kd_assets.orchestration.billing.bill import Bill, make_bill
 from kd_assets.orchestration.billing.words import rows, why_it_does_not_fit
 from kd_assets.orchestration.driving.waiting import Log
 from kd_assets.orchestration.orphans import alive
+from kd_assets.orchestration.planned_exports import export_work
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.lengths_picture import observe_lengths
@@ -163,7 +164,7 @@ def register_partitions(
 def materialize_caches(
     context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """Tokenise and cache the selected partitions, whichever of the four assets are selected."""
+    """Tokenise, cache and export the selected partitions, whichever of the recipe's assets are selected."""
     with as_failure(), alive(platform.jobs_folder, context.run.run_id):
         selected = _make_caches(context, recipe, platform)
     for asset in selected:
@@ -172,7 +173,7 @@ def materialize_caches(
 
 def _make_caches(context: dg.AssetExecutionContext, recipe: Recipe, platform: Platform) -> list[Asset]:
     """See to it that all that is selected is there and recorded; returns the selected assets."""
-    selected = [a for a in (SHARDS_MANIFEST, *recipe.caches) if recipe.key(a) in context.selected_asset_keys]
+    selected = [a for a in recipe.partitioned if recipe.key(a) in context.selected_asset_keys]
     checked = assets_only_checked(context, recipe)
     keys = partitions_asked_for(context, recipe, checked)
     if not keys:
@@ -196,13 +197,15 @@ def _make_caches(context: dg.AssetExecutionContext, recipe: Recipe, platform: Pl
     run = Run(context, recipe, platform, planner, recorder)
     if SHARDS_MANIFEST in selected:
         run.carry_out(run.planned(planner.shards_work, keys))
-    if caches := [a for a in selected if a != SHARDS_MANIFEST]:
-        without_shard = {f.partition_key for f in run.failed}
-        with_shard = [k for k in keys if k not in without_shard]
-        run.carry_out(run.planned(lambda some: planner.teacher_work(some, caches), with_shard))
-    if checked:
+    if caches := [a for a in selected if a in recipe.caches]:
+        run.carry_out(run.planned(lambda some: planner.teacher_work(some, caches), run.without_failure(keys)))
+    if exports := [a for a in selected if a in recipe.export_params]:
+        run.carry_out(run.planned(lambda some: export_work(planner, recipe, some, exports), run.without_failure(keys)))
+    if caches := [a for a in checked if a in recipe.caches]:
         weights = planner.planned_weights()
-        run.check(run.planned(lambda some: planner.teacher_work(some, checked, weights=weights), keys))
+        run.check(run.planned(lambda some: planner.teacher_work(some, caches, weights=weights), keys))
+    if exports := [a for a in checked if a in recipe.export_params]:
+        run.check(run.planned(lambda some: export_work(planner, recipe, some, exports), keys))
     recorder.finish()
     if (variant := run.variants_made.get(SHARDS_MANIFEST)) is not None:
         observe_lengths(context, recipe, platform.recipe_folder(recipe.name), variant)
@@ -221,9 +224,9 @@ def resolved(keys: Sequence[str], plan: ShardPlan, log: Log) -> list[str]:
 
 
 def assets_only_checked(context: dg.AssetExecutionContext, recipe: Recipe) -> list[Asset]:
-    """Caches whose checks are selected and which are not: what "Execute" on a check in the web UI asks for."""
+    """Assets whose checks are selected and which are not: what "Execute" on a check in the web UI asks for."""
     keys = {check.asset_key for check in context.selected_asset_check_keys} - set(context.selected_asset_keys)
-    return [asset for asset in recipe.caches if recipe.key(asset) in keys]
+    return [asset for asset in recipe.partitioned if recipe.key(asset) in keys]
 
 
 def partitions_asked_for(context: dg.AssetExecutionContext, recipe: Recipe, checked: Sequence[Asset]) -> list[str]:

@@ -20,7 +20,7 @@ from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.recorder import latest_data_version
 from kd_assets.orchestration.schedules import LIVE, partitions_held_by_live_runs, ranges_of
-from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
+from kd_assets.recipes.recipe import SHARD_PLAN, Recipe
 from kd_assets.sources.files.find import find_source
 from kd_assets.store.fingerprint import fingerprint
 
@@ -116,9 +116,8 @@ def requests_for_missing(instance: dg.DagsterInstance, recipe: Recipe) -> Iterat
 
 def assets_missing(instance: dg.DagsterInstance, recipe: Recipe, keys: list[str]) -> dict[str, tuple[Asset, ...]]:
     """Partition → its assets that were never materialized, in the order they are made."""
-    assets: tuple[Asset, ...] = (SHARDS_MANIFEST, *recipe.caches)
-    there = {asset: instance.get_materialized_partitions(recipe.key(asset)) for asset in assets}
-    found = {key: tuple(asset for asset in assets if key not in there[asset]) for key in keys}
+    there = {asset: instance.get_materialized_partitions(recipe.key(asset)) for asset in recipe.partitioned}
+    found = {key: tuple(asset for asset in recipe.partitioned if key not in there[asset]) for key in keys}
     return {key: lacking for key, lacking in found.items() if lacking}
 
 

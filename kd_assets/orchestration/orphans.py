@@ -29,7 +29,7 @@ from kd_assets.recipes.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import followers, is_cancelled
 
-KINDS: tuple[JobKind, ...] = ("shards", "teacher", "student")
+KINDS: tuple[JobKind, ...] = ("shards", "teacher", "export", "student")
 SETTLING_S = 60.0
 """A job younger than this may be about to get its run's lock."""
 

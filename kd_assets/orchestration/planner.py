@@ -233,7 +233,7 @@ class Planner:
             "part_documents": params.part_documents,
             **used_of(params),
         }
-        return self._output(SHARDS_MANIFEST, shard.partition_key, variant, shard.input_hash)
+        return self.output(SHARDS_MANIFEST, shard.partition_key, variant, shard.input_hash)
 
     def cache_output(self, asset: Asset, partition_key: str, shard: Manifest, weights: str | None = None) -> Output:
         """The cache of one committed shard. `weights`: see `teacher_work`."""
@@ -246,7 +246,7 @@ class Planner:
             "part_documents": self._recipe.part_documents,
             "part_tokens": self._recipe.part_tokens,
         }
-        return self._output(asset, partition_key, variant, shard.data_version)
+        return self.output(asset, partition_key, variant, shard.data_version)
 
     def _cache_params(self, asset: Asset) -> TopkParams | HiddenStateParams | EmbeddingParams:
         """The parameters of a cache, with the student's vocabulary looked up."""
@@ -277,9 +277,11 @@ class Planner:
         student = Path(place) if Path(place).is_file() else model_folder(place, None)
         return shared_token_ids(self.teacher_folder, student)
 
-    def _output(self, asset: Asset, partition_key: str, variant: Mapping[str, Any], input_hash: str) -> Output:
+    def output(self, asset: Asset, partition_key: str, variant: Mapping[str, Any], made_of: object) -> Output:
+        """The result of a partition: `variant` is how it is made, `made_of` the hash of its input (of an export JSON
+        that names its caches)."""
         versions = {"format_version": FORMAT_VERSION, **computing_versions(asset, variant.get("params", {}))}
-        identity = {"asset": asset, **versions, **variant, INPUT_KEY: input_hash}
+        identity = {"asset": asset, **versions, **variant, INPUT_KEY: made_of}
         # Through JSON, so that what the worker reads back is what was hashed.
         return plan_output(
             asset, json.loads(json.dumps(identity)), recipe_folder=self._folder, partition_key=partition_key
@@ -379,7 +381,7 @@ class Planner:
         }
         content = {asset: [versions[folder] for folder in folders] for asset, folders in inputs.items()}
         variant = {"student": dataclasses.asdict(self.student_params())}
-        output = self._output(STUDENT_SMOKE, "all", variant, fingerprint(content))
+        output = self.output(STUDENT_SMOKE, "all", variant, fingerprint(content))
         unit = WorkUnit(partition_key="all", n_tokens=sum(u.n_tokens for u in units), inputs=inputs, outputs=(output,))
         return PlannedWork(kind="student", units=(unit,)), tuple(u.partition_key for u in units)
 
@@ -465,6 +467,7 @@ class Planner:
             shards=self.shards_params() if kind == "shards" else None,
             teacher=teacher,
             student=self.student_params() if kind == "student" else None,
+            exports=self._recipe.exports if kind == "export" else (),
             provenance=self.provenance(kind) | dict(provenance),
         )
 
@@ -478,7 +481,7 @@ class Planner:
             "tokenizer_fingerprint": tokenizer,
         }
         if kind != "shards":
-            planned = self.planned_weights() if kind == "student" else None
+            planned = self.planned_weights() if kind != "teacher" else None
             facts |= {
                 "teacher": self._recipe.teacher.model,
                 "teacher_folder": str(folder),

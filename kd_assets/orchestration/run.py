@@ -261,6 +261,11 @@ class Run:
             for key, cause in causes.items()
         ]
 
+    def without_failure(self, partition_keys: Sequence[str]) -> list[str]:
+        """Those of which nothing has failed so far: the others are named for what was to come before."""
+        failed = {f.partition_key for f in self.failed}
+        return [key for key in partition_keys if key not in failed]
+
     def raise_if_anything_failed(self) -> None:
         """Raise a Failure that names every partition that was asked for and is not there, or whose checks failed."""
         checks = self._recorder.failed_checks if self._recorder is not None else {}

@@ -83,23 +83,32 @@ def nightly_requests(
 
 def assets_needed(instance: dg.DagsterInstance, recipe: Recipe, keys: Sequence[str]) -> dict[str, tuple[Asset, ...]]:
     """Partition → its assets that are missing or stale. A cache of a missing or stale shard is needed, too: it will be
-    found committed, and cost nothing, where the shard turns out the same."""
+    found committed, and cost nothing, where the shard turns out the same; and so is an export of such a cache."""
     plan_version = latest_data_version(instance, recipe.key(SHARD_PLAN))
     teacher = recipe.teacher_asset
     teacher_inputs = {} if teacher is None else {teacher: latest_data_version(instance, teacher)}
     shard_tags = latest_tags(instance, recipe.key(SHARDS_MANIFEST), keys)
     expected_inputs = {recipe.key(SHARD_PLAN): plan_version, **teacher_inputs}
     needed: dict[str, tuple[Asset, ...]] = {
-        key: (SHARDS_MANIFEST, *recipe.caches)
+        key: recipe.partitioned
         for key in keys
         if not is_fresh(shard_tags.get(key), recipe.code_version(SHARDS_MANIFEST), expected_inputs)
     }
     with_fresh_shard = [key for key in keys if key not in needed]
+    versions: dict[Asset, dict[str, str | None]] = {}
     for asset in recipe.caches:
         tags = latest_tags(instance, recipe.key(asset), with_fresh_shard)
+        versions[asset] = {key: of_key.get(DATA_VERSION_TAG) for key, of_key in tags.items()}
         for key in with_fresh_shard:
             inputs = {recipe.key(SHARDS_MANIFEST): shard_tags[key].get(DATA_VERSION_TAG), **teacher_inputs}
             if not is_fresh(tags.get(key), recipe.code_version(asset), inputs):
+                needed[key] = (*needed.get(key, ()), asset)
+    for asset in recipe.export_params:
+        tags, caches = latest_tags(instance, recipe.key(asset), with_fresh_shard), recipe.caches_of([asset])
+        for key in with_fresh_shard:
+            inputs = {recipe.key(cache): versions[cache].get(key) for cache in caches}
+            is_of_needed = bool(set(caches) & set(needed.get(key, ())))
+            if is_of_needed or not is_fresh(tags.get(key), recipe.code_version(asset), inputs):
                 needed[key] = (*needed.get(key, ()), asset)
     return needed
 
@@ -107,15 +116,16 @@ def assets_needed(instance: dg.DagsterInstance, recipe: Recipe, keys: Sequence[s
 def with_put_aside(
     recipe: Recipe, keys: Sequence[str], needed: Mapping[str, tuple[Asset, ...]], put_aside: Mapping[str, Set[str]]
 ) -> dict[str, tuple[Asset, ...]]:
-    """`needed`, and what is in quarantine. Caches of a shard that is come with it."""
+    """`needed`, and what is in quarantine. Caches of a shard that is come with it, and exports of a cache that is."""
     found: dict[str, tuple[Asset, ...]] = {}
     for key in keys:
         wanted = set(needed.get(key, ()))
-        wanted |= {asset for asset in (SHARDS_MANIFEST, *recipe.caches) if key in put_aside.get(asset, ())}
+        wanted |= {asset for asset in recipe.partitioned if key in put_aside.get(asset, ())}
         if SHARDS_MANIFEST in wanted:
             wanted |= set(recipe.caches)
+        wanted |= {export for export in recipe.export_params if wanted & set(recipe.caches_of([export]))}
         if wanted:
-            found[key] = tuple(asset for asset in (SHARDS_MANIFEST, *recipe.caches) if asset in wanted)
+            found[key] = tuple(asset for asset in recipe.partitioned if asset in wanted)
     return found
 
 
@@ -168,7 +178,7 @@ def latest_tags(
 
 def is_of_recipe(run: dg.DagsterRun, recipe: Recipe) -> bool:
     """Whether a run makes partitions of this recipe."""
-    ours = {recipe.key(a) for a in (SHARDS_MANIFEST, *recipe.caches)}
+    ours = {recipe.key(a) for a in recipe.partitioned}
     return bool(ours & set(run.asset_selection or ())) or run.job_name == f"{recipe.name}_caches"
 
 

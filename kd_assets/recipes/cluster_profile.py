@@ -286,6 +286,8 @@ class KindsModel(dg.Model):
     shards: ResourcesModel = ResourcesModel()
     teacher: ResourcesModel = ResourcesModel()
     student: ResourcesModel = ResourcesModel()
+    export: ResourcesModel | None = None
+    """Left out: as shards, which need no GPU either."""
 
 
 def _ssh_target(value: str) -> str:
@@ -340,6 +342,7 @@ class ProfileModel(ResourcesModel):
                 "shards": self.kinds.shards.to_resources(),
                 "teacher": self.kinds.teacher.to_resources(),
                 "student": self.kinds.student.to_resources(),
+                "export": (self.kinds.export or self.kinds.shards).to_resources(),
             },
             array_concurrency=self.array_concurrency,
             setup=self.setup,

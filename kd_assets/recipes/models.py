@@ -303,6 +303,8 @@ class JobsModel(dg.Model, dg.Resolvable):
     shards: TasksModel = TasksModel()
     teacher: TasksModel = TasksModel()
     student: TasksModel = TasksModel()
+    export: TasksModel | None = None
+    """Left out: as shards, which need no GPU either."""
 
 
 class NightlyModel(dg.Model, dg.Resolvable):

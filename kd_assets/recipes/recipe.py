@@ -7,7 +7,7 @@ that has neither the weights nor the sources.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from kd_assets.contract import (
     CACHES,
     Asset,
     EmbeddingParams,
+    ExportParams,
     HiddenStateParams,
     JobKind,
     StudentParams,
@@ -25,6 +26,7 @@ from kd_assets.contract import (
 )
 from kd_assets.errors import RecipeError
 from kd_assets.model_files.size import TeacherShape
+from kd_assets.recipes.exports import caches_of_export, check_exports
 from kd_assets.scheduler.job import Resources
 from kd_assets.sources.records.beside import OURS
 from kd_assets.sources.spec import Sharding, SourceSpec, without_later_defaults
@@ -101,6 +103,7 @@ class Recipe:
     hidden_states: HiddenStateParams | None = None
     embeddings: EmbeddingParams | None = None
     student: StudentParams | None = None
+    exports: tuple[ExportParams, ...] = ()
     on_bad_record: Literal["fail", "skip"] = "fail"
     part_documents: int = 256
     part_tokens: int = 131072
@@ -119,6 +122,7 @@ class Recipe:
             raise RecipeError(
                 f"recipe {self.name} caches nothing: name at least one of topk, hidden_states, embeddings"
             )
+        check_exports(self.name, self.exports, self.caches, self.hidden_states)
         overlap, on_long = self.tokenising.overlap, self.tokenising.on_long
         if overlap and on_long != "split":
             raise RecipeError(
@@ -156,6 +160,21 @@ class Recipe:
     @property
     def caches(self) -> tuple[Asset, ...]:
         return tuple(self.cache_params)
+
+    @property
+    def export_params(self) -> dict[Asset, ExportParams]:
+        """The parameters of each export this recipe has."""
+        return {params.asset: params for params in self.exports}
+
+    @property
+    def partitioned(self) -> tuple[Asset, ...]:
+        """All assets with the shards as partitions, in the order they are made."""
+        return (SHARDS_MANIFEST, *self.caches, *self.export_params)
+
+    def caches_of(self, exports: Iterable[Asset]) -> tuple[Asset, ...]:
+        """The caches that these exports are made of, all together, in the order of `CACHES`."""
+        taken = {cache for asset in exports for cache in caches_of_export(self.export_params[asset], self.caches)}
+        return tuple(asset for asset in self.caches if asset in taken)
 
     @property
     def max_length(self) -> int:
@@ -200,6 +219,9 @@ class Recipe:
             return tokenising | used(self.tokenising) | computing_versions(asset, {})
         if asset == STUDENT_SMOKE:
             return {"student": None if self.student is None else dataclasses.asdict(self.student)}
+        if (exported := {str(a): p for a, p in self.export_params.items()}.get(asset)) is not None:
+            made_of = self.caches_of([exported.asset])
+            return {"params": exported.content(), "caches": made_of, **computing_versions(asset, {})}
         params = content_of({str(a): p for a, p in self.cache_params.items()}[asset], seed=self.teacher.seed)
         return {
             **computing_versions(asset, params),

@@ -4,7 +4,7 @@ Needs pyarrow and numpy; imports neither torch nor dagster. Anyone may import th
 exists exactly when its manifest does, and what a manifest says about the bytes beside it is true.
 """
 
-from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all
+from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all, check_files
 from kd_assets.store.checking.report import Note, Problem, VerifyReport
 from kd_assets.store.checking.verify import verify
 from kd_assets.store.fingerprint import (
@@ -33,7 +33,7 @@ from kd_assets.store.writing.encode import (
     part_stats,
 )
 from kd_assets.store.writing.samples import SAMPLES_NAME, Samples
-from kd_assets.store.writing.writer import ResultWriter, commit_file_result, raise_if_busy, set_head
+from kd_assets.store.writing.writer import ResultWriter, WrittenFile, commit_file_result, raise_if_busy, set_head
 
 __all__ = [
     "FORMAT_VERSION",
@@ -58,9 +58,11 @@ __all__ = [
     "Samples",
     "Shard",
     "VerifyReport",
+    "WrittenFile",
     "append_audit",
     "canonical_json",
     "check_all",
+    "check_files",
     "choose",
     "commit_file_result",
     "committed",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kd_assets.contract import CACHES, Output
+from kd_assets.contract import CACHES, EXPORTS, Output
 from kd_assets.errors import ContractError
 
 TOKENISING_VERSION = 1
@@ -26,6 +26,13 @@ PASS_VERSION = 1
 
 DRAWS_VERSION = 1
 """The random draws of a top-k cache: `kd_assets.teacher.batch.sampling`. Caches without draws do not have it."""
+
+
+EXPORT_VERSION = 1
+"""Of every export: `kd_assets.export` without its formats, and what stands in `export.json`."""
+
+FORMAT_VERSIONS: Mapping[str, int] = {"export_hf": 2}
+"""Export asset → the version of its format's files, where that is not 1: `Needs.version` of the format."""
 
 
 def computing_versions(asset: str, params: Mapping[str, Any]) -> dict[str, int]:
@@ -40,12 +47,14 @@ def computing_versions(asset: str, params: Mapping[str, Any]) -> dict[str, int]:
         versions["pass_version"] = PASS_VERSION
     if asset == "topk_cache" and params.get("draws"):
         versions["draws_version"] = DRAWS_VERSION
+    if asset in EXPORTS:
+        versions |= {"export_version": EXPORT_VERSION, "export_format_version": FORMAT_VERSIONS.get(asset, 1)}
     return {name: version for name, version in versions.items() if version != 1}
 
 
 def require_same_versions(output: Output) -> None:
     """Raise ContractError where a result was planned by code of another version than this, which is to compute it."""
-    names = ("tokenising_version", "pass_version", "draws_version")
+    names = ("tokenising_version", "pass_version", "draws_version", "export_version", "export_format_version")
     planned = {name: output.identity[name] for name in names if name in output.identity}
     here = computing_versions(output.asset, output.identity.get("params") or {})
     if planned != here:

@@ -71,18 +71,30 @@ def part_name(index: int, suffix: str) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a part of a result may have this name: it stays in its folder, and is none of the store's own files."""
+    """Whether a part of a result may have this name: it stays below its folder (a slash leads into a folder there), and
+    is none of the store's own files."""
     own = (MANIFEST_NAME, JOURNAL_NAME, LEASE_NAME)
-    return bool(name) and name.isprintable() and "/" not in name and not name.startswith(".") and name not in own
+    return name.isprintable() and name not in own and all(n and not n.startswith(".") for n in name.split("/"))
 
 
 def count_durable_files(folders: Iterable[Path]) -> int:
-    """How many part files and manifests these result folders hold; a folder that is not there holds none.
+    """How many part files and manifests these result folders hold, folders in them included and links to folders left
+    alone; a folder that is not there holds none.
 
     Grows with every step of work that a kill does not undo. Nothing is opened: 3,000 folders take about 30 ms. Raises
     StorageUnavailableError.
     """
-    return sum(not name.startswith(".") and name != JOURNAL_NAME for folder in folders for name in listing(folder))
+    n_files, waiting = 0, list(folders)
+    while waiting:
+        folder = waiting.pop()
+        for name, is_folder in listing(folder).items():
+            if name.startswith(".") or name == JOURNAL_NAME:
+                continue
+            if is_folder and not (folder / name).is_symlink():
+                waiting.append(folder / name)
+            else:
+                n_files += 1
+    return n_files
 
 
 def require_folder(path: Path) -> None:

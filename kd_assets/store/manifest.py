@@ -205,7 +205,7 @@ def committed(folder: Path, fingerprint: str) -> Manifest | None:
             "folder; move it away"
         )
     files: tuple[PartRecord | FileBeside, ...] = (*manifest.parts, *manifest.files_beside)
-    is_whole = all(size_if_there(folder / file.name) == file.n_bytes for file in files)
+    is_whole = all(size_if_there(folder / file.name, known=folder) == file.n_bytes for file in files)
     return manifest if is_whole else None
 
 

@@ -1,9 +1,9 @@
 """One task of a job: works through its partitions, and reports.
 
 Owns the order of events of a task and its exit status; what a partition needs is the business of the kind's runner
-(`sources.shards`, `teacher.runner`, `student.runner`), which is loaded only when something is missing. The invariant:
-`committed` is reported exactly for results whose manifest is on disk, and one partition's failure never keeps another
-from its turn.
+(`sources.shards`, `teacher.runner`, `student.runner`, `export.runner`), which is loaded only when something is missing.
+The invariant: `committed` is reported exactly for results whose manifest is on disk, and one partition's failure never
+keeps another from its turn.
 """
 
 from __future__ import annotations
@@ -87,6 +87,10 @@ def runner_for(
             from kd_assets.student.runner import StudentRunner
 
             return StudentRunner(job, report, stop)
+        case "export":
+            from kd_assets.export.runner import ExportRunner
+
+            return ExportRunner(job, report, stop)
 
 
 class Task:

@@ -136,6 +136,19 @@ def commit(
     return folders
 
 
+def commit_empty(store: Path, partition_key: str, *, assets: Sequence[Asset] = CACHES) -> dict[Asset, Path]:
+    """Commit caches of a partition all of whose records were left out; asset → folder."""
+    recipe_folder = store / RECIPE
+    folders: dict[Asset, Path] = {}
+    for asset in assets:
+        identity = {"asset": asset, "format_version": FORMAT_VERSION, "input": partition_key, "params": {"k": 5}}
+        output = plan_output(asset, identity, recipe_folder=recipe_folder, partition_key=partition_key)
+        with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=partition_key) as writer:
+            writer.commit(parts=0, checks={}, provenance={}, facts={"vocab_size": VOCABULARY})
+        folders[asset] = writer.folder
+    return folders
+
+
 def encoded(asset: Asset, truth: Sequence[Truth], *, cut: int | None, positions: bool) -> Any:
     """The rows of a part."""
     lengths = [min(document.length, cut or document.length) for document in truth]

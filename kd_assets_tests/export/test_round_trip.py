@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from kd_assets.contract import Asset
 from kd_assets.export.exporting import export_recipe, export_to_folder
-from kd_assets.export.folder import verify_export
+from kd_assets.export.folder import read_export, verify_export
 from kd_assets.export.format import ExportOptions
 from kd_assets.store.schema import hidden_field
 from kd_assets_tests.export import made_up
@@ -149,6 +149,21 @@ def test_an_export_of_folders_is_that_of_the_recipe(tmp_path: Path) -> None:
     of_recipe = export_recipe("hf", tmp_path / made_up.RECIPE, tmp_path / "a")
     given: dict[Asset, Sequence[Path]] = {asset: [folder] for asset, folder in folders.items()}
     assert export_to_folder("hf", given, tmp_path / "b").files == of_recipe.files
+
+
+def test_datasets_keeps_exports_in_folders_of_one_name_apart(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for seed in (1, 2):
+        documents = made_up.truths(seed)
+        made_up.commit(tmp_path / str(seed), documents)
+        for options in (ExportOptions(), ExportOptions(validation_share=0.4)):
+            to = tmp_path / f"{seed} {options.validation_share}" / "hf"
+            export_recipe("hf", tmp_path / str(seed) / made_up.RECIPE, to, options=options)
+            folder = to / "train" if options.validation_share else to
+            rows = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+            ids = [document.document_id for document in documents]
+            assert list(rows["document_id"]) == [i for i in ids if i in set(rows["document_id"])]
+            assert len(rows) == read_export(to).said["splits"].get("train", len(ids))
 
 
 def ids_in(name: str, folder: Path, home: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,7 +12,7 @@ from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.recipes.cluster_profile import PROFILES_FOLDER, ResourcesModel, find_profile, minutes_of, read_profile
 from kd_assets.scheduler import Profile, Resources
 
-NO_WORD: dict[JobKind, Resources] = {"shards": Resources(), "teacher": Resources(), "student": Resources()}
+NO_WORD: dict[JobKind, Resources] = {kind: Resources() for kind in get_args(JobKind)}
 
 
 def profile_of(tmp_path: Path, text: str) -> Profile:
@@ -83,7 +84,7 @@ def test_the_example_profile_sends_tokenising_to_cpu_nodes_and_leaves_the_teache
         ("time: 1 day", 'time: expected the time in quotes: "HH:MM:SS" or "D-HH:MM:SS"'),
         ('time: "00:00:00"', "a time limit of 0"),
         ("partitin: x", "partitin: there is no such field; there are absence_grace_s, account, array_concurrency,"),
-        ("kinds: {teachers: {}}", "kinds.teachers: there is no such field; there are shards, student, teacher"),
+        ("kinds: {teachers: {}}", "kinds.teachers: there is no such field; there are export, shards, student, teacher"),
         ("kinds: {teacher: {gpus: 4}}", "kinds.teacher.gpus: there is no such field; there are account, constraint"),
         ("poll_interval_s: 0", "poll_interval_s: Input should be greater than 0"),
         ("secrets: [HF TOKEN]", "secrets.0: String should match pattern"),
@@ -229,6 +230,14 @@ def test_a_word_about_memory_takes_the_place_of_what_was_said_before(
     profile = profile_of(tmp_path, "memory_per_cpu_gib: 4\nmax_memory_gib: 8\n")
     asked = profile.resources("teacher", ResourcesModel.model_validate(recipe).to_resources())
     assert (asked.memory_gib, asked.memory_of, asked.max_memory_gib) == (memory_gib, memory_of, max_memory_gib)
+
+
+def test_exports_ask_for_what_shards_do_unless_the_profile_says_otherwise(tmp_path: Path) -> None:
+    text = "gpus_per_node: 4\nkinds:\n  shards: {gpus_per_node: 0, partition: cpu}\n"
+    asked = profile_of(tmp_path, text).resources("export", Resources())
+    assert (asked.gpus_per_node, asked.slurm_partition) == (0, "cpu")
+    own = profile_of(tmp_path, text + "  export: {partition: io}\n").resources("export", Resources())
+    assert (own.gpus_per_node, own.slurm_partition) == (4, "io")
 
 
 def test_what_profile_kind_and_recipe_exclude_adds_up(tmp_path: Path) -> None:

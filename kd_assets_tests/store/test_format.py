@@ -40,7 +40,9 @@ from kd_assets.store import (
     KeptPositions,
     Manifest,
     ResultFiles,
+    ResultWriter,
     Samples,
+    WrittenFile,
     canonical_json,
     commit_file_result,
     committed,
@@ -404,6 +406,19 @@ def test_file_result_has_its_files_in_the_order_of_their_names(store: Path) -> N
         (1, "losses.json", 0, 0),
     ]
     assert (Path(out.path) / "curve.png").read_bytes() == b"picture"
+
+
+def test_a_slash_in_a_name_leads_into_a_folder_of_the_result(store: Path) -> None:
+    """[F8]"""
+    out = plan_output("export_hf", {"input": "caches"}, recipe_folder=store / "tiny", partition_key="tiny-00000")
+    with ResultWriter(out, recipe="tiny", recipe_folder=store / "tiny", partition_key="tiny-00000") as writer:
+        (writer.folder / "data").mkdir()
+        (writer.folder / "data" / "rows.bin").write_bytes(b"rows")
+        sha256 = hashlib.sha256(b"rows").hexdigest()
+        writer.adopt_files([WrittenFile(name="data/rows.bin", n_bytes=4, sha256=sha256)])
+        manifest = writer.commit(parts=1, checks={}, provenance={})
+    (part,) = manifest.parts
+    assert (part.name, part.sha256, part.n_documents, part.n_tokens) == ("data/rows.bin", sha256, 0, 0)
 
 
 def test_files_are_synced_before_their_rename_and_their_folder_after_it(

@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_assets.export.format import Source
+from kd_assets.export.format import ExportOptions, Source
+from kd_assets.export.identity import options_as_json
+from kd_assets.store import fingerprint
 from kd_assets.store.schema import BLOCK_CONVENTION, FINAL_CONVENTIONS, hidden_state_of
 
 CARD_NAME = "README.md"
@@ -40,12 +42,12 @@ _MEANINGS = {
 }
 
 
-def dataset_card(source: Source, schema: pa.Schema, *, n_documents: int, n_tokens: int) -> str:
-    """The text of the card. Equal caches give an equal one."""
+def dataset_card(source: Source, schema: pa.Schema, options: ExportOptions, *, n_documents: int, n_tokens: int) -> str:
+    """The text of the card. Equal caches and options give an equal one."""
     states = [name for name in schema.names if hidden_state_of(name) is not None]
     return "\n".join(
         [
-            *_front_matter(source, n_documents),
+            *_front_matter(source, n_documents, _config_name(source, options)),
             "",
             f"# Teacher caches of {source.recipe}",
             "",
@@ -71,7 +73,14 @@ def dataset_card(source: Source, schema: pa.Schema, *, n_documents: int, n_token
     )
 
 
-def _front_matter(source: Source, n_documents: int) -> list[str]:
+def _config_name(source: Source, options: ExportOptions) -> str:
+    """A name that tells the content: for a folder with an equal name, whose card has an equal configuration, `datasets`
+    (5.2.0) takes what it has in its cache, whatever files are there now."""
+    versions = {asset: [m.data_version for m in of_asset] for asset, of_asset in source.manifests.items()}
+    return f"export-{fingerprint({'caches': versions, 'options': options_as_json(options)})[:16]}"
+
+
+def _front_matter(source: Source, n_documents: int, config_name: str) -> list[str]:
     licences = sorted({str(raw.get("licence")) for raw in _sources(source) if raw.get("licence")})
     known = len(licences) == 1 and licences[0].lower() in _HUB_LICENCES
     lines = ["---", f"license: {licences[0].lower() if known else 'other'}"]
@@ -85,7 +94,7 @@ def _front_matter(source: Source, n_documents: int) -> list[str]:
         "size_categories:",
         f"- {_size_category(n_documents)}",
         "configs:",
-        "- config_name: default",
+        f"- config_name: {config_name}",
         "  data_files:",
         "  - split: train",
         "    path: data/part-*.parquet",

@@ -7,6 +7,7 @@ look at them, and under which licences the texts are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from kd_assets.export.source import needs_of_chosen
 from kd_assets.store.arrays import arrow_numbers, arrow_strings
 from kd_assets.store.schema import element, list_of, split_columns, vector_of
 
+_VERSION = 2
+"""The card names its content."""
+
 _GROUP_BYTES = 16 << 20
 """Of a group of rows: what is held before it is written."""
 
@@ -44,7 +48,7 @@ class HuggingFace:
     def needs(self, source: Source, options: ExportOptions) -> Needs:
         if options.draft_vocabulary is not None:
             raise RecipeError("the hf export counts no draft vocabulary")
-        return needs_of_chosen(source, options, CACHES)
+        return dataclasses.replace(needs_of_chosen(source, options, CACHES), version=_VERSION)
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
         return _Writer(folder, source, options)
@@ -78,6 +82,7 @@ class _Writer:
         card = dataset_card(
             self._source,
             schema,
+            self._options,
             n_documents=sum(section.n_documents for section in sections),
             n_tokens=sum(section.n_tokens for section in sections),
         )

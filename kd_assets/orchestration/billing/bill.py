@@ -19,7 +19,7 @@ from kd_assets.orchestration.billing.measured import Committed, Speed, committed
 from kd_assets.orchestration.billing.space import Amount, bytes_at_most, free_bytes, in_windows, tokens_kept
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
-from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
+from kd_assets.recipes.recipe import Recipe
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
 
@@ -122,11 +122,10 @@ def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardP
     sources = source_lines(plan)
     amounts = [in_windows(recipe, Amount(n_documents=s.n_documents, n_tokens=s.n_tokens)) for s in sources]
     shape = _shape(recipe, planner)
-    found = {
-        asset: committed_results(recipe, planner.recipe_folder, asset, plan.keys)
-        for asset in (SHARDS_MANIFEST, *recipe.caches)
-    }
-    caches = cache_lines(recipe, amounts, shape, {asset: there for asset, (there, _) in found.items()})
+    found = {asset: committed_results(recipe, planner.recipe_folder, asset, plan.keys) for asset in recipe.partitioned}
+    there = {asset: committed for asset, (committed, _) in found.items()}
+    caches = cache_lines(recipe, amounts, shape, there)
+    caches += export_lines(recipe, caches, there, plan.n_shards)
     speed = speed_of(recipe, {asset: newest for asset, (_, newest) in found.items()})
     teacher = teacher_line(recipe, amounts, shape, speed)
     try:
@@ -200,6 +199,33 @@ def cache_lines(
     return tuple(lines)
 
 
+def export_lines(
+    recipe: Recipe, caches: Sequence[CacheLine], there: Mapping[Asset, Committed], n_shards: int
+) -> tuple[CacheLine, ...]:
+    """What the recipe's exports take: as those that are there, else about as much as their caches."""
+    lines = []
+    for asset in recipe.export_params:
+        made_of = [line for line in caches if line.asset in recipe.caches_of([asset])]
+        sizes, committed = [line.n_bytes for line in made_of if line.n_bytes is not None], there[asset]
+        n_bytes, rests_on = None, "not known, as the size of its caches is not"
+        if committed.n_there:
+            n_bytes = round(committed.n_bytes / committed.n_there * n_shards)
+            rests_on = f"as the results that are there: {committed.n_bytes / committed.n_there:,.0f} bytes a partition"
+        elif len(sizes) == len(made_of):
+            n_bytes, rests_on = sum(sizes), "about as its caches"
+        lines.append(
+            CacheLine(
+                asset=asset,
+                n_tokens=min(line.n_tokens for line in made_of),
+                n_bytes=n_bytes,
+                rests_on=rests_on,
+                n_there=committed.n_there,
+                bytes_there=committed.n_bytes,
+            )
+        )
+    return tuple(lines)
+
+
 def teacher_line(
     recipe: Recipe, amounts: Sequence[Amount], shape: TeacherShape | str, speed: Speed | None
 ) -> TeacherLine:
@@ -240,7 +266,8 @@ def teacher_line(
 def tasks_lines(recipe: Recipe, platform: Platform, n_shards: int, teacher: TeacherLine) -> tuple[TasksLine, ...]:
     """How a run over the whole plan is split, and whether the teacher's share of a task fits its time."""
     lines = []
-    for kind in ("shards", "teacher"):
+    kinds: tuple[JobKind, ...] = ("shards", "teacher", "export") if recipe.exports else ("shards", "teacher")
+    for kind in kinds:
         wanted = recipe.tasks_of(kind)
         n_tasks = min(wanted.n_tasks, n_shards)
         try:

@@ -84,6 +84,8 @@ def is_of(recipe: Recipe, asset: Asset, manifest: Manifest) -> bool:
     wanted: dict[str, Any] = {"asset": asset}
     if asset == SHARDS_MANIFEST:
         wanted["max_length"] = recipe.max_length
+    elif asset in recipe.export_params:
+        wanted["params"] = recipe.export_params[asset].content()
     else:
         params = content_of(recipe.cache_params[asset], seed=recipe.teacher.seed)
         if isinstance(params.get("vocabulary"), str):  # its ids stand in those files

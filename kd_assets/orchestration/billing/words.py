@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kd_assets.contract import EXPORTS
 from kd_assets.orchestration.billing.bill import Bill, CacheLine, SourceLine, TasksLine
 from kd_assets.orchestration.billing.space import bytes_in_words
 
@@ -56,6 +57,7 @@ def why_it_does_not_fit(bill: Bill) -> str | None:
         "topk_cache": "a smaller caches.topk.k or max_length",
         "hidden_state_cache": "fewer caches.hidden_states.blocks (or final states) or a smaller max_length",
         "embedding_cache": "no caches.embeddings",
+        **dict.fromkeys(EXPORTS, "fewer exports"),
     }.get(largest.asset, "a smaller max_length")
     return (
         f"the caches do not fit: {bytes_in_words(bill.bytes_left)} are still to be written to {bill.folder}, and "

@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 
+from kd_assets.contract import EXPORTS
 from kd_assets.orchestration.recording.telemetry_picture import telemetry_picture_markdown
 from kd_assets.store import Manifest
 from kd_assets.store.vocabulary import mean_outside_mass
@@ -52,6 +53,37 @@ WORDS = (
 """Provenance keys shown as metadata of their own."""
 
 
+LOADED_BY: Mapping[str, str] = {
+    "hf": 'datasets.load_dataset("{folder}", split="train")',
+    "modelopt": 'torch.load("{folder}/00000000.pt")',
+    "original": "the trainer's data folder: {folder}",
+    "safetensors": 'safetensors.safe_open("{folder}/section-00000.safetensors", "pt")',
+    "specforge": "data.hidden_states_path={folder}",
+    "specforge_dflash": "data.hidden_states_path={folder}",
+}
+"""Format → how its tool is told of an export; one that is not here is told of the folder."""
+
+
+def export_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """What the web UI shows of an export first: its parts have no documents, since a document may be in several."""
+    facts = manifest.facts
+    n_documents, n_tokens = int(facts["n_documents"]), int(facts["n_tokens"])
+    splits = facts.get("splits") or {}
+    data = folder / "data" / next(iter(splits), "")
+    shown: dict[str, Any] = {
+        "format": facts["format"],
+        "dagster/partition_row_count": n_documents,
+        "documents": n_documents,
+        "tokens": n_tokens,
+    }
+    if n_tokens:
+        shown["bytes_per_token"] = round(manifest.n_bytes / n_tokens, 2)
+    if n_documents:
+        how = LOADED_BY.get(str(facts["format"]), "{folder}").format(folder=data)
+        shown |= {"data": dg.MetadataValue.path(str(data)), "how_to_load": how}
+    return shown | {f"documents in {split}": n for split, n in splits.items()}
+
+
 def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
     """What the web UI shows of a committed result, the most telling first. Numbers stay numbers: Dagster plots them."""
     facts, provenance = manifest.facts, manifest.provenance
@@ -63,6 +95,8 @@ def result_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
             "tokens": manifest.n_tokens,
             "bytes_per_token": round(manifest.n_bytes / manifest.n_tokens, 2),
         }
+    if manifest.asset in EXPORTS:
+        metadata |= export_metadata(manifest, folder)
     metadata["bytes"] = manifest.n_bytes
     for name in NUMBERS:
         value = facts.get(name, provenance.get(name))

@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from kd_assets.contract import CACHES, Asset, Output, WorkUnit
+from kd_assets.contract import CACHES, EXPORTS, Asset, Output, WorkUnit
 from kd_assets.dagster_internals import (
     CODE_VERSION_TAG,
     DATA_VERSION_TAG,
@@ -25,9 +25,10 @@ from kd_assets.dagster_internals import (
 )
 from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, storage_waits
+from kd_assets.orchestration.planned_exports import cache_versions
 from kd_assets.orchestration.recording.metadata import result_metadata
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
-from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all
+from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all, check_files
 from kd_assets.store.fingerprint import INPUT_KEY
 
 CHECKS: dict[str, str] = {
@@ -41,6 +42,8 @@ REBUILT = (
     "Log-probabilities that the teacher's head makes of a seeded sample of the final states equal those of the top-k "
     "cache. Evaluated with the cache that is made last, where the teacher's head is proven."
 )
+
+FILES = "Every file of the export has the size and the hash that were written."
 
 COLLECT_RESULTS = 50
 """Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile: 0.4 s or so."""
@@ -116,7 +119,7 @@ class Recorder:
         self._flush_if_due()
 
     def record_checks(self, unit: WorkUnit, output: Output, manifest: Manifest) -> None:
-        """Record the selected checks of one committed cache; its materialization must be recorded."""
+        """Record the selected checks of one committed cache or export; its materialization must be recorded."""
         self._begin_collecting()
         self._to_check.append(_Collected(unit=unit, output=output, manifest=manifest))
         self._flush_if_due()
@@ -131,10 +134,11 @@ class Recorder:
         if self._to_record:
             with interrupts_held_back():
                 with one_transaction(self._context.instance, self._context.run.run_id):
-                    # Shards first: the materializations of caches point to theirs.
-                    self._log_materializations([c for c in self._to_record if c.asset not in CACHES])
-                    self._log_materializations([c for c in self._to_record if c.asset in CACHES])
-                self._to_check += [c for c in self._to_record if c.asset in CACHES]
+                    # In the order they are made: the materializations of caches point to those of their shards, and
+                    # those of exports to those of their caches.
+                    for made_of in ({SHARDS_MANIFEST}, CACHES, EXPORTS):
+                        self._log_materializations([c for c in self._to_record if c.asset in made_of])
+                self._to_check += [c for c in self._to_record if c.asset != SHARDS_MANIFEST]
                 self._to_record.clear()
         if self._to_check and self._checking.is_due(self._clock()):
             self._write_checks()
@@ -218,6 +222,8 @@ class Recorder:
         """The inputs a result stands for, with their data versions. A reused shard stands for today's plan, whichever
         plan it was made under: its content is what today's plan names."""
         recipe, manifest = self._recipe, collected.manifest
+        if collected.asset in EXPORTS:
+            return {recipe.key(cache): version for cache, version in cache_versions(manifest.identity).items()}
         if collected.asset == SHARDS_MANIFEST:
             versions = {recipe.key(SHARD_PLAN): self._plan_hash}
         else:
@@ -229,7 +235,7 @@ class Recorder:
     def _event_pointers(self, upstream: dg.AssetKey, partition_keys: Sequence[str]) -> Mapping[str, int]:
         """Partition → storage id of the last materialization of `upstream` for it; without those that have none."""
         instance = self._context.instance
-        if upstream == self._recipe.key(SHARDS_MANIFEST):
+        if upstream in map(self._recipe.key, self._recipe.partitioned):
             return latest_storage_ids(instance, upstream, partition_keys)
         records = instance.fetch_materializations(upstream, limit=1).records
         return dict.fromkeys(partition_keys, records[0].storage_id) if records else {}
@@ -241,9 +247,12 @@ class Recorder:
         wanted = self._selected_checks(collected.asset)
         if not wanted:
             return []
+        result = ResultFiles(Path(collected.output.path), collected.manifest)
+        if collected.asset in EXPORTS:
+            return [check_files(result)]
         (shard_folder,) = collected.unit.inputs[SHARDS_MANIFEST]
         shard = shards.setdefault(shard_folder, ResultFiles(Path(shard_folder)))
-        results = check_all(ResultFiles(Path(collected.output.path), collected.manifest), shard)
+        results = check_all(result, shard)
         return [result for result in results if result.name in wanted]
 
     def _failed_by(self, collected: _Collected, why: Exception) -> list[CheckResult]:
@@ -302,6 +311,7 @@ class Recorder:
 def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetCheckSpec]:
     described = [(asset, name, CHECKS[name]) for asset in recipe.caches for name in CHECKS]
     described += [(asset, "rebuilt", REBUILT) for asset in recipe.rebuilt_from]
+    described += [(asset, "files", FILES) for asset in recipe.export_params]
     return [
         dg.AssetCheckSpec(name, asset=recipe.key(asset), description=description, partitions_def=partitions)
         for asset, name, description in described

@@ -98,6 +98,18 @@ def check_all(cache: ResultFiles, shard: ResultFiles) -> list[CheckResult]:
     return results
 
 
+def check_files(result: ResultFiles) -> CheckResult:
+    """Every file of the result is there, with the size and the hash that its manifest names; for results that are no
+    tables."""
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest = result.require_committed()
+        numbers |= {"n_files": len(manifest.parts), "n_bytes": manifest.n_bytes}
+        return f"all {len(manifest.parts)} files are those that were written"
+
+    return _run("files", check)
+
+
 def check_schema(result: ResultFiles) -> CheckResult:
     """Every part file has exactly the columns, types and metadata of FORMAT.md for the result's parameters."""
 

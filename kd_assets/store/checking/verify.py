@@ -7,11 +7,11 @@ are still being made, files that are not of the format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence, Set
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kd_assets.contract import CACHES
+from kd_assets.contract import CACHES, EXPORTS
 from kd_assets.durable import file_sha256, listing, size_if_there
 from kd_assets.errors import (
     CorruptManifestError,
@@ -64,7 +64,7 @@ from kd_assets.store.recorded_checks import draws_of, failed_check
 from kd_assets.store.schema import hidden_size_of
 from kd_assets.store.vocabulary import vocabulary_of
 
-PARTITIONED = ("shards_manifest", *CACHES)
+PARTITIONED = ("shards_manifest", *CACHES, *EXPORTS)
 """Assets whose partitions are those of the plan."""
 MOST_NAMED = 5
 """Partitions that a note names one by one."""
@@ -172,7 +172,7 @@ class _Verifier:
         for record in manifest.parts:
             self._part(folder, manifest, record)
         for file in manifest.files_beside:
-            self._is_whole(folder / file.name, file)
+            self._is_whole(folder, file)
         try:
             self._surroundings(folder, manifest)
         except StoreError as e:
@@ -300,7 +300,7 @@ class _Verifier:
 
     def _part(self, folder: Path, manifest: Manifest, record: PartRecord) -> None:
         path = folder / record.name
-        if not self._is_whole(path, record):
+        if not self._is_whole(folder, record):
             return
         try:
             self._rows(path, manifest, record)
@@ -309,11 +309,12 @@ class _Verifier:
         except StoreError as e:
             self._problem("unreadable", path, str(e))
 
-    def _is_whole(self, path: Path, record: PartRecord | FileBeside) -> bool:
-        """Whether a file has the bytes that its record is of; a problem is noted where it has not."""
+    def _is_whole(self, folder: Path, record: PartRecord | FileBeside) -> bool:
+        """Whether a file of a result has the bytes that its record is of; a problem is noted where it has not."""
+        path = folder / record.name
         remedy = "remove this file and materialize the partition again: only what is missing is made"
         try:
-            n_bytes = size_if_there(path)
+            n_bytes = size_if_there(path, known=folder)
             if n_bytes is None:
                 self._problem("missing_part", path, f"{path} is missing; materialize the partition again")
                 return False
@@ -369,9 +370,8 @@ class _Verifier:
         files: tuple[PartRecord | FileBeside, ...] = (*manifest.parts, *manifest.files_beside)
         ours = {MANIFEST_NAME, LEASE_NAME, JOURNAL_NAME, *(file.name for file in files)}
         names = listing(folder)
-        for name in names:
-            if name not in ours:
-                self._note("foreign_file", folder / name, f"{folder / name} is not of this result")
+        for path in _foreign(folder, ours):
+            self._note("foreign_file", path, f"{path} is not of this result")
         if JOURNAL_NAME in names:
             self._note(
                 "interrupted_commit", folder, f"{folder} was committed and its task killed; reusing it tidies up"
@@ -414,6 +414,16 @@ def _wrong_lists(part: PartFile, manifest: Manifest) -> tuple[ProblemKind, str] 
         if token_ids is not None and (difference := vocabulary_difference(part, token_ids)):
             return "wrong_vocabulary", difference
     return None
+
+
+def _foreign(folder: Path, ours: Set[str]) -> Iterator[Path]:
+    """What is neither one of these files nor a folder that holds some, down to the folders that hold some."""
+    holding = {str(above) for name in ours for above in PurePosixPath(name).parents}
+    for inside in sorted(holding):
+        for name in listing(folder / inside):
+            below = str(PurePosixPath(inside) / name)
+            if below not in ours and below not in holding:
+                yield folder / below
 
 
 def _by_path(lines: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kd_assets.contract import CACHES
+from kd_assets.contract import CACHES, EXPORTS
 from kd_assets.durable import listing
 from kd_assets.errors import (
     CorruptManifestError,
@@ -38,7 +38,7 @@ Missing = Literal["refuse", "skip"]
 NOT_THERE = "it has no committed result"
 UNPLANNED = "the current plan has no such partition"
 _SHARDS = "shards_manifest"
-PLANNED_ASSETS = (_SHARDS, *CACHES)
+PLANNED_ASSETS = (_SHARDS, *CACHES, *EXPORTS)
 """Whose partitions are those of the plan."""
 
 
@@ -252,9 +252,11 @@ def _why_not(manifest: Manifest, inputs: Set[str] | None, *, allow_failed: bool 
 
 def _planned_inputs(recipe_folder: Path, asset: str, plan: PlannedPartitions, key: str) -> Set[str] | None:
     """What a partition's result may have been made of for it to be what the plan names; None where that cannot be told,
-    as the shard itself is not there."""
+    as the shard itself is not there, or the result is made of caches."""
     if asset == _SHARDS:
         return {plan.input_hashes[key]}
+    if asset in EXPORTS:
+        return None
     shards = [
         manifest
         for variant in listing(recipe_folder / _SHARDS)

@@ -78,7 +78,7 @@ def _of_as_many_documents(part: PartFile, record: PartRecord) -> PartFile:
 def _require_size(path: Path, record: PartRecord) -> None:
     if "\0" in record.name:
         raise CorruptPartError(f"{str(path)!r} cannot be a file: its manifest was forged")
-    n_bytes = size_if_there(path)
+    n_bytes = size_if_there(path, known=path.parents[record.name.count("/")])
     if n_bytes != record.n_bytes:
         found = "it is missing" if n_bytes is None else f"it has {n_bytes}"
         raise CorruptPartError(f"{path}: expected {record.n_bytes} bytes, {found}; {_REMEDY}")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kd_assets.contract import EXPORTS
 from kd_assets.durable import size_if_there
 from kd_assets.errors import CorruptManifestError, NotCommittedError
 from kd_assets.store.fingerprint import INPUT_KEY
@@ -183,7 +184,14 @@ def _summary(path: Path, results: Sequence[tuple[Path, Manifest]]) -> CacheSumma
     manifests = [manifest for _, manifest in results]
     n_planned, left_out = _compared_with_plan(path, results)
     latest = max(manifests, key=lambda m: m.created_at)
-    n_tokens, n_bytes = sum(m.n_tokens for m in manifests), sum(m.n_bytes for m in manifests)
+    # The files of an export have none to count, since a document may be in several: its facts say it.
+    counted = [
+        m.facts if m.asset in EXPORTS else {"n_documents": m.n_documents, "n_tokens": m.n_tokens} for m in manifests
+    ]
+    n_documents, n_tokens = (
+        sum(int(of_one.get(name, 0)) for of_one in counted) for name in ("n_documents", "n_tokens")
+    )
+    n_bytes = sum(m.n_bytes for m in manifests)
     kept_out = {"asset", "format_version", "params", INPUT_KEY}
     return CacheSummary(
         recipe=latest.recipe,
@@ -191,7 +199,7 @@ def _summary(path: Path, results: Sequence[tuple[Path, Manifest]]) -> CacheSumma
         variant=latest.variant,
         folders=tuple(folder for folder, _ in results),
         partition_keys=tuple(m.partition_key for m in manifests),
-        n_documents=sum(m.n_documents for m in manifests),
+        n_documents=n_documents,
         n_tokens=n_tokens,
         n_bytes=n_bytes,
         bytes_per_token=n_bytes / n_tokens if n_tokens else None,

@@ -12,7 +12,8 @@ import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -63,6 +64,16 @@ from kd_assets.store.writing.journal import Journal, occupied
 
 def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenFile:
+    """A file below a result's folder that is to become a part of it."""
+
+    name: str
+    """Relative to the folder, with slashes."""
+    n_bytes: int
+    sha256: str
 
 
 class ResultWriter:
@@ -156,6 +167,35 @@ class ResultWriter:
         if self._committed is None:
             sha256 = atomic_write(self.folder / name, data)
             self._beside[name] = {"n_bytes": len(data), "sha256": sha256}
+
+    def adopt_files(self, files: Sequence[WrittenFile]) -> None:
+        """Make files that somebody has written durably below the result's folder its parts, in the order of their
+        names and in the place of all parts there are. A result that was committed before is left as it is.
+
+        Raises CorruptPartError where one is missing or of another size.
+        """
+        assert self._lease.held, "files are adopted inside the writer's with block"
+        if self._committed is not None:
+            return
+        for file in files:
+            if not is_file_name(file.name):
+                raise ValueError(f"{file.name!r} cannot be a file of a result")
+            if (n_bytes := size_if_there(self.folder / file.name, known=self.folder)) != file.n_bytes:
+                found = "missing" if n_bytes is None else f"of {n_bytes} bytes"
+                raise CorruptPartError(f"{self.folder / file.name} is {found}, and was written with {file.n_bytes}")
+        self._finished = {
+            index: PartRecord(
+                index=index,
+                name=file.name,
+                n_documents=0,
+                n_tokens=0,
+                n_bytes=file.n_bytes,
+                sha256=file.sha256,
+                stats={},
+            )
+            for index, file in enumerate(sorted(files, key=lambda file: file.name))
+        }
+        self._journal.rewrite(self._finished.values())
 
     def commit(
         self,
@@ -272,13 +312,13 @@ class ResultWriter:
         reasons = []
         self._finished.clear()
         for record in records:
-            reason = _damage(self.folder / record.name, record)
+            reason = _damage(self.folder, record)
             if reason is None:
                 self._finished[record.index] = record
             else:
                 reasons.append(f"{record.name}: {reason}")
         beside = manifest.files_beside if manifest is not None else ()
-        harm = {file.name: _damage(self.folder / file.name, file) for file in beside}
+        harm = {file.name: _damage(self.folder, file) for file in beside}
         reasons += [f"{name}: {reason}" for name, reason in harm.items() if reason is not None]
         self.forgotten = tuple(reasons)
         if manifest is not None and not reasons:
@@ -350,10 +390,11 @@ def _finish_commit(folder: Path, manifest: Manifest, *, is_new: bool) -> None:
         remove_file(folder / JOURNAL_NAME)
 
 
-def _damage(path: Path, record: PartRecord | FileBeside) -> str | None:
-    """Why the file is not the one that was recorded; None when it is. Raises StorageUnavailableError where that cannot
-    be told."""
-    n_bytes = size_if_there(path)
+def _damage(folder: Path, record: PartRecord | FileBeside) -> str | None:
+    """Why a file of the result in a folder is not the one that was recorded; None when it is. Raises
+    StorageUnavailableError where that cannot be told."""
+    path = folder / record.name
+    n_bytes = size_if_there(path, known=folder)
     if n_bytes is None:
         return "missing"
     if n_bytes != record.n_bytes:

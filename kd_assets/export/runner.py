@@ -1,0 +1,227 @@
+"""The worker's kind `export`: the caches of a partition in the files of other tools, as results of the store.
+
+Used by `kd_assets.worker`. The files of an export lie in `data/` of its result, made by the very code of `kd-assets
+export`, and become the result's parts once all are there. The invariant: a killed task goes on after its last whole
+section, and the manifest names the bytes that an uninterrupted one would have written. One format that cannot be made
+keeps no other from its turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_assets.contract import Asset, ExportParams, JobFile, Output, Reporter, WorkUnit
+from kd_assets.errors import (
+    ContractError,
+    InputError,
+    InterruptedTaskError,
+    KdAssetsError,
+    NotCommittedError,
+    ResultBusyError,
+    StorageUnavailableError,
+    StorageUnreachableError,
+    StoreError,
+)
+from kd_assets.export.exporting import ExportProgress, export_to_folder
+from kd_assets.export.folder import EXPORT_NAME, Exported, ExportedFile, discard, hashed, sweep, verify_export
+from kd_assets.export.format import ExportOptions
+from kd_assets.store import ResultWriter, WrittenFile, read_manifest
+from kd_assets.worker.provenance import task_provenance
+from kd_assets.worker.stop_flag import StopFlag
+
+DATA_FOLDER = "data"
+"""In a result: the export, which nothing of the store's own lies in."""
+
+_PROGRESS_INTERVAL_S = 1.0
+_PASSED_ON = (InterruptedTaskError, ResultBusyError, StorageUnreachableError)
+"""Errors that say when to come back, and nothing of a format."""
+
+
+class ExportRunner:
+    """Makes the exports of a task's partitions."""
+
+    def __init__(self, job: JobFile, report: Reporter, stop: StopFlag) -> None:
+        if not job.exports:
+            raise ContractError(f"job {job.key} is of kind export and has no parameters of exports")
+        self._job, self._report, self._stop = job, report, stop
+        self._params = {params.asset: params for params in job.exports}
+
+    def run(self, unit: WorkUnit) -> dict[str, Any]:
+        """Make and commit every export of `unit` from its caches; those that can be made, where another cannot.
+
+        Raises what `export_to_folder` raises, of all exports that failed; InterruptedTaskError, after a whole section,
+        when asked to stop.
+        """
+        summary: dict[str, Any] = {}
+        failed: dict[Asset, KdAssetsError] = {}
+        for output in unit.outputs:
+            if self._stop:
+                raise InterruptedTaskError(f"stopped by {self._stop.signal_name} before {output.asset}")
+            try:
+                summary[output.asset] = self._export(unit, output)
+            except _PASSED_ON:
+                raise
+            except KdAssetsError as e:
+                failed[output.asset] = e
+        if failed:
+            raise _as_one(failed)
+        return summary
+
+    def close(self) -> None:
+        """Nothing is held open between units."""
+
+    def _export(self, unit: WorkUnit, output: Output) -> dict[str, Any]:
+        params = self._params_of(output)
+        folders = {asset: [Path(f) for f in unit.inputs[asset]] for asset in output.identity["caches"]}
+        started = time.monotonic()
+        with ResultWriter(
+            output,
+            recipe=self._job.recipe,
+            recipe_folder=Path(self._job.recipe_folder),
+            partition_key=unit.partition_key,
+        ) as writer:
+            if writer.forgotten:  # one that was whole, and is damaged: no journal says of which section a file is
+                discard(writer.folder / DATA_FOLDER)
+                writer.adopt_files([])
+            exported = self._made(unit, params, folders, writer.folder / DATA_FOLDER)
+            files = {} if exported is None else files_of(exported)
+            writer.adopt_files(
+                [
+                    WrittenFile(name=f"{DATA_FOLDER}/{name}", n_bytes=file.n_bytes, sha256=file.sha256)
+                    for name, file in files.items()
+                ]
+            )
+            facts = facts_of(params, exported)
+            wall_s = time.monotonic() - started
+            writer.commit(
+                parts=len(files),
+                checks={},
+                provenance=self._job.provenance
+                | task_provenance()
+                | {
+                    "device": "cpu",
+                    "gpu": None,
+                    "joules": None,
+                    "wall_s": round(wall_s, 3),
+                    "tokens_per_s": round(facts["n_tokens"] / max(wall_s, 1e-9), 1),
+                },
+                facts=facts,
+            )
+        if cut := facts["n_cut_to_the_shortest_cache"]:
+            message = f"{output.asset}: {cut:,} documents are cut to the tokens that all caches of the export have"
+            self._report.emit("warning", partition_key=unit.partition_key, message=message)
+        return {"n_documents": facts["n_documents"], "n_tokens": facts["n_tokens"]}
+
+    def _params_of(self, output: Output) -> ExportParams:
+        """Raises ContractError for an output that is not what the job's parameters make."""
+        params = next((params for asset, params in self._params.items() if asset == output.asset), None)
+        if params is None:
+            raise ContractError(f"job {self._job.key} has no parameters of {output.asset}")
+        return params
+
+    def _made(
+        self, unit: WorkUnit, params: ExportParams, folders: Mapping[Asset, list[Path]], to: Path
+    ) -> Exported | None:
+        """The export in the folder `to`, gone on with or made; None of caches without a document, which have none of
+        the columns that a format asks for."""
+        if not any(read_manifest(folder).n_documents for of_asset in folders.values() for folder in of_asset):
+            return None
+        discard_unless_whole(to)
+        progress = _Progress(unit, params, self._report, self._stop)
+        exported = export_to_folder(
+            params.format_name,
+            folders,
+            to,
+            options=options_of(params),
+            leave_out_empty=True,
+            on_progress=progress.section,
+        )
+        sweep(to)
+        return exported
+
+
+class _Progress:
+    """Tells of an export's sections, and ends it between two of them when the task is to stop."""
+
+    def __init__(self, unit: WorkUnit, params: ExportParams, report: Reporter, stop: StopFlag) -> None:
+        self._unit, self._params, self._report, self._stop = unit, params, report, stop
+        self._started = time.monotonic()
+        self._reported = -_PROGRESS_INTERVAL_S
+
+    def section(self, progress: ExportProgress) -> None:
+        """Raises InterruptedTaskError."""
+        now, is_last = time.monotonic() - self._started, progress.n_sections == progress.of_sections
+        if is_last or now - self._reported >= _PROGRESS_INTERVAL_S:
+            self._reported = now
+            self._report.emit(
+                "progress",
+                partition_key=self._unit.partition_key,
+                asset=self._params.asset,
+                n_documents=progress.of_documents,
+                done_documents=progress.n_documents,
+                n_tokens=progress.of_tokens,
+                done_tokens=progress.n_tokens,
+                tokens_per_s=round(progress.n_tokens / max(now, 1e-9), 1),
+                done_bytes=progress.n_bytes,
+            )
+        if self._stop and not is_last:
+            raise InterruptedTaskError(
+                f"stopped by {self._stop.signal_name} after {progress.n_sections} of {progress.of_sections} sections "
+                f"of {self._params.asset}"
+            )
+
+
+def options_of(params: ExportParams) -> ExportOptions:
+    return ExportOptions(
+        max_length=params.max_length,
+        validation_share=params.validation_share,
+        learned_only=params.learned_only,
+        seed=params.seed,
+        assets=params.assets,
+        states=params.states,
+    )
+
+
+def files_of(exported: Exported) -> dict[str, ExportedFile]:
+    """All files of an export by name, `export.json` among them."""
+    return {**exported.files, **hashed(exported.folder, [EXPORT_NAME])}
+
+
+def facts_of(params: ExportParams, exported: Exported | None) -> dict[str, Any]:
+    """What a result tells of its export; of caches without a document that it has none."""
+    said: Mapping[str, Any] = {} if exported is None else exported.said
+    return {
+        "format": params.format_name,
+        "n_documents": said.get("n_documents", 0),
+        "n_tokens": said.get("n_tokens", 0),
+        "n_cut_to_the_shortest_cache": said.get("n_cut_to_the_shortest_cache", 0),
+        "left_out": said.get("left_out", {}),
+        "splits": said.get("splits", {}),
+        "states": said.get("states", []),
+    }
+
+
+def discard_unless_whole(folder: Path) -> None:
+    """Make way for an export where one that was whole is not what was written any more: it is made again.
+
+    One that is not whole yet stays: its journal says what of it stands.
+    """
+    try:
+        verify_export(folder)
+    except NotCommittedError:
+        return
+    except StorageUnavailableError:  # says nothing about the export
+        raise
+    except StoreError:
+        discard(folder)
+
+
+def _as_one(failed: Mapping[Asset, KdAssetsError]) -> KdAssetsError:
+    """The one error, or one that has the words of all."""
+    if len(failed) == 1:
+        return next(iter(failed.values()))
+    kind = InputError if all(isinstance(e, InputError) for e in failed.values()) else KdAssetsError
+    return kind("; ".join(f"{asset}: {e}" for asset, e in failed.items()))

@@ -1,0 +1,154 @@
+"""A recipe's `exports`: which formats its caches are written in besides, partition by partition.
+
+What a format needs stands here, since a recipe is loaded where no format is: a cache that the recipe does not make is
+refused when it is loaded. What else a format refuses it says itself, in its job, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import dagster as dg
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
+
+from kd_assets.contract import CACHES, EXPORTS, Asset, ExportAsset, ExportParams, FinalState, HiddenStateParams
+from kd_assets.errors import RecipeError
+from kd_assets.recipes.cluster_profile import Positive, refused
+
+_ASSET_OF: Mapping[str, ExportAsset] = {asset.removeprefix("export_"): asset for asset in EXPORTS}
+
+CACHES_OF_FORMAT: Mapping[ExportAsset, tuple[Asset, ...]] = {
+    "export_modelopt": ("hidden_state_cache",),
+    "export_specforge": ("hidden_state_cache",),
+    "export_specforge_dflash": ("hidden_state_cache",),
+}
+"""The caches that a format takes, all of them; one that is not here takes whichever the recipe makes."""
+
+_WORD_OF: Mapping[Asset, str] = {
+    "topk_cache": "topk",
+    "hidden_state_cache": "hidden_states",
+    "embedding_cache": "embeddings",
+}
+"""What a cache is called under `caches` of a recipe."""
+
+_NO_DRAFT_VOCABULARY = (
+    "a draft vocabulary, which is counted from the shards of all partitions and not of one: leave it out here, and "
+    "give it to the command, once all shards are there (kd-assets export FORMAT RECIPE --draft-vocabulary N)"
+)
+
+
+def _known(format_name: str) -> str:
+    if format_name not in _ASSET_OF:
+        raise ValueError(f"there is no export format {format_name!r}; there are {', '.join(_ASSET_OF)}")
+    return format_name
+
+
+FormatName = Annotated[str, AfterValidator(_known), WithJsonSchema({"type": "string", "enum": list(_ASSET_OF)})]
+
+
+class ExportModel(dg.Model, dg.Resolvable):
+    """One export, with options; those of `kd-assets export`."""
+
+    format: FormatName
+    max_length: Positive | None = None
+    """Cut documents to their first tokens."""
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the documents, chosen by their ids and `seed`: a data set of its own beside the others."""
+    learned_only: bool = False
+    """Leave out positions that the loss mask does not ask for, where the format can."""
+    seed: int = 0
+    assets: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(CACHES)})]], Field(min_length=1)] | (
+        None
+    ) = None
+    """Of a format that takes whatever caches there are: only these."""
+    states: Annotated[list[int | FinalState], Field(min_length=1)] | None = None
+    """Only these of the hidden-state cache, where the format leaves the choice: blocks, before_norm, after_norm."""
+    draft_vocabulary: Annotated[
+        Any, WithJsonSchema(refused({"not": {"type": "null"}}, "nothing: it is no option here"))
+    ] = None
+    """Not of one partition; see the command."""
+
+    @field_validator("draft_vocabulary")
+    @classmethod
+    def _none_of_one_partition(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError(f"exports of partitions have no draft_vocabulary, {_NO_DRAFT_VOCABULARY}")
+
+    @field_validator("assets")
+    @classmethod
+    def _caches(cls, assets: list[str] | None) -> list[str] | None:
+        if unknown := [asset for asset in assets or () if asset not in CACHES]:
+            raise ValueError(f"{unknown[0]!r} is no cache; there are {', '.join(CACHES)}")
+        return assets
+
+    def to_params(self) -> ExportParams:
+        return ExportParams(
+            asset=_ASSET_OF[self.format],
+            max_length=self.max_length,
+            validation_share=self.validation_share,
+            learned_only=self.learned_only,
+            seed=self.seed,
+            assets=None if self.assets is None else tuple(asset for asset in CACHES if asset in self.assets),
+            states=None if self.states is None else tuple(self.states),
+        )
+
+
+def _name_or_mapping(schema: dict[str, Any]) -> None:
+    """As a condition, and not as alternatives: so a wrong value is reported where it stands."""
+    name, mapping = schema["items"]["anyOf"]
+    schema["items"] = {"if": {"type": "string"}, "then": name, "else": mapping}
+
+
+Exports = Annotated[list[FormatName | ExportModel], Field(default_factory=list, json_schema_extra=_name_or_mapping)]
+
+
+def export_params(said: Sequence[str | ExportModel]) -> tuple[ExportParams, ...]:
+    """In the order of EXPORTS, so that the order in a recipe decides nothing."""
+    found = [(ExportModel(format=one) if isinstance(one, str) else one).to_params() for one in said]
+    return tuple(sorted(found, key=lambda params: EXPORTS.index(params.asset)))
+
+
+def caches_of_export(params: ExportParams, caches: Sequence[Asset]) -> tuple[Asset, ...]:
+    """The caches that an export takes of a recipe that makes `caches`."""
+    fixed = CACHES_OF_FORMAT.get(params.asset)
+    return fixed or tuple(asset for asset in caches if params.assets is None or asset in params.assets)
+
+
+def check_exports(
+    recipe_name: str,
+    exports: Sequence[ExportParams],
+    caches: Sequence[Asset],
+    hidden_states: HiddenStateParams | None,
+) -> None:
+    """Raise RecipeError for exports that the recipe's caches cannot become."""
+    of = f"recipe {recipe_name}: exports: "
+    names = [params.format_name for params in exports]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"{of}{twice[0]} is there twice, and would be one asset: keep one of them")
+    for params in exports:
+        fixed = CACHES_OF_FORMAT.get(params.asset)
+        if fixed and (others := sorted(set(params.assets or ()) - set(fixed))):
+            raise RecipeError(f"{of}{params.format_name} takes {', '.join(fixed)}, not {others[0]}: leave assets out")
+        wanted = fixed or params.assets or ()
+        if lacking := [asset for asset in wanted if asset not in caches]:
+            raise RecipeError(
+                f"{of}{params.format_name} takes {lacking[0]}, which the recipe does not make: add "
+                f"{_WORD_OF[lacking[0]]} to caches, or leave the export out"
+            )
+        _check_states(f"{of}{params.format_name}", params, caches_of_export(params, caches), hidden_states)
+
+
+def _check_states(
+    what: str, params: ExportParams, caches: Sequence[Asset], hidden_states: HiddenStateParams | None
+) -> None:
+    if params.states is None:
+        return
+    if hidden_states is None or "hidden_state_cache" not in caches:
+        raise RecipeError(f"{what} names states, and takes no hidden_state_cache: leave states out")
+    kept = (*hidden_states.blocks, *hidden_states.final)
+    if absent := [state for state in params.states if state not in kept]:
+        raise RecipeError(
+            f"{what}: the hidden_states of the recipe keep {', '.join(map(str, kept))}, not {absent[0]}: add it to "
+            "their blocks or final, or leave it out of states"
+        )

@@ -1,0 +1,149 @@
+"""A recipe's `exports`: names or mappings, and what cannot be exported is refused when the recipe is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from kd_assets.components import TeacherCaches
+from kd_assets.contract import CACHES, EXPORTS, Asset, ExportParams
+from kd_assets.errors import RecipeError
+from kd_assets.export.format import ExportOptions
+from kd_assets.export.formats import FORMATS
+from kd_assets.export.source import FolderCaches, source_of
+from kd_assets.recipes.exports import CACHES_OF_FORMAT, ExportModel
+from kd_assets.recipes.recipe import Recipe
+from kd_assets.store.computing_versions import FORMAT_VERSIONS
+from kd_assets_tests.export import made_up
+
+ALL_CACHES: dict[str, Any] = {
+    "topk": {"k": 4, "max_length": 64},
+    "hidden_states": {"blocks": [1, 2, 4], "final": "after_norm", "max_length": 8},
+    "embeddings": {"max_length": 64},
+}
+
+
+def recipe(exports: list[Any], caches: dict[str, Any] = ALL_CACHES, **more: Any) -> Recipe:
+    return TeacherCaches(
+        recipe="tiny",
+        sources=[{"name": "corpus", "path": "corpus.jsonl"}],
+        teacher={"model_id": "nobody/teacher"},
+        caches=caches,
+        exports=exports,
+        **more,
+    ).to_recipe()
+
+
+def test_the_contract_has_an_asset_for_every_format_and_no_other() -> None:
+    assert set(EXPORTS) == {f"export_{name}" for name in FORMATS}
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_what_the_recipe_believes_of_a_format_is_what_the_format_says(tmp_path: Path, name: str) -> None:
+    asset = next(asset for asset in EXPORTS if asset == f"export_{name}")
+    documents = made_up.truths(1)
+    folders = {a: [folder] for a, folder in made_up.commit(tmp_path, documents).items()}
+    source = source_of(FolderCaches(folders=folders).there())
+    # Blocks are named, since the folder of the made-up teacher is nowhere.
+    fixed = CACHES_OF_FORMAT.get(asset)
+    needs = FORMATS[name].needs(source, ExportOptions(states=(1, 2, 4) if fixed else None))
+    assert needs.assets == (fixed or CACHES)
+    assert needs.version == FORMAT_VERSIONS.get(asset, 1)
+
+
+def test_exports_are_names_or_mappings_and_their_order_decides_nothing() -> None:
+    named = recipe(["safetensors", "hf"])
+    assert named.exports == (ExportParams(asset="export_hf"), ExportParams(asset="export_safetensors"))
+    assert named.exports == recipe([{"format": "hf"}, "safetensors"]).exports
+    assert named.partitioned == ("shards_manifest", *CACHES, "export_hf", "export_safetensors")
+    options = {"max_length": 5, "validation_share": 0.25, "seed": 3, "states": [4, "after_norm"]}
+    (params,) = recipe([{"format": "hf", "assets": ["hidden_state_cache", "topk_cache"], **options}]).exports
+    assert params == ExportParams(
+        asset="export_hf",
+        max_length=5,
+        validation_share=0.25,
+        seed=3,
+        assets=("topk_cache", "hidden_state_cache"),
+        states=(4, "after_norm"),
+    )
+    assert recipe([]).exports == ()
+
+
+def test_an_export_is_made_of_the_caches_that_its_format_takes() -> None:
+    made = recipe(["hf", "specforge", {"format": "original", "assets": ["topk_cache"]}])
+    assert made.caches_of(["export_hf"]) == CACHES
+    assert made.caches_of(["export_specforge"]) == ("hidden_state_cache",)
+    assert made.caches_of(["export_original"]) == ("topk_cache",)
+    assert made.caches_of(["export_original", "export_specforge"]) == ("topk_cache", "hidden_state_cache")
+
+
+@pytest.mark.parametrize(
+    ("exports", "words"),
+    [
+        (["hv"], "there is no export format 'hv'; there are hf, modelopt, original, safetensors, specforge"),
+        ([{"format": "hv"}], "there is no export format 'hv'; there are hf"),
+        ([{"format": "hf", "assets": ["topk"]}], "'topk' is no cache; there are topk_cache"),
+        ([{"format": "hf", "assets": []}], "at least 1 item"),
+        ([{"format": "hf", "max_length": 0}], "greater than 0"),
+        ([{"format": "hf", "validation_share": 1}], "less than 1"),
+        ([{"format": "hf", "split": "train"}], "Extra inputs are not permitted"),
+        ([{"format": "specforge", "draft_vocabulary": 64}], r"kd-assets export FORMAT RECIPE --draft-vocabulary N"),
+    ],
+)
+def test_what_is_no_export_is_refused_by_name(exports: list[Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        recipe(exports)
+
+
+@pytest.mark.parametrize(
+    ("exports", "without", "words"),
+    [
+        (["hf", {"format": "hf", "max_length": 3}], None, "exports: hf is there twice"),
+        (["specforge"], "hidden_states", "specforge takes hidden_state_cache, .* add hidden_states to caches"),
+        (["modelopt"], "hidden_states", "modelopt takes hidden_state_cache, .* add hidden_states to caches"),
+        ([{"format": "hf", "assets": ["topk_cache"]}], "topk", "hf takes topk_cache, .* add topk to caches"),
+        ([{"format": "specforge", "assets": ["topk_cache"]}], None, "takes hidden_state_cache, not topk_cache"),
+        ([{"format": "hf", "states": [3]}], None, "keep 1, 2, 4, after_norm, not 3: add it"),
+        ([{"format": "hf", "states": ["before_norm"]}], None, "not before_norm"),
+        ([{"format": "hf", "states": [1]}], "hidden_states", "names states, and takes no hidden_state_cache"),
+        ([{"format": "hf", "assets": ["topk_cache"], "states": [1]}], None, "takes no hidden_state_cache"),
+    ],
+)
+def test_an_export_that_the_recipes_caches_cannot_become_is_refused_on_loading(
+    exports: list[Any], without: str | None, words: str
+) -> None:
+    caches = {name: cache for name, cache in ALL_CACHES.items() if name != without}
+    with pytest.raises(RecipeError, match=words):
+        recipe(exports, caches)
+
+
+def test_exports_change_the_code_version_of_nothing_else_and_their_own_with_what_decides_their_bytes() -> None:
+    plain, exported = recipe([]), recipe(["hf"])
+    before: tuple[Asset, ...] = ("shards_manifest", *CACHES, "student_smoke")
+    assert [plain.code_version(a) for a in before] == [exported.code_version(a) for a in before]
+    of_topk = {"topk": ALL_CACHES["topk"]}
+    versions = [
+        made.code_version("export_hf")
+        for made in (exported, recipe([{"format": "hf", "max_length": 3}]), recipe(["hf"], of_topk))
+    ]
+    assert len(set(versions)) == 3
+    assert recipe(["hf", "original"]).code_version("export_hf") == versions[0]
+
+
+def test_jobs_of_exports_ask_for_what_those_of_shards_do_unless_they_say_otherwise() -> None:
+    jobs = {"shards": {"n_tasks": 7, "slurm": {"partition": "cpu"}}}
+    asked = recipe(["hf"], jobs=jobs).tasks_of("export")
+    assert (asked.n_tasks, asked.resources.slurm_partition) == (7, "cpu")
+    own = recipe(["hf"], jobs={**jobs, "export": {"n_tasks": 2}}).tasks_of("export")
+    assert (own.n_tasks, own.resources.slurm_partition) == (2, None)
+
+
+def test_the_schema_of_exports_offers_names_and_mappings() -> None:
+    schema = TeacherCaches.get_model_cls().model_json_schema()
+    items = schema["properties"]["exports"]["else"]["items"]
+    assert items["then"]["enum"] == list(FORMATS)
+    assert items["else"] == {"$ref": "#/$defs/ExportModel"}
+    assert set(schema["$defs"]["ExportModel"]["properties"]) == set(ExportModel.model_fields)
