@@ -12,6 +12,7 @@ from kd_assets.commands.export import PROGRESS_EVERY_S, progress_lines
 from kd_assets.export.exporting import ExportProgress
 from kd_assets.export.folder import verify_export
 from kd_assets_tests.export import made_up
+from kd_assets_tests.export.saved_rows import saved_rows
 
 
 @pytest.fixture
@@ -58,6 +59,14 @@ def test_export_takes_partitions_states_and_splits_and_speaks_json(
     assert "topk_cache" not in shown["sources"]
 
 
+def test_export_packs_documents_into_rows(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("export", "distillkit", recipe, "--to", tmp_path / "out", "--pack-to", "32", "--json")
+    status, said, _ = run(capsys, *command)
+    assert status == 0
+    assert json.loads(said)["options"] == {"pack_to": 32}
+    assert {len(row["input_ids"]) for row in saved_rows(tmp_path / "out")} == {32}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -65,6 +74,7 @@ def test_export_takes_partitions_states_and_splits_and_speaks_json(
         (["--partitions", "made-up-00002..made-up-00000"], "reversed"),
         (["--states", "last"], "'last' is no state"),
         (["--states", "7"], "has no block 7"),
+        (["--pack-to", "64"], "hf: a row of it is one document"),
         (["--variant", "topk_cache"], "not of the form CACHE=VARIANT"),
     ],
 )

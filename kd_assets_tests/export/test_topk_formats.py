@@ -115,6 +115,16 @@ def test_a_distillkit_export_has_the_same_numbers_to_the_last_bit(
     assert pq.read_schema(files[0]).field("input_ids").type.value_type == pa.uint64()
 
 
+def test_datasets_loads_a_distillkit_export_and_keeps_folders_of_one_name_apart(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")  # which the planes' nodes do not have
+    for seed in (1, 2):
+        held = [truth for truth in made(tmp_path / str(seed), seed) if has_learned(truth, None)]
+        out = tmp_path / f"of {seed}" / "out"
+        export_recipe("distillkit", tmp_path / str(seed) / made_up.RECIPE, out)
+        rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+        assert rows["input_ids"][:] == [truth.ids_L[:-1].tolist() for truth in held]
+
+
 def require_positions(row: dict[str, Any], truth: Truth, config: dict[str, Any], at: range) -> None:
     """Row's positions `at` are those of the document from its first on, and there are as many of all as of tokens."""
     assert len(row["compressed_logprobs"]) == len(row["bytepacked_indices"]) == len(row["input_ids"])

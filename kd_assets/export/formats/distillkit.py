@@ -43,6 +43,7 @@ from kd_assets.export.saved_dataset import (
     section_name,
     section_rows,
 )
+from kd_assets.store import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class _Writer:
             )
         atomic_write(self._folder / CONFIG_NAME, self._layout.config().encode())
         if self._pack_to is None:
-            atomic_write(self._folder / CARD_NAME, _CARD.encode())
+            atomic_write(self._folder / CARD_NAME, card(sections).encode())
             return [CONFIG_NAME, CARD_NAME]
         return [CONFIG_NAME, *finish_saved_dataset(self._folder, _PACKED_SCHEMA, sections)]
 
@@ -251,14 +252,20 @@ def one_row(together: Sequence[_Row], row_tokens: int) -> _Row:
     }
 
 
-# Which files are the data set's is said here: the loader would guess from all that lie in the folder.
-_CARD = """---
+def card(sections: Sequence[SectionFiles]) -> str:
+    """`README.md`: which files are the data set's, since the loader would guess from all that lie in the folder.
+
+    The configuration's name tells the content: for a folder with an equal name and an equal card `datasets` (5.2.0)
+    takes what it has in its cache, whatever files are there now.
+    """
+    content = fingerprint({"files": [section.sha256[section.names[0]] for section in sections]})[:16]
+    return f"""---
 configs:
-- config_name: default
+- config_name: export-{content}
   data_files:
   - split: train
     path: data_*.parquet
 ---
 Top-k log-probabilities of a teacher in DistillKit's format. `distillkit-pack-logits --dataset FOLDER --split train`
-packs them; `compression_config.yaml` is what the run's `teacher.logprob_compressor` must say.
+packs them; `{CONFIG_NAME}` is what the run's `teacher.logprob_compressor` must say.
 """
