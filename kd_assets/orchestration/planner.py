@@ -488,6 +488,8 @@ class Planner:
                 "teacher_revision": self._recipe.teacher.revision,
                 "weights_fingerprint": planned or self.teacher().weights,
             }
+            if self._recipe.topk is not None and self._recipe.topk.vocabulary is not None:
+                facts["vocabulary"] = self._recipe.topk.vocabulary
         return facts
 
     def _not_in_plan(self, partition_key: str) -> str:

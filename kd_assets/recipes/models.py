@@ -8,7 +8,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from kd_assets.contract import (
     STUDENT_HEAD_SIZE,
@@ -177,21 +177,9 @@ def position_choice(said: Positions) -> PositionChoice:
     return PositionChoice(kept=said)
 
 
-def _number_or_words(said: Any) -> Any:
-    if isinstance(said, bool | float):  # YAML's yes and 1.5e5, which pydantic would take for a number of ids
-        raise ValueError("it is a number of token ids, `tokenizer`, or the student's tokenizer")
-    if isinstance(said, str):
-        if not said.strip():
-            raise ValueError("it is empty: name a tokenizer, or leave vocabulary out")
-        return int(said) if re.fullmatch(r"\s*[-+]?[0-9]+\s*", said) else said
-    return said
-
-
-Vocabulary = Annotated[
-    Positive | str,
-    BeforeValidator(_number_or_words),
-    WithJsonSchema({"type": ["integer", "string"], "minimum": 1, "pattern": r"\S"}),
-]
+def _one_schema(schema: dict[str, Any]) -> None:
+    """A number or words, as one alternative: a wrong value is reported with what is wrong about it."""
+    schema["anyOf"] = [{"type": ["integer", "string"], "minimum": 1, "pattern": r"\S"}, {"type": "null"}]
 
 
 class TopkModel(dg.Model, dg.Resolvable):
@@ -201,10 +189,23 @@ class TopkModel(dg.Model, dg.Resolvable):
     """Token ids drawn at random from each whole distribution besides (random-sampling KD)."""
     positions: Positions = "all"
     """Which are kept: all, those whose next token is learned, or a random share (`{share: 0.1, seed: 0}`)."""
-    vocabulary: Vocabulary | None = None
+    vocabulary: Annotated[int | str | None, Field(json_schema_extra=_one_schema)] = None
     """The token ids that a student can have: those below a number, those of the teacher's `tokenizer` (a head may have
     more), or those of the student's tokenizer (a folder, its file, or a hub id). What is kept is cut to them, and
     normalised over them."""
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _number_or_words(cls, said: Any) -> Any:
+        if isinstance(said, bool | float):  # YAML's yes and 1.5e5, which pydantic would take for a number of ids
+            raise ValueError("it is a number of token ids, `tokenizer`, or the student's tokenizer")
+        if isinstance(said, str) and re.fullmatch(r"\s*[-+]?[0-9]+\s*", said):
+            said = int(said)
+        if isinstance(said, int) and said < 1:
+            raise ValueError(f"it is {said}: a vocabulary has at least one token id")
+        if isinstance(said, str) and not said.strip():
+            raise ValueError("it is empty: name a tokenizer, or leave vocabulary out")
+        return said
 
     @model_validator(mode="after")
     def _k_ids(self) -> "TopkModel":

@@ -195,8 +195,10 @@ def test_an_id_of_two_tokens_is_a_mismatched_vocabulary_with_examples(tmp_path: 
 def test_control_tokens_that_no_file_names_are_compared_with_none(tmp_path: Path) -> None:
     teacher = byte_level(tmp_path / "teacher", added=())
     tokens = token_table(teacher)
-    raw = {"config": {"default_num_special_tokens": 2, "default_vocab_size": 3}, "vocab": []}
-    raw["vocab"] = [{"rank": 0, "token_bytes": base64.b64encode(b"!").decode()}]
+    raw = {
+        "config": {"default_num_special_tokens": 2, "default_vocab_size": 3},
+        "vocab": [{"rank": 0, "token_bytes": base64.b64encode(b"!").decode()}],
+    }
     (tmp_path / "tekken.json").write_text(json.dumps(raw))
     assert tokens[2] == "!"
     assert shared_token_ids(teacher, tmp_path / "tekken.json") == TokenIds.below(3)

@@ -23,8 +23,9 @@ TEXT = "the quick brown fox jumps over a lazy dog and then it sleeps under an ol
 WORDS = TEXT.split()
 
 
-def make_tiny_teacher(folder: Path) -> Path:
-    """A random Llama of 3 blocks with a byte-level tokenizer that was trained on a few words; about 100 KB."""
+def make_tiny_teacher(folder: Path, *, padding: int = 0) -> Path:
+    """A random Llama of 3 blocks with a byte-level tokenizer that was trained on a few words; about 100 KB. `padding`:
+    rows of its head that no token has."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,7 +40,7 @@ def make_tiny_teacher(folder: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer.get_vocab()),
+        vocab_size=len(tokenizer.get_vocab()) + padding,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=3,

@@ -127,6 +127,29 @@ def test_a_vocabulary_that_is_neither_is_refused_by_the_fields_name(said: Any) -
         TopkModel(k=2, max_length=8, vocabulary=said)
 
 
+@pytest.mark.parametrize(
+    ("said", "word", "n"),
+    [
+        ("151665", None, 151_665),
+        ("tokenizer", "tokenizer", None),
+        ("'{{ env.N_IDS }}'", None, 32_000),
+        ("$M/student", "$M/student", None),
+        ("null", None, None),
+    ],
+)
+def test_a_vocabulary_is_read_from_yaml_as_a_number_or_words(
+    said: str, word: str | None, n: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("N_IDS", "32000")
+    recipe = TeacherCaches.resolve_from_yaml(
+        "{recipe: r, sources: [{name: s, path: /s.jsonl, licence: CC0-1.0}], documents_per_shard: 3, "
+        f"teacher: {{model_id: /m}}, caches: {{topk: {{k: 2, max_length: 4, vocabulary: {said}}}}}}}"
+    ).to_recipe()
+    assert recipe.topk is not None
+    assert recipe.topk.vocabulary == word
+    assert recipe.topk.token_ids == (None if n is None else TokenIds.below(n))
+
+
 def test_a_vocabulary_of_fewer_ids_than_k_is_refused_with_the_recipe() -> None:
     assert TopkModel(k=8, max_length=8, vocabulary=8).to_params().k == 8
     with pytest.raises(ValidationError, match="k is 9, and vocabulary leaves 8 token ids"):

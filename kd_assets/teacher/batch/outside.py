@@ -17,15 +17,24 @@ from kd_assets.teacher.batch.topk import SCRATCH_BYTES
 _BYTES_A_LOGIT = 12
 """Of a left-out one: gathered as it is, in float32, and its exponential."""
 
+_MOST_RUNS = 16
+"""Of left-out columns that are taken as slices, 13 times faster on a CPU than one by one; a vocabulary with more holes
+has its columns gathered."""
+
 
 class Outside:
     """The columns of a teacher's logits that a vocabulary leaves out, on the device of the logits."""
 
     def __init__(self, token_ids: TokenIds, *, vocabulary_size: int, device: torch.device) -> None:
-        is_out_V = torch.ones(vocabulary_size, dtype=torch.bool)
-        for first, end in token_ids.runs:
-            is_out_V[first:end] = False
-        self._ids_O = is_out_V.nonzero().squeeze(1).to(device)
+        ends = [0, *(end for _, end in token_ids.runs)]
+        firsts = [*(first for first, _ in token_ids.runs), vocabulary_size]
+        runs = [(end, min(first, vocabulary_size)) for end, first in zip(ends, firsts, strict=True)]
+        runs = [(end, first) for end, first in runs if end < first]
+        self._columns: list[slice | Tensor] = [slice(*run) for run in runs]
+        self._most = max((first - end for end, first in runs), default=0)
+        if len(runs) > _MOST_RUNS:
+            self._columns = [torch.cat([torch.arange(*run) for run in runs]).to(device)]
+            self._most = len(self._columns[0])
 
     def cut(self, logits_NV: Tensor) -> Tensor:
         """float32 [N]: the logsumexp of the left-out logits, which are -inf on return; -inf where none are left out.
@@ -33,14 +42,21 @@ class Outside:
         `logits_NV` of any float dtype; runs of rows at a time, in `SCRATCH_BYTES`.
         """
         log_outside_N = torch.full((len(logits_NV),), -torch.inf, dtype=torch.float32, device=logits_NV.device)
-        if not len(self._ids_O):
-            return log_outside_N
-        rows = max(1, SCRATCH_BYTES[logits_NV.device.type] // (_BYTES_A_LOGIT * len(self._ids_O)))
-        for start in range(0, len(logits_NV), rows):
-            run = slice(start, start + rows)
-            log_outside_N[run] = logits_NV[run].index_select(1, self._ids_O).float().logsumexp(dim=1)
-        logits_NV.index_fill_(1, self._ids_O, -torch.inf)
+        rows = max(1, SCRATCH_BYTES[logits_NV.device.type] // (_BYTES_A_LOGIT * max(1, self._most)))
+        for columns in self._columns:
+            for start in range(0, len(logits_NV), rows):
+                run = slice(start, start + rows)
+                log_of_columns = _taken(logits_NV[run], columns).float().logsumexp(dim=1)
+                log_outside_N[run] = torch.logaddexp(log_outside_N[run], log_of_columns)
+            if isinstance(columns, slice):
+                logits_NV[:, columns] = -torch.inf
+            else:
+                logits_NV.index_fill_(1, columns, -torch.inf)
         return log_outside_N
+
+
+def _taken(logits_NV: Tensor, columns: slice | Tensor) -> Tensor:
+    return logits_NV[:, columns] if isinstance(columns, slice) else logits_NV.index_select(1, columns)
 
 
 def outside_mass(log_outside_N: Tensor, log_kept_N: Tensor) -> Tensor:
