@@ -126,6 +126,9 @@ def _take_requests(
     server = uvicorn.Server(
         uvicorn.Config(
             app.asgi,
+            # What uvicorn always has: it behaves the same whatever else is installed.
+            http="h11",
+            loop="asyncio",
             lifespan="off",
             ws="none",
             log_config=None,

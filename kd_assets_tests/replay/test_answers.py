@@ -121,7 +121,7 @@ def test_trls_server_answers_completions_alone_in_both_formats(tmp_path: Path, s
                 assert said_logprobs[at] == [entry["logprob"] for _, entry in ranked]
                 assert of["ids"][number, at].tolist() == [int(i) for i, _ in ranked[:k]]
                 np.testing.assert_array_equal(
-                    of["logprobs"][number, at], np.float32([e["logprob"] for _, e in ranked[:k]])
+                    of["logprobs"][number, at], np.array([e["logprob"] for _, e in ranked[:k]], dtype=np.float32)
                 )
                 own_id = int(truth.ids_L[first + at])
                 assert of["own_ids"][number, at, 0] == own_id

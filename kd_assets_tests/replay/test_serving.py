@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -44,7 +45,7 @@ def server(recipe: Path) -> Iterator[Server]:
         yield running
 
 
-def asking(truth: Truth, n: int | None = None, k: int = 5) -> dict[str, object]:
+def asking(truth: Truth, n: int | None = None, k: int = 5) -> Any:
     return {"prompt": truth.ids_L[:n].tolist(), "max_tokens": 1, "prompt_logprobs": k, "temperature": 1.0}
 
 
