@@ -34,6 +34,10 @@ collect_ignore = (
     ]
 )
 
+# So is what needs a web server.
+if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "prometheus_client", "requests")):
+    collect_ignore += ["replay", "benchmarks/test_replay.py", "consumers/test_replay.py"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for those by which Dagster marks what we use of it as beta or superseded each time it

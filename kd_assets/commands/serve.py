@@ -6,6 +6,8 @@ import argparse
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kd_assets.commands.base import Subcommand, count, recipe_folder_of, serving_plane, show
@@ -14,6 +16,8 @@ from kd_assets.store import planned_partitions, variants_of
 from kd_assets.store.reading.selection import select_partitions
 
 TOKEN_VARIABLE = "KD_SERVE_TOKEN"  # noqa: S105 - the name of a variable, and no token
+
+PROGRESS_EVERY_S = 5.0
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +65,22 @@ def _run(arguments: argparse.Namespace) -> int:
         limits=limits,
     )
     # From the environment: what stands on a command line, every user of the machine can read.
-    serving.serve(options, token=os.environ.get(TOKEN_VARIABLE) or None, say=show)
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    serving.serve(options, token=token, say=show, on_progress=progress_lines(time.monotonic))
     return 0
+
+
+def progress_lines(clock: Callable[[], float]) -> Callable[[int, int], None]:
+    """What prints a line on stderr from time to time while documents are indexed."""
+    last = clock()
+
+    def say(n_documents: int, of_documents: int) -> None:
+        nonlocal last
+        if clock() - last >= PROGRESS_EVERY_S:
+            last = clock()
+            show(f"serve: {n_documents:,} of {of_documents:,} documents are indexed", stream=sys.stderr)
+
+    return say
 
 
 def _partition_keys(recipe_folder: Path, selection: str | None) -> list[str] | None:

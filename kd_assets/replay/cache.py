@@ -6,6 +6,7 @@ first rows. The invariant: rows are given of a document whose ids are those that
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,11 @@ from kd_assets.store import CacheReader, Chosen, choose
 
 NotKept = Literal["refuse", "null"]
 """What to answer for rows that a cache of some positions does not keep."""
+
+OnProgress = Callable[[int, int], None]
+"""Is told from time to time how many documents are indexed, and of how many."""
+
+_TOLD_EVERY = 1_000
 
 MAX_CANDIDATES = 2_048
 """Documents that are compared with a sequence before it is given up: seconds of reading."""
@@ -54,9 +60,10 @@ class Rows:
 class ReplayCache:
     """Finds sequences among the documents of a top-k cache. May be forked: processes share what it holds."""
 
-    def __init__(self, chosen: Chosen, *, not_kept: NotKept = "refuse") -> None:
+    def __init__(self, chosen: Chosen, *, not_kept: NotKept = "refuse", on_progress: OnProgress | None = None) -> None:
         """Reads the token ids of all documents once. Raises NotCommittedError for a cache without documents."""
-        if not sum(manifest.n_documents for manifest in chosen.manifests):
+        n_documents = sum(manifest.n_documents for manifest in chosen.manifests)
+        if not n_documents:
             raise NotCommittedError(f"the top-k cache in {chosen.folders[0]} has no documents to answer from")
         schema = CacheReader.of(chosen).schema
         self.k = int(schema.field("topk_ids").type.value_type.list_size)
@@ -71,7 +78,8 @@ class ReplayCache:
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else 1 << 32
         """Token ids are below it."""
         self.n_partitions = len(chosen.manifests)
-        self.index = PrefixIndex(documents_of(chosen))
+        documents = documents_of(chosen)
+        self.index = PrefixIndex(documents if on_progress is None else _told(documents, n_documents, on_progress))
 
     def rows(self, ids_L: Uint32Array, *, first: int, k: int, name: str) -> Rows:
         """The rows about the tokens from `first` on. `name`: of the sequence, in errors.
@@ -149,6 +157,13 @@ class ReplayCache:
         )
 
 
+def _told(documents: Iterator[Uint32Array], n_documents: int, tell: OnProgress) -> Iterator[Uint32Array]:
+    for number, ids_L in enumerate(documents):
+        if number % _TOLD_EVERY == 0:
+            tell(number, n_documents)
+        yield ids_L
+
+
 def _likeness(known: int) -> str:
     if not known:
         return "no document begins with its first id (another tokenizer, or no BOS token?)"
@@ -162,10 +177,11 @@ def open_cache(
     variant: str | None = None,
     partition_keys: list[str] | None = None,
     not_kept: NotKept = "refuse",
+    on_progress: OnProgress | None = None,
 ) -> ReplayCache:
     """The top-k cache of a recipe, chosen and refused as readers of a recipe do (see `kd_assets.store.choose`)."""
     chosen = choose(recipe_folder, "topk_cache", variant=variant, partition_keys=partition_keys)
-    cache = ReplayCache(chosen, not_kept=not_kept)
+    cache = ReplayCache(chosen, not_kept=not_kept, on_progress=on_progress)
     if cache.keeps_all and not_kept == "null":
         raise RecipeError("--not-kept null is for caches that keep some positions, and this one keeps all")
     return cache

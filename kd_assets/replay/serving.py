@@ -23,7 +23,7 @@ import uvicorn
 from kd_assets.errors import KdAssetsError, MissingInputError, RecipeError
 from kd_assets.replay.answering import Desk, process_id, start_answering
 from kd_assets.replay.app import ReplayApp
-from kd_assets.replay.cache import NotKept, ReplayCache, open_cache
+from kd_assets.replay.cache import NotKept, OnProgress, ReplayCache, open_cache
 from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.tokens import open_tokens
@@ -56,7 +56,9 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
 
 
-def serve(options: ServeOptions, *, token: str | None, say: Callable[[str], None]) -> None:
+def serve(
+    options: ServeOptions, *, token: str | None, say: Callable[[str], None], on_progress: OnProgress | None = None
+) -> None:
     """Answer requests until SIGTERM or SIGINT. `say` is told where, once requests are taken.
 
     Raises RecipeError for a host that needs a token and has none, MissingInputError for an address that cannot be
@@ -70,6 +72,7 @@ def serve(options: ServeOptions, *, token: str | None, say: Callable[[str], None
             variant=options.variant,
             partition_keys=options.partition_keys,
             not_kept=options.not_kept,
+            on_progress=on_progress,
         )
         tokens = open_tokens(options.tokenizer, cache.provenance)
         names = model_names(cache)
@@ -93,9 +96,10 @@ def require_token(host: str, token: str | None) -> None:
 
 
 def model_names(cache: ReplayCache) -> ModelNames:
-    """The recipe's name, and the teacher's as the recipe has it."""
+    """The recipe's name, and the teacher's as the recipe has it, unless that is a folder."""
     teacher = cache.provenance.get("teacher")
-    return ModelNames(known=tuple(dict.fromkeys([cache.recipe, *([teacher] if isinstance(teacher, str) else [])])))
+    names = [teacher] if isinstance(teacher, str) and not Path(teacher).is_absolute() else []
+    return ModelNames(known=tuple(dict.fromkeys([cache.recipe, *names])))
 
 
 def _take_requests(
@@ -126,6 +130,9 @@ def _take_requests(
     server = uvicorn.Server(
         uvicorn.Config(
             app.asgi,
+            # What uvicorn always has: it behaves the same whatever else is installed.
+            http="h11",
+            loop="asyncio",
             lifespan="off",
             ws="none",
             log_config=None,

@@ -88,8 +88,8 @@ class CompletionsRequest:
     prompts: Sequence[Uint32Array]
     texts: Sequence[str | None]
     """The prompts that were sent as text."""
-    prompt_logprobs: int | None
-    """The k of `prompt_logprobs`; None: not in the answer."""
+    prompt_logprobs: int
+    """The k of `prompt_logprobs`."""
     echo_logprobs: int | None
     """The k of `logprobs` of an echoed prompt; None: not in the answer."""
     echo: bool
@@ -128,17 +128,18 @@ def parse_completions(
         raise RefusedRequestError(
             "logprobs without echo are those of generated tokens, and none are generated: ask for prompt_logprobs"
         )
-    if prompt_logprobs is None and logprobs is None:
+    # vLLM answers both where a prompt is echoed with its log-probabilities.
+    of_prompt = logprobs if prompt_logprobs is None else prompt_logprobs
+    if of_prompt is None:
         raise RefusedRequestError("nothing is asked that a cache can answer: ask for prompt_logprobs")
     prompts, texts = _prompts(
         raw.get("prompt"), cache=cache, tokens=tokens, limits=limits, special=_flag(raw, "add_special_tokens", True)
     )
-    largest_k = max(k for k in (prompt_logprobs, logprobs) if k is not None)
-    require_answer_within(limits, sum(map(len, prompts)), largest_k)
+    require_answer_within(limits, sum(map(len, prompts)), of_prompt + (logprobs or 0))
     return CompletionsRequest(
         prompts=prompts,
         texts=texts,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=of_prompt,
         echo_logprobs=logprobs,
         echo=echo,
         tokens_as_ids=_flag(raw, "return_tokens_as_token_ids"),
@@ -163,7 +164,7 @@ def answer_completions(
     choices: list[str] = []
     n_positions = 0
     for number, ids_L in enumerate(request.prompts):
-        k = max(request.prompt_logprobs or 0, request.echo_logprobs or 0)
+        k = max(request.prompt_logprobs, request.echo_logprobs or 0)
         rows = cache.rows(ids_L, first=0, k=k, name=f"prompt {number}")
         n_positions += len(rows.tokens_M)
         choices.append(_choice(number, rows, request, tokens))
@@ -190,9 +191,7 @@ def _choice(number: int, rows: Rows, request: CompletionsRequest, tokens: Tokens
         "token_ids": [] if request.return_token_ids else None,
         "prompt_token_ids": ids if request.return_token_ids else None,
     }
-    of_prompt = "null"
-    if request.prompt_logprobs is not None:
-        of_prompt = prompt_logprobs_json(rows, k=request.prompt_logprobs, tokens=tokens)
+    of_prompt = prompt_logprobs_json(rows, k=request.prompt_logprobs, tokens=tokens)
     return f'{json.dumps(fields)[:-1]}, "prompt_logprobs": {of_prompt}}}'
 
 

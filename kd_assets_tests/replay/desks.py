@@ -66,6 +66,7 @@ def asked(
     not_kept: NotKept = "refuse",
     limits: Limits | None = None,
     tokens: Tokens | None = None,
+    teacher: str = "",
 ) -> Asked:
     """Two partitions of `n` documents each. `kept`: the share of positions that the cache keeps; None: all. `cut`: its
     `max_length`."""
@@ -78,6 +79,7 @@ def asked(
             assets=("topk_cache",),
             positions=kept is not None,
             max_lengths=None if cut is None else {"topk_cache": cut},
+            provenance={"teacher": teacher} if teacher else None,
         )
         truths += documents
     cache = open_cache(folder / made_up.RECIPE, not_kept=not_kept)

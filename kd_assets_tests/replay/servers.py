@@ -30,8 +30,9 @@ class Server:
 
     def children(self) -> list[int]:
         """Process ids of those that answer."""
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
-        return [int(word) for word in found.stdout.split()]
+        return [
+            int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat") if _parent_of(stat) == self.process.pid
+        ]
 
     def metrics(self, **how: object) -> dict[str, float]:
         import requests  # not everywhere where tests are collected
@@ -39,6 +40,13 @@ class Server:
         text = requests.get(f"{self.url}/metrics", timeout=10, **how).text  # type: ignore[arg-type]
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
+
+
+def _parent_of(stat: Path) -> int | None:
+    """proc(5): the fields after the name, which may have anything in it, are state and parent."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    return None
 
 
 def command(recipe_folder: Path, *arguments: str) -> list[str]:

@@ -74,12 +74,21 @@ def test_an_answer_has_the_shape_of_vllms(tmp_path: Path) -> None:
     assert (with_ids["prompt_token_ids"], with_ids["token_ids"]) == (ids, [])
 
 
+def test_a_model_is_called_by_the_recipes_name_and_by_the_teachers(tmp_path: Path) -> None:
+    for teacher, known in (("org/teacher", ("made-up", "org/teacher")), ("/models/teacher", ("made-up",))):
+        desk = asked(tmp_path / teacher.strip("/"), teacher=teacher)
+        assert desk.desk.names.known == known, "where a teacher's folder is concerns no client"
+        for name in known:
+            assert desk.completions(desk.truths[4].ids_L.tolist(), 1, model=name)["model"] == "made-up"
+
+
 def test_an_echoed_prompt_has_its_log_probabilities_by_token(tmp_path: Path) -> None:
     desk = asked(tmp_path)
     truth = max(desk.truths, key=lambda truth: truth.length)
     raw = {"prompt": truth.ids_L.tolist(), "max_tokens": 0, "echo": True, "logprobs": 3, "temperature": 0}
     answer, said = desk.post(COMPLETIONS, raw | {"return_tokens_as_token_ids": True})
     assert answer.status == 200
+    assert said["choices"][0]["prompt_logprobs"] == expected_positions(truth, truth.length, 3)
     logprobs = said["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [f"token_id:{i}" for i in truth.ids_L]
     assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
@@ -121,7 +130,7 @@ def test_trls_server_answers_completions_alone_in_both_formats(tmp_path: Path, s
                 assert said_logprobs[at] == [entry["logprob"] for _, entry in ranked]
                 assert of["ids"][number, at].tolist() == [int(i) for i, _ in ranked[:k]]
                 np.testing.assert_array_equal(
-                    of["logprobs"][number, at], np.float32([e["logprob"] for _, e in ranked[:k]])
+                    of["logprobs"][number, at], np.array([e["logprob"] for _, e in ranked[:k]], dtype=np.float32)
                 )
                 own_id = int(truth.ids_L[first + at])
                 assert of["own_ids"][number, at, 0] == own_id

@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
 from kd_assets import cli
+from kd_assets.commands.serve import progress_lines
 from kd_assets.errors import RecipeError
 from kd_assets.replay.serving import require_token
 from kd_assets_tests.export import made_up
@@ -44,7 +46,7 @@ def server(recipe: Path) -> Iterator[Server]:
         yield running
 
 
-def asking(truth: Truth, n: int | None = None, k: int = 5) -> dict[str, object]:
+def asking(truth: Truth, n: int | None = None, k: int = 5) -> Any:
     return {"prompt": truth.ids_L[:n].tolist(), "max_tokens": 1, "prompt_logprobs": k, "temperature": 1.0}
 
 
@@ -96,7 +98,7 @@ def test_models_health_and_addresses_that_are_not_there(server: Server) -> None:
 
 def test_misses_are_counted(server: Server) -> None:
     before = server.metrics()["kd_replay_misses_total"]
-    asked = {"prompt": [1, 1, 1, 1, 1, 1], "max_tokens": 0, "prompt_logprobs": 1}
+    asked: Any = {"prompt": [1, 1, 1, 1, 1, 1], "max_tokens": 0, "prompt_logprobs": 1}
     assert requests.post(f"{server.url}/v1/completions", json=asked, timeout=10).status_code == 404
     assert server.metrics()["kd_replay_misses_total"] == before + 1
 
@@ -276,6 +278,17 @@ def test_recipes_and_options_that_cannot_be_served_are_refused_before_anything_i
         assert done.returncode != 0
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_progress_is_told_from_time_to_time(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 1.0, 6.0, 6.0, 7.0, 12.0, 12.0])
+    say = progress_lines(lambda: next(times))
+    for n in (0, 1000, 2000, 3000):
+        say(n, 4000)
+    assert capsys.readouterr().err.splitlines() == [
+        "serve: 1,000 of 4,000 documents are indexed",
+        "serve: 3,000 of 4,000 documents are indexed",
+    ]
 
 
 def test_a_body_that_never_ends_is_given_up(recipe: Path) -> None:
