@@ -178,6 +178,8 @@ def test_an_export_without_its_caches_is_a_named_failure_and_others_are_made(
 ) -> None:
     deployment = deploy(exports=["hf"], **SMALL)
     deployment.plan()
+    shown = preview(deployment.recipe, deployment.platform, partitions=None, assets=None)
+    assert "export: export_hf follow, in the run, of what these jobs make" in shown.notes
     nothing = deployment.run("export_hf", partition=SHARDS[0])
     assert not nothing.success
     assert "tiny/shards_manifest has no partition tiny-00000" in failure_text(nothing)
@@ -221,6 +223,8 @@ def test_a_cache_that_changed_makes_its_export_stale_and_the_old_one_stays(deplo
     assert deployment.run("topk_cache", "export_hf", partition=SHARDS[2]).success
     put_aside(deployment.platform.recipe_folder("tiny"), [SHARDS[2]], ["export_hf"], why="a bad disk")
     assert requests_of_the_night(deployment) == [(SHARDS[2], {"export_hf"})]
+    shown = preview(deployment.recipe, deployment.platform, partitions=None, assets=["tiny/export_hf"])
+    assert [(job.spec.kind, job.n_partitions) for job in shown.jobs] == [("export", 1)]
 
 
 KILLED_ONCE = '''

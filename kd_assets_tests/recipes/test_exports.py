@@ -27,14 +27,14 @@ ALL_CACHES: dict[str, Any] = {
 
 
 def recipe(exports: list[Any], caches: dict[str, Any] = ALL_CACHES, **more: Any) -> Recipe:
-    return TeacherCaches(
-        recipe="tiny",
-        sources=[{"name": "corpus", "path": "corpus.jsonl"}],
-        teacher={"model_id": "nobody/teacher"},
-        caches=caches,
-        exports=exports,
-        **more,
-    ).to_recipe()
+    attributes: dict[str, Any] = {
+        "recipe": "tiny",
+        "sources": [{"name": "corpus", "path": "corpus.jsonl"}],
+        "teacher": {"model_id": "nobody/teacher"},
+        "caches": caches,
+        "exports": exports,
+    }
+    return TeacherCaches(**attributes | more).to_recipe()
 
 
 def test_the_contract_has_an_asset_for_every_format_and_no_other() -> None:

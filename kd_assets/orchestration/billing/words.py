@@ -53,12 +53,12 @@ def why_it_does_not_fit(bill: Bill) -> str | None:
     if not bill.bytes_missing or bill.free_bytes is None:
         return None
     largest = max(bill.caches, key=lambda line: line.n_bytes or 0)
-    less = {
+    choices: dict[str, str] = {
         "topk_cache": "a smaller caches.topk.k or max_length",
         "hidden_state_cache": "fewer caches.hidden_states.blocks (or final states) or a smaller max_length",
         "embedding_cache": "no caches.embeddings",
-        **dict.fromkeys(EXPORTS, "fewer exports"),
-    }.get(largest.asset, "a smaller max_length")
+    }
+    less = "fewer exports" if largest.asset in EXPORTS else choices.get(largest.asset, "a smaller max_length")
     return (
         f"the caches do not fit: {bytes_in_words(bill.bytes_left)} are still to be written to {bill.folder}, and "
         f"{bytes_in_words(bill.free_bytes)} are free, {bytes_in_words(bill.bytes_missing)} too few. "
