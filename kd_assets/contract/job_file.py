@@ -22,12 +22,15 @@ CONTRACT_VERSION = 5
 JobKind = Literal["shards", "teacher", "student", "export"]
 
 ExportAsset = Literal[
+    "export_axolotl",
+    "export_distillkit",
     "export_hf",
     "export_modelopt",
     "export_original",
     "export_safetensors",
     "export_specforge",
     "export_specforge_dflash",
+    "export_speculators",
 ]
 """`export_<format>` of every format in `kd_assets.export.formats`: a format is made an asset by one line here."""
 
@@ -257,6 +260,7 @@ class ExportParams:
     seed: int = 0
     assets: tuple[Asset, ...] | None = None
     states: tuple[int | FinalState, ...] | None = None
+    pack_to: int | None = None
 
     @property
     def format_name(self) -> str:

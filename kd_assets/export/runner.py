@@ -182,6 +182,7 @@ def options_of(params: ExportParams) -> ExportOptions:
         seed=params.seed,
         assets=params.assets,
         states=params.states,
+        pack_to=params.pack_to,
     )
 
 

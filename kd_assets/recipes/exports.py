@@ -19,9 +19,12 @@ from kd_assets.recipes.cluster_profile import Positive, refused
 _ASSET_OF: Mapping[str, ExportAsset] = {asset.removeprefix("export_"): asset for asset in EXPORTS}
 
 CACHES_OF_FORMAT: Mapping[ExportAsset, tuple[Asset, ...]] = {
+    "export_axolotl": ("topk_cache",),
+    "export_distillkit": ("topk_cache",),
     "export_modelopt": ("hidden_state_cache",),
     "export_specforge": ("hidden_state_cache",),
     "export_specforge_dflash": ("hidden_state_cache",),
+    "export_speculators": ("hidden_state_cache",),
 }
 """The caches that a format takes, all of them; one that is not here takes whichever the recipe makes."""
 
@@ -64,6 +67,8 @@ class ExportModel(dg.Model, dg.Resolvable):
     """Of a format that takes whatever caches there are: only these."""
     states: Annotated[list[int | FinalState], Field(min_length=1)] | None = None
     """Only these of the hidden-state cache, where the format leaves the choice: blocks, before_norm, after_norm."""
+    pack_to: Positive | None = None
+    """Put whole documents together into rows of this many tokens, where the format keeps them apart."""
     draft_vocabulary: Annotated[
         Any, WithJsonSchema(refused({"not": {"type": "null"}}, "nothing: it is no option here"))
     ] = None
@@ -91,6 +96,7 @@ class ExportModel(dg.Model, dg.Resolvable):
             seed=self.seed,
             assets=None if self.assets is None else tuple(asset for asset in CACHES if asset in self.assets),
             states=None if self.states is None else tuple(self.states),
+            pack_to=self.pack_to,
         )
 
 

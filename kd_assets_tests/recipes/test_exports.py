@@ -49,7 +49,7 @@ def test_what_the_recipe_believes_of_a_format_is_what_the_format_says(tmp_path: 
     source = source_of(FolderCaches(folders=folders).there())
     # Blocks are named, since the folder of the made-up teacher is nowhere.
     fixed = CACHES_OF_FORMAT.get(asset)
-    needs = FORMATS[name].needs(source, ExportOptions(states=(1, 2, 4) if fixed else None))
+    needs = FORMATS[name].needs(source, ExportOptions(states=(1, 2, 4) if fixed == ("hidden_state_cache",) else None))
     assert needs.assets == (fixed or CACHES)
     assert needs.version == FORMAT_VERSIONS.get(asset, 1)
 
@@ -59,7 +59,7 @@ def test_exports_are_names_or_mappings_and_their_order_decides_nothing() -> None
     assert named.exports == (ExportParams(asset="export_hf"), ExportParams(asset="export_safetensors"))
     assert named.exports == recipe([{"format": "hf"}, "safetensors"]).exports
     assert named.partitioned == ("shards_manifest", *CACHES, "export_hf", "export_safetensors")
-    options = {"max_length": 5, "validation_share": 0.25, "seed": 3, "states": [4, "after_norm"]}
+    options = {"max_length": 5, "validation_share": 0.25, "seed": 3, "states": [4, "after_norm"], "pack_to": 64}
     (params,) = recipe([{"format": "hf", "assets": ["hidden_state_cache", "topk_cache"], **options}]).exports
     assert params == ExportParams(
         asset="export_hf",
@@ -68,6 +68,7 @@ def test_exports_are_names_or_mappings_and_their_order_decides_nothing() -> None
         seed=3,
         assets=("topk_cache", "hidden_state_cache"),
         states=(4, "after_norm"),
+        pack_to=64,
     )
     assert recipe([]).exports == ()
 
@@ -83,8 +84,8 @@ def test_an_export_is_made_of_the_caches_that_its_format_takes() -> None:
 @pytest.mark.parametrize(
     ("exports", "words"),
     [
-        (["hv"], "there is no export format 'hv'; there are hf, modelopt, original, safetensors, specforge"),
-        ([{"format": "hv"}], "there is no export format 'hv'; there are hf"),
+        (["hv"], "there is no export format 'hv'; there are axolotl, distillkit, hf, modelopt, original, safetensors"),
+        ([{"format": "hv"}], "there is no export format 'hv'; there are axolotl, distillkit"),
         ([{"format": "hf", "assets": ["topk"]}], "'topk' is no cache; there are topk_cache"),
         ([{"format": "hf", "assets": []}], "at least 1 item"),
         ([{"format": "hf", "max_length": 0}], "greater than 0"),

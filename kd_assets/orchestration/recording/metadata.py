@@ -54,12 +54,15 @@ WORDS = (
 
 
 LOADED_BY: Mapping[str, str] = {
+    "axolotl": "datasets: [{{path: {folder}, type: completion}}]",
+    "distillkit": "disk_path: {folder}",
     "hf": 'datasets.load_dataset("{folder}", split="train")',
     "modelopt": 'torch.load("{folder}/00000000.pt")',
     "original": "the trainer's data folder: {folder}",
     "safetensors": 'safetensors.safe_open("{folder}/section-00000.safetensors", "pt")',
     "specforge": "data.hidden_states_path={folder}",
     "specforge_dflash": "data.hidden_states_path={folder}",
+    "speculators": "--data-path {folder}",
 }
 """Format → how its tool is told of an export; one that is not here is told of the folder."""
 
