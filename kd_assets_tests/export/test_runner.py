@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from kd_assets.contract import Asset, ExportParams, JobFile, read_events
+from kd_assets.contract import Asset, ExportAsset, ExportParams, FinalState, JobFile, read_events
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, LEASE_NAME, verify_export
@@ -144,6 +144,29 @@ def test_an_export_is_put_aside_like_any_result(tmp_path: Path, folders: dict[As
     assert (moved.folder / DATA_FOLDER / EXPORT_NAME).is_file()
     assert exported.run(job) == 0
     assert files_below(folder / DATA_FOLDER) == files_below(moved.folder / DATA_FOLDER)
+
+
+def test_formats_of_draft_heads_are_results_with_a_file_a_document(tmp_path: Path, folders: dict[Asset, Path]) -> None:
+    torch = pytest.importorskip("torch")
+    states: tuple[int | FinalState, ...] = (1, 2, 4, "after_norm")
+    assets: tuple[ExportAsset, ...] = ("export_specforge", "export_specforge_dflash", "export_modelopt")
+    exports = [ExportParams(asset=asset, states=states) for asset in assets]
+    of_states: dict[Asset, Path] = {"hidden_state_cache": folders["hidden_state_cache"]}
+    job = exported.job_of(tmp_path, of_states, exports)
+    assert exported.run(job) == 0
+    for folder, manifest in exported.results(job):
+        assert manifest is not None
+        assert 0 < manifest.facts["n_documents"] <= 12
+        assert verify(folder).ok
+        documents = [part.name for part in manifest.parts if part.name.endswith((".ckpt", ".pt"))]
+        assert len(documents) == manifest.facts["n_documents"]
+        assert "input_ids" in torch.load(folder / documents[0])
+    before = [files_below(folder / DATA_FOLDER) for folder, _ in exported.results(job)]
+    for folder, _ in exported.results(job):
+        shutil.rmtree(folder)
+    killed_at(job, tmp_path, "kd_assets.export.folder:Journal.append:3")
+    assert exported.run(job) == 0
+    assert [files_below(folder / DATA_FOLDER) for folder, _ in exported.results(job)] == before
 
 
 # ------------------------------------------------------------------------------------------------------------ killed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from kd_assets.diagnose.preview import preview, select_assets
 from kd_assets.orchestration.billing.bill import make_bill
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.orphans import KINDS
+from kd_assets.orchestration.planned_exports import export_work
 from kd_assets.orchestration.platform import Platform
 from kd_assets.store import Manifest, put_aside, read_head, read_manifest, verify
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text
@@ -157,6 +159,27 @@ def test_the_check_of_a_file_that_was_changed_since_fails_and_names_it(exported:
         assert [(problem.kind, problem.path) for problem in report.problems] == [("changed_part", path)]
     finally:
         flip_byte(path)
+
+
+@pytest.mark.parametrize("damage", ["failed a check", "is not JSON"])
+def test_a_cache_that_is_not_worth_it_is_not_exported_and_other_exports_are(exported: Exported, damage: str) -> None:
+    deployment = exported.deployment
+    folder, manifest = result_of(deployment, "embedding_cache", SHARDS[0])
+    failed = {"recomputed": {**manifest.checks["recomputed"], "passed": False}}
+    path, text = folder / "manifest.json", manifest.to_json()
+    path.write_text(dataclasses.replace(manifest, checks=failed).to_json() if damage == "failed a check" else "{")
+    try:
+        planner = planner_of(deployment.recipe, deployment.platform)
+        work = export_work(planner, deployment.recipe, SHARDS, EXPORTS)
+        assert list(work.impossible) == [SHARDS[0]]
+        assert damage in work.impossible[SHARDS[0]]
+        assert "embedding_cache" in work.impossible[SHARDS[0]]
+        made = {(unit.partition_key, output.asset) for unit in work.units for output in unit.outputs}
+        whole = {(key, asset) for key in SHARDS[1:] for asset in EXPORTS}
+        assert made == (whole | {(SHARDS[0], "export_safetensors")} if damage == "failed a check" else whole)
+        assert not work.survey().missing.units
+    finally:
+        path.write_text(text)
 
 
 def test_every_kind_of_job_is_looked_for_when_its_run_is_gone() -> None:

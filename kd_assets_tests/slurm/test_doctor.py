@@ -62,7 +62,8 @@ def test_a_cluster_without_gpus_asked_for_is_sound(slurm: SlurmCluster, site: Ca
     that_say(lines, "ok   partition for teacher: batch: 4 nodes fit what the site gives by default")
     that_say(lines, "ok   request for shards: SLURM would take it: Job ")
     seen = [line for line in lines if "and what it writes is seen here" in line]
-    assert [line.partition(": ")[0] for line in seen] == ["ok   node for shards", "ok   node for teacher, student"]
+    places = ["ok   node for shards, export", "ok   node for teacher, student"]
+    assert [line.partition(": ")[0] for line in seen] == places
     that_say(lines, f"{sys.executable} has torch ")
 
 
@@ -126,7 +127,7 @@ def test_a_full_cluster_is_no_failure_and_the_test_job_is_taken_back(
     slurm.sbatch("--nodes=4", "--exclusive", "--wrap=sleep 60")
     lines = lines_of(site(slurm, kinds={}), wait_s=2)
     line = that_say(lines, "did not start within 2 s")
-    assert line.startswith("warn node for shards, teacher, student: test job ")
+    assert line.startswith("warn node for shards, teacher, student, export: test job ")
     assert "Resources" in line or "Priority" in line
     jobs = slurm.run("squeue", "--noheader", "--format=%j %T").stdout.splitlines()
     assert not [job for job in jobs if job.startswith("doctor-") and "PENDING" in job]
