@@ -12,6 +12,7 @@ import io
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from kd_assets.durable import HashingFile, atomic_file
 
 _BUFFER_BYTES = 4 << 20
-_N_BUFFERS = 5
+_N_BUFFERS = 4
 
 
 @contextlib.contextmanager
@@ -31,6 +32,50 @@ def export_file(path: Path) -> Iterator[FileAside]:
     """
     with atomic_file(path) as file, FileAside(file) as aside:
         yield aside
+
+
+class FilesAside:
+    """Files one after the other, of which one is synced and named while the next is written.
+
+    Every file has its name when the block has ended well; of a block that fails those have it that were whole.
+    """
+
+    def __init__(self) -> None:
+        self.sha256: dict[Path, str] = {}
+        """By path, in the order they were written; of all files after the block."""
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._closing: Future[None] | None = None
+
+    def __enter__(self) -> FilesAside:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._thread.shutdown()
+
+    @contextlib.contextmanager
+    def file(self, path: Path) -> Iterator[FileAside]:
+        """As `export_file`; raises what the file before failed with, too."""
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(FileAside(stack.enter_context(atomic_file(path))))
+            yield file
+            self._wait()
+            self._closing = self._thread.submit(self._close, path, file, stack.pop_all())
+
+    def _close(self, path: Path, file: FileAside, stack: contextlib.ExitStack) -> None:
+        with stack:
+            pass
+        self.sha256[path] = file.sha256
+
+    def _wait(self) -> None:
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            closing.result()
 
 
 class FileAside(io.RawIOBase):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_assets.durable import HashingFile
+from kd_assets.durable import TEMPORARY_SUFFIX, HashingFile
 from kd_assets.errors import StorageUnavailableError
 from kd_assets.export import aside
-from kd_assets.export.aside import export_file
+from kd_assets.export.aside import FilesAside, export_file
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +81,54 @@ def test_a_failure_of_who_writes_leaves_no_file_and_no_thread(tmp_path: Path) ->
 
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "export-file"]
+
+
+def test_files_one_after_the_other_are_all_whole_when_the_block_ends(tmp_path: Path) -> None:
+    written = {tmp_path / f"file-{at}": np.random.default_rng(at).bytes(37 * at) for at in range(9)}
+    with FilesAside() as files:
+        for path, data in written.items():
+            with files.file(path) as file:
+                file.write(data)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == written
+    assert list(files.sha256.items()) == [(path, hashlib.sha256(data).hexdigest()) for path, data in written.items()]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 4])
+def test_a_file_that_cannot_be_written_fails_the_block_at_the_latest_with_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    write = HashingFile.write
+
+    def full(self: HashingFile, data: memoryview) -> int:
+        if bytes(data[:1]) == bytes([failing]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(HashingFile, "write", full)
+
+    def write_all() -> None:
+        with FilesAside() as files:
+            for at in range(5):
+                with files.file(tmp_path / f"file-{at}") as file:
+                    file.write(bytes([at]) * 64)  # one buffer, which is written when the file is closed
+
+    with pytest.raises(StorageUnavailableError, match=f"file-{failing}.*free some space"):
+        write_all()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"file-{at}" for at in range(failing)} <= names
+    assert f"file-{failing}" not in names
+    assert not [name for name in names if name.endswith(TEMPORARY_SUFFIX)]
+    assert threads() == []
+
+
+def test_a_failure_between_files_keeps_those_before_whole(tmp_path: Path) -> None:
+    def write() -> None:
+        with FilesAside() as files:
+            with files.file(tmp_path / "file") as file:
+                file.write(bytes(1000))
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == bytes(1000)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kd_assets.contract import FinalState
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import FailedCheckError, RecipeError
-from kd_assets.export.aside import export_file
+from kd_assets.export.aside import FilesAside
 from kd_assets.export.documents import StatesOfDocument
 from kd_assets.export.format import ExportOptions, Source
 from kd_assets.store.schema import HiddenState
@@ -128,12 +128,18 @@ def int64(values: npt.NDArray[Any]) -> Any:
 
 def save(path: Path, content: Mapping[Any, Any]) -> str:
     """Write as `torch.save` does; returns the file's hash. Equal contents give equal bytes, whatever its name."""
+    with FilesAside() as files:
+        save_aside(files, path, content)
+    return files.sha256[path]
+
+
+def save_aside(files: FilesAside, path: Path, content: Mapping[str, Any]) -> None:
+    """`save` one of several files; what `content` looks at may change afterwards."""
     import torch
 
     prepare_folder(path.parent)
-    with export_file(path) as file:
+    with files.file(path) as file:
         torch.save(dict(content), cast(IO[bytes], file))  # it only writes
-    return file.sha256
 
 
 def share_of_states(which: Sequence[HiddenState], source: Source) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 
 from kd_assets.contract import FinalState
 from kd_assets.errors import RecipeError
+from kd_assets.export.aside import FilesAside
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.draft_states import (
@@ -29,7 +30,7 @@ from kd_assets.export.formats.draft_states import (
     require_blocks,
     require_finite,
     require_plain,
-    save,
+    save_aside,
     share_of_states,
 )
 
@@ -81,12 +82,12 @@ class _Writer:
         self._hidden, self._aux = StatesBeside([final]), StatesBeside(blocks)
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        hashes: dict[str, str] = {}
         n_tokens = 0
-        for document in documents:
-            name = f"{document.number:08d}.pt"
-            hashes[name] = save(self._folder / name, self._content(document))
-            n_tokens += len(document.input_ids_L)
+        with FilesAside() as files:
+            for document in documents:
+                save_aside(files, self._folder / f"{document.number:08d}.pt", self._content(document))
+                n_tokens += len(document.input_ids_L)
+        hashes = {path.name: sha256 for path, sha256 in files.sha256.items()}
         return SectionFiles(
             index=index,
             partition_key=partition_key,

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from kd_assets.contract import Asset
 from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import NotCommittedError, RecipeError
+from kd_assets.export.aside import FilesAside
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.draft_vocabulary import DraftVocabulary, count_source, draft_vocabulary, require_can_count
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
@@ -43,6 +44,7 @@ from kd_assets.export.formats.draft_states import (
     require_finite,
     require_plain,
     save,
+    save_aside,
     share_of_states,
 )
 from kd_assets.store.schema import HiddenState
@@ -163,16 +165,16 @@ class _Writer:
         self._folder, self._kind, self._vocabulary = folder, kind, vocabulary
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        hashes: dict[str, str] = {}
         left_out: list[str] = []
         n_tokens = 0
-        for document in documents:
-            if not self._kind.takes(document):
-                left_out.append(document.document_id)
-                continue
-            name = file_name(document.number)
-            hashes[name] = save(self._folder / name, self._kind.content(document))
-            n_tokens += len(document.input_ids_L)
+        with FilesAside() as files:
+            for document in documents:
+                if not self._kind.takes(document):
+                    left_out.append(document.document_id)
+                    continue
+                save_aside(files, self._folder / file_name(document.number), self._kind.content(document))
+                n_tokens += len(document.input_ids_L)
+        hashes = {path.relative_to(self._folder).as_posix(): sha256 for path, sha256 in files.sha256.items()}
         names = list(hashes)
         if left_out:
             log.warning(
