@@ -12,10 +12,9 @@ from pathlib import Path
 
 from kd_assets.commands.base import Subcommand, count, recipe_folder_of, serving_plane, show
 from kd_assets.errors import RecipeError
+from kd_assets.replay.requests import TOKEN_VARIABLE, Limits
 from kd_assets.store import planned_partitions, variants_of
 from kd_assets.store.reading.selection import select_partitions
-
-TOKEN_VARIABLE = "KD_SERVE_TOKEN"  # noqa: S105 - the name of a variable, and no token
 
 PROGRESS_EVERY_S = 5.0
 
@@ -46,12 +45,11 @@ def _run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; 0 then."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     serving = serving_plane("kd_assets.replay.serving")
-    requests = serving_plane("kd_assets.replay.requests")
     if not arguments.processes:
         raise RecipeError("--processes 0 would answer nothing: give at least 1")
-    limits = requests.Limits()
+    limits = Limits()
     if arguments.max_answer is not None:
-        limits = requests.Limits(answer_logprobs=arguments.max_answer)
+        limits = Limits(answer_logprobs=arguments.max_answer)
     recipe_folder = recipe_folder_of(arguments.recipe)
     options = serving.ServeOptions(
         recipe_folder=recipe_folder,

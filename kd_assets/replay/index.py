@@ -98,9 +98,9 @@ class PrefixIndex:
         before."""
         level = known.bit_length()
         if level < len(self._levels):
-            hashes = self._levels[level][places]
-            _, firsts = np.unique(hashes, return_index=True)
-            places = places[np.union1d(firsts, np.flatnonzero(hashes == 0))]
+            hashes = self._levels[level][places]  # sorted, as what comes before them is the same
+            is_another = np.concatenate([np.ones(len(hashes[:1]), np.bool_), hashes[1:] != hashes[:-1]])
+            places = places[is_another | (hashes == 0)]
         return self._documents[places].astype(np.int64)
 
 

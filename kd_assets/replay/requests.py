@@ -13,6 +13,8 @@ from kd_assets.contract import parse_json
 from kd_assets.errors import RefusedRequestError, printable
 from kd_assets.replay.index import Uint32Array
 
+TOKEN_VARIABLE = "KD_SERVE_TOKEN"  # noqa: S105 - the name of a variable, and no token
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:

@@ -25,13 +25,12 @@ from kd_assets.replay.answering import Desk, process_id, start_answering
 from kd_assets.replay.app import ReplayApp
 from kd_assets.replay.cache import NotKept, OnProgress, ReplayCache, open_cache
 from kd_assets.replay.metrics import Metrics
-from kd_assets.replay.requests import Limits
+from kd_assets.replay.requests import TOKEN_VARIABLE, Limits
 from kd_assets.replay.tokens import open_tokens
 from kd_assets.replay.vllm_protocol import ModelNames
 
 log = logging.getLogger(__name__)
 
-TOKEN_VARIABLE = "KD_SERVE_TOKEN"  # noqa: S105 - the name of a variable, and no token
 SHORTEST_TOKEN = 16
 
 _KEEP_ALIVE_S = 30
