@@ -133,11 +133,12 @@ class _Writer:
 
         if self._pack_to is None:
             name = f"data_{index}.parquet"
-            with atomic_file(self._folder / name) as file:
-                rows = Rows(pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_statistics=False), _SCHEMA)
+            with (
+                atomic_file(self._folder / name) as file,
+                Rows(pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_statistics=False), _SCHEMA) as rows,
+            ):
                 for row in encoded():
                     rows.add(row)
-                rows.close()
         else:
             name = section_name(index)
             with section_rows(self._folder, index, _PACKED_SCHEMA) as (rows, file):
