@@ -56,9 +56,15 @@ class Rows:
         if self._n_bytes >= _BATCH_BYTES:
             self._flush()
 
-    def close(self) -> None:
-        self._flush()
-        self._sink.close()
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._sink.close()  # in any case: a Parquet writer would do it later, when the file is gone
 
     def _flush(self) -> None:
         if self._held:
@@ -80,10 +86,8 @@ def section_name(index: int) -> str:
 @contextlib.contextmanager
 def section_rows(folder: Path, index: int, schema: pa.Schema) -> Iterator[tuple[Rows, HashingFile]]:
     """The rows of the file of a section, which is there when the block ends well."""
-    with atomic_file(folder / section_name(index)) as file:
-        rows = Rows(pa.ipc.new_stream(file, schema), schema)
+    with atomic_file(folder / section_name(index)) as file, Rows(pa.ipc.new_stream(file, schema), schema) as rows:
         yield rows, file
-        rows.close()
 
 
 def finish_saved_dataset(

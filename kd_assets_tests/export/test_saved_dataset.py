@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from kd_assets.durable import atomic_file
 from kd_assets.errors import RecipeError
 from kd_assets.export import saved_dataset
 from kd_assets.export.format import SectionFiles
-from kd_assets.export.saved_dataset import finish_saved_dataset, numbers, section_name, section_rows
+from kd_assets.export.saved_dataset import Rows, finish_saved_dataset, numbers, section_name, section_rows
 from kd_assets_tests.export.saved_rows import saved_rows
 
 SCHEMA = pa.schema(
@@ -104,6 +107,23 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()
     }
+
+
+@pytest.mark.parametrize("sink_of", [pa.ipc.new_stream, pq.ParquetWriter])
+def test_a_file_that_fails_half_way_leaves_nothing_and_no_writer_that_fails_later(tmp_path: Path, sink_of: Any) -> None:
+    class PowerCutError(Exception):
+        pass
+
+    def write() -> None:
+        with atomic_file(tmp_path / "file") as file, Rows(sink_of(file, SCHEMA), SCHEMA) as rows:
+            for row in rows_of(0, 3):
+                rows.add(row)
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        write()
+    gc.collect()  # pytest makes an error of what goes wrong in this
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_value_of_more_numbers_than_a_list_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from kd_assets.export.saved_dataset import finish_saved_dataset, numbers, sectio
 NOTHING_PREDICTED = -1e9
 """A log-probability where there is none, as its collator pads."""
 
-_BYTES_PER_BYTE = 3.0
+_BYTES_PER_BYTE = 4.0
 """Written for each byte of the cache: float32 and int32 for float16 and compressed ids, and a mask a candidate."""
 
 _SCHEMA = pa.schema(

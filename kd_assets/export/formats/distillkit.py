@@ -52,8 +52,8 @@ CONFIG_NAME, CARD_NAME = "compression_config.yaml", "README.md"
 _LARGEST_VOCABULARY = 1 << 20
 """Its reader takes the logarithm in float32, which is exact enough up to here."""
 
-_BYTES_PER_BYTE = 2.0
-"""Written for each byte of the cache, at most: labels, mask, and the padding of rows."""
+_BYTES_PER_BYTE, _BYTES_PER_BYTE_PACKED = 1.0, 2.0
+"""Written for each byte of the cache, about: rows are not compressed, and have a mask and padding."""
 
 _ROWS_OF_LOADER = 2
 """Its loader of packed rows refuses fewer."""
@@ -64,16 +64,16 @@ _BITS_AT_A_TIME = 1 << 24
 _SCHEMA = pa.schema(
     {
         "input_ids": numbers(pa.uint64()),
-        "labels": numbers(pa.int64()),
+        "labels": numbers(pa.int32()),
         "compressed_logprobs": numbers(numbers(pa.uint8())),
         "bytepacked_indices": numbers(numbers(pa.uint8())),
     }
 )
 _PACKED_SCHEMA = pa.schema(
     {
-        "input_ids": numbers(pa.int64()),
-        "labels": numbers(pa.int64()),
-        "attention_mask": numbers(pa.int64()),
+        "input_ids": numbers(pa.int32()),
+        "labels": numbers(pa.int32()),
+        "attention_mask": numbers(pa.int32()),
         "compressed_logprobs": numbers(numbers(pa.uint8())),
         "bytepacked_indices": numbers(numbers(pa.uint8())),
     }
@@ -103,7 +103,7 @@ class DistillKit:
         return Needs(
             assets=("topk_cache",),
             min_tokens=2,
-            expansion=_BYTES_PER_BYTE,
+            expansion=_BYTES_PER_BYTE if options.pack_to is None else _BYTES_PER_BYTE_PACKED,
             packing=Packing(dropped_tokens=1, min_rows=_ROWS_OF_LOADER),
         )
 
@@ -133,11 +133,12 @@ class _Writer:
 
         if self._pack_to is None:
             name = f"data_{index}.parquet"
-            with atomic_file(self._folder / name) as file:
-                rows = Rows(pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_statistics=False), _SCHEMA)
+            with (
+                atomic_file(self._folder / name) as file,
+                Rows(pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_statistics=False), _SCHEMA) as rows,
+            ):
                 for row in encoded():
                     rows.add(row)
-                rows.close()
         else:
             name = section_name(index)
             with section_rows(self._folder, index, _PACKED_SCHEMA) as (rows, file):
@@ -198,8 +199,8 @@ class _Layout:
         assert topk is not None, "needs() asked for it"
         assert topk.ids_Mk.shape == (m, self.k), "all positions, with as many candidates as the manifest says"
         return {
-            "input_ids": document.input_ids_L[:m].astype(np.int64),
-            "labels": labels_of(document)[:m],
+            "input_ids": document.input_ids_L[:m].astype(np.int32),
+            "labels": labels_of(document)[:m].astype(np.int32),
             "compressed_logprobs": np.ascontiguousarray(topk.logprobs_Mk, dtype="<f2").view(np.uint8),
             "bytepacked_indices": packed_ids(topk.ids_Mk, self.bits),
         }
@@ -246,7 +247,7 @@ def one_row(together: Sequence[_Row], row_tokens: int) -> _Row:
     return {
         "input_ids": np.pad(whole["input_ids"], filling),
         "labels": np.pad(whole["labels"], filling, constant_values=IGNORED),
-        "attention_mask": np.pad(np.repeat(np.arange(1, len(together) + 1), lengths), filling),
+        "attention_mask": np.pad(np.repeat(np.arange(1, len(together) + 1, dtype=np.int32), lengths), filling),
         "compressed_logprobs": np.pad(whole["compressed_logprobs"], (filling, (0, 0)), mode="edge"),
         "bytepacked_indices": np.pad(whole["bytepacked_indices"], (filling, (0, 0)), mode="edge"),
     }
