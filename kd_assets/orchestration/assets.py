@@ -53,9 +53,11 @@ def shard_plan_asset(recipe: Recipe, description: str | None) -> dg.AssetsDefini
 
 def caches_specs(recipe: Recipe) -> list[dg.AssetSpec]:
     """One spec a partitioned asset: the shards, then each cache of the recipe, then each export."""
+    is_cut = recipe.topk is not None and (recipe.topk.vocabulary is not None or recipe.topk.token_ids is not None)
+    against = "the ids that a student can have" if is_cut else "the full vocabulary"
     described = {
         SHARDS_MANIFEST: ("Tokenised documents with their loss masks.", {"parquet", "huggingface"}),
-        "topk_cache": ("Top-k next-token log-probabilities against the full vocabulary.", {"parquet", "pytorch"}),
+        "topk_cache": (f"Top-k next-token log-probabilities against {against}.", {"parquet", "pytorch"}),
         "hidden_state_cache": ("Outputs of decoder blocks, in bfloat16.", {"arrow", "pytorch"}),
         "embedding_cache": ("Final hidden states pooled over each document.", {"parquet", "pytorch"}),
         **{

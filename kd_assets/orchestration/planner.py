@@ -274,7 +274,10 @@ class Planner:
         place = vocabulary
         if place.startswith((".", "/", "~", "$")):
             place = str(self._resolve(place, what="caches.topk.vocabulary"))
-        student = Path(place) if Path(place).is_file() else model_folder(place, None)
+        try:
+            student = Path(place) if Path(place).is_file() else model_folder(place, None)
+        except MissingInputError as e:
+            raise MissingInputError(f"caches.topk.vocabulary names no tokenizer that is here: {e}") from e
         return shared_token_ids(self.teacher_folder, student)
 
     def output(self, asset: Asset, partition_key: str, variant: Mapping[str, Any], made_of: object) -> Output:

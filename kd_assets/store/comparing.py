@@ -4,8 +4,8 @@ Documents are joined by partition and id, and compared where both caches have th
 has, or has of other tokens, is counted and named. One pair of documents is in memory at a time.
 
 Of top-k caches the numbers are of one distribution a position: the ids that both kept, and one bucket for all others
-(whose mass is known, as log-probabilities are against the full vocabulary). KL over that is a lower bound of the KL of
-the whole distributions (log-sum inequality), and exact where both kept every id.
+(whose mass is known, as log-probabilities are against the full vocabulary, or the one that a cache is cut to). KL over
+that is a lower bound of the KL of the whole distributions (log-sum inequality), and exact where both kept every id.
 """
 
 from __future__ import annotations

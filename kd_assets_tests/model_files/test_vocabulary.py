@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -120,6 +119,7 @@ def test_added_tokens_have_the_ids_that_their_library_gives_them(tmp_path: Path,
 
 
 def test_a_sentencepiece_model_has_its_pieces_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(WORDS)] * 50),
         model_prefix=str(tmp_path / "tokenizer"),

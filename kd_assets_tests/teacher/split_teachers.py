@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_assets.contract import TokenIds
 from kd_assets.errors import TeacherError
 from kd_assets.model_files.placement import Placement
 from kd_assets.teacher.batch.engine import Engine, Step, StepResult, TopkStep
@@ -22,6 +24,7 @@ from kd_assets.teacher.devices.teacher_on_devices import Rank, load_rank, prove_
 from kd_assets.teacher.model.load import load_teacher
 from kd_assets_tests.teacher.tiny import N_BLOCKS, VOCABULARY, tiny_params
 
+CUT_TO = VOCABULARY - 30
 BOTH = Placement(kind="tensor_parallel", n_devices=2, n_processes=1, reason="this test")
 
 
@@ -35,6 +38,18 @@ def a_step() -> Step:
         pooled_lengths_B=np.array([20, 7, 1]),
         topk=TopkStep(k=4, rows_M=np.arange(59), targets_M=ids_BT.ravel()[1:]),
     )
+
+
+def a_cut_step() -> Step:
+    """The same with distributions over some of the ids, its targets among them."""
+    step = a_step()
+    assert step.topk is not None
+    cut = dataclasses.replace(
+        step.topk,
+        targets_M=step.topk.targets_M % CUT_TO,
+        token_ids=TokenIds.of([*range(CUT_TO), VOCABULARY - 1]),
+    )
+    return dataclasses.replace(step, topk=cut)
 
 
 def bfloat16(bits: Tensor) -> Tensor:
@@ -57,6 +72,8 @@ def difference(ours: StepResult, theirs: StepResult) -> dict[str, float]:
         "target": (ours.topk.target_logprob_M, theirs.topk.target_logprob_M),
         "logprobs": (ours.topk.logprobs_Mk.float(), theirs.topk.logprobs_Mk.float()),
     }
+    if ours.topk.outside_mass_M is not None and theirs.topk.outside_mass_M is not None:
+        pairs["outside mass"] = ours.topk.outside_mass_M, theirs.topk.outside_mass_M
     return {name: float((a - b).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
 
 
@@ -69,15 +86,19 @@ def compare(folder: Path, device: torch.device) -> dict[str, Any]:
         teacher=(teacher := load_teacher(params, digests=None, warn=lambda message: None)), engine=Engine(teacher)
     )
     theirs = whole.run(("step", a_step()))
+    ours_cut, theirs_cut = (rank.run(("step", a_cut_step())) for rank in (split, whole))
     plain_of_whole = whole.run(("reference", np.arange(9, dtype=np.uint32), (0,), None))
     assert isinstance(ours, StepResult)
     assert isinstance(theirs, StepResult)
+    assert isinstance(ours_cut, StepResult)
+    assert isinstance(theirs_cut, StepResult)
     assert not isinstance(plain, StepResult)
     assert not isinstance(plain_of_whole, StepResult)
     return {
         "head": split.teacher.head is not None,
         "n_parameters": [split.teacher.n_parameters, whole.teacher.n_parameters],
         "differences": difference(ours, theirs)
+        | {f"{name} of a cut step": value for name, value in difference(ours_cut, theirs_cut).items()}
         | {"reference": float((plain.logits_PV - plain_of_whole.logits_PV).abs().max())},
     }
 
