@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from kd_assets.errors import RefusedRequestError
 from kd_assets.replay import metrics as counted
@@ -30,12 +32,15 @@ from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.vllm_protocol import ModelNames, error_body, model_list
 
+log = logging.getLogger(__name__)
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 OPEN_ROUTES = ("/health", "/health/")
 """They say that the server is up and nothing else, so that a load balancer needs no token."""
 
 _COME_AGAIN_S = 1
+_PIECE_BYTES = 1 << 20
 _JSON = "application/json"
 _NO_ANSWER_STATUS = 499
 """Of a client that went away before it had said all: nginx's number, for the counters alone."""
@@ -109,8 +114,7 @@ class ReplayApp:
             response = _error("too many requests are under way: ask again", 503)
             response.headers["Retry-After"] = str(_COME_AGAIN_S)
             return response
-        self._n_in_flight += 1
-        self._metrics.in_flight.set(self._n_in_flight)
+        self._change_in_flight(1)
         try:
             body = await self._body(request)
             answer_id = f"cmpl-{uuid.uuid4().hex}"
@@ -119,13 +123,19 @@ class ReplayApp:
                 self._pool, answer_here, request.url.path, body, int(time.time()), answer_id
             )
         except BrokenExecutor:
+            self._change_in_flight(-1)
             self._on_lost_process()
             return _error("a process that answers has died: the server ends", 503)
-        finally:
-            self._n_in_flight -= 1
-            self._metrics.in_flight.set(self._n_in_flight)
+        except BaseException:
+            self._change_in_flight(-1)
+            raise
         self._metrics.answered(answer)
-        return Response(answer.body, status_code=answer.status, media_type=_JSON)
+        timeout_s = self._limits.answer_timeout_s
+        return _SentInPieces(answer, timeout_s=timeout_s, on_end=lambda: self._change_in_flight(-1))
+
+    def _change_in_flight(self, by: int) -> None:
+        self._n_in_flight += by
+        self._metrics.in_flight.set(self._n_in_flight)
 
     async def _body(self, request: Request) -> bytes:
         """Raises RefusedRequestError for a body that is too large, or too slow."""
@@ -182,6 +192,31 @@ class ReplayApp:
         self._metrics.finished(counted.OTHER, status, 0.0)
         there = ", ".join(self._routes)
         return _error(f"there is no answer to this method at this address: this server has {there}", status)
+
+
+class _SentInPieces(Response):
+    """An answer that is sent as fast as its client takes it, so that what a slow one has not taken lies here once.
+
+    It is given up after a time; `on_end` is called then, or when all is sent.
+    """
+
+    def __init__(self, answer: Answer, *, timeout_s: float, on_end: Callable[[], None]) -> None:
+        super().__init__(answer.body, status_code=answer.status, media_type=_JSON)
+        self._timeout_s = timeout_s
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                for start in range(0, len(self.body), _PIECE_BYTES):
+                    piece = bytes(self.body[start : start + _PIECE_BYTES])
+                    rest = start + _PIECE_BYTES < len(self.body)
+                    await send({"type": "http.response.body", "body": piece, "more_body": rest})
+        except TimeoutError:
+            log.warning("an answer was not read within %g s: its connection is closed", self._timeout_s)
+        finally:
+            self._on_end()
 
 
 def _too_large(limit: int) -> RefusedRequestError:

@@ -23,11 +23,13 @@ class Limits:
     body_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
     """A body that takes longer is given up."""
+    answer_timeout_s: float = 300.0
+    """So is an answer that its client takes longer to read."""
     sequences: int = 512
     answer_logprobs: int = 1 << 21
     """Log-probabilities in one answer: about 60 bytes each in JSON."""
     in_flight: int = 32
-    """Requests that are read or answered at a time; further ones are told to come again."""
+    """Requests that are read, answered or sent at a time; further ones are told to come again."""
     connections: int = 512
 
 

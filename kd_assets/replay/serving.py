@@ -7,7 +7,6 @@ The invariant: no address but the loopback one is listened on without a token.
 from __future__ import annotations
 
 import ipaddress
-import logging
 import multiprocessing
 import os
 import signal
@@ -28,8 +27,6 @@ from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import TOKEN_VARIABLE, Limits
 from kd_assets.replay.tokens import open_tokens
 from kd_assets.replay.vllm_protocol import ModelNames
-
-log = logging.getLogger(__name__)
 
 SHORTEST_TOKEN = 16
 
@@ -195,11 +192,11 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
+    """Of a name other than localhost nothing is believed; of that, what it stands for here."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+        named = [found[4][0] for found in socket.getaddrinfo(host, None)] if host == "localhost" else [host]
+        return all(ipaddress.ip_address(address).is_loopback for address in named)
+    except (OSError, ValueError):
         return False
 
 
