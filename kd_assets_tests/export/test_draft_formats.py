@@ -16,9 +16,12 @@ import torch
 
 from kd_assets.contract import Asset
 from kd_assets.errors import FailedCheckError, KdAssetsError, NotCommittedError, RecipeError, UnknownFieldError
+from kd_assets.export.documents import StatesOfDocument
 from kd_assets.export.exporting import ExportProgress, export_recipe, export_to_folder
 from kd_assets.export.folder import verify_export
 from kd_assets.export.format import ExportOptions, Source
+from kd_assets.export.formats import draft_states
+from kd_assets.export.formats.draft_states import StatesBeside
 from kd_assets.export.formats.modelopt import ModelOpt
 from kd_assets.export.formats.specforge import SpecForge, file_name, has_learned_neighbours
 from kd_assets.export.source import RecipeCaches, source_of
@@ -257,6 +260,21 @@ def a_source(n_blocks: int | None) -> Source:
         teacher_folder=None,
         tokenizer_folder=None,
     )
+
+
+@pytest.mark.parametrize("rows_bytes", [1, 24, 100, 8 << 20])
+def test_states_are_put_beside_each_other_whatever_was_in_their_memory(
+    monkeypatch: pytest.MonkeyPatch, rows_bytes: int
+) -> None:
+    monkeypatch.setattr(draft_states, "_ROWS_BYTES", rows_bytes)
+    rng = np.random.default_rng(0)
+    beside, let_go = StatesBeside([4, 1, "after_norm"]), []
+    for n in (5, 1, 17, 2, 16):
+        bits = {state: made_up.random_bits(rng, (n + 3, 6))[:n] for state in made_up.STATES}
+        states = StatesOfDocument(positions_N=np.arange(n), bits_NH=bits, let_go=lambda: let_go.append(None))
+        expected = torch.cat([as_bfloat16(bits[state]) for state in (4, 1, "after_norm")], dim=1)
+        assert torch.equal(beside.tensor(states), expected)
+    assert bool(let_go) == (rows_bytes < 8 << 20)
 
 
 def test_the_default_blocks_are_those_of_the_trainers() -> None:

@@ -30,7 +30,7 @@ from kd_assets.errors import (
 from kd_assets.export.exporting import ExportProgress, export_recipe, export_to_folder
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, read_export, verify_export
 from kd_assets.export.format import ExportOptions
-from kd_assets.export.joined import joined_partition
+from kd_assets.export.joined import JoinedPartition, joined_partition
 from kd_assets.store import Chosen, choose
 from kd_assets_tests.export import made_up
 from kd_assets_tests.store import examples, planned
@@ -202,12 +202,54 @@ def test_a_damaged_cache_is_found_before_its_numbers_are_exported(store: Path, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("at", range(6))
+def test_a_damaged_part_is_found_before_its_section_is_written_and_those_before_it_stand(
+    store: Path, tmp_path: Path, at: int
+) -> None:
+    parts = sorted((store / RECIPE / "hidden_state_cache").rglob("part-*.arrow"), key=lambda path: path.parts[-3:])
+    assert len(parts) == 6, "two partitions of three parts"
+    truth = made_up.truths(1, f"made-up-{at // 3:05d}")[at % 3 * 3 : at % 3 * 3 + 3]
+    sound, bits = parts[at].read_bytes(), b"".join(document.bits_LH[1].tobytes() for document in truth)
+    parts[at].write_bytes(sound.replace(bits, bytes([bits[0] ^ 1]) + bits[1:]))
+    with pytest.raises(CorruptPartError, match="changed after its commit"):
+        export_recipe("safetensors", store / RECIPE, tmp_path / "out")
+    written = sorted(path.name for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert written == [f"section-{i:05d}.safetensors" for i in range(at)]
+    parts[at].write_bytes(sound)
+    export_recipe("safetensors", store / RECIPE, tmp_path / "out")
+    export_recipe("safetensors", store / RECIPE, tmp_path / "whole")
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_of_an_export_that_goes_on_only_what_is_left_is_opened(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(progress: ExportProgress) -> None:
+        if progress.n_sections == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_recipe("safetensors", store / RECIPE, tmp_path / "out", on_progress=cut)
+    verified: list[tuple[str, int]] = []
+    require = JoinedPartition.require_part_unchanged
+
+    def seen(self: JoinedPartition, part: int) -> None:
+        verified.append((self.partition_key, part))
+        require(self, part)
+
+    monkeypatch.setattr(JoinedPartition, "require_part_unchanged", seen)
+    export_recipe("safetensors", store / RECIPE, tmp_path / "out")
+    assert set(verified) == {("made-up-00001", 1), ("made-up-00001", 2)}
+
+
 # ------------------------------------------------------------------------------------------------- going on, the end
 
 
-@pytest.mark.parametrize("format_name", ["hf", "safetensors", "original"])
+@pytest.mark.parametrize(
+    ("format_name", "states"), [("hf", None), ("safetensors", None), ("original", None), ("modelopt", (1, 2, 4))]
+)
 def test_an_export_that_is_cut_off_goes_on_and_ends_with_the_same_bytes(
-    store: Path, tmp_path: Path, format_name: str
+    store: Path, tmp_path: Path, format_name: str, states: tuple[int, ...] | None
 ) -> None:
     class PowerCutError(Exception):
         pass
@@ -216,7 +258,7 @@ def test_an_export_that_is_cut_off_goes_on_and_ends_with_the_same_bytes(
         if progress.n_sections == 3:
             raise PowerCutError
 
-    options = ExportOptions(validation_share=0.3)
+    options = ExportOptions(validation_share=0.3, states=states)
     whole = export_recipe(format_name, store / RECIPE, tmp_path / "whole", options=options)
     with pytest.raises(PowerCutError):
         export_recipe(format_name, store / RECIPE, tmp_path / "out", options=options, on_progress=cut)
