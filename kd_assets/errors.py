@@ -88,6 +88,10 @@ class CorruptPartError(StoreError):
     """A part file is missing, truncated, or its hash or counts differ from the manifest's."""
 
 
+class CorruptIndexError(StoreError):
+    """The index of a result was changed, or is of another commit. Nothing is lost: its parts say the same."""
+
+
 class VariantConflictError(StoreError):
     """A reader was pointed at results of several variants and not told which; the message lists them."""
 

@@ -17,6 +17,7 @@ from kd_assets.errors import InputError, MissingInputError, StoreError
 
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
+INDEX_NAME = "documents.index"
 LEASE_NAME = ".lease"
 HEAD_NAME = "head.json"
 AUDIT_NAME = "audit.jsonl"
@@ -72,7 +73,7 @@ def part_name(index: int, suffix: str) -> str:
 
 def is_file_name(name: str) -> bool:
     """Whether a part of a result may have this name: it stays in its folder, and is none of the store's own files."""
-    own = (MANIFEST_NAME, JOURNAL_NAME, LEASE_NAME)
+    own = (MANIFEST_NAME, JOURNAL_NAME, INDEX_NAME, LEASE_NAME)
     return bool(name) and name.isprintable() and "/" not in name and not name.startswith(".") and name not in own
 
 
@@ -82,7 +83,8 @@ def count_durable_files(folders: Iterable[Path]) -> int:
     Grows with every step of work that a kill does not undo. Nothing is opened: 3,000 folders take about 30 ms. Raises
     StorageUnavailableError.
     """
-    return sum(not name.startswith(".") and name != JOURNAL_NAME for folder in folders for name in listing(folder))
+    others = (JOURNAL_NAME, INDEX_NAME)
+    return sum(not name.startswith(".") and name not in others for folder in folders for name in listing(folder))
 
 
 def require_folder(path: Path) -> None:

@@ -70,15 +70,16 @@ class TeacherCacheDataset(Dataset[Sample]):
                 raise UnknownFieldError(f"the reader of {asset} leaves out {absent[0]!r}: a student needs it")
         _require_same_shards(self._readers)
         first, *others = self._readers
-        keys = self._readers[first].keys()
         # Only rows are kept, and as arrays: the dataset is pickled to every loader worker.
-        self._rows = {first: np.arange(len(keys))}
+        self._rows = {first: np.arange(len(self._readers[first]))}
         for asset in others:
-            self._rows[asset] = self._joined(keys, first, asset)
+            self._rows[asset] = self._joined(first, asset)
 
-    def _joined(self, keys: Sequence[tuple[str, str]], first: Asset, asset: Asset) -> Rows:
+    def _joined(self, first: Asset, asset: Asset) -> Rows:
         """Where in `asset` the documents of the first cache are. Raises as the constructor does."""
-        held = self._readers[asset].keys()
+        if self._readers[first].same_documents(self._readers[asset]):
+            return np.arange(len(self._readers[first]))
+        keys, held = self._readers[first].keys(), self._readers[asset].keys()
         if differing := set(keys).symmetric_difference(held):
             # Ids that rotted differ, too, and then it is the file that is to be mended.
             readers = (self._readers[first], self._readers[asset])

@@ -1,10 +1,11 @@
 """Random access to the documents of a cache, across partitions: what training reads through.
 
 A reader sees results of exactly one variant, as the plan and the partitions' heads were when it was made. It keeps
-file names and counts; files are opened when they are first needed, in each process for itself, so a reader may be
-pickled, forked and shared by threads. Before a part is believed its SHA-256 is compared with the manifest's, once for a
-reader and all processes that are forked off it. Arrow files are mapped: a document costs the pages it lies on. Of
-Parquet files one group of rows is decoded at a time, and the last few are kept.
+file names and counts, and learns ids and lengths from the indexes (`indexed`); files are opened when they are first
+needed, in each process for itself, so a reader may be pickled, forked and shared by threads. Before a part is believed
+its SHA-256 is compared with the manifest's, once for a reader and all processes that are forked off it. Arrow files are
+mapped: a document costs the pages it lies on. Of Parquet files one group of rows is decoded at a time, and the last few
+are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_passed, require_place
 from kd_assets.store.reading.columns import Column, column_of
+from kd_assets.store.reading.indexed import IndexedDocuments
 from kd_assets.store.reading.parts import VerifiedParts, damage_named, open_part
 from kd_assets.store.writing.documents import Int64Array, offsets_of
 
@@ -117,7 +119,7 @@ class CacheReader:
         )
         self._verified = VerifiedParts(len(self._parts))
         self._first_documents = offsets_of(np.array([r.n_documents for _, _, r in self._parts], dtype=np.int64))
-        self._index: tuple[list[str], Int64Array] | None = None
+        self._documents = IndexedDocuments(self.folders, self.manifests)
         self._start_in_process()
         self._fields = None if fields is None else tuple(fields)
         if self._parts:
@@ -149,22 +151,38 @@ class CacheReader:
         """The schema of the part files. Raises NotCommittedError when there are no parts, so no documents."""
         if not self._parts:
             raise NotCommittedError(f"the results in {[str(f) for f in self.folders[:3]]} hold no documents")
+        if (schema := self._documents.schema()) is not None:
+            return schema
         with self._locked():
             return self._part(0).schema
 
     @property
     def document_ids(self) -> list[str]:
-        """The id of every document; read from the files on first use.
+        """The id of every document, read on first use: from the indexes, or from the parts of results without one.
 
-        Nothing is hashed for it, as that would read all of a cache before its first document: a part whose ids were
+        No part is hashed for it, as that would read all of a cache before its first document: a part whose ids were
         changed is found when one of its documents is read.
         """
-        return list(self._load_index()[0])
+        ids: list[str] = []
+        for result in range(len(self.folders)):
+            ids += self._documents.document_ids(result).to_pylist()
+        return ids
 
     @property
     def n_tokens_D(self) -> Int64Array:
-        """int64 [D]: tokens of every document; read from the files on first use."""
-        return self._load_index()[1].copy()
+        """int64 [D]: tokens of every document; read as the ids are."""
+        lengths = [self._documents.n_tokens(result) for result in range(len(self.folders))]
+        return np.concatenate([np.zeros(0, np.int64), *lengths])
+
+    def same_documents(self, other: CacheReader) -> bool:
+        """Whether `other` has documents of the same ids in the same order and partitions; reads no id that is
+        indexed."""
+        if self.partition_keys != other.partition_keys:
+            return False
+        return all(
+            self._documents.ids_sha256(result) == other._documents.ids_sha256(result)
+            for result in range(len(self.folders))
+        )
 
     def keys(self) -> list[tuple[str, str]]:
         """(partition key, document id) of every document: what names a document across the caches of a recipe."""
@@ -234,20 +252,6 @@ class CacheReader:
             if self.manifests[of_manifest].partition_key in keys:
                 self._verified.require(part, path, record)
 
-    def _load_index(self) -> tuple[list[str], Int64Array]:
-        if self._index is not None:
-            return self._index
-        document_ids: list[str] = []
-        n_tokens = [np.zeros(0, np.int64)]
-        for part in range(len(self._parts)):
-            with self._locked(), damage_named(self._parts[part][1]):
-                table = self._part(part).read(["document_id", "n_tokens"])
-                table.validate(full=True)
-                document_ids += table["document_id"].to_pylist()
-                n_tokens.append(table["n_tokens"].to_numpy().astype(np.int64))
-        self._index = document_ids, np.concatenate(n_tokens)
-        return self._index
-
     def _locked(self) -> threading.RLock:
         """The lock of this process. A process that was forked off starts anew: the lock it inherited may be taken."""
         if self._process_id != os.getpid():
@@ -278,7 +282,7 @@ class CacheReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._index = None
+        self._documents = IndexedDocuments(self.folders, self.manifests)
         self._verified = VerifiedParts(len(self._parts))
         self._start_in_process()
 
