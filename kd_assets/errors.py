@@ -164,6 +164,10 @@ class NodeFaultError(KdAssetsError):
     """The node does not give what the task was given on it, GPUs above all. Another node may."""
 
 
+class LoaderStateError(KdAssetsError):
+    """A training was to go on from a state that is of other documents or another order than its loader, or is none."""
+
+
 class StudentDidNotLearnError(KdAssetsError):
     """The student's loss was not finite, or did not fall; the message has the numbers."""
 

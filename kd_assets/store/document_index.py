@@ -81,8 +81,8 @@ def ids_section(document_ids: pa.LargeStringArray) -> bytes:
     offsets = np.frombuffer(document_ids.buffers()[1] or b"", dtype="<i8") if len(document_ids) else np.zeros(1, "<i8")
     offsets = offsets[document_ids.offset : document_ids.offset + len(document_ids) + 1]
     text = document_ids.buffers()[2] if len(document_ids) else None
-    data = b"" if text is None else text.to_pybytes()[int(offsets[0]) : int(offsets[-1])]
-    return (offsets - offsets[0]).astype("<i8").tobytes() + data
+    data = b"" if text is None else bytes(text.slice(int(offsets[0]), int(offsets[-1] - offsets[0])))
+    return bytes((offsets - offsets[0]).astype("<i8").tobytes() + data)
 
 
 class IndexFile:

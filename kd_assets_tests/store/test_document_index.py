@@ -14,7 +14,7 @@ import pytest
 
 from kd_assets.contract import Asset
 from kd_assets.errors import CorruptIndexError
-from kd_assets.store import CacheReader, Manifest, read_manifest, verify
+from kd_assets.store import CacheReader, Manifest, part_stats, read_manifest, verify
 from kd_assets.store.document_index import DocumentRows, index_bytes, read_index
 from kd_assets.store.layout import INDEX_NAME
 from kd_assets.store.partfile import PartFile
@@ -84,7 +84,7 @@ def test_an_attempt_that_goes_on_from_another_writes_the_index_of_all_parts(tmp_
         with examples.writer(tmp_path / "cut", out) as writer:
             part = docs.slice(first, 2)
             rows = examples.table("topk_cache", part)
-            stats = examples.part_stats("topk_cache", rows)
+            stats = part_stats("topk_cache", rows)
             writer.write_part(first // 2, rows, n_tokens=part.n_tokens, stats=stats)
             if commits:
                 writer.commit(parts=2, checks={}, provenance={})

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice
-from kd_assets.durable import append_line, atomic_file
+from kd_assets.durable import append_line, atomic_file, atomic_write
 from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
@@ -1188,16 +1188,13 @@ def test_index_lies_beside_the_parts_and_its_result_is_whole_without_it(store: P
 
 def test_index_comes_before_the_manifest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """[F300]"""
-    from kd_assets.store.writing import writer
-
     written: list[str] = []
-    atomic_write = writer.atomic_write
 
     def noted(path: Path, data: bytes) -> str:
         written.append(path.name)
         return atomic_write(path, data)
 
-    monkeypatch.setattr(writer, "atomic_write", noted)
+    monkeypatch.setattr("kd_assets.store.writing.writer.atomic_write", noted)
     examples.commit(store, "topk_cache")
     assert written == ["documents.index", "manifest.json"]
 

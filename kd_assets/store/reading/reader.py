@@ -174,15 +174,9 @@ class CacheReader:
         lengths = [self._documents.n_tokens(result) for result in range(len(self.folders))]
         return np.concatenate([np.zeros(0, np.int64), *lengths])
 
-    def same_documents(self, other: CacheReader) -> bool:
-        """Whether `other` has documents of the same ids in the same order and partitions; reads no id that is
-        indexed."""
-        if self.partition_keys != other.partition_keys:
-            return False
-        return all(
-            self._documents.ids_sha256(result) == other._documents.ids_sha256(result)
-            for result in range(len(self.folders))
-        )
+    def ids_sha256(self) -> dict[str, str]:
+        """Partition key → a hash of its documents' ids in their order; reads no id that is indexed."""
+        return {key: self._documents.ids_sha256(result) for result, key in enumerate(self.partition_keys)}
 
     def keys(self) -> list[tuple[str, str]]:
         """(partition key, document id) of every document: what names a document across the caches of a recipe."""
@@ -196,17 +190,29 @@ class CacheReader:
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
-        i = int(i) % len(self)
-        part = int(np.searchsorted(self._first_documents, i, side="right")) - 1
-        row = i - int(self._first_documents[part])
+        return self.documents([int(i) % len(self)])[0]
+
+    def documents(self, rows: Sequence[int] | Int64Array) -> list[dict[str, Any]]:
+        """These documents, each as `reader[i]` has it. One call for a batch: what they share is looked up once.
+
+        Raises IndexError for a row that is not there.
+        """
+        rows_R = np.asarray(rows, dtype=np.int64)
+        if len(rows_R) and not 0 <= int(rows_R.min()) <= int(rows_R.max()) < len(self):
+            raise IndexError(f"documents {int(rows_R.min())} to {int(rows_R.max())} of {len(self)}")
+        part_R = np.searchsorted(self._first_documents, rows_R, side="right") - 1
+        in_part_R = rows_R - self._first_documents[part_R]
         with self._locked():
-            file = self._verified_part(part)
-            group = file.group_of(row)
-            columns = self._group(part, group)
-            row -= int(file.first_rows[group])
-        document = {name: column.row(row) for name, column in columns.items() if name in self.fields}
+            return [self._document(part, row) for part, row in zip(part_R.tolist(), in_part_R.tolist(), strict=True)]
+
+    def _document(self, part: int, row: int) -> dict[str, Any]:
+        file = self._verified_part(part)
+        group = file.group_of(row)
+        columns = self._group(part, group)
+        row -= int(file.first_rows[group])
         manifest = self.manifests[self._parts[part][0]]
-        return {"partition_key": manifest.partition_key, "document_id": columns["document_id"].row(row)} | document
+        document = {"partition_key": manifest.partition_key, "document_id": columns["document_id"].row(row)}
+        return document | {name: columns[name].row(row) for name in self.fields}
 
     def _group(self, part: int, group: int) -> dict[str, Column]:
         """The columns of a group of rows, from memory or from the file."""
@@ -244,6 +250,10 @@ class CacheReader:
             self._files.pop(part, None)  # it may have been opened before another took its place
             self._believed.add(part)
         return self._part(part)
+
+    def keep_decoded(self, n_bytes: int) -> None:
+        """Let a process keep at least so much decoded, for who comes back to the same groups of rows."""
+        self._cache_bytes = max(self._cache_bytes, n_bytes)
 
     def require_unchanged(self, partition_keys: Iterable[str]) -> None:
         """Raise CorruptPartError, which names the file, unless all parts of these partitions are what was committed."""
