@@ -175,7 +175,7 @@ class TeacherCacheDataset(Dataset[Sample]):
     def n_tokens_D(self) -> Rows:
         """int64 [D]: tokens of every sample. Reads indexes, and no part that has one."""
         lengths = [reader.n_tokens_D[self._rows[asset]] for asset, reader in self._readers.items()]
-        longest = np.maximum.reduce(lengths)
+        longest: Rows = np.maximum.reduce(lengths)
         return longest if self._max_length is None else np.minimum(longest, self._max_length)
 
     def ids_sha256(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ def is_over_tokens(name: str) -> bool:
     return name in TOKEN_FIELDS or is_over_predictions(name) or positions_field(name) == "hidden_positions"
 
 
+@functools.cache
 def positions_field(name: str) -> str:
     """The field that says which positions the rows of a field are of, where they are not all; else a name of none."""
     if name == "hidden_positions" or hidden_state_of(name) is not None:

@@ -24,8 +24,8 @@ from kd_assets.student.dataset import (
     at_hidden_positions,
     at_topk_positions,
     collate,
-    hidden_fields,
 )
+from kd_assets.student.fields import hidden_fields
 from kd_assets_tests.student.made_up import (
     BLOCK,
     HIDDEN_SIZE,
