@@ -103,7 +103,7 @@ def open_million(store: Path, *, n_documents: int, rounds: int) -> dict[str, flo
     for i in range(N_PARTITIONS):
         lengths = np.full(per_partition, 2, np.int64)
         whole = documents(i * per_partition, lengths)
-        commit(store, "embedding_cache", whole, partition_key=f"p-{i:05d}", part_tokens=2 * per_partition // 20)
+        commit(store, "embedding_cache", whole, partition_key=f"p-{i:05d}", part_tokens=max(2, 2 * per_partition // 20))
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
