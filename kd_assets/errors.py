@@ -106,6 +106,10 @@ class CorruptPartError(StoreError):
     """A part file is missing, truncated, or its hash or counts differ from the manifest's."""
 
 
+class CorruptIndexError(StoreError):
+    """The index of a result was changed, or is of another commit. Nothing is lost: its parts say the same."""
+
+
 class VariantConflictError(StoreError):
     """A reader was pointed at results of several variants and not told which; the message lists them."""
 
@@ -176,6 +180,10 @@ class RankLostError(TeacherError):
 
 class NodeFaultError(KdAssetsError):
     """The node does not give what the task was given on it, GPUs above all. Another node may."""
+
+
+class LoaderStateError(KdAssetsError):
+    """A training was to go on from a state that is of other documents or another order than its loader, or is none."""
 
 
 class StudentDidNotLearnError(KdAssetsError):

@@ -17,6 +17,7 @@ from kd_assets.errors import InputError, MissingInputError, StoreError
 
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
+INDEX_NAME = "documents.index"
 LEASE_NAME = ".lease"
 HEAD_NAME = "head.json"
 AUDIT_NAME = "audit.jsonl"
@@ -73,7 +74,7 @@ def part_name(index: int, suffix: str) -> str:
 def is_file_name(name: str) -> bool:
     """Whether a part of a result may have this name: it stays below its folder (a slash leads into a folder there), and
     is none of the store's own files."""
-    own = (MANIFEST_NAME, JOURNAL_NAME, LEASE_NAME)
+    own = (MANIFEST_NAME, JOURNAL_NAME, INDEX_NAME, LEASE_NAME)
     return name.isprintable() and name not in own and all(n and not n.startswith(".") for n in name.split("/"))
 
 
@@ -88,7 +89,7 @@ def count_durable_files(folders: Iterable[Path]) -> int:
     while waiting:
         folder = waiting.pop()
         for name, is_folder in listing(folder).items():
-            if name.startswith(".") or name == JOURNAL_NAME:
+            if name.startswith(".") or name in (JOURNAL_NAME, INDEX_NAME):
                 continue
             if is_folder and not (folder / name).is_symlink():
                 waiting.append(folder / name)

@@ -23,16 +23,23 @@ from torch.utils.data import Dataset
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader, Chosen, Missing, Ragged, choose
-from kd_assets.store.schema import FINAL_CONVENTIONS, hidden_field, hidden_state_of
+from kd_assets.store.schema import hidden_state_of
+from kd_assets.student.fields import (
+    KEY_FIELDS,
+    POSITIONS_FIELDS,
+    TOKEN_FIELDS,
+    cut,
+    hidden_fields,
+    is_over_tokens,
+    padded_length,
+    positions_field,
+)
 
 Sample = dict[str, Any]
 """`partition_key` and `document_id` are str, everything else is a tensor."""
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 """int64 [documents]: where in a cache each document is."""
-
-_KEY_FIELDS = ("partition_key", "document_id")
-_TOKEN_FIELDS = ("input_ids", "loss_mask")
 
 
 class TeacherCacheDataset(Dataset[Sample]):
@@ -69,19 +76,21 @@ class TeacherCacheDataset(Dataset[Sample]):
         self._readers = dict(readers)
         self._max_length = max_length
         for asset, reader in self._readers.items():
-            if absent := [name for name in _TOKEN_FIELDS if name not in reader.fields]:
+            if absent := [name for name in TOKEN_FIELDS if name not in reader.fields]:
                 raise UnknownFieldError(f"the reader of {asset} leaves out {absent[0]!r}: a student needs it")
         _require_same_shards(self._readers)
         first, *others = self._readers
-        keys = self._readers[first].keys()
         # Only rows are kept, and as arrays: the dataset is pickled to every loader worker.
-        self._rows = {first: np.arange(len(keys))}
+        self._rows = {first: np.arange(len(self._readers[first]))}
         for asset in others:
-            self._rows[asset] = self._joined(keys, first, asset)
+            self._rows[asset] = self._joined(first, asset)
 
-    def _joined(self, keys: Sequence[tuple[str, str]], first: Asset, asset: Asset) -> Rows:
+    def _joined(self, first: Asset, asset: Asset) -> Rows:
         """Where in `asset` the documents of the first cache are. Raises as the constructor does."""
-        held = self._readers[asset].keys()
+        of_both = [self._readers[name].ids_sha256() for name in (first, asset)]
+        if list(of_both[0].items()) == list(of_both[1].items()):
+            return np.arange(len(self._readers[first]))
+        keys, held = self._readers[first].keys(), self._readers[asset].keys()
         if differing := set(keys).symmetric_difference(held):
             # Ids that rotted differ, too, and then it is the file that is to be mended.
             readers = (self._readers[first], self._readers[asset])
@@ -135,12 +144,52 @@ class TeacherCacheDataset(Dataset[Sample]):
     def __getitem__(self, i: int) -> Sample:
         documents = {asset: reader[int(self._rows[asset][i])] for asset, reader in self._readers.items()}
         longest = max(documents.values(), key=lambda document: len(document["input_ids"]))
-        sample: Sample = {name: longest[name] for name in _KEY_FIELDS}
+        sample: Sample = {name: longest[name] for name in KEY_FIELDS}
         sample["input_ids"] = torch.from_numpy(longest["input_ids"].astype(np.int64))
         sample["loss_mask"] = torch.from_numpy(longest["loss_mask"].copy())
         for asset, document in documents.items():
             sample |= _tensors_of(asset, document)
-        return sample if self._max_length is None else _cut(sample, self._max_length)
+        return sample if self._max_length is None else cut(sample, self._max_length)
+
+    def documents(self, indices: Sequence[int] | Rows) -> list[dict[str, Any]]:
+        """These samples as numpy arrays, most of them views of what is read: what batches are made of.
+
+        Fields are those of a sample, with the store's dtypes (bfloat16 as uint16, lists of draws as `Ragged`).
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        of_assets = {asset: reader.documents(self._rows[asset][chosen]) for asset, reader in self._readers.items()}
+        return [
+            self._joined_document({asset: documents[i] for asset, documents in of_assets.items()})
+            for i in range(len(chosen))
+        ]
+
+    def _joined_document(self, documents: Mapping[Asset, Mapping[str, Any]]) -> dict[str, Any]:
+        longest = max(documents.values(), key=lambda document: len(document["input_ids"]))
+        joined: dict[str, Any] = {name: longest[name] for name in (*KEY_FIELDS, *TOKEN_FIELDS)}
+        for asset, document in documents.items():
+            for name, value in document.items():
+                if name not in joined and name != "n_tokens":
+                    joined[POSITIONS_FIELDS[asset] if name == "positions" else name] = value
+            if asset == "embedding_cache":
+                joined["embedded_tokens"] = len(document["input_ids"])
+        return joined if self._max_length is None else cut(joined, self._max_length)
+
+    @property
+    def n_tokens_D(self) -> Rows:
+        """int64 [D]: tokens of every sample. Reads indexes, and no part that has one."""
+        lengths = [reader.n_tokens_D[self._rows[asset]] for asset, reader in self._readers.items()]
+        longest: Rows = np.maximum.reduce(lengths)
+        return longest if self._max_length is None else np.minimum(longest, self._max_length)
+
+    def ids_sha256(self) -> dict[str, str]:
+        """Partition key → a hash of its documents' ids in their order."""
+        return next(iter(self._readers.values())).ids_sha256()
+
+    def keep_decoded(self, *, tokens: int, per_stored_byte: int) -> None:
+        """Let a process keep so many tokens of each cache decoded, at so many bytes for each one on disk."""
+        for reader in self._readers.values():
+            n_bytes, n_tokens = (sum(getattr(m, name) for m in reader.manifests) for name in ("n_bytes", "n_tokens"))
+            reader.keep_decoded(tokens * per_stored_byte * n_bytes // max(n_tokens, 1))
 
     @property
     def keys(self) -> list[tuple[str, str]]:
@@ -169,18 +218,18 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     positions only, M or N of the batch's longest stand in the place of T-1 or T: `at_topk_positions` and
     `at_hidden_positions` bring a student's values to them.
     """
-    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in _KEY_FIELDS}
+    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in KEY_FIELDS}
     n_tokens = max(len(sample["input_ids"]) for sample in samples)
     for name in samples[0]:
-        if name in _KEY_FIELDS:
+        if name in KEY_FIELDS:
             continue
         values: list[Tensor] = [sample[name] for sample in samples]
-        if not _is_over_tokens(name):
+        if not is_over_tokens(name):
             batch[name] = torch.stack(values)
-        elif _positions_field(name) in samples[0]:
+        elif positions_field(name) in samples[0]:
             batch[name] = _pad(values, max(map(len, values)))
         else:
-            batch[name] = _pad(values, _padded_length(name, n_tokens))
+            batch[name] = _pad(values, padded_length(name, n_tokens))
     batch["attention_mask"] = _lengths_mask([len(s["input_ids"]) for s in samples], n_tokens)
     if "topk_ids" in batch:
         predicted = _lengths_mask([len(s["topk_ids"]) for s in samples], batch["topk_ids"].shape[1])
@@ -209,80 +258,26 @@ def _at(values_BT: Tensor, positions_BM: Tensor | None) -> Tensor:
     return values_BT[rows_B1, positions_BM]
 
 
-def hidden_fields(fields: Iterable[str]) -> list[str]:
-    """The names of hidden-state fields among `fields`: those of blocks in their order, then those of the decoder's
-    end."""
-    states = {state for f in fields if (state := hidden_state_of(f)) is not None}
-    blocks = sorted(state for state in states if isinstance(state, int))
-    return [hidden_field(state) for state in (*blocks, *(name for name in FINAL_CONVENTIONS if name in states))]
-
-
 def _tensors_of(asset: str, document: Mapping[str, Any]) -> Sample:
     """A cache's own fields of one document as tensors that own their memory."""
     tensors: Sample = {}
     for name, value in document.items():
-        if name in (*_KEY_FIELDS, *_TOKEN_FIELDS, "n_tokens"):
+        if name in (*KEY_FIELDS, *TOKEN_FIELDS, "n_tokens"):
             continue
         if hidden_state_of(name) is not None:
             # The bits of bfloat16 as numpy knows them: a view, never a conversion.
             tensors[name] = torch.from_numpy(value.copy()).view(torch.bfloat16)
         elif name == "positions":
-            tensors[_POSITIONS_FIELDS[asset]] = torch.from_numpy(value.astype(np.int64))
+            tensors[POSITIONS_FIELDS[asset]] = torch.from_numpy(value.astype(np.int64))
         elif name == "topk_ids":
             tensors[name] = torch.from_numpy(value.astype(np.int64))
         elif isinstance(value, Ragged):
-            tensors[name] = _padded_lists(value)
+            tensors[name] = torch.from_numpy(padded_lists(value))
         else:
             tensors[name] = torch.from_numpy(value.astype(np.float32))
     if asset == "embedding_cache":
         tensors["embedded_tokens"] = torch.tensor(len(document["input_ids"]))
     return tensors
-
-
-def _cut(sample: Sample, max_length: int) -> Sample:
-    """The sample's first `max_length` tokens with the rows that are about them."""
-    return {
-        name: value[: _kept_rows(sample, name, max_length)] if _is_over_tokens(name) else value
-        for name, value in sample.items()
-    }
-
-
-def _kept_rows(sample: Sample, name: str, max_length: int) -> int:
-    """Rows of a field over the first `max_length` tokens of its document."""
-    n_positions, positions = _padded_length(name, max_length), sample.get(_positions_field(name))
-    return n_positions if positions is None else int((positions < n_positions).sum())
-
-
-_POSITIONS_FIELDS = {"topk_cache": "topk_positions", "hidden_state_cache": "hidden_positions"}
-
-
-def _positions_field(name: str) -> str:
-    """The field that says which positions the rows of a field are of, where they are not all; else a name of none."""
-    if name == "hidden_positions" or hidden_state_of(name) is not None:
-        return "hidden_positions"
-    return "topk_positions" if _is_over_predictions(name) else ""
-
-
-def _is_over_tokens(name: str) -> bool:
-    return name in _TOKEN_FIELDS or _is_over_predictions(name) or _positions_field(name) == "hidden_positions"
-
-
-def _is_over_predictions(name: str) -> bool:
-    return name in (
-        "topk_ids",
-        "topk_logprobs",
-        "logsumexp",
-        "target_logprob",
-        "outside_mass",
-        "sampled_ids",
-        "sampled_counts",
-        "topk_positions",
-    )
-
-
-def _padded_length(name: str, n_tokens: int) -> int:
-    """Rows of a field over a document of `n_tokens`: the last token predicts nothing."""
-    return n_tokens - 1 if _is_over_predictions(name) else n_tokens
 
 
 def _pad(values: Sequence[Tensor], length: int) -> Tensor:
@@ -294,12 +289,12 @@ def _pad(values: Sequence[Tensor], length: int) -> Tensor:
     return padded
 
 
-def _padded_lists(lists: Ragged) -> Tensor:
+def padded_lists(lists: Ragged) -> Rows:
     """int64 [lists, elements of the longest], filled up with zeros."""
     lengths = lists.lengths
     padded = np.zeros((len(lists), int(lengths.max(initial=0))), dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = lists.values
-    return torch.from_numpy(padded)
+    return padded
 
 
 def _lengths_mask(lengths: Sequence[int], n: int) -> Tensor:

@@ -30,8 +30,8 @@ from kd_assets.student.dataset import (
     at_hidden_positions,
     at_topk_positions,
     collate,
-    hidden_fields,
 )
+from kd_assets.student.fields import hidden_fields
 from kd_assets.student.losses import (
     feature_cosine_loss,
     mean_pooled,

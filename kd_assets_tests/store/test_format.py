@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ import pytest
 import torch
 
 from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice, TokenIds
-from kd_assets.durable import append_line, atomic_file
+from kd_assets.durable import append_line, atomic_file, atomic_write
 from kd_assets.errors import (
     CorruptManifestError,
     CorruptPartError,
@@ -1128,28 +1130,34 @@ def test_parts_open_in_plain_pyarrow(store: Path) -> None:
         assert file.read_all()["n_tokens"].to_pylist() == [5, 1]
 
 
-@pytest.mark.parametrize("library", ["pandas", "duckdb", "polars"])
-def test_parts_open_in_pandas_duckdb_and_polars(store: Path, library: str) -> None:
-    """[F46] Where they are installed: none of them is a dependency."""
+@pytest.mark.parametrize("asset", ["shards_manifest", "topk_cache", "embedding_cache"])
+@pytest.mark.parametrize("library", ["pandas", "duckdb", "polars", "datasets"])
+def test_parquet_parts_open_in_everyday_readers_and_hold_the_same_numbers_there(
+    store: Path, library: str, asset: Asset, tmp_path: Path
+) -> None:
+    """[F46] Where they are installed: none of them is a dependency. All parts at once, every value of every column."""
     module: Any = pytest.importorskip(library)
-    path = str(examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)[0] / "part-00000.parquet")
+    params = examples.WITH_DRAWS if asset == "topk_cache" else None
+    folder = examples.commit(store, asset, params=params)[0]
+    pattern = str(folder / "*.parquet")
     if library == "duckdb":
-        columns = "topk_ids[1], topk_logprobs[1], logsumexp[1], input_ids, sampled_ids[1], sampled_counts[1]"
-        query = f"select {columns} from '{path}' limit 1"
-        ids, logprobs, logsumexp, input_ids, *sampled = module.sql(query).fetchall()[0]
+        found = module.sql(f"select * from '{pattern}' order by document_id").to_arrow_table().to_pylist()
+    elif library == "polars":
+        found = module.read_parquet(pattern).to_dicts()
+    elif library == "pandas":
+        parts = [module.read_parquet(path) for path in sorted(folder.glob("*.parquet"))]
+        found = module.concat(parts).to_dict("records")
     else:
-        frame = module.read_parquet(path)
-        row = frame.row(0, named=True) if library == "polars" else frame.iloc[0]
-        ids, logprobs = row["topk_ids"][0], row["topk_logprobs"][0]
-        logsumexp, input_ids = row["logsumexp"][0], row["input_ids"]
-        sampled = [row["sampled_ids"][0], row["sampled_counts"][0]]
-    expected = CacheReader(store / "tiny", "topk_cache")[0]
-    assert list(ids) == expected["topk_ids"][0].tolist()
-    assert list(logprobs) == expected["topk_logprobs"][0].tolist()
-    assert logsumexp == expected["logsumexp"][0]
-    assert list(input_ids) == expected["input_ids"].tolist()
-    assert list(sampled[0]) == expected["sampled_ids"][0].tolist()
-    assert list(sampled[1]) == expected["sampled_counts"][0].tolist()
+        found = list(module.Dataset.from_parquet(pattern, cache_dir=str(tmp_path / "hf")))
+    expected = [row for table in part_tables(folder) for row in table.to_pylist()]
+    assert [{name: plain(value) for name, value in row.items()} for row in found] == expected
+
+
+def plain(value: Any) -> Any:
+    """Arrays, however deep, as lists."""
+    if isinstance(value, (list, np.ndarray)):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 # ------------------------------------------------------------------------------------------------------ random draws
@@ -1293,6 +1301,85 @@ def test_golden_manifest_and_names_of_a_tiny_result(store: Path) -> None:
         "r/student_smoke/b2fe26c0b202/all/51de2142916cdea3/manifest.json",
         "r/student_smoke/b2fe26c0b202/all/head.json",
     ]
+
+
+# ------------------------------------------------------------------------------------------------- index of documents
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_index_lies_beside_the_parts_and_its_result_is_whole_without_it(store: Path, asset: Asset) -> None:
+    """[F72]"""
+    folder, manifest = examples.commit(store, asset)
+    assert "documents.index" in contents(folder)
+    assert "documents.index" not in (folder / "manifest.json").read_text()
+    assert manifest.n_bytes == sum(len(data) for name, data in contents(folder).items() if name.startswith("part-"))
+    (folder / "documents.index").unlink()
+    assert verify(folder).ok
+    assert committed(folder, manifest.fingerprint) == manifest
+    assert CacheReader.from_folders([folder]).document_ids == [f"document-{i}" for i in range(4)]
+
+
+def test_index_comes_before_the_manifest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[F72]"""
+    written: list[str] = []
+
+    def noted(path: Path, data: bytes) -> str:
+        written.append(path.name)
+        return atomic_write(path, data)
+
+    monkeypatch.setattr("kd_assets.store.writing.writer.atomic_write", noted)
+    examples.commit(store, "topk_cache")
+    assert written == ["documents.index", "manifest.json"]
+
+
+def test_result_without_tables_or_documents_has_no_index(store: Path) -> None:
+    """[F72]"""
+    docs = examples.documents(())
+    assert "documents.index" not in contents(examples.commit(store, "topk_cache", docs=docs)[0])
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_index_is_read_with_json_and_numpy_alone(store: Path, asset: Asset) -> None:
+    """[F73] [F74]"""
+    folder, manifest = examples.commit(store, asset)
+    line, rest = (folder / "documents.index").read_bytes().split(b"\n", 1)
+    header = json.loads(line)
+    assert line.decode() == canonical_json(header)
+    assert header["index_sha256"] == fingerprint({k: v for k, v in header.items() if k != "index_sha256"})
+    assert set(header) == {
+        "asset",
+        "data_version",
+        "index_sha256",
+        "index_version",
+        "n_documents",
+        "sections",
+    }
+    said = (header["asset"], header["data_version"], header["index_version"], header["n_documents"])
+    assert said == (asset, manifest.data_version, 1, 4)
+    found = {}
+    for name in ("schema", "n_tokens", "document_ids"):
+        section = header["sections"][name]
+        found[name], rest = rest[: section["n_bytes"]], rest[section["n_bytes"] :]
+        assert section == {"n_bytes": len(found[name]), "sha256": hashlib.sha256(found[name]).hexdigest()}
+    assert rest == b""
+    tables = pa.concat_tables(part_tables(folder))
+    assert pa.ipc.read_schema(pa.py_buffer(found["schema"])).equals(tables.schema, check_metadata=True)
+    assert np.frombuffer(found["n_tokens"], "<i4").tolist() == tables["n_tokens"].to_pylist()
+    offsets, text = np.frombuffer(found["document_ids"][:40], "<i8"), found["document_ids"][40:]
+    ids = [text[start:stop].decode() for start, stop in itertools.pairwise(offsets)]
+    assert ids == tables["document_id"].to_pylist()
+
+
+def test_index_of_another_commit_is_named_and_nothing_of_it_is_read(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """[F73] [F75] Every flipped byte is in the tests of the index."""
+    folder, _ = examples.commit(store, "topk_cache")
+    other, _ = examples.commit(store.parent / "other", "topk_cache", docs=examples.documents((1, 2, 3, 4), seed=9))
+    shutil.copy(other / "documents.index", folder / "documents.index")
+    assert CacheReader.from_folders([folder]).n_tokens_D.tolist() == [5, 1, 3, 6]
+    assert "is of another commit" in caplog.text
+    assert [problem.kind for problem in verify(folder).problems] == ["corrupt_index"]
 
 
 # ---------------------------------------------------------------------------------------------------- what they share

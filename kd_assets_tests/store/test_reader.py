@@ -25,6 +25,7 @@ from kd_assets.errors import (
     VariantConflictError,
 )
 from kd_assets.store import CacheReader, plan_output, read_shard
+from kd_assets.store.layout import INDEX_NAME
 from kd_assets.store.reading import parts
 from kd_assets.store.reading import reader as reader_module
 from kd_assets_tests.store import examples
@@ -413,5 +414,6 @@ def test_a_column_whose_name_was_damaged_is_named_as_damage(store: Path) -> None
     data = part.read_bytes()
     at = data.rfind(b"document_id")
     part.write_bytes(data[:at] + b"\xee" + data[at + 1 :])
+    (folder / INDEX_NAME).unlink()  # without it the part is asked for its columns
     with pytest.raises(CorruptPartError, match="is damaged"):
         CacheReader.from_folders([folder])

@@ -28,7 +28,7 @@ from kd_assets.store import (
     verify,
 )
 from kd_assets.store.fingerprint import data_version
-from kd_assets.store.layout import recipe_folder_of
+from kd_assets.store.layout import INDEX_NAME, recipe_folder_of
 from kd_assets.store.manifest import audit_record, without_non_finite, write_head
 from kd_assets.store.partfile import part_suffix, write_table
 from kd_assets_tests.store import examples
@@ -499,6 +499,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         data_version=data_version(manifest.asset, [part.sha256 for part in parts]),
     )
     (folder / "manifest.json").write_text(whole.to_json())
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # it is of the true commit
     audit = recipe_folder_of(folder) / "audit.jsonl"
     kept = [line for line in audit.read_text().splitlines() if f'{folder.name}"' not in line]
     record = without_non_finite(audit_record(folder, whole))

@@ -17,14 +17,15 @@ from torch.utils.data.distributed import DistributedSampler
 from kd_assets.contract import CACHES, Asset, PositionChoice
 from kd_assets.errors import CorruptPartError, NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader
+from kd_assets.store.layout import INDEX_NAME
 from kd_assets.student.dataset import (
     TeacherCacheDataset,
     _tensors_of,
     at_hidden_positions,
     at_topk_positions,
     collate,
-    hidden_fields,
 )
+from kd_assets.student.fields import hidden_fields
 from kd_assets_tests.student.made_up import (
     BLOCK,
     HIDDEN_SIZE,
@@ -218,6 +219,9 @@ def test_ids_that_rotted_are_damage_and_not_missing_documents(store: Path) -> No
     part = sorted(CacheReader(store / RECIPE, "hidden_state_cache").folders[0].glob("part-*"))[0]
     data = part.read_bytes()
     part.write_bytes(data.replace(b"doc-1", b"doc-9"))
+    with pytest.raises(CorruptPartError, match=f"{part.name} was changed after its commit"):
+        keys_of(DataLoader(TeacherCacheDataset.from_recipe(store / RECIPE), batch_size=2, collate_fn=collate))
+    (part.parent / INDEX_NAME).unlink()  # then the documents are joined by what the parts say
     with pytest.raises(CorruptPartError, match=f"{part.name} was changed after its commit"):
         TeacherCacheDataset.from_recipe(store / RECIPE)
 

@@ -18,6 +18,7 @@ ProblemKind = Literal[
     "wrong_positions",  # its positions are not those that the cache's parameters say
     "wrong_vocabulary",  # it has ids outside of the student's vocabulary that its cache is cut to
     "wrong_draws",  # its random draws are not what the cache's parameters ask for
+    "corrupt_index",  # an index of documents that was changed, or is of another commit or of other parts
     "corrupt_manifest",  # not JSON, changed, or contradicting itself
     "wrong_identity",  # a manifest whose identity lacks what tells the columns
     "misplaced_result",  # a manifest under a folder name of another result

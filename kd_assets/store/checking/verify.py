@@ -22,6 +22,7 @@ from kd_assets.errors import (
     ObstructedError,
     StoreError,
 )
+from kd_assets.store.checking.indexes import index_difference
 from kd_assets.store.checking.report import Note, NoteKind, Problem, ProblemKind, VerifyReport
 from kd_assets.store.checking.rows import (
     MissingParameterError,
@@ -36,6 +37,7 @@ from kd_assets.store.layout import (
     AUDIT_NAME,
     FOLDER_FINGERPRINT_LENGTH,
     HEAD_NAME,
+    INDEX_NAME,
     JOURNAL_NAME,
     LEASE_NAME,
     MANIFEST_NAME,
@@ -169,8 +171,10 @@ class _Verifier:
         except MissingParameterError as e:
             path = folder / MANIFEST_NAME
             self._problem("wrong_identity", path, f"{path}: {e}; it was written so: materialize it again elsewhere")
+        n_problems = len(self.problems)
         for record in manifest.parts:
             self._part(folder, manifest, record)
+        self._index(folder, manifest, parts_are_whole=len(self.problems) == n_problems)
         for file in manifest.files_beside:
             self._is_whole(folder, file)
         try:
@@ -309,6 +313,19 @@ class _Verifier:
         except StoreError as e:
             self._problem("unreadable", path, str(e))
 
+    def _index(self, folder: Path, manifest: Manifest, *, parts_are_whole: bool) -> None:
+        """Whether the index, where there is one, is of this commit and says what the parts say."""
+        path = folder / INDEX_NAME
+        try:
+            difference = index_difference(folder, manifest, with_parts=parts_are_whole)
+        except ObstructedError as e:
+            difference = str(e)
+        except StoreError as e:
+            self._problem("unreadable", path, str(e))
+            return
+        if difference is not None:
+            self._problem("corrupt_index", path, difference)
+
     def _is_whole(self, folder: Path, record: PartRecord | FileBeside) -> bool:
         """Whether a file of a result has the bytes that its record is of; a problem is noted where it has not."""
         path = folder / record.name
@@ -368,7 +385,7 @@ class _Verifier:
 
     def _surroundings(self, folder: Path, manifest: Manifest) -> None:
         files: tuple[PartRecord | FileBeside, ...] = (*manifest.parts, *manifest.files_beside)
-        ours = {MANIFEST_NAME, LEASE_NAME, JOURNAL_NAME, *(file.name for file in files)}
+        ours = {MANIFEST_NAME, INDEX_NAME, LEASE_NAME, JOURNAL_NAME, *(file.name for file in files)}
         names = listing(folder)
         for path in _foreign(folder, ours):
             self._note("foreign_file", path, f"{path} is not of this result")

@@ -1,10 +1,11 @@
 """Random access to the documents of a cache, across partitions: what training reads through.
 
 A reader sees results of exactly one variant, as the plan and the partitions' heads were when it was made. It keeps
-file names and counts; files are opened when they are first needed, in each process for itself, so a reader may be
-pickled, forked and shared by threads. Before a part is believed its SHA-256 is compared with the manifest's, once for a
-reader and all processes that are forked off it. Arrow files are mapped: a document costs the pages it lies on. Of
-Parquet files one group of rows is decoded at a time, and the last few are kept.
+file names and counts, and learns ids and lengths from the indexes (`indexed`); files are opened when they are first
+needed, in each process for itself, so a reader may be pickled, forked and shared by threads. Before a part is believed
+its SHA-256 is compared with the manifest's, once for a reader and all processes that are forked off it. Arrow files are
+mapped: a document costs the pages it lies on. Of Parquet files one group of rows is decoded at a time, and the last few
+are kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_passed, require_place
 from kd_assets.store.reading.columns import Column, column_of
+from kd_assets.store.reading.indexed import IndexedDocuments
 from kd_assets.store.reading.parts import VerifiedParts, damage_named, open_part
 from kd_assets.store.writing.documents import Int64Array, offsets_of
 
@@ -118,7 +120,7 @@ class CacheReader:
         )
         self._verified = VerifiedParts(len(self._parts))
         self._first_documents = offsets_of(np.array([r.n_documents for _, _, r in self._parts], dtype=np.int64))
-        self._index: tuple[list[str], Int64Array] | None = None
+        self._documents = IndexedDocuments(self.folders, self.manifests)
         self._start_in_process()
         self._fields = None if fields is None else tuple(fields)
         if self._parts:
@@ -150,22 +152,32 @@ class CacheReader:
         """The schema of the part files. Raises NotCommittedError when there are no parts, so no documents."""
         if not self._parts:
             raise NotCommittedError(f"the results in {[str(f) for f in self.folders[:3]]} hold no documents")
+        if (schema := self._documents.schema()) is not None:
+            return schema
         with self._locked():
             return self._part(0).schema
 
     @property
     def document_ids(self) -> list[str]:
-        """The id of every document; read from the files on first use.
+        """The id of every document, read on first use: from the indexes, or from the parts of results without one.
 
-        Nothing is hashed for it, as that would read all of a cache before its first document: a part whose ids were
+        No part is hashed for it, as that would read all of a cache before its first document: a part whose ids were
         changed is found when one of its documents is read.
         """
-        return list(self._load_index()[0])
+        ids: list[str] = []
+        for result in range(len(self.folders)):
+            ids += self._documents.document_ids(result).to_pylist()
+        return ids
 
     @property
     def n_tokens_D(self) -> Int64Array:
-        """int64 [D]: tokens of every document; read from the files on first use."""
-        return self._load_index()[1].copy()
+        """int64 [D]: tokens of every document; read as the ids are."""
+        lengths = [self._documents.n_tokens(result) for result in range(len(self.folders))]
+        return np.concatenate([np.zeros(0, np.int64), *lengths])
+
+    def ids_sha256(self) -> dict[str, str]:
+        """Partition key → a hash of its documents' ids in their order; reads no id that is indexed."""
+        return {key: self._documents.ids_sha256(result) for result, key in enumerate(self.partition_keys)}
 
     def keys(self) -> list[tuple[str, str]]:
         """(partition key, document id) of every document: what names a document across the caches of a recipe."""
@@ -179,17 +191,29 @@ class CacheReader:
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
-        i = int(i) % len(self)
-        part = int(np.searchsorted(self._first_documents, i, side="right")) - 1
-        row = i - int(self._first_documents[part])
+        return self.documents([int(i) % len(self)])[0]
+
+    def documents(self, rows: Sequence[int] | Int64Array) -> list[dict[str, Any]]:
+        """These documents, each as `reader[i]` has it. One call for a batch: what they share is looked up once.
+
+        Raises IndexError for a row that is not there.
+        """
+        rows_R = np.asarray(rows, dtype=np.int64)
+        if len(rows_R) and not 0 <= int(rows_R.min()) <= int(rows_R.max()) < len(self):
+            raise IndexError(f"documents {int(rows_R.min())} to {int(rows_R.max())} of {len(self)}")
+        part_R = np.searchsorted(self._first_documents, rows_R, side="right") - 1
+        in_part_R = rows_R - self._first_documents[part_R]
         with self._locked():
-            file = self._verified_part(part)
-            group = file.group_of(row)
-            columns = self._group(part, group)
-            row -= int(file.first_rows[group])
-        document = {name: column.row(row) for name, column in columns.items() if name in self.fields}
+            return [self._document(part, row) for part, row in zip(part_R.tolist(), in_part_R.tolist(), strict=True)]
+
+    def _document(self, part: int, row: int) -> dict[str, Any]:
+        file = self._verified_part(part)
+        group = file.group_of(row)
+        columns = self._group(part, group)
+        row -= int(file.first_rows[group])
         manifest = self.manifests[self._parts[part][0]]
-        return {"partition_key": manifest.partition_key, "document_id": columns["document_id"].row(row)} | document
+        document = {"partition_key": manifest.partition_key, "document_id": columns["document_id"].row(row)}
+        return document | {name: columns[name].row(row) for name in self.fields}
 
     def _group(self, part: int, group: int) -> dict[str, Column]:
         """The columns of a group of rows, from memory or from the file."""
@@ -228,26 +252,16 @@ class CacheReader:
             self._believed.add(part)
         return self._part(part)
 
+    def keep_decoded(self, n_bytes: int) -> None:
+        """Let a process keep at least so much decoded, for who comes back to the same groups of rows."""
+        self._cache_bytes = max(self._cache_bytes, n_bytes)
+
     def require_unchanged(self, partition_keys: Iterable[str]) -> None:
         """Raise CorruptPartError, which names the file, unless all parts of these partitions are what was committed."""
         keys = set(partition_keys)
         for part, (of_manifest, path, record) in enumerate(self._parts):
             if self.manifests[of_manifest].partition_key in keys:
                 self._verified.require(part, path, record)
-
-    def _load_index(self) -> tuple[list[str], Int64Array]:
-        if self._index is not None:
-            return self._index
-        document_ids: list[str] = []
-        n_tokens = [np.zeros(0, np.int64)]
-        for part in range(len(self._parts)):
-            with self._locked(), damage_named(self._parts[part][1]):
-                table = self._part(part).read(["document_id", "n_tokens"])
-                table.validate(full=True)
-                document_ids += table["document_id"].to_pylist()
-                n_tokens.append(flat(table["n_tokens"]).astype(np.int64))
-        self._index = document_ids, np.concatenate(n_tokens)
-        return self._index
 
     def _locked(self) -> threading.RLock:
         """The lock of this process. A process that was forked off starts anew: the lock it inherited may be taken."""
@@ -279,7 +293,7 @@ class CacheReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._index = None
+        self._documents = IndexedDocuments(self.folders, self.manifests)
         self._verified = VerifiedParts(len(self._parts))
         self._start_in_process()
 

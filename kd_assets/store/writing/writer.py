@@ -1,7 +1,8 @@
 """Writing one result: parts as they come, the manifest last, and exactly where a killed attempt left off.
 
 The order on disk is what makes this safe. A part is renamed into place after its bytes are synced; then its line is
-appended to the journal; when all are there, the manifest is renamed into place: that is the commit. Head, audit line
+appended to the journal; when all are there, their index and then the manifest are renamed into place: with the manifest
+the result exists. Head, audit line
 and the removal of the journal follow; a journal beside a manifest says that a kill came between, and the next one to
 reuse the result does them. A part without a journal line, or whose hash differs from it, is made again.
 """
@@ -35,9 +36,11 @@ from kd_assets.durable import (
 )
 from kd_assets.errors import ContractError, CorruptPartError, NotCommittedError, ResultBusyError
 from kd_assets.locks import Lease
+from kd_assets.store.document_index import DocumentRows, index_bytes, together
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint, variant_of
 from kd_assets.store.layout import (
     HEAD_NAME,
+    INDEX_NAME,
     JOURNAL_NAME,
     LEASE_NAME,
     MANIFEST_NAME,
@@ -57,7 +60,7 @@ from kd_assets.store.manifest import (
     without_non_finite,
     write_head,
 )
-from kd_assets.store.partfile import part_suffix, write_table
+from kd_assets.store.partfile import PartFile, part_suffix, write_table
 from kd_assets.store.recorded_checks import failed_check
 from kd_assets.store.writing.journal import Journal, occupied
 
@@ -106,6 +109,9 @@ class ResultWriter:
         self._finished: dict[int, PartRecord] = {}
         self._committed: Manifest | None = None
         self._beside: dict[str, dict[str, Any]] = {}
+        self._rows: dict[int, DocumentRows] = {}
+        """Of the parts that were written here: what the index needs of them."""
+        self._schema: pa.Schema | None = None
         self.forgotten: tuple[str, ...] = ()
         """Files of earlier attempts that failed verification and have to be made again, each with the reason."""
 
@@ -144,6 +150,7 @@ class ResultWriter:
         ) as file:
             if file is not None:
                 write_table(table, suffix, file)
+                self._rows[index], self._schema = DocumentRows.of(table), table.schema
         return self._finished[index]
 
     def write_file(self, index: int, name: str, data: bytes) -> PartRecord:
@@ -224,6 +231,7 @@ class ResultWriter:
         manifest = self._manifest(checks=checks, provenance=provenance, facts={**facts, **beside})
         if not self._finished:  # a commit needs its journal beside it, and without parts there is none yet
             self._journal.rewrite(self._finished.values())
+        self._write_index(manifest)
         atomic_write(self.folder / MANIFEST_NAME, manifest.to_json().encode())
         self._committed = manifest
         _finish_commit(self.folder, manifest, is_new=True)
@@ -272,6 +280,23 @@ class ResultWriter:
         )
         self._journal.append(record)
         self._finished[index] = record
+
+    def _write_index(self, manifest: Manifest) -> None:
+        """The index of a result that is made of tables. Parts of earlier attempts are asked for their rows."""
+        suffix = part_suffix(manifest.asset)
+        if not manifest.n_documents or any(part.name != part_name(part.index, suffix) for part in manifest.parts):
+            return
+        rows, schema = [], self._schema
+        for part in manifest.parts:
+            if part.index in self._rows:
+                rows.append(self._rows[part.index])
+                continue
+            with PartFile(self.folder / part.name) as file:
+                rows.append(DocumentRows.of(file.read(["document_id", "n_tokens"])))
+                schema = file.schema if schema is None else schema
+        assert schema is not None
+        data = index_bytes(asset=manifest.asset, data_version=manifest.data_version, schema=schema, rows=together(rows))
+        atomic_write(self.folder / INDEX_NAME, data)
 
     def _manifest(
         self, *, checks: Mapping[str, Any], provenance: Mapping[str, Any], facts: Mapping[str, Any]

@@ -1,0 +1,171 @@
+"""The index beside the parts: what it spares readers, and that no damage to it becomes a wrong document."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from kd_assets.contract import Asset
+from kd_assets.errors import CorruptIndexError
+from kd_assets.store import CacheReader, Manifest, part_stats, read_manifest, verify
+from kd_assets.store.document_index import DocumentRows, index_bytes, read_index
+from kd_assets.store.layout import INDEX_NAME
+from kd_assets.store.partfile import PartFile
+from kd_assets_tests.store import examples
+
+LENGTHS = [min(n, examples.MAX_LENGTH) for n in examples.LENGTHS]
+IDS = [f"document-{i}" for i in range(len(LENGTHS))]
+
+
+def reread(folder: Path) -> CacheReader:
+    return CacheReader.from_folders([folder])
+
+
+def read_whole(folder: Path, manifest: Manifest) -> tuple[DocumentRows, pa.Schema]:
+    index = read_index(folder, manifest)
+    assert index is not None
+    return index.rows(), index.schema()
+
+
+def no_part_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a part was opened")
+
+    monkeypatch.setattr(PartFile, "__init__", refuse)
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_a_cache_opens_and_tells_its_ids_and_lengths_without_a_part(
+    tmp_path: Path, asset: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = examples.commit(tmp_path, asset)
+    with PartFile(sorted(folder.glob("part-*"))[0]) as part:
+        schema = part.schema
+    no_part_is_opened(monkeypatch)
+    reader = reread(folder)
+    assert len(reader) == len(LENGTHS)
+    assert reader.document_ids == IDS
+    assert reader.n_tokens_D.tolist() == (list(examples.LENGTHS) if asset == "shards_manifest" else LENGTHS)
+    assert reader.schema.equals(schema, check_metadata=True)
+
+
+def test_a_result_without_an_index_is_whole_and_reads_the_same(tmp_path: Path) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    (folder / INDEX_NAME).unlink()
+    reader = reread(folder)
+    assert (reader.document_ids, reader.n_tokens_D.tolist()) == (IDS, LENGTHS)
+    assert verify(folder).ok
+    assert [note.kind for note in verify(folder).notes] == []
+
+
+def test_the_index_is_in_no_hash_and_no_count_of_the_result(tmp_path: Path) -> None:
+    folder, manifest = examples.commit(tmp_path, "topk_cache")
+    assert INDEX_NAME not in (folder / "manifest.json").read_text()
+    assert manifest.n_bytes == sum(path.stat().st_size for path in folder.glob("part-*"))
+
+
+def test_equal_results_have_equal_indexes(tmp_path: Path) -> None:
+    (first, _), (second, _) = (examples.commit(tmp_path / name, "embedding_cache") for name in "ab")
+    assert (first / INDEX_NAME).read_bytes() == (second / INDEX_NAME).read_bytes()
+
+
+def test_an_attempt_that_goes_on_from_another_writes_the_index_of_all_parts(tmp_path: Path) -> None:
+    whole, _ = examples.commit(tmp_path / "whole", "topk_cache")
+    out = examples.output(tmp_path / "cut", "topk_cache")
+    docs = examples.documents().slice(0, len(LENGTHS), examples.MAX_LENGTH)
+    for first, commits in ((0, False), (2, True)):
+        with examples.writer(tmp_path / "cut", out) as writer:
+            part = docs.slice(first, 2)
+            rows = examples.table("topk_cache", part)
+            stats = part_stats("topk_cache", rows)
+            writer.write_part(first // 2, rows, n_tokens=part.n_tokens, stats=stats)
+            if commits:
+                writer.commit(parts=2, checks={}, provenance={})
+    assert (Path(out.path) / INDEX_NAME).read_bytes() == (whole / INDEX_NAME).read_bytes()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def newer(path: Path) -> None:
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(json.dumps(json.loads(first) | {"index_version": 2}).encode() + b"\n" + rest)
+
+
+def other_commit(path: Path) -> None:
+    docs = examples.documents((2, 2, 2, 2), seed=5)
+    other, _ = examples.commit(path.parents[5] / "other", "topk_cache", docs=docs)
+    shutil.copy(other / INDEX_NAME, path)
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "cut": cut,
+    "emptied": lambda path: path.write_bytes(b""),
+    "no JSON": lambda path: path.write_bytes(b"index\n"),
+    "a list": lambda path: path.write_bytes(b"[]\n"),
+    "of a newer version": newer,
+    "of another commit": other_commit,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_index_is_named_and_the_parts_are_read_instead(
+    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, manifest = examples.commit(tmp_path / "store", "topk_cache")
+    HARMS[harm](folder / INDEX_NAME)
+    with pytest.raises(CorruptIndexError, match=r"documents\.index is not the index of this result.*remove this file"):
+        read_index(folder, manifest)
+    with caplog.at_level(logging.WARNING):
+        reader = reread(folder)
+        assert (reader.document_ids, reader.n_tokens_D.tolist()) == (IDS, LENGTHS)
+    assert len([r for r in caplog.records if "The parts are read instead" in r.getMessage()]) == 1
+    (problem,) = verify(folder).problems
+    assert (problem.kind, problem.path) == ("corrupt_index", folder / INDEX_NAME)
+
+
+def test_every_flipped_byte_of_an_index_is_found_and_changes_nothing_that_is_read(tmp_path: Path) -> None:
+    folder, manifest = examples.commit(tmp_path, "topk_cache")
+    path = folder / INDEX_NAME
+    sound = path.read_bytes()
+    for offset in range(0, len(sound), 3):
+        examples.flip_byte(path, offset)
+        reader = reread(folder)
+        assert (reader.document_ids, reader.n_tokens_D.tolist()) == (IDS, LENGTHS), offset
+        assert "topk_ids" in reader.fields
+        with pytest.raises(CorruptIndexError):
+            read_whole(folder, manifest)
+        path.write_bytes(sound)
+    assert verify(folder).ok
+
+
+def test_verify_finds_an_index_that_was_written_wrong(tmp_path: Path) -> None:
+    folder, manifest = examples.commit(tmp_path, "topk_cache")
+    rows, schema = read_whole(folder, manifest)
+    backwards = rows.document_ids.take(np.arange(len(LENGTHS))[::-1])
+    wrong = {
+        "lengths": (DocumentRows(document_ids=rows.document_ids, n_tokens_D=rows.n_tokens_D[::-1]), schema),
+        "document ids": (DocumentRows(document_ids=backwards, n_tokens_D=rows.n_tokens_D), schema),
+        "columns": (rows, schema.remove(len(schema) - 1)),
+    }
+    for what, (said, columns) in wrong.items():
+        data = index_bytes(asset=manifest.asset, data_version=manifest.data_version, schema=columns, rows=said)
+        (folder / INDEX_NAME).write_bytes(data)
+        (problem,) = verify(folder).problems
+        assert problem.kind == "corrupt_index"
+        assert f"has other {what} than the parts" in problem.message
+
+
+def test_a_damaged_part_is_said_to_be_damaged_and_the_index_is_not(tmp_path: Path) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    examples.flip_byte(sorted(folder.glob("part-*"))[0])
+    assert [problem.kind for problem in verify(folder).problems] == ["changed_part"]
+    assert read_manifest(folder).n_documents == len(LENGTHS)

@@ -1,0 +1,123 @@
+"""The iterable data set: under torch's plain DataLoader, and under torchdata's stateful one where it is installed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+from kd_assets.errors import LoaderStateError, RecipeError
+from kd_assets.student.dataset import TeacherCacheDataset
+from kd_assets.student.loading import TeacherCacheStream, TrainingLoader
+from kd_assets_tests.student.made_up import RECIPE, commit_caches, made_up_documents
+
+N_DOCUMENTS = 30
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TeacherCacheDataset:
+    store = tmp_path_factory.mktemp("store")
+    documents = made_up_documents(N_DOCUMENTS, seed=3)
+    for i, key in enumerate(("made-up-00000", "made-up-00001")):
+        commit_caches(store, key, documents[i * 15 : (i + 1) * 15], assets=["topk_cache"])
+    return TeacherCacheDataset.from_recipe(store / RECIPE, assets=["topk_cache"])
+
+
+def ids_of(batch: dict[str, Any]) -> list[str]:
+    ids = batch["document_id"]
+    return [i for row in ids for i in row] if isinstance(ids[0], list) else list(ids)
+
+
+def seen_by(loader: Any) -> list[list[str]]:
+    return [ids_of(batch) for batch in loader]
+
+
+ALL = Counter(f"doc-{i}" for i in range(N_DOCUMENTS))
+
+
+@pytest.mark.parametrize("pack_to", [None, 24])
+@pytest.mark.parametrize("n_workers", [0, 1, 2])
+def test_ranks_and_workers_together_give_every_document_once_an_epoch(
+    dataset: TeacherCacheDataset, n_workers: int, pack_to: int | None
+) -> None:
+    orders = []
+    for epoch in (0, 1):
+        seen = []
+        for rank in (0, 1):
+            stream = TeacherCacheStream(dataset, batch_size=2, pack_to=pack_to, rank=rank, n_ranks=2)
+            stream.set_epoch(epoch)
+            loader = DataLoader(stream, batch_size=None, num_workers=n_workers)
+            seen += seen_by(loader)
+            assert seen_by(loader) == seen[-len(seen_by(loader)) :]  # again the same epoch
+        assert Counter(i for ids in seen for i in ids) == ALL
+        orders.append(seen)
+    assert orders[0] != orders[1]
+
+
+def test_a_stream_gives_what_the_training_loader_gives(dataset: TeacherCacheDataset) -> None:
+    stream = TeacherCacheStream(dataset, batch_size=3, seed=4)
+    loader = TrainingLoader(dataset, batch_size=3, seed=4, num_workers=2)
+    assert seen_by(DataLoader(stream, batch_size=None, num_workers=2)) == seen_by(loader)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("pack_to", [None, 24])
+def test_torchdatas_stateful_loader_goes_on_after_what_it_gave(
+    dataset: TeacherCacheDataset, n_workers: int, pack_to: int | None
+) -> None:
+    torchdata: Any = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def new_loader() -> Any:
+        stream = TeacherCacheStream(dataset, batch_size=2, seed=1, pack_to=pack_to)
+        return torchdata.StatefulDataLoader(stream, batch_size=None, num_workers=n_workers)
+
+    whole = seen_by(new_loader())
+    assert Counter(i for ids in whole for i in ids) == ALL
+    for n_steps in range(1, len(whole)):
+        loader = new_loader()
+        iterator = iter(loader)
+        for _ in range(n_steps):
+            next(iterator)
+        state = loader.state_dict()
+        del iterator
+        again = new_loader()
+        again.load_state_dict(state)
+        assert seen_by(again) == whole[n_steps:], n_steps
+
+
+def test_a_stream_goes_on_from_its_state(dataset: TeacherCacheDataset) -> None:
+    whole = seen_by(TeacherCacheStream(dataset, batch_size=4))
+    stream = TeacherCacheStream(dataset, batch_size=4)
+    iterator = iter(stream)
+    next(iterator), next(iterator)
+    again = TeacherCacheStream(dataset, batch_size=4)
+    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert seen_by(again) == whole[2:]
+    assert seen_by(again) == whole
+
+
+def test_a_state_of_another_stream_is_refused(dataset: TeacherCacheDataset) -> None:
+    stream = TeacherCacheStream(dataset, batch_size=4)
+    state = stream.state_dict()
+    for name, value in {"seed": 9, "n_workers": 3, "documents_sha256": "", "batch_size": 5, "rank": 1}.items():
+        with pytest.raises(LoaderStateError, match=f"the state has {name} {value!r}, this stream"):
+            stream.load_state_dict(state | {name: value})
+    with pytest.raises(LoaderStateError, match="the state has stream_version None"):
+        stream.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 1, "rank": 1}, "rank is 1, of 1 ranks"),
+        ({"batch_size": 1, "pack_to": 2}, "documents are longer than a packed row of 2 tokens"),
+    ],
+)
+def test_streams_that_cannot_be_are_refused(dataset: TeacherCacheDataset, options: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TeacherCacheStream(dataset, **options)
