@@ -19,8 +19,8 @@ from typing import Any
 
 from kd_assets.durable import HashingFile, atomic_file
 
-_BUFFER_BYTES = 4 << 20
-_N_BUFFERS = 4
+_BUFFER_BYTES = 2 << 20
+_N_BUFFERS = 6
 
 
 @contextlib.contextmanager

@@ -117,7 +117,8 @@ class ExportWriter(Protocol):
         """Write the documents of one section. Files of an attempt that was killed are written over.
 
         `documents` may be iterated more than once, and `len` says how many there are. Arrays of states are views of a
-        mapped file: they stay valid, but what of them is in memory is let go of when the next document is asked for.
+        mapped file: they stay valid, but what of them is in memory is let go of when the next document is asked for,
+        or with `StatesOfDocument.let_go`. Files are written through `kd_assets.export.aside`, which hashes them, too.
         """
         ...
 

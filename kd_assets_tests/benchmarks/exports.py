@@ -6,8 +6,9 @@ Two stores of made-up numbers: one of states at H = 8,192, whose parts of four d
 that an export may take, and one of top-k. Each export runs in a process of its own, from a warm page cache; its seconds
 are those of `export_recipe`, with all that it imports. Then its files are copied on the same disk, by `shutil.copyfile`
 from a warm page cache, and each is synced, as each file of the export is (which syncs folders and its journal, too).
-Before either begins, nothing waits to be written to the disk, and as much memory as a copy takes was just written to
-and given back: what a virtual machine has not used for a while is slow to be had, several times slower than a copy.
+Before either begins, nothing waits to be written to the disk, and as much memory as the store has bytes was just filled
+and given back: a virtual machine gets memory that it has not used for a while from its host page by page, which takes
+longer than to copy it, and would hit the one or the other by chance.
 
 `<format>_mb_per_s` counts the bytes that are written (MB = 10⁶ bytes), `<format>_share_of_copy` is that rate as a share
 of the copy's, and `<format>_peak_rss_mb` is the most memory that the process had. A format that is written from both

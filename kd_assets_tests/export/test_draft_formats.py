@@ -268,7 +268,8 @@ def test_states_are_put_beside_each_other_whatever_was_in_their_memory(
 ) -> None:
     monkeypatch.setattr(draft_states, "_ROWS_BYTES", rows_bytes)
     rng = np.random.default_rng(0)
-    beside, let_go = StatesBeside([4, 1, "after_norm"]), []
+    beside = StatesBeside([4, 1, "after_norm"])
+    let_go: list[None] = []
     for n in (5, 1, 17, 2, 16):
         bits = {state: made_up.random_bits(rng, (n + 3, 6))[:n] for state in made_up.STATES}
         states = StatesOfDocument(positions_N=np.arange(n), bits_NH=bits, let_go=lambda: let_go.append(None))

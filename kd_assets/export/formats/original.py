@@ -65,6 +65,7 @@ class Original:
 class _Writer:
     def __init__(self, folder: Path, kinds: Sequence[_Kind]) -> None:
         self._folder, self._kinds = folder, kinds
+        self._memory = _Float32Memory()
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
         """Goes through the documents once for each kind of file, so that one group of rows is held at a time."""
@@ -74,9 +75,9 @@ class _Writer:
             name = f"{kind.stem}_{index:06d}.parquet"
             prepare_folder((self._folder / name).parent)
             n_documents = n_tokens = 0
-            with export_file(self._folder / name) as file, _Rows(file) as rows:
+            with export_file(self._folder / name) as file, _Rows(file, self._memory) as rows:
                 for document in documents:
-                    rows.add(_columns(document, kind))
+                    rows.add(_columns(document, kind, self._memory))
                     n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
             sha256[name] = file.sha256
         return SectionFiles(
@@ -95,8 +96,8 @@ class _Writer:
 class _Rows:
     """Rows on their way into a Parquet file, a group at a time."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, file: Any, memory: _Float32Memory) -> None:
+        self._file, self._memory = file, memory
         self._writer: pq.ParquetWriter | None = None
         self._held: list[pa.RecordBatch] = []
         self._n_bytes = 0
@@ -130,8 +131,33 @@ class _Rows:
                 write_statistics=False,
             )
         self._writer.write_table(table, row_group_size=table.num_rows)
+        del table
         self._held.clear()
         self._n_bytes = 0
+        self._memory.take_back()
+
+
+class _Float32Memory:
+    """States as float32 in memory that is used again for each group of rows: new memory takes as long as filling it."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.float32)
+        self._n_used = 0
+
+    def float32_of(self, bits: npt.NDArray[np.uint16]) -> Float32Array:
+        """The numbers of which these are the bits of bfloat16, exactly; until `take_back`."""
+        if self._n_used + bits.size > len(self._memory):  # rows that are held keep the memory they look at
+            self._memory, self._n_used = np.empty(bits.size + _GROUP_BYTES // 4, dtype=np.float32), 0
+        numbers = self._memory[self._n_used : self._n_used + bits.size].reshape(bits.shape)
+        self._n_used += bits.size
+        wide = numbers.view(np.uint32)
+        wide[...] = bits
+        wide <<= 16
+        return numbers
+
+    def take_back(self) -> None:
+        """All that was given: nobody looks at it any longer."""
+        self._n_used = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +184,7 @@ def _kinds(source: Source, needs: Needs) -> list[_Kind]:
     return kinds
 
 
-def _columns(document: JoinedDocument, kind: _Kind) -> dict[str, pa.Array]:
+def _columns(document: JoinedDocument, kind: _Kind, memory: _Float32Memory) -> dict[str, pa.Array]:
     """The columns of this document in a file of this kind, each an array of one row."""
     length = len(document.input_ids_L)
     columns = {
@@ -171,20 +197,13 @@ def _columns(document: JoinedDocument, kind: _Kind) -> dict[str, pa.Array]:
         columns["topk_logprobs"] = _row(document.topk.logprobs_Mk.astype(np.float32))
     elif kind.block is not None:
         assert document.states is not None
-        columns[f"hidden_L{kind.block}"] = _row(float32_of(document.states.bits_NH[kind.block]))
+        columns[f"hidden_L{kind.block}"] = _row(memory.float32_of(document.states.bits_NH[kind.block]))
         document.states.let_go()
     else:
         assert document.mean_embedding_H is not None
         columns["pooled_embedding"] = _row(document.mean_embedding_H)
         columns["length"] = pa.array([document.embedded_tokens], pa.int32())
     return columns
-
-
-def float32_of(bits: npt.NDArray[np.uint16]) -> Float32Array:
-    """The numbers of which these are the bits of bfloat16, exactly."""
-    wide = bits.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
 
 
 def _row(values: npt.NDArray[Any]) -> pa.Array:
