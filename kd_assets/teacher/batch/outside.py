@@ -33,8 +33,8 @@ class Outside:
         self._columns: list[slice | Tensor] = [slice(*run) for run in runs]
         self._most = max((first - end for end, first in runs), default=0)
         if len(runs) > _MOST_RUNS:
-            self._columns = [torch.cat([torch.arange(*run) for run in runs]).to(device)]
-            self._most = len(self._columns[0])
+            ids_O = torch.cat([torch.arange(*run) for run in runs])
+            self._columns, self._most = [ids_O.to(device)], len(ids_O)
 
     def cut(self, logits_NV: Tensor) -> Tensor:
         """float32 [N]: the logsumexp of the left-out logits, which are -inf on return; -inf where none are left out.
