@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from kd_assets.contract import parse_json
 from kd_assets.durable import open_file, read_patiently, size_if_there
-from kd_assets.errors import CorruptIndexError
+from kd_assets.errors import CorruptIndexError, ObstructedError
 from kd_assets.store.fingerprint import canonical_json, fingerprint
 from kd_assets.store.layout import INDEX_NAME
 from kd_assets.store.manifest import Manifest
@@ -154,7 +154,10 @@ def read_index(folder: Path, manifest: Manifest) -> IndexFile | None:
     commit than the manifest; StorageUnavailableError. Reads the first line only.
     """
     path = folder / INDEX_NAME
-    n_bytes = size_if_there(path)
+    try:
+        n_bytes = size_if_there(path)
+    except ObstructedError as e:
+        raise _corrupt(path, str(e)) from e
     if n_bytes is None:
         return None
 
@@ -192,7 +195,11 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
         raise _corrupt(path, "its first line was changed after it was written")
     sections = header.get("sections")
     is_ours = isinstance(sections, dict) and all(
-        isinstance(sections.get(name), dict) and isinstance(sections[name].get("n_bytes"), int) for name in SECTIONS
+        isinstance(said := sections.get(name), dict)
+        and type(said.get("n_bytes")) is int
+        and said["n_bytes"] >= 0
+        and isinstance(said.get("sha256"), str)
+        for name in SECTIONS
     )
     if not is_ours or {"asset", "data_version", "n_documents"} - header.keys():
         raise _corrupt(path, "its first line is not that of an index")

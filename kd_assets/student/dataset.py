@@ -42,6 +42,9 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 """int64 [documents]: where in a cache each document is."""
 
 
+_MOST_DECODED_BYTES = 1 << 30
+
+
 class TeacherCacheDataset(Dataset[Sample]):
     """The documents that all given caches hold, in the order of the first cache.
 
@@ -186,10 +189,11 @@ class TeacherCacheDataset(Dataset[Sample]):
         return next(iter(self._readers.values())).ids_sha256()
 
     def keep_decoded(self, *, tokens: int, per_stored_byte: int) -> None:
-        """Let a process keep so many tokens of each cache decoded, at so many bytes for each one on disk."""
+        """Let a process keep so many tokens of each cache decoded, at so many bytes for each one on disk; of each cache
+        1 GiB at most."""
         for reader in self._readers.values():
             n_bytes, n_tokens = (sum(getattr(m, name) for m in reader.manifests) for name in ("n_bytes", "n_tokens"))
-            reader.keep_decoded(tokens * per_stored_byte * n_bytes // max(n_tokens, 1))
+            reader.keep_decoded(min(tokens * per_stored_byte * n_bytes // max(n_tokens, 1), _MOST_DECODED_BYTES))
 
     @property
     def keys(self) -> list[tuple[str, str]]:

@@ -36,6 +36,10 @@ def manifests(home: Home) -> list[Path]:
     return sorted(home.recipe_folder.rglob("manifest.json"))
 
 
+def indexes(home: Home) -> list[Path]:
+    return sorted(home.recipe_folder.rglob("documents.index"))
+
+
 def heads(home: Home) -> list[Path]:
     return sorted(home.recipe_folder.rglob("head.json"))
 
@@ -68,6 +72,7 @@ def teacher(home: Home) -> list[Path]:
 FILES: dict[str, Callable[[Home], list[Path]]] = {
     "part": parts,
     "manifest": manifests,
+    "index": indexes,
     "head": heads,
     "audit log": audits,
     "plan": plans,
@@ -627,7 +632,7 @@ def _catalogue() -> dict[str, Damage]:
         found[f"{where} folder moved and linked"] = moved_and_linked(places)
     for where in ("result", "partition", "variant"):
         found[f"{where} folders swapped"] = swapped(FOLDERS[where])
-    for where in ("part", "manifest", "head"):
+    for where in ("part", "index", "manifest", "head"):
         found[f"{where} files swapped"] = swapped(FILES[where])
         found[f"{where} copied over another"] = copied_over(FILES[where])
     found |= {

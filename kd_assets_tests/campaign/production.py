@@ -21,11 +21,14 @@ import yaml  # type: ignore[import-untyped]
 
 from kd_assets.components import TeacherCaches
 from kd_assets.contract import CACHES, JobFile, Output, Reporter, WorkUnit
+from kd_assets.durable import atomic_write
 from kd_assets.model_files.digests import SETTLED_NS, DigestCache
 from kd_assets.orchestration.planned_work import PlannedWork
 from kd_assets.orchestration.planner import Planner
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.store import ResultWriter, read_manifest, read_shard
+from kd_assets.store.document_index import DocumentRows, index_bytes, together
+from kd_assets.store.layout import INDEX_NAME
 from kd_assets.store.partfile import PartFile
 from kd_assets.teacher.model.load import check_fingerprint
 from kd_assets.worker.stop_flag import StopFlag
@@ -115,7 +118,20 @@ def make_home(folder: Path) -> Home:
     lines = (GOLDEN / "store" / RECIPE / "audit.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["asset"] in ASSETS and json.loads(line)["partition_key"] in KEYS]
     (home.recipe_folder / "audit.jsonl").write_text("".join(kept))
+    for manifest_file in home.recipe_folder.rglob("manifest.json"):
+        write_index(manifest_file.parent)
     return home
+
+
+def write_index(folder: Path) -> None:
+    """As a commit writes it: the golden store is older than indexes."""
+    manifest, rows = read_manifest(folder), []
+    for record in manifest.parts:
+        with PartFile(folder / record.name) as part:
+            rows.append(DocumentRows.of(part.read(["document_id", "n_tokens"])))
+            schema = part.schema
+    data = index_bytes(asset=manifest.asset, data_version=manifest.data_version, schema=schema, rows=together(rows))
+    atomic_write(folder / INDEX_NAME, data)
 
 
 def outputs_of(home: Home) -> dict[tuple[str, str], Output]:

@@ -108,6 +108,8 @@ def other_commit(path: Path) -> None:
 
 HARMS: dict[str, Callable[[Path], object]] = {
     "cut": cut,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
     "emptied": lambda path: path.write_bytes(b""),
     "no JSON": lambda path: path.write_bytes(b"index\n"),
     "a list": lambda path: path.write_bytes(b"[]\n"),

@@ -62,6 +62,7 @@ from kd_assets.store.manifest import (
 )
 from kd_assets.store.partfile import PartFile, part_suffix, write_table
 from kd_assets.store.recorded_checks import failed_check
+from kd_assets.store.schema import CONVENTIONS
 from kd_assets.store.writing.journal import Journal, occupied
 
 
@@ -283,8 +284,7 @@ class ResultWriter:
 
     def _write_index(self, manifest: Manifest) -> None:
         """The index of a result that is made of tables. Parts of earlier attempts are asked for their rows."""
-        suffix = part_suffix(manifest.asset)
-        if not manifest.n_documents or any(part.name != part_name(part.index, suffix) for part in manifest.parts):
+        if manifest.asset not in CONVENTIONS or not manifest.n_documents:
             return
         rows, schema = [], self._schema
         for part in manifest.parts:
