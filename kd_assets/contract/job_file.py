@@ -16,7 +16,7 @@ from kd_assets.contract.decode import decode, parse_json
 from kd_assets.durable import read_if_there
 from kd_assets.errors import ContractError
 
-CONTRACT_VERSION = 4
+CONTRACT_VERSION = 5
 
 JobKind = Literal["shards", "teacher", "student"]
 
@@ -26,6 +26,10 @@ CACHES: tuple[Asset, ...] = ("topk_cache", "hidden_state_cache", "embedding_cach
 
 FinalState = Literal["before_norm", "after_norm"]
 """A state at the decoder's end: before or after its final norm."""
+
+StateCodec = Literal["raw", "split", "fp8", "int8_32", "int8_128"]
+"""How a hidden-state cache holds its numbers: as bfloat16; the same ones in fewer bytes; or rounded to 8 bits, with a
+scale for each state, or for every 32 or 128 values."""
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
@@ -149,6 +153,7 @@ class HiddenStateParams:
     """Which states at the decoder's end are kept: what goes into the final norm, what comes out of it and goes into the
     head, or both."""
     positions: PositionChoice = field(default_factory=PositionChoice)
+    codec: StateCodec = "raw"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
