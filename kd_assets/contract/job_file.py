@@ -27,6 +27,9 @@ CACHES: tuple[Asset, ...] = ("topk_cache", "hidden_state_cache", "embedding_cach
 FinalState = Literal["before_norm", "after_norm"]
 """A state at the decoder's end: before or after its final norm."""
 
+TopkCodec = Literal["plain", "compact"]
+"""How the numbers of a top-k cache lie in its files: as they are, or in about half the bytes, coded (FORMAT.md)."""
+
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
 Compression = Literal["gzip", "zstd"]
@@ -137,6 +140,9 @@ class TopkParams:
     draws: int = 0
     """Random-sampling KD: token ids drawn from each whole distribution besides (with replacement); 0: none."""
     positions: PositionChoice = field(default_factory=PositionChoice)
+    codec: TopkCodec = "plain"
+    logsumexp: bool = True
+    """Whether the logits' normaliser is kept; only a compact cache can do without, and logits cannot be had then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +210,10 @@ class TeacherParams(TeacherOptions):
     topk: TopkParams | None = None
     hidden_states: HiddenStateParams | None = None
     embeddings: EmbeddingParams | None = None
+
+    def codec_of(self, asset: Asset) -> str:
+        """The codec of a cache's files."""
+        return self.topk.codec if asset == "topk_cache" and self.topk is not None else "plain"
 
 
 STUDENT_HEAD_SIZE = 32
