@@ -31,6 +31,9 @@ StateCodec = Literal["raw", "split", "fp8", "int8_32", "int8_128"]
 """How a hidden-state cache holds its numbers: as bfloat16; the same ones in fewer bytes; or rounded to 8 bits, with a
 scale for each state, or for every 32 or 128 values."""
 
+TopkCodec = Literal["plain", "compact"]
+"""How the numbers of a top-k cache lie in its files: as they are, or in about half the bytes, coded (FORMAT.md)."""
+
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
 Compression = Literal["gzip", "zstd"]
@@ -141,6 +144,9 @@ class TopkParams:
     draws: int = 0
     """Random-sampling KD: token ids drawn from each whole distribution besides (with replacement); 0: none."""
     positions: PositionChoice = field(default_factory=PositionChoice)
+    codec: TopkCodec = "plain"
+    logsumexp: bool = True
+    """Whether the logits' normaliser is kept; only a compact cache can do without, and logits cannot be had then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +215,10 @@ class TeacherParams(TeacherOptions):
     topk: TopkParams | None = None
     hidden_states: HiddenStateParams | None = None
     embeddings: EmbeddingParams | None = None
+
+    def codec_of(self, asset: Asset) -> str:
+        """The codec of a cache's files."""
+        return self.topk.codec if asset == "topk_cache" and self.topk is not None else "plain"
 
 
 STUDENT_HEAD_SIZE = 32

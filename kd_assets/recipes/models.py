@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 import dagster as dg
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from kd_assets.contract import STUDENT_HEAD_SIZE, FinalState, HiddenStateParams, PositionChoice, TopkParams
+from kd_assets.contract import (
+    STUDENT_HEAD_SIZE,
+    FinalState,
+    HiddenStateParams,
+    PositionChoice,
+    TopkCodec,
+    TopkParams,
+)
 from kd_assets.recipes.cluster_profile import Positive, ResourcesModel, refused
 from kd_assets.recipes.recipe import Tasks
 
@@ -169,17 +176,42 @@ def position_choice(said: Positions) -> PositionChoice:
     return PositionChoice(kept=said)
 
 
+_ONLY_COMPACT = "only a compact cache can leave logsumexp out: set codec: compact, or leave logsumexp as it is"
+
+
 class TopkModel(dg.Model, dg.Resolvable):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"logsumexp": {"const": False}}, "required": ["logsumexp"]},
+            "then": {"properties": {"codec": {"const": "compact"}}, "required": ["codec"]},
+        }
+    )
+
     k: Positive
     max_length: Positive
     draws: Annotated[int, Field(ge=0, le=65_535)] = 0
     """Token ids drawn at random from each whole distribution besides (random-sampling KD)."""
     positions: Positions = "all"
     """Which are kept: all, those whose next token is learned, or a random share (`{share: 0.1, seed: 0}`)."""
+    codec: TopkCodec = "plain"
+    """plain: columns that every reader understands; compact: about half the bytes, decoded by kd_assets."""
+    logsumexp: bool = True
+    """Left out of a compact cache where false: it saves a byte and more a token, and logits can then not be had."""
+
+    @model_validator(mode="after")
+    def _only_compact_leaves_out(self) -> "TopkModel":
+        if not self.logsumexp and self.codec != "compact":
+            raise ValueError(_ONLY_COMPACT)
+        return self
 
     def to_params(self) -> TopkParams:
         return TopkParams(
-            k=self.k, max_length=self.max_length, draws=self.draws, positions=position_choice(self.positions)
+            k=self.k,
+            max_length=self.max_length,
+            draws=self.draws,
+            positions=position_choice(self.positions),
+            codec=self.codec,
+            logsumexp=self.logsumexp,
         )
 
 

@@ -144,6 +144,11 @@ class Recipe:
         return ("topk_cache", "hidden_state_cache")
 
     @property
+    def coded(self) -> tuple[Asset, ...]:
+        """The caches whose files are of a codec."""
+        return ("topk_cache",) if self.topk is not None and self.topk.codec != "plain" else ()
+
+    @property
     def cache_params(self) -> dict[Asset, TopkParams | HiddenStateParams | EmbeddingParams]:
         """The parameters of each cache this recipe has, in the order of `CACHES`."""
         params = {
@@ -218,7 +223,7 @@ def used(settings: Sharding | Tokenising) -> dict[str, object]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
-_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": "all"}
+_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": "all", "codec": "plain", "logsumexp": True}
 
 
 def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:

@@ -7,6 +7,7 @@ exists exactly when its manifest does, and what a manifest says about the bytes 
 from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all
 from kd_assets.store.checking.report import Note, Problem, VerifyReport
 from kd_assets.store.checking.verify import verify
+from kd_assets.store.codecs.codec import Coded, coded, plain_table
 from kd_assets.store.fingerprint import (
     FORMAT_VERSION,
     INPUT_KEY,
@@ -42,6 +43,7 @@ __all__ = [
     "CacheReader",
     "CheckResult",
     "Chosen",
+    "Coded",
     "Documents",
     "KeptPositions",
     "Manifest",
@@ -62,6 +64,7 @@ __all__ = [
     "canonical_json",
     "check_all",
     "choose",
+    "coded",
     "commit_file_result",
     "committed",
     "count_durable_files",
@@ -72,6 +75,7 @@ __all__ = [
     "failed_check",
     "fingerprint",
     "part_stats",
+    "plain_table",
     "plan_output",
     "plan_parts",
     "planned_partitions",

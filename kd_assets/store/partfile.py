@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from kd_assets.durable import read_patiently, size_if_there
 from kd_assets.errors import CorruptPartError
+from kd_assets.store.codecs.codec import codec_of
 from kd_assets.store.schema import split_columns
 from kd_assets.store.writing.documents import plan_parts
 
@@ -66,9 +67,10 @@ class PartFile:
     tells by SIGBUS alone, which ends the process.
     """
 
-    def __init__(self, path: Path, data: bytes | None = None) -> None:
-        """`data`: the file's bytes, where the caller has read them."""
-        self.path, self._data = path, data
+    def __init__(self, path: Path, data: bytes | None = None, *, vocabulary: int | None = None) -> None:
+        """`data`: the file's bytes, where the caller has read them. `vocabulary`: the number of the teacher's token
+        ids, where the caller knows it: then decoding refuses ids beyond."""
+        self.path, self._data, self._vocabulary = path, data, vocabulary
         self._is_open = False
         self._patiently(lambda: None)
 
@@ -80,12 +82,17 @@ class PartFile:
             self._source = open_file(os.fsencode(self.path))  # a path need not be UTF-8
         if self.path.suffix == ARROW_SUFFIX:
             self._arrow = pa.ipc.open_file(self._source)
-            self.schema: pa.Schema = self._arrow.schema
+            self.stored_schema: pa.Schema = self._arrow.schema
             counts = [self._arrow.get_batch(i).num_rows for i in range(self._arrow.num_record_batches)]
         else:
             self._parquet = pq.ParquetFile(self._source)
-            self.schema = self._parquet.schema_arrow
+            self.stored_schema = self._parquet.schema_arrow
             counts = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
+        self._codec = codec_of(self.stored_schema)
+        self.schema: pa.Schema = (
+            self.stored_schema if self._codec is None else self._codec.plain_schema(self.stored_schema)
+        )
+        """Of the columns that are read: those of the file, unless a codec makes them of others."""
         self.names: list[str] = (
             self.schema.names
         )  # here, since a damaged name is no UTF-8, and Arrow says so when asked
@@ -106,22 +113,36 @@ class PartFile:
     def read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group of rows. Of an Arrow file these are views of the mapped file."""
 
-        def read() -> pa.Table:
+        def read(names: Sequence[str]) -> pa.Table:
             if self.path.suffix == ARROW_SUFFIX:
-                return pa.Table.from_batches([self._arrow.get_batch(group)]).select(columns)
+                return pa.Table.from_batches([self._arrow.get_batch(group)]).select(names)
             # one thread: a process that was forked off must not wait for threads that it does not have
-            return self._parquet.read_row_group(group, columns=list(columns), use_threads=False).select(columns)
+            return self._parquet.read_row_group(group, columns=list(names), use_threads=False).select(names)
 
-        return self._patiently(read)
+        return self._patiently(lambda: self._decoded(read, columns))
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """These columns of all rows."""
         if self.path.suffix != ARROW_SUFFIX and self.n_groups:
-            # a third of the time that its groups take one by one
-            return self._patiently(lambda: self._parquet.read(columns=list(columns), use_threads=False).select(columns))
+
+            def read(names: Sequence[str]) -> pa.Table:
+                # a third of the time that its groups take one by one
+                return self._parquet.read(columns=list(names), use_threads=False).select(names)
+
+            return self._patiently(lambda: self._decoded(read, columns))
         schema = pa.schema([self.schema.field(name) for name in columns], metadata=self.schema.metadata)
         groups = [self.read_group(group, columns) for group in range(self.n_groups)]
         return pa.concat_tables(groups) if groups else schema.empty_table()
+
+    def _decoded(self, read: Callable[[Sequence[str]], pa.Table], columns: Sequence[str]) -> pa.Table:
+        """These columns, made of those that `read` gives of the file."""
+        if self._codec is None:
+            return read(columns)
+        names = self._codec.stored_names(self.stored_schema, columns)
+        if names == list(columns):
+            return read(columns)
+        wanted = pa.schema([self.schema.field(name) for name in columns], metadata=self.schema.metadata)
+        return self._codec.decode(read(names), wanted, vocabulary=self._vocabulary)
 
     def close(self) -> None:
         """Let go of the file. Arrays that were read from it stay valid."""

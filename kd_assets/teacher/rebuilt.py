@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kd_assets.contract import FinalState
 from kd_assets.errors import TeacherError
+from kd_assets.store.codecs.codec import PLAIN
 from kd_assets.store.schema import FINAL_CONVENTIONS, hidden_field
 from kd_assets.teacher.model.head import ChunkBuffers, is_plain
 from kd_assets.teacher.model.load import Teacher
@@ -42,6 +43,7 @@ from kd_assets.teacher.recompute import (
     Int64Array,
     Row,
     sampled_positions,
+    storing_tolerance,
 )
 
 MOST_POSITIONS = 64
@@ -128,6 +130,8 @@ class RebuiltComparison:
     seed: int
     same_pass: bool = True
     """Whether both caches were made of the same forward passes."""
+    codec: str = PLAIN
+    """Of the top-k cache."""
     largest: dict[str, float] = field(default_factory=dict)
     ratios: list[Tensor] = field(default_factory=list)
     """Of each position, the largest difference over its tolerance."""
@@ -152,7 +156,7 @@ class RebuiltComparison:
     def add(self, topk: Row, hidden: Row) -> None:
         """Compare one document: its rows as they were read back from both caches."""
         document_id = str(topk["document_id"][0])
-        n_stored = len(topk["topk_logprobs"].reshape(len(topk["logsumexp"]), -1)) if len(topk["logsumexp"]) else 0
+        n_stored = len(topk["target_logprob"])
         self.document_ids.append(document_id)
         rows_topk = topk.get("positions", np.arange(n_stored)).astype(np.int64)
         n_tokens = len(hidden["input_ids"])
@@ -187,10 +191,9 @@ class RebuiltComparison:
         }
 
     def _add_positions(self, topk: Row, at_P: Int64Array, states_PH: Tensor, state: FinalState) -> None:
-        n_stored = len(topk["logsumexp"])
+        n_stored = len(topk["target_logprob"])
         ids_Pk = torch.from_numpy(topk["topk_ids"].reshape(n_stored, -1)[at_P].astype(np.int64))
         stored_Pk = torch.from_numpy(topk["topk_logprobs"].reshape(n_stored, -1)[at_P].astype(np.float32))
-        logsumexp_P = torch.from_numpy(topk["logsumexp"][at_P].astype(np.float32))
         found, size_P = self._rebuilt(states_PH, state, ids_Pk)
         deviation_Pk, deviation_P = self._deviations(states_PH, state, ids_Pk, found)
         computing_Pk, computing_P = self._computing(found.logits_Pk, size_P)
@@ -198,24 +201,33 @@ class RebuiltComparison:
         # A logsumexp moves by the average of what its logits do: of those that are not kept, by as much as the largest.
         rest_P = (1 - probability_Pk.sum(dim=1)).clamp(min=0.0)
         summed_P = (probability_Pk * computing_Pk).sum(dim=1) + rest_P * computing_P
-        rounding_Pk = FLOAT16_RTOL * found.logprobs_Pk.abs() + FLOAT16_ATOL
+        rounding_Pk = storing_tolerance(found.logprobs_Pk, self.codec)
         logprob_Pk = (stored_Pk - found.logprobs_Pk).abs()
-        logit_Pk = (stored_Pk + logsumexp_P.unsqueeze(1) - found.logits_Pk).abs()
         together_Pk = deviation_Pk + deviation_P.unsqueeze(1)
-        ratio_Pk = torch.maximum(
-            logprob_Pk / (computing_Pk + summed_P.unsqueeze(1) + rounding_Pk + DEVIATIONS * together_Pk + LOG_ATOL),
+        ratio_Pk = logprob_Pk / (
+            computing_Pk + summed_P.unsqueeze(1) + rounding_Pk + DEVIATIONS * together_Pk + LOG_ATOL
+        )
+        ratio_P = ratio_Pk.nan_to_num(nan=math.inf).amax(dim=1)
+        if "logsumexp" in topk:
+            logsumexp_P = torch.from_numpy(topk["logsumexp"][at_P].astype(np.float32))
+            logit_Pk = (stored_Pk + logsumexp_P.unsqueeze(1) - found.logits_Pk).abs()
+            of_sum_P = torch.zeros_like(logsumexp_P)
+            if self.codec != PLAIN:
+                of_sum_P = FLOAT16_RTOL * logsumexp_P.abs() + FLOAT16_ATOL
             # the stored logsumexp is that of the stored logits, which is not rounded in between
-            logit_Pk / (computing_Pk + rounding_Pk + DEVIATIONS * deviation_Pk + LOG_ATOL),
-        )
-        sum_P = (logsumexp_P - found.logsumexp_P).abs()
-        ratio_P = torch.maximum(
-            ratio_Pk.nan_to_num(nan=math.inf).amax(dim=1),
-            (sum_P / (summed_P + DEVIATIONS * deviation_P + LOG_ATOL)).nan_to_num(nan=math.inf),
-        )
+            of_logit_Pk = computing_Pk + rounding_Pk + of_sum_P.unsqueeze(1) + DEVIATIONS * deviation_Pk + LOG_ATOL
+            sum_P = (logsumexp_P - found.logsumexp_P).abs()
+            ratio_P = torch.stack(
+                [
+                    ratio_P,
+                    (logit_Pk / of_logit_Pk).nan_to_num(nan=math.inf).amax(dim=1),
+                    (sum_P / (summed_P + of_sum_P + DEVIATIONS * deviation_P + LOG_ATOL)).nan_to_num(nan=math.inf),
+                ]
+            ).amax(dim=0)
+            self._keep("max_abs_logsumexp_difference", sum_P)
         self.ratios.append(ratio_P.double())
         self.divergences.append(divergence(stored_Pk, found.logprobs_Pk))
         self._keep("max_abs_logprob_difference", logprob_Pk)
-        self._keep("max_abs_logsumexp_difference", sum_P)
 
     def _rebuilt(self, states_PH: Tensor, state: FinalState, ids_Pk: Tensor) -> tuple[Kept, Tensor]:
         """What is kept of the rebuilt distributions, and the largest logit of each in size [P]; on the host."""

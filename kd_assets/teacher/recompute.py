@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 
 from kd_assets.contract import Asset, FinalState
+from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.topk_compact import logprob_tolerance
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import HiddenState, hidden_field
 from kd_assets.store.writing.encode import flat
@@ -171,6 +173,8 @@ class Comparison:
     """The teacher's; rounded activations widen the tolerances."""
     routed: bool = False
     """Whether the teacher routes tokens to experts: in 16 bits `REROUTED_SHARE` of them may be beyond tolerance."""
+    codec: str = PLAIN
+    """Of the cache: what its coding may change widens the tolerances."""
     largest: dict[str, float] = field(default_factory=dict)
     """Name of a difference → its largest value."""
     ratios: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -239,17 +243,22 @@ class Comparison:
         at_ids_Pk = logprobs_PV.gather(1, ids_Pk)
         largest_Pk = logprobs_PV.topk(ids_Pk.shape[1], dim=1).values
         for plain_Pk in (at_ids_Pk, largest_Pk):
-            tolerance_Pk = computing_P1 + FLOAT16_RTOL * plain_Pk.abs() + FLOAT16_ATOL
+            tolerance_Pk = computing_P1 + storing_tolerance(plain_Pk, self.codec)
             self._note("max_abs_logprob_difference", (stored_Pk - plain_Pk).abs(), tolerance_Pk)
-        self._note(
-            "max_abs_logsumexp_difference",
-            (_on(row["logsumexp"][at_P], device) - logits_PV.logsumexp(dim=1)).abs(),
-            computing_P1.squeeze(1),
-        )
+        target_P1 = logprobs_PV.gather(1, targets_P.unsqueeze(1))
+        sum_P, computing_P = logits_PV.logsumexp(dim=1), computing_P1.squeeze(1)
+        of_target_P, of_sum_P = 2 * computing_P, computing_P
+        if self.codec != PLAIN:  # rounded to float16; of a target among the k it is the log-probability of its slot
+            coded_P = storing_tolerance(largest_Pk, self.codec, at=target_P1).squeeze(1)
+            in_slot_P = (ids_Pk == targets_P.unsqueeze(1)).any(dim=1)
+            of_target_P = of_target_P + torch.where(in_slot_P, coded_P, FLOAT16_RTOL * target_P1.squeeze(1).abs())
+            of_sum_P = of_sum_P + FLOAT16_RTOL * sum_P.abs() + FLOAT16_ATOL
+        if "logsumexp" in row:
+            self._note("max_abs_logsumexp_difference", (_on(row["logsumexp"][at_P], device) - sum_P).abs(), of_sum_P)
         self._note(
             "max_abs_target_logprob_difference",
-            (_on(row["target_logprob"][at_P], device) - logprobs_PV.gather(1, targets_P.unsqueeze(1)).squeeze(1)).abs(),
-            2 * computing_P1.squeeze(1),
+            (_on(row["target_logprob"][at_P], device) - target_P1.squeeze(1)).abs(),
+            of_target_P,
         )
         n_repeated = int((ids_Pk.sort(dim=1).values.diff(dim=1) == 0).sum())
         self._note("n_repeated_topk_ids", torch.tensor([float(n_repeated)]), torch.tensor([0.5]))
@@ -305,6 +314,20 @@ class Comparison:
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.largest[name] = max(self.largest.get(name, 0.0), float(value.nan_to_num(nan=float("inf"))))
+
+
+def storing_tolerance(logprobs_Pk: Tensor, codec: str, *, at: Tensor | None = None) -> Tensor:
+    """How far a stored log-probability may be from the number that was stored: [P, k], or at others of the same rows.
+
+    `logprobs_Pk` float32: those that the rows keep.
+    """
+    wanted = logprobs_Pk if at is None else at
+    rounding = FLOAT16_RTOL * wanted.abs() + FLOAT16_ATOL
+    if codec == PLAIN:
+        return rounding
+    kept_Pk, numbers = (x.double().cpu().numpy() for x in (logprobs_Pk, wanted))
+    coding = logprob_tolerance(kept_Pk, at=numbers)
+    return rounding + torch.from_numpy(coding).to(device=wanted.device, dtype=wanted.dtype)
 
 
 def _on(array: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TeacherParams
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.store import Manifest, read_manifest
+from kd_assets.store.recorded_checks import codec_name
 from kd_assets.store.schema import FINAL_CONVENTIONS
 from kd_assets.teacher.model.load import Teacher, load_teacher
 from kd_assets.teacher.recompute import (
@@ -113,6 +114,7 @@ def _recomputed(teacher: Teacher, folder: Path, manifest: Manifest, *, n_documen
         seed=int(manifest.params.get("seed", seed)),  # of the draws
         quantisation=teacher.quantisation,
         routed=teacher.routed,
+        codec=codec_name(manifest),
     )
     firsts = np.cumsum([0, *(part.n_documents for part in manifest.parts)])
     sample = sampled_documents(manifest.n_documents, n_documents, seed=seed, partition_key=manifest.partition_key)

@@ -59,7 +59,10 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
     kept = {SHARDS_MANIFEST: recipe.max_length}
     if (topk := recipe.topk) is not None:
         # Ids and log-probabilities of the k, the normaliser and the target's; ids and counts of the draws.
-        per_token["topk_cache"] = 5 + _of_positions(topk.k * (4 + 2) + 8 + topk.draws * (4 + 2), topk.positions)
+        # Of codec compact three bytes of an id and one code, the tail byte, and the two others in float16.
+        plain, compact = topk.k * (4 + 2) + 8, topk.k * (3 + 1) + 1 + 2 * (1 + topk.logsumexp)
+        of_k = compact if topk.codec == "compact" else plain
+        per_token["topk_cache"] = 5 + _of_positions(of_k + topk.draws * (4 + 2), topk.positions)
         kept["topk_cache"] = topk.max_length
     if (hidden := recipe.hidden_states) is not None:
         n_states = len(hidden.blocks) + len(hidden.final)

@@ -42,6 +42,10 @@ REBUILT = (
     "cache. Evaluated with the cache that is made last, where the teacher's head is proven."
 )
 
+CODEC = (
+    "Coding has changed no stored distribution by more than the codec can cost: measured when the parts were written."
+)
+
 COLLECT_RESULTS = 50
 """Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile: 0.4 s or so."""
 
@@ -301,6 +305,7 @@ class Recorder:
 
 def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetCheckSpec]:
     described = [(asset, name, CHECKS[name]) for asset in recipe.caches for name in CHECKS]
+    described += [(asset, "codec", CODEC) for asset in recipe.coded]
     described += [(asset, "rebuilt", REBUILT) for asset in recipe.rebuilt_from]
     return [
         dg.AssetCheckSpec(name, asset=recipe.key(asset), description=description, partitions_def=partitions)

@@ -9,12 +9,13 @@ import pyarrow as pa
 
 from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
+from kd_assets.store.codecs.topk_columns import COMPACT, compact_topk_schema
 from kd_assets.store.manifest import Manifest
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.positions import choice_of, kept_positions
 from kd_assets.store.reading.columns import Ragged, column_of
 from kd_assets.store.reading.parts import damage_named
-from kd_assets.store.recorded_checks import draws_of
+from kd_assets.store.recorded_checks import codec_name, draws_of, require_readable
 from kd_assets.store.writing.documents import Documents, Int64Array
 from kd_assets.store.writing.encode import flat
 
@@ -26,15 +27,16 @@ class MissingParameterError(StoreError):
 def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | None:
     """The schema that the part files of a result must have; None for an asset whose files are no tables.
 
-    `hidden_size` is the teacher's, which no parameter tells. Raises MissingParameterError.
+    `hidden_size` is the teacher's, which no parameter tells. Raises MissingParameterError, and UnknownCodecError for a
+    codec of another version of kd_assets.
     """
+    require_readable(manifest)
     try:
         match manifest.asset:
             case "shards_manifest":
                 return schemas.shard_schema()
             case "topk_cache":
-                k, draws = int(manifest.params["k"]), draws_of(manifest)
-                return schemas.topk_schema(k, draws, positions="positions" in manifest.params)
+                return _topk_schema(manifest)
             case "hidden_state_cache":
                 blocks = [int(b) for b in manifest.params["blocks"]]
                 final = manifest.params.get("final", ())
@@ -46,6 +48,14 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
                 return None
     except KeyError as e:
         raise MissingParameterError(f"the identity of {manifest.asset} lacks params[{e}]") from e
+
+
+def _topk_schema(manifest: Manifest) -> pa.Schema:
+    params = manifest.params
+    k, draws, positions = int(params["k"]), draws_of(manifest), "positions" in params
+    if codec_name(manifest) == COMPACT:
+        return compact_topk_schema(k, draws, positions=positions, logsumexp=params.get("logsumexp", True))
+    return schemas.topk_schema(k, draws, positions=positions)
 
 
 def schema_difference(expected: pa.Schema, found: pa.Schema) -> str | None:
@@ -129,6 +139,22 @@ def draws_difference(part: PartFile, draws: int, vocabulary: int | None) -> str 
         assert isinstance(counts.values, Ragged)
         if difference := _lists_difference(ids.values, counts.values, draws, vocabulary):
             return difference
+    return None
+
+
+def coded_difference(part: PartFile, vocabulary: int | None) -> str | None:
+    """What is wrong with a part's coded top-k rows, in words; None when all is well. `vocabulary` is the number of ids
+    the teacher has, where it is known. Raises CorruptPartError for bytes that no encoder writes."""
+    columns = [name for name in ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob") if name in part.names]
+    for group in range(part.n_groups):
+        ids_Mk = column_of(part.read_group(group, columns)["topk_ids"]).values
+        assert isinstance(ids_Mk, np.ndarray)
+        ordered_Mk = np.sort(ids_Mk, axis=1)
+        if (ordered_Mk[:, 1:] == ordered_Mk[:, :-1]).any():
+            return "topk_ids of a position has an id twice"
+        largest = int(ordered_Mk.max(initial=0))
+        if vocabulary is not None and largest >= vocabulary:
+            return f"a top-k id is {largest}, the teacher knows ids 0 to {vocabulary - 1}"
     return None
 
 

@@ -52,13 +52,13 @@ def require_unchanged(path: Path, record: PartRecord) -> None:
     _require_digest(path, record, file_sha256(path))
 
 
-def open_part(path: Path, record: PartRecord) -> PartFile:
-    """The part file, to be closed by the caller; its bytes are not hashed here.
+def open_part(path: Path, record: PartRecord, *, vocabulary: int | None = None) -> PartFile:
+    """The part file, to be closed by the caller; its bytes are not hashed here. `vocabulary` as of `PartFile`.
 
     Raises CorruptPartError unless its size and number of rows are those of the record.
     """
     _require_size(path, record)
-    return _of_as_many_documents(PartFile(path), record)
+    return _of_as_many_documents(PartFile(path, vocabulary=vocabulary), record)
 
 
 def part_in_memory(path: Path, record: PartRecord) -> PartFile:

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kd_assets.errors import NotCommittedError, UnknownFieldError, VariantConflictError
+from kd_assets.errors import NotCommittedError, UnknownCodecError, UnknownFieldError, VariantConflictError
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_passed, require_place
 from kd_assets.store.reading.columns import Column, column_of
 from kd_assets.store.reading.parts import VerifiedParts, damage_named, open_part
+from kd_assets.store.recorded_checks import require_readable, vocabulary_of
 from kd_assets.store.writing.documents import Int64Array, offsets_of
 
 CACHE_BYTES = 256 << 20
@@ -109,6 +110,8 @@ class CacheReader:
         self.plan_hash = chosen.plan_hash
         """Of the plan that named the partitions; None where there is none, or folders were named."""
         _require_one_variant(self.manifests, self.folders)
+        for manifest, folder in zip(self.manifests, self.folders, strict=True):
+            _require_readable(manifest, folder)
         self._cache_bytes = cache_bytes
         self._parts: tuple[tuple[int, Path, PartRecord], ...] = tuple(
             (i, folder / record.name, record)
@@ -124,8 +127,10 @@ class CacheReader:
             available = self.schema.names
             self._fields = tuple(available) if self._fields is None else self._fields
             if unknown := [name for name in self._fields if name not in available]:
+                left_out = ": its recipe leaves it out, and logits cannot be had" if unknown[0] == "logsumexp" else ""
                 raise UnknownFieldError(
-                    f"{self.asset} in {self.folders[0]} has no field {unknown[0]!r}; it has {', '.join(available)}"
+                    f"{self.asset} in {self.folders[0]} has no field {unknown[0]!r}{left_out}; it has "
+                    f"{', '.join(available)}"
                 )
 
     @property
@@ -210,8 +215,8 @@ class CacheReader:
         """The open file of a part, of which nothing but its size and the number of its rows is known to be right."""
         file = self._files.pop(part, None)
         if file is None:
-            _, path, record = self._parts[part]
-            file = open_part(path, record)
+            of_manifest, path, record = self._parts[part]
+            file = open_part(path, record, vocabulary=vocabulary_of(self.manifests[of_manifest]))
         self._files[part] = file
         if len(self._files) > _OPEN_FILES:
             closed, _ = self._files.popitem(last=False)  # closed when the last view of it is gone
@@ -296,6 +301,13 @@ def _require_one_variant(manifests: Sequence[Manifest], folders: Sequence[Path])
     keys = [manifest.partition_key for manifest in manifests]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []:
         raise VariantConflictError(f"partition {repeated[0]!r} is given twice: its documents would count double")
+
+
+def _require_readable(manifest: Manifest, folder: Path) -> None:
+    try:
+        require_readable(manifest)
+    except UnknownCodecError as e:
+        raise UnknownCodecError(f"{folder}: {e}") from e
 
 
 def _cost(path: Path, columns: dict[str, Column]) -> int:

@@ -73,6 +73,7 @@ def rebuilt_checks(
         comparison = RebuiltComparison(
             teacher=devices.teacher,
             seed=params.seed,
+            codec=params.codec_of("topk_cache"),
             same_pass=not is_resumed and all(name in results for name in PAIR),
         )
         for index in documents_to_recompute(shard, params, unit.partition_key):

@@ -55,6 +55,7 @@ class Recomputation:
                 seed=self._params.seed,
                 quantisation=teacher.quantisation,
                 routed=teacher.routed,
+                codec=self._params.codec_of(asset),
             )
             for asset in results
         }

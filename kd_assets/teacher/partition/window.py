@@ -107,6 +107,7 @@ class TopkArrays:
     logsumexp_M: npt.NDArray[np.float32]
     target_logprob_M: npt.NDArray[np.float32]
     sampled_ids_Md: UnsignedArray | None
+    keeps_logsumexp: bool
 
     @staticmethod
     def empty(documents: Documents, params: TopkParams) -> TopkArrays:
@@ -120,6 +121,7 @@ class TopkArrays:
             logsumexp_M=np.empty(m, np.float32),
             target_logprob_M=np.empty(m, np.float32),
             sampled_ids_Md=np.empty((m, params.draws), np.uint32) if params.draws else None,
+            keeps_logsumexp=params.logsumexp,
         )
 
     @property
@@ -131,7 +133,7 @@ class TopkArrays:
             self.documents,
             topk_ids_Mk=self.ids_Mk,
             topk_logprobs_Mk=self.logprobs_Mk,
-            logsumexp_M=self.logsumexp_M,
+            logsumexp_M=self.logsumexp_M if self.keeps_logsumexp else None,
             target_logprob_M=self.target_logprob_M,
             sampled_ids_Md=self.sampled_ids_Md,
             positions=self.positions,
