@@ -217,8 +217,12 @@ class TeacherParams(TeacherOptions):
     embeddings: EmbeddingParams | None = None
 
     def codec_of(self, asset: Asset) -> str:
-        """The codec of a cache's files."""
-        return self.topk.codec if asset == "topk_cache" and self.topk is not None else "plain"
+        """The codec of a cache's files; `plain` of those that have none."""
+        if asset == "topk_cache" and self.topk is not None:
+            return self.topk.codec
+        if asset == "hidden_state_cache" and self.hidden_states is not None and self.hidden_states.codec != "raw":
+            return self.hidden_states.codec
+        return "plain"
 
 
 STUDENT_HEAD_SIZE = 32

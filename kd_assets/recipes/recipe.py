@@ -29,6 +29,8 @@ from kd_assets.scheduler.job import Resources
 from kd_assets.sources.records.beside import OURS
 from kd_assets.sources.spec import Sharding, SourceSpec, without_later_defaults
 from kd_assets.store import FORMAT_VERSION, fingerprint
+from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_codec import RAW
 from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.positions import choice_in_identity
 
@@ -146,7 +148,8 @@ class Recipe:
     @property
     def coded(self) -> tuple[Asset, ...]:
         """The caches whose files are of a codec."""
-        return ("topk_cache",) if self.topk is not None and self.topk.codec != "plain" else ()
+        codecs = {"topk_cache": self.topk, "hidden_state_cache": self.hidden_states}
+        return tuple(a for a in self.caches if (p := codecs.get(a)) is not None and p.codec not in (PLAIN, RAW))
 
     @property
     def cache_params(self) -> dict[Asset, TopkParams | HiddenStateParams | EmbeddingParams]:
@@ -223,7 +226,13 @@ def used(settings: Sharding | Tokenising) -> dict[str, object]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
-_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": "all", "codec": "plain", "logsumexp": True}
+_LATER_DEFAULTS: tuple[tuple[str, object], ...] = (
+    ("final", ()),
+    ("positions", "all"),
+    ("codec", PLAIN),
+    ("codec", RAW),
+    ("logsumexp", True),
+)
 
 
 def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
@@ -232,7 +241,7 @@ def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed
     content: dict[str, object] = dataclasses.asdict(params)
     if "positions" in content:
         content["positions"] = choice_in_identity(params.positions)  # type: ignore[union-attr]
-    for later, default in _LATER_DEFAULTS.items():
+    for later, default in _LATER_DEFAULTS:
         if content.get(later) == default:
             del content[later]
     if isinstance(params, TopkParams):

@@ -11,6 +11,7 @@ import math
 
 from kd_assets.contract import CACHES
 from kd_assets.store.codecs.codec import PLAIN, require_known
+from kd_assets.store.codecs.state_codec import CODED, largest_error
 from kd_assets.store.codecs.topk_columns import COMPACT
 from kd_assets.store.codecs.topk_compact import divergence_limit
 from kd_assets.store.manifest import Manifest
@@ -94,11 +95,16 @@ def rebuilt_failure(manifest: Manifest) -> str | None:
 def codec_failure(manifest: Manifest) -> str | None:
     """The first part that its codec has changed by more than it may, by what was measured when it was written; None
     where there is none, and for a result without a codec."""
-    if codec_name(manifest) != COMPACT:
+    codec = codec_name(manifest)
+    names: tuple[str, ...]
+    if codec == COMPACT:
+        limit, names = divergence_limit(int(manifest.params.get("k", 1))), ("max_codec_kl", "max_codec_mean_kl")
+    elif codec in CODED:
+        limit, names = largest_error(codec), ("max_codec_state_error", "max_codec_relative_rms")
+    else:
         return None
-    limit = divergence_limit(int(manifest.params.get("k", 1)))
     for part in manifest.parts:
-        for name in ("max_codec_kl", "max_codec_mean_kl"):
+        for name in names:
             found = part.stats.get(name, math.nan)
             if not found <= limit:
                 return f"{part.name}: {name} is {found:.2g}, and coding can cost {limit:.2g} at most"

@@ -10,10 +10,10 @@ Names: P = positions that are compared, H = hidden size, V = vocabulary, k as in
 What may differ has three terms. The top-k cache rounds to float16 (2^-11 of a log-probability). The teacher rounds each
 logit to its own precision: up to one unit in the last place, where another number of rows is summed in another order;
 and where both caches are not of one pass, the states themselves may be another batch shape's (`recompute.LOGIT_RTOL`).
-And the states are rounded to bfloat16, which is nothing for a teacher in bfloat16: of each number an error that is
-spread evenly over one unit in the last place, so that what it makes of a logit has a standard deviation, which is
-measured: `N_PERTURBATIONS` times such errors are added to the states once more. The sum of evenly spread errors is
-within `DEVIATIONS` of its standard deviations but for one in 10^8 numbers.
+And the states are rounded to bfloat16, which is nothing for a teacher in bfloat16, and by codecs that round: of each
+number an error that is spread evenly over one unit in the last place, so that what it makes of a logit has a standard
+deviation, which is measured: `N_PERTURBATIONS` times such errors are added to the states once more. The sum of evenly
+spread errors is within `DEVIATIONS` of its standard deviations but for one in 10^8 numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from torch import Tensor
 from kd_assets.contract import FinalState
 from kd_assets.errors import TeacherError
 from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_codec import largest_error
+from kd_assets.store.codecs.states import rounding_steps
 from kd_assets.store.schema import FINAL_CONVENTIONS, hidden_field
 from kd_assets.teacher.model.head import ChunkBuffers, is_plain
 from kd_assets.teacher.model.load import Teacher
@@ -132,6 +134,8 @@ class RebuiltComparison:
     """Whether both caches were made of the same forward passes."""
     codec: str = PLAIN
     """Of the top-k cache."""
+    states_codec: str = PLAIN
+    """Of the hidden-state cache."""
     largest: dict[str, float] = field(default_factory=dict)
     ratios: list[Tensor] = field(default_factory=list)
     """Of each position, the largest difference over its tolerance."""
@@ -254,7 +258,8 @@ class RebuiltComparison:
 
     def _deviations(self, states_PH: Tensor, state: FinalState, ids_Pk: Tensor, found: Kept) -> tuple[Tensor, Tensor]:
         """Standard deviations [P, k] of the kept logits and [P] of the logsumexp, by the rounding of the states."""
-        if self.teacher.end.dtypes.get(state) == torch.bfloat16:
+        rounds = largest_error(self.states_codec) > 0
+        if self.teacher.end.dtypes.get(state) == torch.bfloat16 and not rounds:
             return torch.zeros_like(found.logits_Pk), torch.zeros_like(found.logsumexp_P)
         generator = torch.Generator().manual_seed(self.seed)
         wide_PH = states_PH.float()
@@ -262,6 +267,9 @@ class RebuiltComparison:
             wide_PH
         )  # x = m · 2^e with m from 1/2 to 1: of bfloat16's 8 bits the last is 2^(e-8)
         ulp_PH = torch.ldexp(torch.ones_like(wide_PH), exponent_PH - 8)
+        if rounds:
+            bits_PH = states_PH.view(torch.int16).numpy().view(np.uint16)
+            ulp_PH += torch.from_numpy(rounding_steps(bits_PH, self.states_codec))
         squares_Pk, squares_P = torch.zeros_like(found.logits_Pk), torch.zeros_like(found.logsumexp_P)
         for _ in range(N_PERTURBATIONS):
             error_PH = (torch.rand(wide_PH.shape, generator=generator) - 0.5) * ulp_PH

@@ -10,7 +10,8 @@ Its memory is bounded: the states of the wanted blocks and of the decoder's end,
 
 Names: L = tokens of a document, P = positions whose logits are taken, H = hidden size, V = vocabulary, k as in top-k.
 
-Tolerances have two terms. Storing rounds: float16 log-probabilities by 2^-11 of their size, bfloat16 states by 2^-8.
+Tolerances have two terms. Storing rounds: float16 log-probabilities by 2^-11 of their size, bfloat16 states by 2^-8,
+and codecs more.
 Computing in another batch shape rounds differently, by a multiple of the precision of the teacher: relative to the
 largest logit for log-probabilities, to a state's norm for states. A larger difference is recorded as `passed: false`
 and the result is committed nevertheless: the check in the control plane then fails in everyone's sight with its
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from kd_assets.contract import Asset, FinalState
 from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_codec import largest_error
 from kd_assets.store.codecs.topk_compact import logprob_tolerance
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import HiddenState, hidden_field
@@ -280,7 +282,7 @@ class Comparison:
         if not len(kept_N):
             return
         self.n_positions += len(kept_N)
-        tolerance = BFLOAT16_RTOL + self._tolerance(STATE_RTOL)
+        tolerance = BFLOAT16_RTOL + self._tolerance(STATE_RTOL) + largest_error(self.codec)
         for block, plain_LH in expected.block_LH.items():
             bits = torch.from_numpy(row[hidden_field(block)].view(np.int16).copy())
             stored_NH = bits.view(torch.bfloat16).view(len(kept_N), -1).to(plain_LH.device).float()

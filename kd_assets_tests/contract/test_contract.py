@@ -65,7 +65,7 @@ def test_a_job_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_job_file_of_another_contract_version_is_refused_with_both_versions(tmp_path: Path) -> None:
     raw = written(tmp_path / "job.json", a_job())
     (tmp_path / "job.json").write_text(json.dumps(raw | {"contract_version": 1}))
-    with pytest.raises(ContractError, match=r"version 1, this worker reads version 4"):
+    with pytest.raises(ContractError, match=r"version 1, this worker reads version 5"):
         read_job(tmp_path / "job.json")
 
 

@@ -16,6 +16,7 @@ from kd_assets.contract import (
     FinalState,
     HiddenStateParams,
     PositionChoice,
+    StateCodec,
     StudentParams,
     TeacherParams,
     TopkParams,
@@ -97,6 +98,17 @@ def test_positions_are_a_word_or_a_share_of_either_cache(said: Any, choice: Posi
 def test_positions_that_are_neither_are_refused_by_the_fields_name(said: Any) -> None:
     with pytest.raises(ValidationError, match="positions"):
         TopkModel(k=2, max_length=8, positions=said)
+
+
+@pytest.mark.parametrize("codec", ["raw", "split", "fp8", "int8_32", "int8_128"])
+def test_a_codec_of_hidden_states_is_a_word(codec: StateCodec) -> None:
+    assert HiddenStatesModel(blocks=[1], max_length=8, codec=codec).to_params().codec == codec
+
+
+@pytest.mark.parametrize("said", ["zip", "int8", "int8_33", "FP8", "", 8, {"int8": 32}, None])
+def test_another_codec_is_refused_by_the_fields_name(said: Any) -> None:
+    with pytest.raises(ValidationError, match="codec"):
+        HiddenStatesModel(blocks=[1], max_length=8, codec=said)
 
 
 @pytest.mark.parametrize(

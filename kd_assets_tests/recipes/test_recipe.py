@@ -10,6 +10,7 @@ from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, Positi
 from kd_assets.errors import RecipeError
 from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising, content_of
 from kd_assets.sources.spec import Sharding, SourceSpec
+from kd_assets.store.codecs.state_codec import CODED
 
 
 def a_recipe(*, draws: int = 0, seed: int = 0) -> Recipe:
@@ -63,6 +64,24 @@ def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
     assert changed.code_version("hidden_state_cache") == every.code_version("hidden_state_cache")
     assert content_of(learned, seed=0) == {"k": 4, "max_length": 100, "positions": "learned"}
     assert content_of(share, seed=0)["positions"] == {"share": 0.5, "seed": 0}
+
+
+def test_a_codec_changes_the_hidden_state_cache_that_has_it_and_no_other() -> None:
+    raw = a_recipe()
+    coded = [
+        dataclasses.replace(raw, hidden_states=HiddenStateParams(blocks=(1,), max_length=50, codec=c)) for c in CODED
+    ]
+    versions = {recipe.code_version("hidden_state_cache") for recipe in (raw, *coded)}
+    assert len(versions) == 1 + len(CODED)
+    for recipe in coded:
+        assert recipe.code_version("topk_cache") == raw.code_version("topk_cache")
+        assert recipe.coded == ("hidden_state_cache",)
+    assert raw.coded == ()
+    assert content_of(HiddenStateParams(blocks=(1,), max_length=50, codec="raw"), seed=0) == {
+        "blocks": (1,),
+        "max_length": 50,
+    }
+    assert content_of(HiddenStateParams(blocks=(1,), max_length=50, codec="int8_32"), seed=0)["codec"] == "int8_32"
 
 
 def test_seed_is_of_a_caches_identity_where_something_is_drawn_with_it() -> None:

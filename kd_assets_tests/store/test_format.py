@@ -25,6 +25,7 @@ import torch
 from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice
 from kd_assets.durable import append_line, atomic_file
 from kd_assets.errors import (
+    CodecRangeError,
     CorruptManifestError,
     CorruptPartError,
     CorruptPlanError,
@@ -41,11 +42,13 @@ from kd_assets.store import (
     ResultFiles,
     Samples,
     canonical_json,
+    coded,
     commit_file_result,
     committed,
     computing_versions,
     encode_hidden_states,
     encode_topk,
+    failed_check,
     fingerprint,
     part_stats,
     plan_output,
@@ -1133,6 +1136,156 @@ def test_versions_of_what_computes_are_in_an_identity_once_they_are_raised(monke
 
 
 # ------------------------------------------------------------------------------------------------------------ golden
+
+
+# ----------------------------------------------------------------------------------------------- coded hidden states
+
+
+def coded_result(store: Path, codec: str, *, lengths: tuple[int, ...] = (5, 1, 3), size: int = 128) -> tuple[Path, Any]:
+    """The folder of a result of one part, and the exact states of block 1."""
+    docs = examples.documents(lengths)
+    numbers = np.random.default_rng(0).normal(0, 1, (docs.n_tokens, size)).astype(np.float32)
+    bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    named = {} if codec == "plain" else {"codec": codec}
+    params = {"blocks": [1], "final": ["after_norm"], "max_length": 9_999, **named}
+    out = examples.output(store, "hidden_state_cache", params=params)
+    with examples.writer(store, out) as writer:
+        table = coded(encode_hidden_states(docs, {1: bits, "after_norm": bits}), codec)
+        stats = part_stats("hidden_state_cache", table.decoded) | table.error
+        writer.write_part(0, table.stored, n_tokens=docs.n_tokens, stats=stats)
+        writer.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    return Path(out.path), bits
+
+
+def stored_column(folder: Path, name: str) -> Any:
+    """The numbers of a column of the file, nesting dropped."""
+    with pa.memory_map(str(folder / "part-00000.arrow")) as mapped:
+        return flat(pa.ipc.open_file(mapped).read_all()[name]).copy()
+
+
+@pytest.mark.parametrize(
+    ("codec", "columns"),
+    [
+        ("split", ("high_bytes", "low_bytes")),
+        ("fp8", ("fp8", "fp8_scale")),
+        ("int8_32", ("int8", "int8_scales")),
+        ("int8_128", ("int8", "int8_scales")),
+    ],
+)
+def test_coded_states_have_two_columns_in_the_place_of_each(store: Path, codec: str, columns: tuple[str, str]) -> None:
+    """[F200] [F204]"""
+    folder, bits = coded_result(store, codec)
+    (rows,) = part_tables(folder)
+    states = ("hidden_block_1", "hidden_final_after_norm")
+    assert rows.schema.names[4:] == [f"{state}_{column}" for state in states for column in columns]
+    assert rows.schema.metadata[b"kd_assets.codec"].decode() == codec
+    assert b"kd_assets.codec_since" in rows.schema.metadata
+    of_block = rows.schema.field(f"hidden_block_1_{columns[0]}").metadata
+    assert (of_block[b"block"], of_block[b"dtype"], of_block[b"codec"].decode()) == (b"1", b"bfloat16", codec)
+    plain, _ = coded_result(store, "plain")
+    reader, raw = CacheReader.from_folders([folder]), CacheReader.from_folders([plain])
+    assert reader.schema.equals(raw.schema, check_metadata=True)
+    assert "codec" not in raw.manifests[0].params
+    assert np.array_equal(raw[0]["hidden_block_1"], bits[:5])
+    assert verify(folder).problems == ()
+
+
+def test_split_states_are_low_bytes_and_a_frame_of_high_bytes_a_document(store: Path) -> None:
+    """[F201]"""
+    folder, bits = coded_result(store, "split")
+    (rows,) = part_tables(folder)
+    assert (
+        str(rows.schema.field("hidden_block_1_low_bytes").type.value_type)
+        == "fixed_size_list<element: uint8 not null>[128]"
+    )
+    assert np.array_equal(stored_column(folder, "hidden_block_1_low_bytes"), (bits & 0xFF).ravel())
+    frames = rows["hidden_block_1_high_bytes"].to_pylist()
+    high = [pa.decompress(f, n * 128, codec="zstd", asbytes=True) for f, n in zip(frames, (5, 1, 3), strict=True)]
+    assert b"".join(high) == (bits >> 8).astype(np.uint8).tobytes()
+
+
+def test_fp8_states_are_e4m3_numbers_and_a_scale_a_state(store: Path) -> None:
+    """[F202] [F204]"""
+    folder, bits = coded_result(store, "fp8")
+    exact = (bits.astype(np.uint32) << 16).view(np.float32)
+    scales = stored_column(folder, "hidden_block_1_fp8_scale")
+    assert np.array_equal(scales, np.abs(exact).max(axis=1) / np.float32(448))
+    numbers = torch.from_numpy(stored_column(folder, "hidden_block_1_fp8")).view(torch.float8_e4m3fn).view(-1, 128)
+    assert torch.equal(numbers.float(), torch.from_numpy(exact / scales[:, None]).to(torch.float8_e4m3fn).float())
+    decoded = (numbers.float() * torch.from_numpy(scales)[:, None]).bfloat16().view(torch.int16).numpy()
+    reader = CacheReader.from_folders([folder])
+    assert np.array_equal(np.concatenate([reader[i]["hidden_block_1"] for i in range(3)]), decoded.view(np.uint16))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_int8_states_are_whole_numbers_and_a_scale_a_group(store: Path, group: int) -> None:
+    """[F203] [F204]"""
+    folder, bits = coded_result(store, f"int8_{group}")
+    exact = (bits.astype(np.uint32) << 16).view(np.float32).reshape(-1, group)
+    scale_bits = stored_column(folder, "hidden_block_1_int8_scales")
+    scales = (scale_bits.astype(np.uint32) << 16).view(np.float32)
+    least = np.abs(exact).max(axis=1) / np.float32(127)
+    below = ((scale_bits - 1).astype(np.uint32) << 16).view(np.float32)
+    assert (scales >= least).all()
+    assert (below < least).all()
+    numbers = stored_column(folder, "hidden_block_1_int8").reshape(-1, group)
+    assert np.array_equal(numbers, np.rint(exact / scales[:, None]).astype(np.int8))
+    decoded = torch.from_numpy(numbers.astype(np.float32) * scales[:, None]).bfloat16().view(torch.int16).numpy()
+    reader = CacheReader.from_folders([folder])
+    found = np.concatenate([reader[i]["hidden_block_1"] for i in range(3)])
+    assert np.array_equal(found.ravel(), decoded.view(np.uint16).ravel())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**41, -(2.0**41), 2.0**-41])
+def test_codecs_that_round_refuse_what_no_state_is_and_split_holds_it(bad: float) -> None:
+    """[F205]"""
+    docs = examples.documents((2,))
+    numbers = np.zeros((2, 128), dtype=np.float32)
+    numbers[1, 7] = bad
+    plain = encode_hidden_states(docs, {1: (numbers.view(np.uint32) >> 16).astype(np.uint16)})
+    for codec in ("fp8", "int8_32", "int8_128"):
+        with pytest.raises(CodecRangeError, match="'document-0', vector 1"):
+            coded(plain, codec)
+    assert coded(plain, "split").decoded.equals(plain)
+
+
+@pytest.mark.parametrize(
+    ("codec", "most"),
+    [
+        ("split", 0.0),
+        ("fp8", 2.0**-4 + 2.0**-8 + 2.0**-10),
+        ("int8_32", math.sqrt(32) * (1 + 2.0**-7) / 254 + 2.0**-8),
+        ("int8_128", math.sqrt(128) * (1 + 2.0**-7) / 254 + 2.0**-8),
+    ],
+)
+def test_the_error_of_coding_is_in_the_manifest_and_has_a_limit(store: Path, codec: str, most: float) -> None:
+    """[F206]"""
+    folder, bits = coded_result(store, codec)
+    exact = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    reader = CacheReader.from_folders([folder])
+    read = np.concatenate([reader[i]["hidden_block_1"] for i in range(3)])
+    error = (read.astype(np.uint32) << 16).view(np.float32) - exact
+    stats = reader.manifests[0].stats
+    of_states = np.sqrt((error**2).sum(axis=1) / (exact**2).sum(axis=1))
+    assert stats["max_codec_state_error"] == pytest.approx(of_states.max(), rel=1e-5)
+    assert stats["max_codec_relative_rms"] == pytest.approx(math.sqrt((error**2).sum() / (exact**2).sum()), rel=1e-5)
+    assert stats["max_codec_abs_error"] == np.abs(error).max()
+    assert stats["max_codec_state_error"] <= most
+    for value, fails in ((most, False), (most * 1.001 + 1e-9, True)):
+        part = dataclasses.replace(
+            reader.manifests[0].parts[0],
+            stats=reader.manifests[0].parts[0].stats | {"max_codec_state_error": value},
+        )
+        changed = dataclasses.replace(reader.manifests[0], parts=(part,))
+        assert (failed_check(changed) is not None) == fails
+
+
+@pytest.mark.parametrize("codec", ["split", "fp8", "int8_32"])
+def test_coded_rows_come_in_groups_of_512_tokens_or_one_longer_document(store: Path, codec: str) -> None:
+    """[F207]"""
+    folder, _ = coded_result(store, codec, lengths=(500, 12, 1, 600, 3), size=32)
+    with PartFile(folder / "part-00000.arrow") as part:
+        assert part.first_rows.tolist() == [0, 2, 3, 4, 5]
 
 
 def test_golden_manifest_and_names_of_a_tiny_result(store: Path) -> None:

@@ -22,6 +22,7 @@ from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
+from kd_assets.store.codecs.state_codec import require_groups
 
 UTILISATION = 0.4
 STATED_GPU = "H100"
@@ -117,11 +118,14 @@ class Bill:
 def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardPlan) -> Bill:
     """The bill of `plan`, which need not be the current one.
 
-    Raises StorageUnreachableError where the results that are there cannot be looked at.
+    Raises StorageUnreachableError where the results that are there cannot be looked at, RecipeError for a codec that
+    the teacher's states do not suit.
     """
     sources = source_lines(plan)
     amounts = [in_windows(recipe, Amount(n_documents=s.n_documents, n_tokens=s.n_tokens)) for s in sources]
     shape = _shape(recipe, planner)
+    if recipe.hidden_states is not None and not isinstance(shape, str):
+        require_groups(recipe.hidden_states.codec, shape.hidden_size)
     found = {
         asset: committed_results(recipe, planner.recipe_folder, asset, plan.keys)
         for asset in (SHARDS_MANIFEST, *recipe.caches)

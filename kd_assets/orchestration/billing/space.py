@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kd_assets.contract import Asset, PositionChoice
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
+from kd_assets.store.codecs.state_codec import bytes_a_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +67,8 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
         kept["topk_cache"] = topk.max_length
     if (hidden := recipe.hidden_states) is not None:
         n_states = len(hidden.blocks) + len(hidden.final)
-        per_token["hidden_state_cache"] = 5 + _of_positions(n_states * hidden_size * 2, hidden.positions)
+        of_states = n_states * bytes_a_state(hidden.codec, hidden_size)
+        per_token["hidden_state_cache"] = 5 + _of_positions(of_states, hidden.positions)
         kept["hidden_state_cache"] = hidden.max_length
     if (embeddings := recipe.embeddings) is not None:
         per_token["embedding_cache"], per_document["embedding_cache"] = 5.0, 2 * hidden_size * 4

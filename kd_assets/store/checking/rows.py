@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
+from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_columns import CodedStates
 from kd_assets.store.codecs.topk_columns import COMPACT, compact_topk_schema
 from kd_assets.store.manifest import Manifest
 from kd_assets.store.partfile import PartFile
@@ -41,7 +43,9 @@ def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | 
                 blocks = [int(b) for b in manifest.params["blocks"]]
                 final = manifest.params.get("final", ())
                 positions = "positions" in manifest.params
-                return schemas.hidden_state_schema(blocks, hidden_size or 0, final=final, positions=positions)
+                plain = schemas.hidden_state_schema(blocks, hidden_size or 0, final=final, positions=positions)
+                codec = codec_name(manifest)
+                return plain if codec == PLAIN else CodedStates(codec).stored_schema(plain)
             case "embedding_cache":
                 return schemas.embedding_schema(hidden_size or 0)
             case _:

@@ -346,7 +346,7 @@ class _Verifier:
             return
         try:
             with PartFile(path) as part:
-                expected = expected_schema(manifest, hidden_size_of(part.stored_schema))
+                expected = expected_schema(manifest, hidden_size_of(part.schema))
                 assert expected is not None
                 if difference := schema_difference(expected, part.stored_schema):
                     self._problem("wrong_schema", path, f"{path}: {difference}; {remedy}")

@@ -15,6 +15,8 @@ import pyarrow as pa
 import kd_assets
 from kd_assets.contract import Asset
 from kd_assets.errors import UnknownCodecError
+from kd_assets.store.codecs.state_codec import CODED, RAW
+from kd_assets.store.codecs.state_columns import CodedStates
 from kd_assets.store.codecs.topk_columns import COMPACT, CompactTopk
 
 PLAIN = "plain"
@@ -40,11 +42,14 @@ class Codec(Protocol):
     def encode(self, plain: pa.Table) -> pa.Table:
         """The stored form of a plain table. Raises CodecRangeError for numbers that it cannot hold."""
 
-    def error(self, plain: pa.Table, stored: pa.Table) -> dict[str, float]:
+    def error(self, plain: pa.Table, stored: pa.Table, decoded: pa.Table) -> dict[str, float]:
         """What a part's statistics say of the coding: what was given against what readers will get."""
 
 
-CODECS: dict[tuple[Asset, str], Codec] = {("topk_cache", COMPACT): CompactTopk()}
+CODECS: dict[tuple[Asset, str], Codec] = {
+    ("topk_cache", COMPACT): CompactTopk(),
+    **{("hidden_state_cache", name): CodedStates(name) for name in CODED},
+}
 """By the asset and the name in a recipe."""
 
 
@@ -69,7 +74,7 @@ def coded(plain: pa.Table, codec: str) -> Coded:
     chosen = _codec(_asset_of(plain.schema), codec, since=None)
     stored = chosen.encode(plain)
     decoded = chosen.decode(stored, plain.schema, vocabulary=None)
-    return Coded(stored=stored, decoded=decoded, error=chosen.error(plain, stored))
+    return Coded(stored=stored, decoded=decoded, error=chosen.error(plain, stored, decoded))
 
 
 def codec_of(stored: pa.Schema) -> Codec | None:
@@ -79,6 +84,13 @@ def codec_of(stored: pa.Schema) -> Codec | None:
         return None
     since = metadata.get(SINCE_KEY)
     return _codec(_asset_of(stored), _text(metadata[CODEC_KEY]), since=None if since is None else _text(since))
+
+
+def plain_schema(stored: pa.Schema) -> pa.Schema:
+    """What a reader gets of a part with this schema. Raises ValueError or KeyError for one that is not of its codec,
+    UnknownCodecError."""
+    codec = codec_of(stored)
+    return stored if codec is None else codec.plain_schema(stored)
 
 
 def require_known(asset: str, codec: object, *, made_by: object = None) -> None:
@@ -101,7 +113,9 @@ def _codec(asset: str, name: str, *, since: str | None) -> Codec:
     for (of_asset, known), codec in CODECS.items():
         if (of_asset, known) == (asset, name):
             return codec
-    names = ", ".join([PLAIN, *(known for of_asset, known in CODECS if of_asset == asset)])
+    names = ", ".join(
+        [PLAIN if asset == "topk_cache" else RAW, *(known for of_asset, known in CODECS if of_asset == asset)]
+    )
     reads = f"kd_assets {since} and later read it" if since else "the version of kd_assets that made it reads it"
     raise UnknownCodecError(
         f"a {asset} is of codec {name!r:.80}: {reads}; this is kd_assets {kd_assets.__version__}, which reads {names}: "

@@ -126,7 +126,7 @@ def encode_fp8(bits_NH: Uint16Array) -> tuple[Uint8Array, Float32Array]:
     """
     magnitude_N = _largest(bits_NH, codec="fp8")
     scale_N = magnitude_N / np.float32(LARGEST_E4M3)
-    divisor_N = np.where(magnitude_N > 0, scale_N, np.float32(1))
+    divisor_N: Float32Array = np.where(magnitude_N > 0, scale_N, np.float32(1))
     codes_NH = np.empty(bits_NH.shape, dtype=np.uint8)
     for rows in _chunks(bits_NH):
         codes_NH[rows] = _to_e4m3(bfloat16_to_float32(bits_NH[rows]) / divisor_N[rows, None])
@@ -214,7 +214,8 @@ def rounding_steps(decoded_NH: Uint16Array, codec: str) -> Float32Array:
     magnitude_NH = np.abs(bfloat16_to_float32(decoded_NH))
     if codec == "fp8":  # 4 significant bits; below 2^-6 scales, multiples of 2^-9
         scale_N1 = magnitude_NH.max(axis=1, initial=0, keepdims=True) / np.float32(LARGEST_E4M3)
-        return np.maximum(magnitude_NH / 8, scale_N1 * np.float32(2.0**-9))
+        steps_NH: Float32Array = np.maximum(magnitude_NH / 8, scale_N1 * np.float32(2.0**-9))
+        return steps_NH
     group = group_of(codec)
     assert group is not None
     largest_NG = magnitude_NH.reshape(len(magnitude_NH), -1, group).max(axis=2)

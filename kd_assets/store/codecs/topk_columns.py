@@ -103,7 +103,7 @@ class CompactTopk:
         columns = [planes[name] if name in planes else plain[name] for name in schema.names]
         return pa.Table.from_arrays(columns, schema=schema)
 
-    def error(self, plain: pa.Table, stored: pa.Table) -> dict[str, float]:
+    def error(self, plain: pa.Table, stored: pa.Table, decoded: pa.Table) -> dict[str, float]:
         """`max_codec_kl`, the largest of a position, and `max_codec_mean_kl`, the mean of the part: at temperature 1,
         over the kept tokens and all others as one."""
         k = plain.schema.field("topk_ids").type.value_type.list_size

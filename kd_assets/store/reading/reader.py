@@ -4,7 +4,7 @@ A reader sees results of exactly one variant, as the plan and the partitions' he
 file names and counts; files are opened when they are first needed, in each process for itself, so a reader may be
 pickled, forked and shared by threads. Before a part is believed its SHA-256 is compared with the manifest's, once for a
 reader and all processes that are forked off it. Arrow files are mapped: a document costs the pages it lies on. Of
-Parquet files one group of rows is decoded at a time, and the last few are kept.
+Parquet files and coded states one group of rows is decoded at a time, and the last few are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from kd_assets.errors import NotCommittedError, UnknownCodecError, UnknownFieldError, VariantConflictError
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
-from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
+from kd_assets.store.partfile import PartFile
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_passed, require_place
 from kd_assets.store.reading.columns import Column, column_of
 from kd_assets.store.reading.parts import VerifiedParts, damage_named, open_part
@@ -151,7 +151,7 @@ class CacheReader:
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema of the part files. Raises NotCommittedError when there are no parts, so no documents."""
+        """The schema of what is read. Raises NotCommittedError when there are no parts, so no documents."""
         if not self._parts:
             raise NotCommittedError(f"the results in {[str(f) for f in self.folders[:3]]} hold no documents")
         with self._locked():
@@ -201,14 +201,17 @@ class CacheReader:
         if columns is None:
             names = list(dict.fromkeys(("document_id", *self.fields)))
             path = self._parts[part][1]
-            table = self._verified_part(part).read_group(group, names)
+            file = self._verified_part(part)
+            table = file.read_group(group, names)
             with damage_named(path):
                 columns = {name: column_of(table[name]) for name in names}
-            self._groups_bytes += _cost(path, columns)
+            n_bytes = sum(column.n_bytes for column in columns.values()) if not file.is_view else _MAPPED_BYTES
+            self._groups_cost[part, group] = n_bytes
+            self._groups_bytes += n_bytes
         self._groups[part, group] = columns  # as the one used last
         while self._groups_bytes > self._cache_bytes and len(self._groups) > 1:
-            (oldest, _), evicted = self._groups.popitem(last=False)
-            self._groups_bytes -= _cost(self._parts[oldest][1], evicted)
+            oldest, _ = self._groups.popitem(last=False)
+            self._groups_bytes -= self._groups_cost.pop(oldest)
         return columns
 
     def _part(self, part: int) -> PartFile:
@@ -266,6 +269,7 @@ class CacheReader:
         self._believed: set[int] = set()
         """Parts whose open file, or the one that is opened next, has been verified."""
         self._groups: OrderedDict[tuple[int, int], dict[str, Column]] = OrderedDict()
+        self._groups_cost: dict[tuple[int, int], int] = {}
         self._groups_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,7 +312,3 @@ def _require_readable(manifest: Manifest, folder: Path) -> None:
         require_readable(manifest)
     except UnknownCodecError as e:
         raise UnknownCodecError(f"{folder}: {e}") from e
-
-
-def _cost(path: Path, columns: dict[str, Column]) -> int:
-    return _MAPPED_BYTES if path.suffix == ARROW_SUFFIX else sum(column.n_bytes for column in columns.values())
