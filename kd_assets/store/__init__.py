@@ -7,7 +7,8 @@ exists exactly when its manifest does, and what a manifest says about the bytes 
 from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all
 from kd_assets.store.checking.report import Note, Problem, VerifyReport
 from kd_assets.store.checking.verify import verify
-from kd_assets.store.codecs.codec import Coded, coded, plain_table
+from kd_assets.store.codecs.codec import coded, plain_table
+from kd_assets.store.codecs.coded import Coded
 from kd_assets.store.fingerprint import (
     FORMAT_VERSION,
     INPUT_KEY,

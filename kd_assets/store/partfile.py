@@ -55,7 +55,8 @@ def write_table(table: pa.Table, suffix: str, sink: Any) -> None:
         sink,
         table.schema,
         compression="zstd",
-        compression_level=3,
+        # Of coded bytes the faster level leaves fewer: there is nothing to find but how often each comes up.
+        compression_level=3 if codec_of(table.schema) is None else 1,
         use_dictionary=False,
         use_byte_stream_split=split_columns(table.schema),
         write_statistics=False,

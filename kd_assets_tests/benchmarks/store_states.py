@@ -189,8 +189,9 @@ def _works(
                 path.unlink()
 
 
-def measure(folder: Path, *, rounds: int = 3) -> dict[str, Any]:
-    """All figures; what `kd_assets_tests.benchmarks.store` says of hidden states."""
+def measure(folder: Path | None = None, *, rounds: int = 3) -> dict[str, Any]:
+    """All figures; what `kd_assets_tests.benchmarks.store` says of hidden states. `folder`: on the disk that is to be
+    measured."""
     with tempfile.TemporaryDirectory(prefix="kd-assets-states-", dir=folder) as name:
         trained = trained_states(Path(name), steps=STEPS, max_seconds=MAX_SECONDS, n_tokens=TRAINED_TOKENS)
         figures = sizes_and_errors(Path(name) / "store", *trained)
@@ -203,8 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one line")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        print(json.dumps(measure(Path(folder), rounds=options.rounds), indent=None if options.json else 1))
+    print(json.dumps(measure(options.folder, rounds=options.rounds), indent=None if options.json else 1))
 
 
 if __name__ == "__main__":

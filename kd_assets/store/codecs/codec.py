@@ -7,7 +7,6 @@ reads it; without the two the columns are as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow as pa
 import kd_assets
 from kd_assets.contract import Asset
 from kd_assets.errors import UnknownCodecError
+from kd_assets.store.codecs.coded import Coded
 from kd_assets.store.codecs.state_codec import CODED, RAW
 from kd_assets.store.codecs.state_columns import CodedStates
 from kd_assets.store.codecs.topk_columns import COMPACT, CompactTopk
@@ -39,11 +39,9 @@ class Codec(Protocol):
         """Some columns of the plain schema, by the `stored_names` of some rows. Raises ValueError for bytes that
         `encode` does not write; `vocabulary`: how many token ids the teacher has, where that is known."""
 
-    def encode(self, plain: pa.Table) -> pa.Table:
-        """The stored form of a plain table. Raises CodecRangeError for numbers that it cannot hold."""
-
-    def error(self, plain: pa.Table, stored: pa.Table, decoded: pa.Table) -> dict[str, float]:
-        """What a part's statistics say of the coding: what was given against what readers will get."""
+    def encode(self, plain: pa.Table) -> Coded:
+        """The stored form of a plain table, and what readers will get of it. Raises CodecRangeError for numbers that
+        the codec cannot hold."""
 
 
 CODECS: dict[tuple[Asset, str], Codec] = {
@@ -53,28 +51,14 @@ CODECS: dict[tuple[Asset, str], Codec] = {
 """By the asset and the name in a recipe."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coded:
-    """A table on its way to a part file."""
-
-    stored: pa.Table
-    decoded: pa.Table
-    """What readers will get: the statistics of a part are taken of it."""
-    error: dict[str, float] = field(default_factory=dict)
-    """Statistics of the coding; none of a table that is stored as it is."""
-
-
 def coded(plain: pa.Table, codec: str) -> Coded:
-    """The table as it will be stored, decoded once to see what was made of it.
+    """The table as it will be stored, and what was made of it.
 
     Raises CodecRangeError for numbers that the codec cannot hold, UnknownCodecError for a name that no codec has.
     """
     if codec == PLAIN:
         return Coded(stored=plain, decoded=plain)
-    chosen = _codec(_asset_of(plain.schema), codec, since=None)
-    stored = chosen.encode(plain)
-    decoded = chosen.decode(stored, plain.schema, vocabulary=None)
-    return Coded(stored=stored, decoded=decoded, error=chosen.error(plain, stored, decoded))
+    return _codec(_asset_of(plain.schema), codec, since=None).encode(plain)
 
 
 def codec_of(stored: pa.Schema) -> Codec | None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from kd_assets.errors import CodecRangeError
 from kd_assets.store.codecs import states
+from kd_assets.store.codecs.coded import Coded
 from kd_assets.store.codecs.state_codec import group_of
 from kd_assets.store.schema import hidden_state_of, list_of, vector_of
 from kd_assets.store.writing.documents import Int64Array
@@ -81,8 +82,14 @@ class CodedStates:
             name for wanted in names for name in ((wanted,) if hidden_state_of(wanted) is None else self._names(wanted))
         ]
 
-    def encode(self, plain: pa.Table) -> pa.Table:
-        """The stored form. Raises CodecRangeError, which names the document, for numbers that the codec cannot hold."""
+    def encode(self, plain: pa.Table) -> Coded:
+        """The stored form, and what readers will get of it. Raises CodecRangeError, which names the document, for
+        numbers that the codec cannot hold, ValueError for states that its groups do not divide.
+
+        Its `error` has `max_codec_state_error`, the largest norm of a difference over that of the state,
+        `max_codec_relative_rms`, of all values of the worst column, and `max_codec_abs_error`.
+        """
+        stored_schema = self.stored_schema(plain.schema)
         columns: list[pa.Array] = []
         for name in plain.schema.names:
             if hidden_state_of(name) is None:
@@ -95,7 +102,9 @@ class CodedStates:
                 row = int(np.searchsorted(offsets, e.row, side="right")) - 1
                 at = f"{name} of document {plain['document_id'][row].as_py()!r}, vector {e.row - offsets[row]}"
                 raise CodecRangeError(f"{at}: {e}") from e
-        return pa.Table.from_arrays(columns, schema=self.stored_schema(plain.schema))
+        stored = pa.Table.from_arrays(columns, schema=stored_schema)
+        decoded = self.decode(stored, plain.schema, vocabulary=None)
+        return Coded(stored=stored, decoded=decoded, error=_error(plain, decoded))
 
     def decode(self, stored: pa.Table, wanted: pa.Schema, *, vocabulary: int | None) -> pa.Table:
         """These plain columns, of some rows. Raises ValueError for what `encode` never writes."""
@@ -105,20 +114,6 @@ class CodedStates:
             for field in wanted
         ]
         return pa.Table.from_arrays(columns, schema=wanted)
-
-    def error(self, plain: pa.Table, stored: pa.Table, decoded: pa.Table) -> dict[str, float]:
-        """`max_codec_relative_rms`, of all values of a column, `max_codec_state_error`, the norm of the difference over
-        that of a state, and `max_codec_abs_error`; the largest over columns."""
-        found = []
-        for name in plain.schema.names:
-            if hidden_state_of(name) is not None:
-                exact, coded = (_lists_of(table[name])[1] for table in (plain, decoded))
-                found.append(states.coding_error(exact, coded))
-        return {
-            "max_codec_relative_rms": max((error.relative_rms for error in found), default=0.0),
-            "max_codec_state_error": max((error.max_state for error in found), default=0.0),
-            "max_codec_abs_error": max((error.max_abs for error in found), default=0.0),
-        }
 
     def _names(self, state: str) -> tuple[str, str]:
         first, second = _SUFFIXES[self._kind]
@@ -174,6 +169,17 @@ class CodedStates:
             raise ValueError(f"a document has other numbers of {second} than of {first}")
         decode: Any = states.decode_fp8 if self._kind == "fp8" else states.decode_int8
         return list_array(offsets, vector_array(decode(numbers_NH, scales)))
+
+
+def _error(plain: pa.Table, decoded: pa.Table) -> dict[str, float]:
+    """The statistics of coding."""
+    names = [name for name in plain.schema.names if hidden_state_of(name) is not None]
+    found = [states.coding_error(_lists_of(plain[name])[1], _lists_of(decoded[name])[1]) for name in names]
+    return {
+        "max_codec_state_error": max((error.max_state for error in found), default=0.0),
+        "max_codec_relative_rms": max((error.relative_rms for error in found), default=0.0),
+        "max_codec_abs_error": max((error.max_abs for error in found), default=0.0),
+    }
 
 
 def _stem(name: str, suffixes: Sequence[str]) -> str | None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from kd_assets.errors import CodecRangeError
 from kd_assets.store import schema as schemas
 from kd_assets.store.codecs import topk_compact
+from kd_assets.store.codecs.coded import Coded
 from kd_assets.store.codecs.topk_compact import ByteArray, CodeError, RangeError
 from kd_assets.store.writing.documents import Int64Array, offsets_of
 from kd_assets.store.writing.encode import flat, list_array, vector_array
@@ -75,7 +76,9 @@ class CompactTopk:
         columns = [rows.column(name) if name in _DECODED else stored[name] for name in wanted.names]
         return pa.Table.from_arrays(columns, schema=wanted)
 
-    def encode(self, plain: pa.Table) -> pa.Table:
+    def encode(self, plain: pa.Table) -> Coded:
+        """The error: `max_codec_kl`, the largest of a position, and `max_codec_mean_kl`, the mean of the part, at
+        temperature 1, over the kept tokens and all others as one."""
         k = plain.schema.field("topk_ids").type.value_type.list_size
         offsets = list_offsets(plain["topk_ids"])
         ids_Mk, logprobs_Mk = flat(plain["topk_ids"]).reshape(-1, k), flat(plain["topk_logprobs"]).reshape(-1, k)
@@ -88,7 +91,8 @@ class CompactTopk:
                 _require_half("a logsumexp", sums_M, most=_LARGEST_HALF)
         except RangeError as e:
             raise CodecRangeError(_refusal(plain, offsets, e)) from e
-        is_outside_M = ~(ids_Mk == _targets_of(plain)[:, None]).any(axis=1)
+        is_target_Mk = ids_Mk == _targets_of(plain)[:, None]
+        is_outside_M = ~is_target_Mk.any(axis=1)
         planes = {
             **{name: _of_positions(plane, offsets) for name, plane in zip(_IDS, coded.ids, strict=True)},
             **{name: _of_positions(band, offsets) for name, band in zip(_code_names(k), coded.codes, strict=True)},
@@ -101,18 +105,22 @@ class CompactTopk:
         draws = int(plain.schema.field("sampled_ids").metadata[b"draws"]) if "sampled_ids" in names else 0
         schema = compact_topk_schema(k, draws, positions="positions" in names, logsumexp=sums_M is not None)
         columns = [planes[name] if name in planes else plain[name] for name in schema.names]
-        return pa.Table.from_arrays(columns, schema=schema)
-
-    def error(self, plain: pa.Table, stored: pa.Table, decoded: pa.Table) -> dict[str, float]:
-        """`max_codec_kl`, the largest of a position, and `max_codec_mean_kl`, the mean of the part: at temperature 1,
-        over the kept tokens and all others as one."""
-        k = plain.schema.field("topk_ids").type.value_type.list_size
-        coded_Mk, tails_M = _StoredRows(stored, None).logprobs
-        kl_M = topk_compact.divergence(flat(plain["topk_logprobs"]).reshape(-1, k), coded_Mk, tails_M)
-        return {
-            "max_codec_kl": float(kl_M.max(initial=0.0)),
-            "max_codec_mean_kl": float(kl_M.mean()) if len(kl_M) else 0.0,
+        coded_Mk, tails_M = topk_compact.decode_logprobs(coded.codes, coded.tails_M)
+        kl_M = topk_compact.divergence(logprobs_Mk, coded_Mk, tails_M)
+        changed = {
+            "topk_logprobs": vector_array(coded_Mk),
+            "target_logprob": pa.array(_target_logprobs(coded_Mk, is_target_Mk, _rounded(target_M[is_outside_M]))),
+            **({} if sums_M is None else {"logsumexp": pa.array(_rounded(sums_M))}),
         }
+        decoded = [list_array(offsets, changed[name]) if name in changed else plain[name] for name in names]
+        return Coded(
+            stored=pa.Table.from_arrays(columns, schema=schema),
+            decoded=pa.Table.from_arrays(decoded, schema=plain.schema),
+            error={
+                "max_codec_kl": float(kl_M.max(initial=0.0)),
+                "max_codec_mean_kl": float(kl_M.mean()) if len(kl_M) else 0.0,
+            },
+        )
 
 
 _DECODED = ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob")
@@ -187,10 +195,8 @@ class _StoredRows:
     def _target_logprob_M(self) -> npt.NDArray[np.float32]:
         is_target_Mk = self.ids_Mk == _targets_of(self._table)[:, None]
         is_outside_M = ~is_target_Mk.any(axis=1)
-        rows_M = np.arange(len(is_target_Mk))
-        found_M = self.logprobs[0][rows_M, is_target_Mk.argmax(axis=1)].astype(np.float32)
-        found_M[is_outside_M] = self._halves(_TARGET, 2 * offsets_of(is_outside_M)[self._offsets])
-        return found_M
+        outside = self._halves(_TARGET, 2 * offsets_of(is_outside_M)[self._offsets])
+        return _target_logprobs(self.logprobs[0], is_target_Mk, outside)
 
     def _plane(self, name: str, width: int) -> ByteArray:
         return self._bytes(name, self._offsets * width).reshape(-1, width)
@@ -244,6 +250,17 @@ def _targets_of(table: pa.Table) -> npt.NDArray[np.uint32]:
     return targets
 
 
+def _target_logprobs(
+    logprobs_Mk: npt.NDArray[np.float16], is_target_Mk: npt.NDArray[np.bool_], outside: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """float32 [M]: of a target among the k that of its slot, of the others those of `outside`, one after the other."""
+    slot_M = is_target_Mk.argmax(axis=1)
+    rows_M = np.arange(len(slot_M))
+    found_M: npt.NDArray[np.float32] = logprobs_Mk[rows_M, slot_M].astype(np.float32)
+    found_M[~is_target_Mk[rows_M, slot_M]] = outside
+    return found_M
+
+
 def _of_positions(bytes_Mw: ByteArray, offsets: Int64Array) -> pa.Array:
     width = bytes_Mw.shape[1] if bytes_Mw.ndim == 2 else 1
     return _binaries(bytes_Mw.reshape(-1), offsets * width)
@@ -260,6 +277,10 @@ def _binaries(data: ByteArray, offsets: Int64Array) -> pa.Array:
 
 def _half_bytes(numbers: npt.NDArray[np.float32]) -> ByteArray:
     return numbers.astype("<f2").view(np.uint8)
+
+
+def _rounded(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return numbers.astype(np.float16).astype(np.float32)
 
 
 def _require_half(what: str, numbers: npt.NDArray[np.float32], *, most: float) -> None:
