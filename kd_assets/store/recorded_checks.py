@@ -11,7 +11,7 @@ import math
 
 from kd_assets.contract import CACHES
 from kd_assets.store.codecs.codec import PLAIN, require_known
-from kd_assets.store.codecs.state_codec import CODED, largest_error
+from kd_assets.store.codecs.state_codec import CODED, RAW, largest_error
 from kd_assets.store.codecs.topk_columns import COMPACT
 from kd_assets.store.codecs.topk_compact import divergence_limit
 from kd_assets.store.manifest import Manifest
@@ -112,8 +112,9 @@ def codec_failure(manifest: Manifest) -> str | None:
 
 
 def codec_name(manifest: Manifest) -> str:
-    """The codec of a result's files."""
-    return str(manifest.params.get("codec", PLAIN))
+    """The codec of a result's files; `plain` of those that have none."""
+    found = str(manifest.params.get("codec", PLAIN))
+    return PLAIN if found == RAW else found
 
 
 def vocabulary_of(manifest: Manifest) -> int | None:

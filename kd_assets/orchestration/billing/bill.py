@@ -118,14 +118,13 @@ class Bill:
 def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardPlan) -> Bill:
     """The bill of `plan`, which need not be the current one.
 
-    Raises StorageUnreachableError where the results that are there cannot be looked at, RecipeError for a codec that
-    the teacher's states do not suit.
+    Raises StorageUnreachableError where the results that are there cannot be looked at, RecipeError as
+    `require_states_fit_their_codec` does.
     """
+    require_states_fit_their_codec(recipe, planner)
     sources = source_lines(plan)
     amounts = [in_windows(recipe, Amount(n_documents=s.n_documents, n_tokens=s.n_tokens)) for s in sources]
     shape = _shape(recipe, planner)
-    if recipe.hidden_states is not None and not isinstance(shape, str):
-        require_groups(recipe.hidden_states.codec, shape.hidden_size)
     found = {
         asset: committed_results(recipe, planner.recipe_folder, asset, plan.keys)
         for asset in (SHARDS_MANIFEST, *recipe.caches)
@@ -151,6 +150,13 @@ def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardP
         said=plan.said,
         when_space_is_short=recipe.when_space_is_short,
     )
+
+
+def require_states_fit_their_codec(recipe: Recipe, planner: Planner) -> None:
+    """Raise RecipeError where the codec's groups do not divide the teacher's states, as far as their size is known."""
+    shape = _shape(recipe, planner) if recipe.hidden_states is not None else ""
+    if recipe.hidden_states is not None and not isinstance(shape, str):
+        require_groups(recipe.hidden_states.codec, shape.hidden_size)
 
 
 def source_lines(plan: ShardPlan) -> tuple[SourceLine, ...]:

@@ -56,7 +56,7 @@ def coded(plain: pa.Table, codec: str) -> Coded:
 
     Raises CodecRangeError for numbers that the codec cannot hold, UnknownCodecError for a name that no codec has.
     """
-    if codec == PLAIN:
+    if codec in (PLAIN, RAW):
         return Coded(stored=plain, decoded=plain)
     return _codec(_asset_of(plain.schema), codec, since=None).encode(plain)
 
@@ -80,7 +80,7 @@ def plain_schema(stored: pa.Schema) -> pa.Schema:
 def require_known(asset: str, codec: object, *, made_by: object = None) -> None:
     """Raise UnknownCodecError unless results of this codec can be read. `made_by`: the version of kd_assets that made
     the result, where that was recorded."""
-    if codec != PLAIN:
+    if codec not in (PLAIN, RAW):
         _codec(asset, str(codec), since=made_by if isinstance(made_by, str) else None)
 
 
