@@ -10,18 +10,22 @@ dependence between neighbours that a compressor could use. Three of four targets
 - `topk_kl`, `topk_max_kl`: KL of the coding alone at temperature 1, over the k and all others as one; `topk_kl_t2`: at
   temperature 2 of the kept tokens, scaled to 1, as losses without a tail have them;
 - `topk_write_speedup`, `topk_read_speedup`: tokens a second over those of the scripts that this project replaces,
-  written anew: lists of numbers made of arrays and given to pyarrow, and lists from pyarrow made into arrays. Ours
-  includes the measurement of the error and the statistics when written, and gives arrays of all four columns.
+  written anew: lists of numbers made of arrays and given to pyarrow, and lists from pyarrow made into tensors. Ours
+  includes the measurement of the error and the statistics when written, and gives arrays of six columns for their four.
+  All in seconds of one core; `topk_encode_tokens_per_s` is of the bytes alone, without error, statistics and file;
 - `demo_…`: of the demo's plain cache, coded; `demo_wide_…`: its ids spread over 128,256, which adds 5 bits to each.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
+import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ import pyarrow.parquet as pq
 
 from kd_assets.store import CacheReader, Documents, coded, encode_topk, part_stats
 from kd_assets.store.codecs.topk_columns import list_offsets
-from kd_assets.store.codecs.topk_compact import bands, decode_logprobs, divergence
+from kd_assets.store.codecs.topk_compact import bands, decode_ids, decode_logprobs, divergence, encode
 from kd_assets.store.partfile import PartFile, write_table
 from kd_assets.store.reading.columns import column_of
 from kd_assets.store.writing.documents import offsets_of
@@ -40,7 +44,8 @@ from kd_assets.store.writing.encode import flat, list_array, vector_array
 
 VOCABULARY, K, DOCUMENT_TOKENS = 128_256, 16, 512
 CANDIDATES = 96
-DECODED = ["topk_ids", "topk_logprobs", "logsumexp", "target_logprob"]
+READ = ["input_ids", "loss_mask", "topk_ids", "topk_logprobs", "logsumexp", "target_logprob"]
+ORIGINAL = ("input_ids", "attn_mask", "topk_ids", "topk_logprobs")
 Floats = npt.NDArray[np.float64]
 
 
@@ -49,7 +54,8 @@ def made_up_rows(m: int, *, k: int = K, seed: int = 0) -> tuple[npt.NDArray[np.u
     rng = np.random.default_rng(seed)
 
     def zipf(size: Any) -> npt.NDArray[np.int64]:
-        return np.exp(rng.random(size) * np.log(VOCABULARY + 1)).astype(np.int64).clip(1, VOCABULARY) - 1
+        ranks: npt.NDArray[np.int64] = np.exp(rng.random(size) * np.log(VOCABULARY + 1)).astype(np.int64)
+        return ranks.clip(1, VOCABULARY) - 1
 
     ids = np.sort(zipf((m, CANDIDATES)), axis=1)
     while (repeated := np.diff(ids, axis=1, prepend=-1) == 0).any():
@@ -107,6 +113,15 @@ def measure(*, n_tokens: int = 131_072, rounds: int = 3, layouts: bool = False) 
             n_rounds = rounds if name != "lists" else 1
             figures[f"topk_{name}_write_tokens_per_s"] = round(n / seconds_of(write, n_rounds))
             figures[f"topk_{name}_read_tokens_per_s"] = round(n / seconds_of(read, n_rounds))
+    k_rows = flat(plain["topk_ids"]).reshape(-1, K), flat(plain["topk_logprobs"]).reshape(-1, K)
+    bytes_of_rows = encode(*k_rows)
+    figures["topk_encode_tokens_per_s"] = round(n / seconds_of(lambda: encode(*k_rows), rounds))
+
+    def decode() -> None:
+        decode_ids(bytes_of_rows.ids, vocabulary=VOCABULARY)
+        decode_logprobs(bytes_of_rows.codes, bytes_of_rows.tails_M)
+
+    figures["topk_decode_tokens_per_s"] = round(n / seconds_of(decode, rounds))
     for way in ("write", "read"):
         ours, theirs = (figures[f"topk_{name}_{way}_tokens_per_s"] for name in ("compact", "lists"))
         figures[f"topk_{way}_speedup"] = round(ours / theirs, 1)
@@ -137,7 +152,7 @@ def bytes_of(table: pa.Table) -> int:
     metadata = pq.ParquetFile(io.BytesIO(sink.getvalue())).metadata
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     chunks = [group.column(at) for group in groups for at in range(metadata.num_columns)]
-    of_ids = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.startswith("input_ids."))
+    of_ids: int = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.startswith("input_ids."))
     return len(sink.getvalue()) - of_ids
 
 
@@ -175,42 +190,44 @@ def read_part(path: Path) -> None:
     """All columns of all groups as arrays, as the reader of a cache has them."""
     with PartFile(path) as part:
         for group in range(part.n_groups):
-            table = part.read_group(group, DECODED)
-            for name in DECODED:
+            table = part.read_group(group, READ)
+            for name in READ:
                 column_of(table[name])
 
 
 def write_lists(plain: pa.Table, path: Path) -> None:
-    """Document after document as lists, then a table of them: from the arrays, as ours."""
+    """Document after document as lists, then a table of them, as they come: of whole numbers and of floats."""
     k = plain.schema.field("topk_ids").type.value_type.list_size
-    offsets = list_offsets(plain["topk_ids"])
-    arrays = {name: flat(plain[name]).astype(np.int32 if name == "topk_ids" else np.float32) for name in DECODED}
-    shaped = {name: array.reshape(-1, k) if name.startswith("topk_") else array for name, array in arrays.items()}
-    rows = [
-        {
-            name: array[start:stop].astype(np.float32 if name != "topk_ids" else np.int32).tolist()
-            for name, array in shaped.items()
-        }
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
-    number = {name: pa.int32() if name == "topk_ids" else pa.float32() for name in DECODED}
-    types = {name: pa.list_(pa.list_(of)) if name.startswith("topk_") else pa.list_(of) for name, of in number.items()}
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))), path)
+    ids_Mk = flat(plain["topk_ids"]).reshape(-1, k).astype(np.int64)
+    logprobs_Mk, input_ids = flat(plain["topk_logprobs"]).reshape(-1, k), flat(plain["input_ids"])
+    rows: dict[str, list[Any]] = {name: [] for name in ORIGINAL}
+    for start, stop in itertools.pairwise(list_offsets(plain["input_ids"]).tolist()):
+        rows["input_ids"].append(input_ids[start:stop].tolist())
+        rows["attn_mask"].append([1] * (stop - start))
+    for start, stop in itertools.pairwise(list_offsets(plain["topk_ids"]).tolist()):
+        rows["topk_ids"].append(ids_Mk[start:stop].tolist())
+        rows["topk_logprobs"].append(logprobs_Mk[start:stop].tolist())
+    pq.write_table(pa.table(rows), path)
 
 
 def read_lists(path: Path) -> None:
+    """A group of rows as lists, and of each row tensors, as its trainer has them."""
+    torch = importlib.import_module("torch")
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            for name, documents in file.read_row_group(group).to_pydict().items():
-                for document in documents:
-                    np.array(document, dtype=np.int64 if name == "topk_ids" else np.float32)
+            lists = file.read_row_group(group, use_threads=False).to_pydict()
+            for at in range(len(lists["input_ids"])):
+                for name in ORIGINAL:
+                    torch.tensor(lists[name][at], dtype=torch.float32 if name == "topk_logprobs" else torch.long)
 
 
 def seconds_of(work: Callable[[], object], rounds: int) -> float:
+    """Of this process on a core, the median: what else runs on the machine is not counted."""
+
     def once() -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     return statistics.median(once() for _ in range(rounds))
 
@@ -231,7 +248,7 @@ def layout_figures(plain: pa.Table, rounds: int) -> dict[str, Any]:
                     file.read_row_group(group, use_threads=False)
 
         figures[f"layout_{name}_bytes_per_token"] = round(bytes_of(layout) / n, 2)
-        write_s = seconds_of(lambda layout=layout: write_table(layout, ".parquet", io.BytesIO()), rounds)
+        write_s = seconds_of(partial(write_table, layout, ".parquet", io.BytesIO()), rounds)
         figures[f"layout_{name}_write_tokens_per_s"] = round(n / write_s)
         figures[f"layout_{name}_read_tokens_per_s"] = round(n / seconds_of(read, rounds))
     return figures
@@ -258,7 +275,7 @@ def other_layouts(plain: pa.Table) -> Iterator[tuple[str, pa.Table]]:
     numbers["topk_ids"] = plain["topk_ids"].combine_chunks()
     common = {name: stored[name] for name in ("document_id", "n_tokens", "input_ids", "loss_mask")}
     for name, columns in (("fixed_size_binary", fixed), ("uint_lists", numbers)):
-        yield name, pa.table({**common, **columns})
+        yield name, pa.table({**common, **columns}).replace_schema_metadata(stored.schema.metadata)
 
 
 def demo_figures(recipe_folder: Path) -> dict[str, Any]:

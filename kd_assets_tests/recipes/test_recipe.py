@@ -52,6 +52,16 @@ def test_final_states_are_of_the_identity_of_a_cache_that_keeps_them_alone() -> 
     assert content_of(dataclasses.replace(plain, final=("after_norm",)), seed=0)["final"] == ("after_norm",)
 
 
+def test_a_codec_changes_the_cache_that_has_it_and_no_other_and_plain_is_no_codec() -> None:
+    plain = TopkParams(k=4, max_length=100)
+    assert content_of(plain, seed=0) == content_of(dataclasses.replace(plain, codec="plain", logsumexp=True), seed=0)
+    assert content_of(plain, seed=0) == {"k": 4, "max_length": 100}
+    compact = dataclasses.replace(plain, codec="compact")
+    assert content_of(compact, seed=0) == {"k": 4, "max_length": 100, "codec": "compact"}
+    without = dataclasses.replace(compact, logsumexp=False)
+    assert content_of(without, seed=0) == {"k": 4, "max_length": 100, "codec": "compact", "logsumexp": False}
+
+
 def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
     every = a_recipe()
     learned = TopkParams(k=4, max_length=100, positions=PositionChoice(kept="learned"))

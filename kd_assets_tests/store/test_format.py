@@ -71,6 +71,7 @@ from kd_assets.store.writing.encode import flat
 from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit_partition, hash_of, write_plan
+from kd_assets_tests.store.test_codecs import decoder_to_copy
 from kd_assets_tests.store.test_verify import adopt_files
 
 FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"
@@ -1313,6 +1314,134 @@ def test_golden_manifest_and_names_of_a_tiny_result(store: Path) -> None:
         "r/student_smoke/b2fe26c0b202/all/51de2142916cdea3/manifest.json",
         "r/student_smoke/b2fe26c0b202/all/head.json",
     ]
+
+
+# --------------------------------------------------------------------------------------- codec compact of top-k caches
+
+
+def test_coded_part_names_its_codec_and_has_planes_of_bytes_in_the_place_of_its_columns(store: Path) -> None:
+    """[F100] [F101]"""
+    plain, _ = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    folder, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT | {"draws": 20, "seed": 0})
+    assert manifest.params["codec"] == "compact"
+    schema, of_plain = (next(part_tables(found)).schema for found in (folder, plain))
+    assert (schema.metadata[b"kd_assets.codec"], schema.metadata[b"kd_assets.codec_since"]) == (b"compact", b"0.1.0")
+    assert not {b"kd_assets.codec", b"kd_assets.codec_since"} & of_plain.metadata.keys()
+    coded_names = [
+        *(f"topk_ids_byte_{n}" for n in range(3)),
+        *("topk_codes_0", "topk_codes_1", "topk_codes_2_3"),
+        *("topk_tail", "target_logprob_outside", "logsumexp_float16"),
+    ]
+    assert schema.names == [*schema.names[:4], *coded_names, "sampled_ids", "sampled_counts"]
+    for name in coded_names:
+        assert schema.field(name).type == pa.binary()
+        assert schema.field(name).metadata == {b"k": b"4"}
+    for name in (*schema.names[:4], "sampled_ids", "sampled_counts"):
+        assert schema.field(name).equals(of_plain.field(name), check_metadata=True)
+
+
+def test_bytes_of_a_coded_part_are_the_ids_the_codes_and_the_mass_of_what_is_not_kept(store: Path) -> None:
+    """[F102] [F103] [F104] [F105] [F106] By the decoder in FORMAT.md, which has nothing of this package."""
+    decode = decoder_to_copy()
+    plain = CacheReader.from_folders([examples.commit(store, "topk_cache")[0]])
+    folder, _ = examples.commit(store, "topk_cache", params=examples.COMPACT)
+    reader = CacheReader.from_folders([folder])
+    assert reader.fields == plain.fields
+    n_inside = n_outside = 0
+    for i, row in enumerate(row for part in part_tables(folder) for row in part.to_pylist()):
+        ids, logprobs, target, sums = decode(row, examples.K)
+        found, exact = reader[i], plain[i]
+        np.testing.assert_array_equal(ids, exact["topk_ids"])
+        for name, values in (("topk_ids", ids), ("topk_logprobs", logprobs), ("target_logprob", target)):
+            np.testing.assert_array_equal(found[name], values)
+        np.testing.assert_array_equal(found["logsumexp"], exact["logsumexp"].astype(np.float16))
+        np.testing.assert_array_equal(found["logsumexp"], sums)
+        inside = ids == exact["input_ids"][1:, None]
+        np.testing.assert_array_equal(target[inside.any(axis=1)], logprobs[inside])
+        outside = exact["target_logprob"][~inside.any(axis=1)].astype(np.float16)
+        np.testing.assert_array_equal(target[~inside.any(axis=1)], outside)
+        n_inside, n_outside = n_inside + int(inside.sum()), n_outside + len(outside)
+    assert n_inside
+    assert n_outside
+    without, _ = examples.commit(store, "topk_cache", params=examples.COMPACT | {"logsumexp": False})
+    assert "logsumexp_float16" not in next(part_tables(without)).schema.names
+    assert "logsumexp" not in CacheReader.from_folders([without]).fields
+
+
+def test_code_is_the_rounded_fourth_root_and_what_cannot_be_held_is_refused_before_anything_is_written(
+    store: Path,
+) -> None:
+    """[F107]"""
+    rows = examples.table("topk_cache", examples.documents())
+    stored = coded(rows, "compact").stored
+    first = b"".join(stored["topk_codes_0"].to_pylist())
+    p = np.exp(flat(rows["topk_logprobs"]).reshape(-1, examples.K)[:, 0].astype(np.float64))
+    assert list(first) == np.rint(255 * p**0.25).astype(int).tolist()
+    infinite = pa.array(np.full(len(flat(rows["logsumexp"])), np.inf, np.float32))
+    lists = pa.ListArray.from_arrays(rows["logsumexp"].chunk(0).offsets, infinite)
+    field = rows.schema.field("logsumexp")
+    broken = rows.set_column(rows.schema.get_field_index("logsumexp"), field, lists.cast(field.type))
+    with pytest.raises(CodecRangeError, match="row 0 of document 'document-0' has inf as a logsumexp"):
+        coded(broken, "compact")
+
+
+def test_coding_is_measured_and_one_that_cost_too_much_has_failed(store: Path) -> None:
+    """[F108] Its numbers are compared with their definition in the tests of the codec."""
+    _, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT)
+    for part in manifest.parts:
+        assert 0 < part.stats["max_codec_mean_kl"] <= part.stats["max_codec_kl"] <= 4e-5 * (1 + examples.K**0.5)
+    out = examples.output(store, "topk_cache", params=examples.COMPACT, partition_key="tiny-00001")
+    docs = examples.documents()
+    made = coded(examples.table("topk_cache", docs), "compact")
+    stats = part_stats("topk_cache", made.decoded) | made.error | {"max_codec_kl": 1.3e-4}
+    with examples.writer(store, out, partition_key="tiny-00001") as result:
+        result.write_part(0, made.stored, n_tokens=docs.n_tokens, stats=stats)
+        result.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    assert not (Path(out.path).parent / "head.json").exists()
+    with pytest.raises(FailedCheckError, match=r"check codec failed: .* and coding can cost"):
+        CacheReader.from_folders([Path(out.path)])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("topk_tail", b""),
+        ("topk_codes_0", b"\0\0\0\0"),
+        ("topk_ids_byte_2", b"\x01" * 16),
+        ("logsumexp_float16", b"\0\x7c" * 4),
+    ],
+)
+def test_bytes_that_no_encoder_writes_are_refused(store: Path, column: str, value: bytes) -> None:
+    """[F109] Each other case is among the tests of the codec."""
+    docs = examples.documents((5,))
+    stored = coded(examples.table("topk_cache", docs), "compact").stored
+    field = stored.schema.field(column)
+    changed = stored.set_column(stored.schema.get_field_index(column), field, pa.array([value], pa.binary()))
+    out = examples.output(store, "topk_cache", params=examples.COMPACT)
+    with examples.writer(store, out) as result:
+        stats = {"n_non_finite": 0, "max_probability_sum": 1, "max_codec_kl": 0, "max_codec_mean_kl": 0}
+        result.write_part(0, changed, n_tokens=docs.n_tokens, stats=stats)
+        facts = {"vocab_size": examples.VOCABULARY}
+        result.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={}, facts=facts)
+    with pytest.raises(CorruptPartError, match="part-00000"):
+        CacheReader.from_folders([Path(out.path)])[0]
+    assert [problem.kind for problem in verify(store).problems] == ["unreadable_part"] or column == "topk_ids_byte_2"
+
+
+@pytest.mark.parametrize("library", ["pandas", "duckdb", "polars", "datasets"])
+def test_coded_parts_open_in_everyday_readers_as_bytes(store: Path, library: str, tmp_path: Path) -> None:
+    """[F46] Where they are installed."""
+    module: Any = pytest.importorskip(library)
+    path = str(examples.commit(store, "topk_cache", params=examples.COMPACT)[0] / "part-00000.parquet")
+    if library == "duckdb":
+        (tail,) = module.sql(f"select topk_tail from '{path}' limit 1").fetchall()[0]
+    elif library == "datasets":
+        tail = module.Dataset.from_parquet(path, cache_dir=str(tmp_path))[0]["topk_tail"]
+    else:
+        frame = module.read_parquet(path)
+        tail = frame["topk_tail"][0]
+    assert tail == pq.read_table(path)["topk_tail"][0].as_py()
+    assert len(tail) == 4
 
 
 # ---------------------------------------------------------------------------------------------------- what they share

@@ -32,6 +32,8 @@ _IDS = tuple(f"topk_ids_byte_{n}" for n in range(topk_compact.N_ID_PLANES))
 _TAIL = "topk_tail"
 _TARGET = "target_logprob_outside"
 _LOGSUMEXP = "logsumexp_float16"
+_LARGEST_NUMBER = 1 << 24
+"""Of what a column's metadata may say: there are no more token ids."""
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -56,16 +58,16 @@ class CompactTopk:
 
     def plain_schema(self, stored: pa.Schema) -> pa.Schema:
         names = stored.names
-        draws = int(stored.field("sampled_ids").metadata[b"draws"]) if "sampled_ids" in names else 0
+        draws = _number(stored, "sampled_ids", "draws") if "sampled_ids" in names else 0
         positions, logsumexp = "positions" in names, _LOGSUMEXP in names
-        k = int(stored.field(_TAIL).metadata[b"k"])
+        k = _number(stored, _TAIL, "k")
         expected = compact_topk_schema(k, draws, positions=positions, logsumexp=logsumexp)
         if names != expected.names:
             raise ValueError(f"its columns are {', '.join(names)}, expected {', '.join(expected.names)}")
         return schemas.topk_schema(k, draws, positions=positions, logsumexp=logsumexp)
 
     def stored_names(self, stored: pa.Schema, names: Sequence[str]) -> list[str]:
-        made_of = _made_of(int(stored.field(_TAIL).metadata[b"k"]))
+        made_of = _made_of(_number(stored, _TAIL, "k"))
         if not made_of.keys() & set(names):
             return list(names)
         counts = ["n_tokens", *(["positions"] if "positions" in stored.names else [])]
@@ -102,7 +104,7 @@ class CompactTopk:
         if sums_M is not None:
             planes[_LOGSUMEXP] = _of_positions(_half_bytes(sums_M).reshape(-1, 2), offsets)
         names = plain.schema.names
-        draws = int(plain.schema.field("sampled_ids").metadata[b"draws"]) if "sampled_ids" in names else 0
+        draws = _number(plain.schema, "sampled_ids", "draws") if "sampled_ids" in names else 0
         schema = compact_topk_schema(k, draws, positions="positions" in names, logsumexp=sums_M is not None)
         columns = [planes[name] if name in planes else plain[name] for name in schema.names]
         coded_Mk, tails_M = topk_compact.decode_logprobs(coded.codes, coded.tails_M)
@@ -124,6 +126,14 @@ class CompactTopk:
 
 
 _DECODED = ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob")
+
+
+def _number(schema: pa.Schema, name: str, key: str) -> int:
+    """What a column's metadata say, a number above 0. Raises ValueError where they do not."""
+    said = (schema.field(name).metadata or {}).get(key.encode(), b"").decode(errors="backslashreplace")
+    if not said.isdecimal() or not 0 < int(said) <= _LARGEST_NUMBER:
+        raise ValueError(f"the metadata of column {name} have {said!r:.40} as {key}")
+    return int(said)
 
 
 def _code_names(k: int) -> tuple[str, ...]:
@@ -151,8 +161,8 @@ class _StoredRows:
 
     def __init__(self, stored: pa.Table, vocabulary: int | None) -> None:
         self._table, self._vocabulary = stored, vocabulary
-        field = next(field for field in stored.schema if b"k" in (field.metadata or {}))
-        self.k = int(field.metadata[b"k"])
+        coded = next(field.name for field in stored.schema if field.type == pa.binary())
+        self.k = _number(stored.schema, coded, "k")
         has_positions = "positions" in stored.schema.names
         self._offsets: Int64Array = (
             list_offsets(stored["positions"])
