@@ -11,7 +11,8 @@ from kd_assets_tests.benchmarks import store_states as benchmark
 
 def test_errors_and_bytes_are_of_every_codec_and_split_takes_fewest_of_those_that_lose_nothing(tmp_path: Path) -> None:
     whole = benchmark.documents([40, 1, 87])
-    states = {0: benchmark.made_up_states(whole.n_tokens, 256)[0], 5: benchmark.made_up_states(whole.n_tokens, 256)[0]}
+    made_up = benchmark.made_up_states(whole.n_tokens, 256)[0]
+    states: benchmark.States = {0: made_up, 5: made_up}
     figures = benchmark.sizes_and_errors(tmp_path, whole, states)
     assert 0.55 < figures["hidden_bytes_ratio"] < 0.8
     assert 0 < figures["fp8_rel_rms"] <= 0.03

@@ -229,7 +229,7 @@ def test_any_flipped_byte_and_any_cut_is_found_before_a_number_is_given(tmp_path
     path = folder / manifest.parts[0].name
     whole = path.read_bytes()
     rng = np.random.default_rng(1)
-    for number in range(60):
+    for number in range(500):
         data = bytearray(whole)
         if number % 3:
             data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))

@@ -43,7 +43,8 @@ REBUILT = (
 )
 
 CODEC = (
-    "Coding has changed no stored distribution by more than the codec can cost: measured when the parts were written."
+    "Coding has changed no stored distribution and no state by more than the codec can cost: measured when the parts "
+    "were written."
 )
 
 COLLECT_RESULTS = 50
