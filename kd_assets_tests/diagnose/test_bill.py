@@ -96,6 +96,15 @@ def test_documents_are_cut_at_what_each_cache_keeps(deploy: Callable[..., Deploy
     assert bytes_at_most(recipe, amounts, None)["embedding_cache"] is None
 
 
+@pytest.mark.parametrize(("logsumexp", "n_bytes"), [(True, 4 * 4 + 1 + 2 + 2), (False, 4 * 4 + 1 + 2)])
+def test_a_compact_cache_is_billed_by_its_bytes(
+    deploy: Callable[..., Deployment], logsumexp: bool, n_bytes: int
+) -> None:
+    topk = {"k": 4, "max_length": 64, "codec": "compact", "logsumexp": logsumexp}
+    at_most = bytes_at_most(deploy(caches={"topk": topk}).recipe, [Amount(n_documents=1, n_tokens=40)], 32)
+    assert at_most["topk_cache"] == 40 * (5 + n_bytes) + 100
+
+
 @pytest.mark.parametrize(("codec", "bytes_a_state"), [("raw", 64), ("split", 64), ("fp8", 32 + 4), ("int8_32", 32 + 2)])
 def test_coded_states_are_billed_as_what_they_take(
     deploy: Callable[..., Deployment], codec: str, bytes_a_state: int

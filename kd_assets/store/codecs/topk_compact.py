@@ -60,6 +60,8 @@ def _probabilities_of_bits() -> Float64Array:
 CODES = _codes_of_bits()
 PROBABILITIES = _probabilities_of_bits().astype(np.float32)
 """float32 [65536]: exp of each float16 log-probability by its bits."""
+_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""float32 [65536]: the number that each float16 is; looked up faster than converted."""
 RAW = (np.arange(256) / 255) ** 4
 """float64 [256]: the probability that a code stands for, before its row is scaled."""
 TAIL = np.sin(np.pi / 2 * np.arange(256) / 255) ** 4
@@ -120,18 +122,17 @@ def encode(ids_Mk: npt.NDArray[np.uint32], logprobs_Mk: npt.NDArray[np.float16])
     tails_M = np.empty(m, np.uint8)
     for rows in _runs(m):
         ids, bits = ids_Mk[rows], np.ascontiguousarray(logprobs_Mk[rows]).view(np.uint16)
-        codes = CODES[bits]
+        codes = CODES.take(bits)  # half the time that indexing takes
         _require_holdable(ids, logprobs_Mk[rows], codes, first_row=rows.start)
-        octets = np.ascontiguousarray(ids).astype("<u4").view(np.uint8).reshape(-1, k, 4)
         for at, plane in enumerate(planes):
-            plane[rows] = octets[:, :, at]
+            np.copyto(plane[rows], ids >> np.uint32(8 * at), casting="unsafe")
         of_slots[rows, 0] = codes[:, 0]
         np.subtract(codes[:, :-1], codes[:, 1:], out=of_slots[rows, 1:])
-        mass = _row_sums(PROBABILITIES[bits])
+        mass = _row_sums(PROBABILITIES.take(bits))
         if (too_much := np.flatnonzero(mass > 1 + LARGEST_LOGPROB)).size:
             row = int(too_much[0])
             raise RangeError(f"its probabilities add up to {mass[row]:.6f}", row=rows.start + row)
-        tails_M[rows] = _tails_of(np.minimum(mass, 1.0), _row_sums(_RAW32[codes]))
+        tails_M[rows] = _tails_of(np.minimum(mass, 1.0), _row_sums(_RAW32.take(codes)))
     return CodedRows(
         ids=planes,
         codes=tuple(np.ascontiguousarray(of_slots[:, first:stop]) for first, stop in bands(k)),
@@ -174,13 +175,13 @@ def decode_logprobs(
         falls |= codes_kM[0] == 0
         if falls.any():
             raise CodeError("has a code below 1", row=rows.start + int(falls.argmax()))
-        raw_M = RAW[codes_kM].sum(axis=0)
+        raw_M = RAW.take(codes_kM).sum(axis=0)
         is_coded = tails_M[rows] == AS_CODED
         if (wrong := is_coded & (raw_M >= 1)).any():
             raise CodeError("has a tail byte that cannot be", row=rows.start + int(wrong.argmax()))
         tail_M = np.where(is_coded, 1 - raw_M, TAIL[tails_M[rows]])
         scale_M = np.where(is_coded, 0.0, np.log((1 - np.where(is_coded, 0.0, tail_M)) / raw_M)).astype(np.float32)
-        logprobs_kM = _LOG_RAW[codes_kM]
+        logprobs_kM = _LOG_RAW.take(codes_kM)
         logprobs_kM += scale_M
         np.minimum(logprobs_kM, np.float32(0), out=logprobs_kM)
         logprobs_Mk[rows] = logprobs_kM.T
@@ -199,10 +200,11 @@ def divergence(
     found = np.empty(len(exact_Mk), np.float64)
     for rows in _runs(len(exact_Mk)):
         bits = np.ascontiguousarray(exact_Mk[rows]).view(np.uint16)
-        p_Mk, q_Mk = PROBABILITIES[bits], PROBABILITIES[coded_Mk[rows].view(np.uint16)]
+        coded_bits = coded_Mk[rows].view(np.uint16)
+        p_Mk, q_Mk = PROBABILITIES.take(bits), PROBABILITIES.take(coded_bits)
         mass_M, coded_M = _row_sums(p_Mk), _row_sums(q_Mk)
         whole_M = np.maximum(mass_M, 1.0)  # rounded up: divided by it
-        apart_Mk = exact_Mk[rows].astype(np.float32) - coded_Mk[rows].astype(np.float32)
+        apart_Mk = _VALUES.take(bits) - _VALUES.take(coded_bits)
         kept_M = (np.einsum("ij,ij->i", p_Mk, apart_Mk) - mass_M * (1 + np.log(whole_M))) / whole_M + coded_M
         p_M, q_M = np.maximum(1 - mass_M, 0.0), tails_M[rows]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -247,22 +249,21 @@ def _tails_of(mass_M: Float64Array, raw_M: Float64Array) -> ByteArray:
 
 
 def _require_holdable(ids: npt.NDArray[Any], logprobs: npt.NDArray[Any], codes: ByteArray, *, first_row: int) -> None:
-    if (beyond := np.flatnonzero((ids > MAX_ID).any(axis=1))).size:
-        row = int(beyond[0])
+    # Whether there is any is asked of all at once, which is much faster than of each row.
+    if ids.size and ids.max() > MAX_ID:
+        row = int((ids > MAX_ID).any(axis=1).argmax())
         raise RangeError(f"has token id {ids[row].max()}, and {MAX_ID} is the largest", row=first_row + row)
-    if (refused := np.flatnonzero((codes == 0).any(axis=1))).size:
-        row = int(refused[0])
+    if not codes.all():
+        row = int((codes == 0).any(axis=1).argmax())
         value = logprobs[row][codes[row] == 0][0]
         raise RangeError(f"has {value} as a log-probability", row=first_row + row)
     # The order of the bits of negative numbers is that of their sizes: float16 itself is slow to compare.
     bits = np.ascontiguousarray(logprobs).view(np.uint16)
-    if (bits[:, 1:] < bits[:, :-1]).any() and (
-        rising := np.flatnonzero((logprobs[:, 1:] > logprobs[:, :-1]).any(axis=1))
-    ).size:
-        raise RangeError("has log-probabilities that do not descend", row=first_row + int(rising[0]))
+    if (bits[:, 1:] < bits[:, :-1]).any() and (rising := logprobs[:, 1:] > logprobs[:, :-1]).any():
+        raise RangeError("has log-probabilities that do not descend", row=first_row + int(rising.any(axis=1).argmax()))
     ordered = np.sort(ids, axis=1)
-    if (twice := np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))).size:
-        raise RangeError("has a token id twice", row=first_row + int(twice[0]))
+    if (twice := ordered[:, 1:] == ordered[:, :-1]).any():
+        raise RangeError("has a token id twice", row=first_row + int(twice.any(axis=1).argmax()))
 
 
 def _row_sums(numbers_Mk: npt.NDArray[np.float32]) -> Float64Array:

@@ -61,7 +61,7 @@ def open_part(path: Path, record: PartRecord, *, vocabulary: int | None = None) 
     try:
         part = PartFile(path, vocabulary=vocabulary)
     except UnknownCodecError:
-        require_unchanged(path, record)  # a bit that was flipped in the name of a codec is damage
+        require_unchanged(path, record)  # a flipped bit makes a name that no codec has, too
         raise
     return _of_as_many_documents(part, record)
 
