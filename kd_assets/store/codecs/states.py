@@ -240,11 +240,15 @@ def _to_e4m3(values: Float32Array) -> Uint8Array:
     wide = values.view(np.uint32)
     magnitude = wide & np.uint32(0x7FFFFFFF)
     # e4m3 keeps 3 of float32's 23 bits of mantissa, and its exponent has a bias of 7 and not of 127
-    normal = ((magnitude + np.uint32(0x7FFFF) + ((magnitude >> 20) & 1)) >> 20) - np.uint32(120 << 3)
+    rounded = magnitude >> 20
+    rounded &= 1
+    rounded += np.uint32((0x7FFFF - (120 << 23)) % 2**32)
+    rounded += magnitude
+    rounded >>= 20
+    codes = rounded.astype(np.uint8)
     # below 2^-6 its numbers are multiples of 2^-9, which is what the last bit of a float32 near 2^14 is worth
-    shifted = np.abs(values) + np.float32(2.0**14)
-    subnormal = shifted.view(np.uint32) - np.float32(2.0**14).view(np.uint32)
-    codes = np.where(magnitude < np.float32(2.0**-6).view(np.uint32), subnormal, normal).astype(np.uint8)
+    multiples = (magnitude.view(np.float32) + np.float32(2.0**14)).view(np.uint32).astype(np.uint8)
+    np.copyto(codes, multiples, where=magnitude < np.float32(2.0**-6).view(np.uint32))
     codes |= (wide >> 24).astype(np.uint8) & np.uint8(0x80)
     return codes
 
