@@ -160,7 +160,7 @@ class RebuiltComparison:
     def add(self, topk: Row, hidden: Row) -> None:
         """Compare one document: its rows as they were read back from both caches."""
         document_id = str(topk["document_id"][0])
-        n_stored = len(topk["target_logprob"])
+        n_stored = len(topk["logsumexp" if "logsumexp" in topk else "target_logprob"])
         self.document_ids.append(document_id)
         rows_topk = topk.get("positions", np.arange(n_stored)).astype(np.int64)
         n_tokens = len(hidden["input_ids"])
@@ -195,7 +195,7 @@ class RebuiltComparison:
         }
 
     def _add_positions(self, topk: Row, at_P: Int64Array, states_PH: Tensor, state: FinalState) -> None:
-        n_stored = len(topk["target_logprob"])
+        n_stored = len(topk["logsumexp" if "logsumexp" in topk else "target_logprob"])
         ids_Pk = torch.from_numpy(topk["topk_ids"].reshape(n_stored, -1)[at_P].astype(np.int64))
         stored_Pk = torch.from_numpy(topk["topk_logprobs"].reshape(n_stored, -1)[at_P].astype(np.float32))
         found, size_P = self._rebuilt(states_PH, state, ids_Pk)
