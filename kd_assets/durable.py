@@ -17,6 +17,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -277,6 +278,10 @@ def prepare_folder(path: Path) -> None:
 
 
 _WRITE_BACK_BYTES = 32 << 20
+"""Of a file: the kernel is asked to write them before the sync at its end."""
+
+_HASHED_BESIDE = 1 << 20
+"""Bytes from which on a thread for hashing pays off."""
 
 
 class HashingFile(io.RawIOBase):
@@ -301,8 +306,16 @@ class HashingFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._digest.update(view)
-        self._file.write(view)
+        if len(view) < _HASHED_BESIDE:
+            self._digest.update(view)
+            self._file.write(view)
+        else:  # hashing takes as long as writing, and holds no lock of the interpreter
+            hashing = threading.Thread(target=self._digest.update, args=(view,))
+            hashing.start()
+            try:
+                self._file.write(view)
+            finally:
+                hashing.join()
         self.n_bytes += len(view)
         if self.n_bytes - self._n_begun >= _WRITE_BACK_BYTES:
             self._begin_write_back()

@@ -131,6 +131,14 @@ class UnknownFieldError(StoreError):
     """A cache was asked for a field it does not hold; the message lists those it does."""
 
 
+class UnknownCodecError(StoreError):
+    """A part or a manifest names a codec that this version does not have; the message says which version reads it."""
+
+
+class CodecRangeError(StoreError):
+    """Numbers that a codec cannot hold; the message names document and row. Nothing of the part was written."""
+
+
 class ResultBusyError(StoreError):
     """Another live task holds the lease of this result and is computing it."""
 

@@ -43,6 +43,13 @@ EXPORTS: tuple[ExportAsset, ...] = get_args(ExportAsset)
 FinalState = Literal["before_norm", "after_norm"]
 """A state at the decoder's end: before or after its final norm."""
 
+StateCodec = Literal["raw", "split", "fp8", "int8_32", "int8_128"]
+"""How a hidden-state cache holds its numbers: as bfloat16; the same ones in fewer bytes; or rounded to 8 bits, with a
+scale for each state, or for every 32 or 128 values."""
+
+TopkCodec = Literal["plain", "compact"]
+"""How the numbers of a top-k cache lie in its files: as they are, or in about half the bytes, coded (FORMAT.md)."""
+
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
 Compression = Literal["gzip", "zstd"]
@@ -159,6 +166,9 @@ class TopkParams:
     token_ids: TokenIds | None = None
     """The ids that a student can have: what is kept of a distribution is cut to them, and normalised over them. None:
     all that the teacher's head has."""
+    codec: TopkCodec = "plain"
+    logsumexp: bool = True
+    """Whether the logits' normaliser is kept; only a compact cache can do without, and logits cannot be had then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +181,7 @@ class HiddenStateParams:
     """Which states at the decoder's end are kept: what goes into the final norm, what comes out of it and goes into the
     head, or both."""
     positions: PositionChoice = field(default_factory=PositionChoice)
+    codec: StateCodec = "raw"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +237,14 @@ class TeacherParams(TeacherOptions):
     topk: TopkParams | None = None
     hidden_states: HiddenStateParams | None = None
     embeddings: EmbeddingParams | None = None
+
+    def codec_of(self, asset: Asset) -> str:
+        """The codec of a cache's files; `plain` of those that have none."""
+        if asset == "topk_cache" and self.topk is not None:
+            return self.topk.codec
+        if asset == "hidden_state_cache" and self.hidden_states is not None and self.hidden_states.codec != "raw":
+            return self.hidden_states.codec
+        return "plain"
 
 
 STUDENT_HEAD_SIZE = 32

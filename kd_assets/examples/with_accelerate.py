@@ -87,8 +87,8 @@ def train(
     after = held_out_kl(accelerator, model, held_out)
     accelerator.unwrap_model(model).save_pretrained(to, is_main_process=accelerator.is_main_process)
     of_ranks = gather_object([seen])
-    # The model goes first: where it is the last to hold the group of processes, the two may wait for each other for ever
-    # (DistributedDataParallel's reducer joins a thread of Gloo while it has the lock that this thread asks for).
+    # The model goes first: where it is the last to hold the group of processes, DistributedDataParallel's reducer may
+    # wait for ever for a thread of Gloo that asks for the interpreter's lock, which the reducer has.
     model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
     return {"before": before, "after": after, "of_ranks": of_ranks, "is_first": accelerator.is_main_process}

@@ -28,7 +28,8 @@ class TopkOfDocument:
     ids_Mk: npt.NDArray[np.uint32]
     """Most probable first."""
     logprobs_Mk: npt.NDArray[np.float16]
-    logsumexp_M: Float32Array
+    logsumexp_M: Float32Array | None
+    """None: of a cache that leaves it out."""
     target_logprob_M: Float32Array
     """Of the token that is really at `positions_M + 1`."""
     sampled_ids: Ragged | None = None

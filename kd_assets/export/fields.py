@@ -27,12 +27,12 @@ class Field:
 def fields_of(document: JoinedDocument, *, learned_only: bool = False) -> Iterator[Field]:
     """The document's arrays under the cache's names, in a fixed order; L tokens, M predictions, N states.
 
-    `input_ids` uint32 [L], `loss_mask` bool [L]; `topk_ids` uint32 and `topk_logprobs` float16 [M, k], `logsumexp`,
-    `target_logprob` float32 [M], `outside_mass` float32 [M] (of a cache that is cut to a student's vocabulary),
-    `sampled_ids` uint32 and `sampled_counts` int64 (flat, with `sampled_offsets` int64 [M + 1]), `hidden_…` bfloat16
-    [N, H], `mean_embedding` and `last_token_embedding` float32 [H]. Of a cache that does not keep all positions, and
-    with `learned_only` (those of which the loss mask asks for the next token), `topk_positions` int64 [M] and
-    `hidden_positions` int64 [N] say which they are.
+    `input_ids` uint32 [L], `loss_mask` bool [L]; `topk_ids` uint32 and `topk_logprobs` float16 [M, k], `logsumexp`
+    (unless the cache leaves it out), `target_logprob` float32 [M], `outside_mass` float32 [M] (of a cache that is cut
+    to a student's vocabulary), `sampled_ids` uint32 and `sampled_counts` int64 (flat, with `sampled_offsets` int64
+    [M + 1]), `hidden_…` bfloat16 [N, H], `mean_embedding` and `last_token_embedding` float32 [H]. Of a cache that does
+    not keep all positions, and with `learned_only` (those of which the loss mask asks for the next token),
+    `topk_positions` int64 [M] and `hidden_positions` int64 [N] say which they are.
     """
     yield Field(name="input_ids", values=document.input_ids_L, dtype="uint32")
     yield Field(name="loss_mask", values=document.loss_mask_L, dtype="bool")
@@ -40,7 +40,8 @@ def fields_of(document: JoinedDocument, *, learned_only: bool = False) -> Iterat
         kept = kept_positions(document, topk.positions_M, learned_only=learned_only)
         yield Field(name="topk_ids", values=_of(topk.ids_Mk, kept), dtype="uint32")
         yield Field(name="topk_logprobs", values=_of(topk.logprobs_Mk, kept), dtype="float16")
-        yield Field(name="logsumexp", values=_of(topk.logsumexp_M, kept), dtype="float32")
+        if topk.logsumexp_M is not None:
+            yield Field(name="logsumexp", values=_of(topk.logsumexp_M, kept), dtype="float32")
         yield Field(name="target_logprob", values=_of(topk.target_logprob_M, kept), dtype="float32")
         if topk.outside_mass_M is not None:
             yield Field(name="outside_mass", values=_of(topk.outside_mass_M, kept), dtype="float32")

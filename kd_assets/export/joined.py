@@ -289,7 +289,7 @@ def _topk_of(document: Mapping[str, Any], length: int) -> TopkOfDocument:
         positions_M=positions_M[:m],
         ids_Mk=document["topk_ids"][:m],
         logprobs_Mk=document["topk_logprobs"][:m],
-        logsumexp_M=document["logsumexp"][:m],
+        logsumexp_M=document["logsumexp"][:m] if "logsumexp" in document else None,
         target_logprob_M=document["target_logprob"][:m],
         sampled_ids=None if sampled_ids is None else sampled_ids[:m],
         sampled_counts=None if sampled_ids is None else document["sampled_counts"][:m],

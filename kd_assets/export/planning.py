@@ -99,8 +99,8 @@ def plan_export(
 ) -> ExportPlan:
     """Go through all ids and lengths; holds those of one partition at a time.
 
-    Raises NotCommittedError where a split has no document, unless that is to be left out, or too few for packed rows, and
-    RecipeError for a document that no packed row has room for.
+    Raises NotCommittedError where a split has no document, unless that is to be left out, or too few for packed rows,
+    and RecipeError for a document that no packed row has room for.
     """
     splits = (TRAIN, VALIDATION) if options.validation_share else (WHOLE,)
     plan = ExportPlan(splits=splits, n_documents=dict.fromkeys(splits, 0))

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kd_assets.durable import HashingFile, atomic_file, atomic_write
+from kd_assets.durable import atomic_write
 from kd_assets.errors import RecipeError
+from kd_assets.export.aside import FileAside, export_file
 from kd_assets.export.format import SectionFiles
 from kd_assets.store import fingerprint
 
@@ -84,9 +85,9 @@ def section_name(index: int) -> str:
 
 
 @contextlib.contextmanager
-def section_rows(folder: Path, index: int, schema: pa.Schema) -> Iterator[tuple[Rows, HashingFile]]:
+def section_rows(folder: Path, index: int, schema: pa.Schema) -> Iterator[tuple[Rows, FileAside]]:
     """The rows of the file of a section, which is there when the block ends well."""
-    with atomic_file(folder / section_name(index)) as file, Rows(pa.ipc.new_stream(file, schema), schema) as rows:
+    with export_file(folder / section_name(index)) as file, Rows(pa.ipc.new_stream(file, schema), schema) as rows:
         yield rows, file
 
 

@@ -17,7 +17,7 @@ from kd_assets.dagster_internals import already_recorded, is_forgotten_at_its_en
 from kd_assets.durable import storage_errors
 from kd_assets.errors import InputError, KdAssetsError
 from kd_assets.model_files.digests import Say
-from kd_assets.orchestration.billing.bill import Bill, make_bill
+from kd_assets.orchestration.billing.bill import Bill, make_bill, require_states_fit_their_codec
 from kd_assets.orchestration.billing.words import rows, why_it_does_not_fit
 from kd_assets.orchestration.driving.waiting import Log
 from kd_assets.orchestration.orphans import alive
@@ -90,8 +90,10 @@ def materialize_plan(
 def bill_to_show(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardPlan, log: Log) -> Bill | None:
     """The bill of a plan that is about to become current; None where none could be made, which stops no plan.
 
-    Raises InputError where the caches do not fit, unless the recipe says that a warning will do.
+    Raises InputError where the caches do not fit, unless the recipe says that a warning will do, and RecipeError for a
+    codec that the teacher's states do not fit.
     """
+    require_states_fit_their_codec(recipe, planner)
     try:
         bill = make_bill(recipe, platform, planner, plan)
     except (KdAssetsError, OSError) as e:

@@ -31,6 +31,8 @@ from kd_assets.scheduler.job import Resources
 from kd_assets.sources.records.beside import OURS
 from kd_assets.sources.spec import Sharding, SourceSpec, without_later_defaults
 from kd_assets.store import FORMAT_VERSION, fingerprint
+from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_codec import RAW
 from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.positions import choice_in_identity
 
@@ -148,6 +150,12 @@ class Recipe:
         return ("topk_cache", "hidden_state_cache")
 
     @property
+    def coded(self) -> tuple[Asset, ...]:
+        """The caches whose files are of a codec."""
+        codecs = {"topk_cache": self.topk, "hidden_state_cache": self.hidden_states}
+        return tuple(a for a in self.caches if (p := codecs.get(a)) is not None and p.codec not in (PLAIN, RAW))
+
+    @property
     def cache_params(self) -> dict[Asset, TopkParams | HiddenStateParams | EmbeddingParams]:
         """The parameters of each cache this recipe has, in the order of `CACHES`."""
         params = {
@@ -240,7 +248,14 @@ def used(settings: Sharding | Tokenising) -> dict[str, object]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
-_LATER_DEFAULTS: dict[str, object] = {"final": (), "positions": "all", "vocabulary": None}
+_LATER_DEFAULTS: tuple[tuple[str, object], ...] = (
+    ("final", ()),
+    ("positions", "all"),
+    ("vocabulary", None),
+    ("codec", PLAIN),
+    ("codec", RAW),
+    ("logsumexp", True),
+)
 
 
 def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
@@ -254,7 +269,7 @@ def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed
         del content["token_ids"]
         if params.token_ids is not None:
             content["vocabulary"] = params.token_ids.in_identity()
-    for later, default in _LATER_DEFAULTS.items():
+    for later, default in _LATER_DEFAULTS:
         if later in content and content[later] == default:
             del content[later]
     if isinstance(params, TopkParams):

@@ -7,6 +7,8 @@ exists exactly when its manifest does, and what a manifest says about the bytes 
 from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all, check_files
 from kd_assets.store.checking.report import Note, Problem, VerifyReport
 from kd_assets.store.checking.verify import verify
+from kd_assets.store.codecs.codec import coded, plain_table
+from kd_assets.store.codecs.coded import Coded
 from kd_assets.store.fingerprint import (
     FORMAT_VERSION,
     INPUT_KEY,
@@ -42,6 +44,7 @@ __all__ = [
     "CacheReader",
     "CheckResult",
     "Chosen",
+    "Coded",
     "Documents",
     "KeptPositions",
     "Manifest",
@@ -64,6 +67,7 @@ __all__ = [
     "check_all",
     "check_files",
     "choose",
+    "coded",
     "commit_file_result",
     "committed",
     "count_durable_files",
@@ -74,6 +78,7 @@ __all__ = [
     "failed_check",
     "fingerprint",
     "part_stats",
+    "plain_table",
     "plan_output",
     "plan_parts",
     "planned_partitions",

@@ -152,7 +152,8 @@ def _numbers_of(first: CacheReader, second: CacheReader) -> tuple[NumbersOf, str
 
 def topk_numbers(one: Document, other: Document) -> dict[str, Float64Array]:
     """`kl` (of the first from the second, in nats), `top1_differs` (0 or 1), `ids_differ` (share of the smaller k), and
-    the differences of log-probabilities of ids that both kept, of the target's and of logsumexp: float64 a position."""
+    the differences of log-probabilities of ids that both kept, of the target's and, where both have it, of logsumexp:
+    float64 a position."""
     rows, other_rows = _common_rows(one, other, len(one["topk_ids"]), len(other["topk_ids"]))
     ids, other_ids = one["topk_ids"][rows].astype(np.int64), other["topk_ids"][other_rows].astype(np.int64)
     logprobs = one["topk_logprobs"][rows].astype(np.float64)
@@ -165,8 +166,11 @@ def topk_numbers(one: Document, other: Document) -> dict[str, Float64Array]:
         "top1_differs": (ids[:, 0] != other_ids[:, 0]).astype(np.float64),
         "ids_differ": 1.0 - in_both_Mk.sum(axis=1) / max(1, min(ids.shape[1], other_ids.shape[1])),
         "logprob": differences.max(axis=1, initial=0.0),
-        "target_logprob": _apart(one["target_logprob"][rows], other["target_logprob"][other_rows]),
-        "logsumexp": _apart(one["logsumexp"][rows], other["logsumexp"][other_rows]),
+        **{
+            name: _apart(one[name][rows], other[name][other_rows])
+            for name in ("target_logprob", "logsumexp")
+            if name in one and name in other
+        },
     }
 
 

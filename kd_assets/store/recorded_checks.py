@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 
 from kd_assets.contract import CACHES
+from kd_assets.store.codecs.codec import PLAIN, require_known
+from kd_assets.store.codecs.state_codec import CODED, RAW, largest_error
+from kd_assets.store.codecs.topk_columns import COMPACT
+from kd_assets.store.codecs.topk_compact import divergence_limit
 from kd_assets.store.manifest import Manifest
 
 PROBABILITY_TOLERANCE = 4e-3
@@ -25,6 +29,8 @@ def failed_check(manifest: Manifest) -> str | None:
         return f"check finite failed: {why}"
     if "recomputed" in manifest.checks and (why := recomputed_failure(manifest)):
         return f"check recomputed failed: {why}"
+    if why := codec_failure(manifest):
+        return f"check codec failed: {why}"
     if why := rebuilt_failure(manifest):
         return f"check rebuilt failed: {why}"
     return None
@@ -87,6 +93,42 @@ def rebuilt_failure(manifest: Manifest) -> str | None:
         by_how_much = f" ({worst:.3g} times the tolerance)" if isinstance(worst, (int, float)) else ""
         return f"log-probabilities rebuilt from the final states are not those of the top-k cache{by_how_much}"
     return None
+
+
+def codec_failure(manifest: Manifest) -> str | None:
+    """The first part that its codec has changed by more than it may, by what was measured when it was written; None
+    where there is none, and for a result without a codec."""
+    codec = codec_name(manifest)
+    names: tuple[str, ...]
+    if codec == COMPACT:
+        limit, names = divergence_limit(int(manifest.params.get("k", 1))), ("max_codec_kl", "max_codec_mean_kl")
+    elif codec in CODED:
+        limit, names = largest_error(codec), ("max_codec_state_error", "max_codec_relative_rms")
+    else:
+        return None
+    for part in manifest.parts:
+        for name in names:
+            found = part.stats.get(name, math.nan)
+            if not found <= limit:
+                return f"{part.name}: {name} is {found:.2g}, and coding can cost {limit:.2g} at most"
+    return None
+
+
+def codec_name(manifest: Manifest) -> str:
+    """The codec of a result's files; `plain` of those that have none."""
+    found = str(manifest.params.get("codec", PLAIN))
+    return PLAIN if found == RAW else found
+
+
+def vocabulary_size_of(manifest: Manifest) -> int | None:
+    """How many token ids the teacher has, where the result says so."""
+    found = manifest.facts.get("vocab_size")
+    return found if isinstance(found, int) else None
+
+
+def require_readable(manifest: Manifest) -> None:
+    """Raise UnknownCodecError for a result whose codec this version of kd_assets does not know."""
+    require_known(manifest.asset, codec_name(manifest), made_by=manifest.provenance.get("kd_assets"))
 
 
 def not_made_of(record: object) -> str | None:

@@ -55,6 +55,9 @@ FINAL_CONVENTIONS: dict[FinalState, str] = {
     "after_norm": "what comes out of the decoder's final norm and goes into the head",
 }
 
+COMMON_COLUMNS = ("document_id", "n_tokens", "input_ids", "loss_mask")
+"""Those that every part file starts with."""
+
 HIDDEN_PREFIX = "hidden_"
 """Every column of token-wise states starts with it."""
 
@@ -91,27 +94,30 @@ def hidden_state_of(field_name: str) -> HiddenState | None:
 
 
 def shard_schema() -> pa.Schema:
-    return _schema("shards_manifest", [_column("source", pa.string()), _column("source_record", pa.int64())])
+    return table_schema("shards_manifest", [column("source", pa.string()), column("source_record", pa.int64())])
 
 
-def topk_schema(k: int, draws: int = 0, *, is_cut: bool = False, positions: bool = False) -> pa.Schema:
+def topk_schema(
+    k: int, draws: int = 0, *, is_cut: bool = False, positions: bool = False, logsumexp: bool = True
+) -> pa.Schema:
     """`draws` of a position, of random-sampling KD: two more columns where there are any. `is_cut`: of a cache that is
-    cut to a student's vocabulary; `positions`: of one that keeps some of the positions: one more column each."""
+    cut to a student's vocabulary; `positions`: of one that keeps some of the positions: one more column each. Without
+    `logsumexp` that is left out."""
     columns = [
-        _column("topk_ids", list_of(vector_of(pa.uint32(), k))),
-        _column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
-        _column("logsumexp", list_of(pa.float32())),
-        _column("target_logprob", list_of(pa.float32())),
+        column("topk_ids", list_of(vector_of(pa.uint32(), k))),
+        column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
+        *([column("logsumexp", list_of(pa.float32()))] if logsumexp else []),
+        column("target_logprob", list_of(pa.float32())),
     ]
     if draws:
         said = {"draws": str(draws), "convention": DRAWS_CONVENTION}
         columns += [
-            _column("sampled_ids", list_of(list_of(pa.uint32())), **said),
-            _column("sampled_counts", list_of(list_of(pa.uint16())), **said),
+            column("sampled_ids", list_of(list_of(pa.uint32())), **said),
+            column("sampled_counts", list_of(list_of(pa.uint16())), **said),
         ]
     if is_cut:
-        columns.append(_column("outside_mass", list_of(pa.float32()), convention=OUTSIDE_CONVENTION))
-    return _schema("topk_cache", [*columns, *([positions_column()] if positions else [])], topk_convention(is_cut))
+        columns.append(column("outside_mass", list_of(pa.float32()), convention=OUTSIDE_CONVENTION))
+    return table_schema("topk_cache", [*columns, *([positions_column()] if positions else [])], topk_convention(is_cut))
 
 
 def topk_convention(is_cut: bool) -> str:
@@ -125,7 +131,7 @@ def hidden_state_schema(
     """`final`: the states at the decoder's end besides; `positions`: of a cache that keeps some of the positions."""
     states = list_of(vector_of(pa.uint16(), hidden_size))
     columns = [
-        _column(
+        column(
             hidden_field(block),
             states,
             dtype="bfloat16",
@@ -135,20 +141,20 @@ def hidden_state_schema(
         for block in sorted(blocks)
     ]
     columns += [
-        _column(hidden_field(name), states, dtype="bfloat16", final=name, convention=convention)
+        column(hidden_field(name), states, dtype="bfloat16", final=name, convention=convention)
         for name, convention in FINAL_CONVENTIONS.items()
         if name in final
     ]
-    return _schema("hidden_state_cache", [*columns, *([positions_column()] if positions else [])])
+    return table_schema("hidden_state_cache", [*columns, *([positions_column()] if positions else [])])
 
 
 def positions_column() -> pa.Field:
-    return _column("positions", list_of(pa.uint32()), convention=POSITIONS_CONVENTION)
+    return column("positions", list_of(pa.uint32()), convention=POSITIONS_CONVENTION)
 
 
 def embedding_schema(hidden_size: int) -> pa.Schema:
     vector = vector_of(pa.float32(), hidden_size)
-    return _schema("embedding_cache", [_column("mean_embedding", vector), _column("last_token_embedding", vector)])
+    return table_schema("embedding_cache", [column("mean_embedding", vector), column("last_token_embedding", vector)])
 
 
 def hidden_size_of(schema: pa.Schema) -> int | None:
@@ -182,12 +188,12 @@ def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
         yield path, leaf
 
 
-def _schema(asset: str, columns: list[pa.Field], convention: str | None = None) -> pa.Schema:
+def table_schema(asset: str, columns: list[pa.Field], convention: str | None = None) -> pa.Schema:
     common = [
-        _column("document_id", pa.string()),
-        _column("n_tokens", pa.int32()),
-        _column("input_ids", list_of(pa.uint32())),
-        _column("loss_mask", list_of(pa.bool_())),
+        column("document_id", pa.string()),
+        column("n_tokens", pa.int32()),
+        column("input_ids", list_of(pa.uint32())),
+        column("loss_mask", list_of(pa.bool_())),
     ]
     metadata = {
         "kd_assets.asset": asset,
@@ -197,5 +203,5 @@ def _schema(asset: str, columns: list[pa.Field], convention: str | None = None) 
     return pa.schema([*common, *columns], metadata=metadata)
 
 
-def _column(name: str, data_type: pa.DataType, **metadata: str) -> pa.Field:
+def column(name: str, data_type: pa.DataType, **metadata: str) -> pa.Field:
     return pa.field(name, data_type, nullable=False, metadata=metadata or None)

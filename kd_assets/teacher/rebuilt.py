@@ -10,10 +10,10 @@ Names: P = positions that are compared, H = hidden size, V = vocabulary, k as in
 What may differ has three terms. The top-k cache rounds to float16 (2^-11 of a log-probability). The teacher rounds each
 logit to its own precision: up to one unit in the last place, where another number of rows is summed in another order;
 and where both caches are not of one pass, the states themselves may be another batch shape's (`recompute.LOGIT_RTOL`).
-And the states are rounded to bfloat16, which is nothing for a teacher in bfloat16: of each number an error that is
-spread evenly over one unit in the last place, so that what it makes of a logit has a standard deviation, which is
-measured: `N_PERTURBATIONS` times such errors are added to the states once more. The sum of evenly spread errors is
-within `DEVIATIONS` of its standard deviations but for one in 10^8 numbers.
+And the states are rounded to bfloat16, which is nothing for a teacher in bfloat16, and by codecs that round: of each
+number an error that is spread evenly over one unit in the last place, so that what it makes of a logit has a standard
+deviation, which is measured: `N_PERTURBATIONS` times such errors are added to the states once more. The sum of evenly
+spread errors is within `DEVIATIONS` of its standard deviations but for one in 10^8 numbers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from torch import Tensor
 
 from kd_assets.contract import FinalState, TokenIds
 from kd_assets.errors import TeacherError
+from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_codec import largest_error
+from kd_assets.store.codecs.states import rounding_steps
 from kd_assets.store.schema import FINAL_CONVENTIONS, hidden_field
 from kd_assets.teacher.batch.outside import masked
 from kd_assets.teacher.model.head import ChunkBuffers, is_plain
@@ -43,6 +46,7 @@ from kd_assets.teacher.recompute import (
     Int64Array,
     Row,
     sampled_positions,
+    storing_tolerance,
 )
 
 MOST_POSITIONS = 64
@@ -131,6 +135,10 @@ class RebuiltComparison:
     """The ids that the top-k cache is cut to; None: all."""
     same_pass: bool = True
     """Whether both caches were made of the same forward passes."""
+    codec: str = PLAIN
+    """Of the top-k cache."""
+    states_codec: str = PLAIN
+    """Of the hidden-state cache."""
     largest: dict[str, float] = field(default_factory=dict)
     ratios: list[Tensor] = field(default_factory=list)
     """Of each position, the largest difference over its tolerance."""
@@ -155,7 +163,7 @@ class RebuiltComparison:
     def add(self, topk: Row, hidden: Row) -> None:
         """Compare one document: its rows as they were read back from both caches."""
         document_id = str(topk["document_id"][0])
-        n_stored = len(topk["topk_logprobs"].reshape(len(topk["logsumexp"]), -1)) if len(topk["logsumexp"]) else 0
+        n_stored = len(topk["logsumexp" if "logsumexp" in topk else "target_logprob"])
         self.document_ids.append(document_id)
         rows_topk = topk.get("positions", np.arange(n_stored)).astype(np.int64)
         n_tokens = len(hidden["input_ids"])
@@ -190,10 +198,9 @@ class RebuiltComparison:
         }
 
     def _add_positions(self, topk: Row, at_P: Int64Array, states_PH: Tensor, state: FinalState) -> None:
-        n_stored = len(topk["logsumexp"])
+        n_stored = len(topk["logsumexp" if "logsumexp" in topk else "target_logprob"])
         ids_Pk = torch.from_numpy(topk["topk_ids"].reshape(n_stored, -1)[at_P].astype(np.int64))
         stored_Pk = torch.from_numpy(topk["topk_logprobs"].reshape(n_stored, -1)[at_P].astype(np.float32))
-        logsumexp_P = torch.from_numpy(topk["logsumexp"][at_P].astype(np.float32))
         found, size_P = self._rebuilt(states_PH, state, ids_Pk)
         deviation_Pk, deviation_P = self._deviations(states_PH, state, ids_Pk, found)
         computing_Pk, computing_P = self._computing(found.logits_Pk, size_P)
@@ -201,24 +208,33 @@ class RebuiltComparison:
         # A logsumexp moves by the average of what its logits do: of those that are not kept, by as much as the largest.
         rest_P = (1 - probability_Pk.sum(dim=1)).clamp(min=0.0)
         summed_P = (probability_Pk * computing_Pk).sum(dim=1) + rest_P * computing_P
-        rounding_Pk = FLOAT16_RTOL * found.logprobs_Pk.abs() + FLOAT16_ATOL
+        rounding_Pk = storing_tolerance(found.logprobs_Pk, self.codec)
         logprob_Pk = (stored_Pk - found.logprobs_Pk).abs()
-        logit_Pk = (stored_Pk + logsumexp_P.unsqueeze(1) - found.logits_Pk).abs()
         together_Pk = deviation_Pk + deviation_P.unsqueeze(1)
-        ratio_Pk = torch.maximum(
-            logprob_Pk / (computing_Pk + summed_P.unsqueeze(1) + rounding_Pk + DEVIATIONS * together_Pk + LOG_ATOL),
+        ratio_Pk = logprob_Pk / (
+            computing_Pk + summed_P.unsqueeze(1) + rounding_Pk + DEVIATIONS * together_Pk + LOG_ATOL
+        )
+        ratio_P = ratio_Pk.nan_to_num(nan=math.inf).amax(dim=1)
+        if "logsumexp" in topk:
+            logsumexp_P = torch.from_numpy(topk["logsumexp"][at_P].astype(np.float32))
+            logit_Pk = (stored_Pk + logsumexp_P.unsqueeze(1) - found.logits_Pk).abs()
+            of_sum_P = torch.zeros_like(logsumexp_P)
+            if self.codec != PLAIN:
+                of_sum_P = FLOAT16_RTOL * logsumexp_P.abs() + FLOAT16_ATOL
             # the stored logsumexp is that of the stored logits, which is not rounded in between
-            logit_Pk / (computing_Pk + rounding_Pk + DEVIATIONS * deviation_Pk + LOG_ATOL),
-        )
-        sum_P = (logsumexp_P - found.logsumexp_P).abs()
-        ratio_P = torch.maximum(
-            ratio_Pk.nan_to_num(nan=math.inf).amax(dim=1),
-            (sum_P / (summed_P + DEVIATIONS * deviation_P + LOG_ATOL)).nan_to_num(nan=math.inf),
-        )
+            of_logit_Pk = computing_Pk + rounding_Pk + of_sum_P.unsqueeze(1) + DEVIATIONS * deviation_Pk + LOG_ATOL
+            sum_P = (logsumexp_P - found.logsumexp_P).abs()
+            ratio_P = torch.stack(
+                [
+                    ratio_P,
+                    (logit_Pk / of_logit_Pk).nan_to_num(nan=math.inf).amax(dim=1),
+                    (sum_P / (summed_P + of_sum_P + DEVIATIONS * deviation_P + LOG_ATOL)).nan_to_num(nan=math.inf),
+                ]
+            ).amax(dim=0)
+            self._keep("max_abs_logsumexp_difference", sum_P)
         self.ratios.append(ratio_P.double())
         self.divergences.append(divergence(stored_Pk, found.logprobs_Pk))
         self._keep("max_abs_logprob_difference", logprob_Pk)
-        self._keep("max_abs_logsumexp_difference", sum_P)
 
     def _rebuilt(self, states_PH: Tensor, state: FinalState, ids_Pk: Tensor) -> tuple[Kept, Tensor]:
         """What is kept of the rebuilt distributions, and the largest logit of each in size [P]; on the host."""
@@ -245,7 +261,8 @@ class RebuiltComparison:
 
     def _deviations(self, states_PH: Tensor, state: FinalState, ids_Pk: Tensor, found: Kept) -> tuple[Tensor, Tensor]:
         """Standard deviations [P, k] of the kept logits and [P] of the logsumexp, by the rounding of the states."""
-        if self.teacher.end.dtypes.get(state) == torch.bfloat16:
+        rounds = largest_error(self.states_codec) > 0
+        if self.teacher.end.dtypes.get(state) == torch.bfloat16 and not rounds:
             return torch.zeros_like(found.logits_Pk), torch.zeros_like(found.logsumexp_P)
         generator = torch.Generator().manual_seed(self.seed)
         wide_PH = states_PH.float()
@@ -253,6 +270,9 @@ class RebuiltComparison:
             wide_PH
         )  # x = m · 2^e with m from 1/2 to 1: of bfloat16's 8 bits the last is 2^(e-8)
         ulp_PH = torch.ldexp(torch.ones_like(wide_PH), exponent_PH - 8)
+        if rounds:
+            bits_PH = states_PH.view(torch.int16).numpy().view(np.uint16)
+            ulp_PH += torch.from_numpy(rounding_steps(bits_PH, self.states_codec))
         squares_Pk, squares_P = torch.zeros_like(found.logits_Pk), torch.zeros_like(found.logsumexp_P)
         for _ in range(N_PERTURBATIONS):
             error_PH = (torch.rand(wide_PH.shape, generator=generator) - 0.5) * ulp_PH

@@ -10,7 +10,8 @@ Its memory is bounded: the states of the wanted blocks and of the decoder's end,
 
 Names: L = tokens of a document, P = positions whose logits are taken, H = hidden size, V = vocabulary, k as in top-k.
 
-Tolerances have two terms. Storing rounds: float16 log-probabilities by 2^-11 of their size, bfloat16 states by 2^-8.
+Tolerances have two terms. Storing rounds: float16 log-probabilities by 2^-11 of their size, bfloat16 states by 2^-8,
+and codecs more.
 Computing in another batch shape rounds differently, by a multiple of the precision of the teacher: relative to the
 largest logit for log-probabilities, to a state's norm for states. A larger difference is recorded as `passed: false`
 and the result is committed nevertheless: the check in the control plane then fails in everyone's sight with its
@@ -34,6 +35,9 @@ from torch import Tensor
 
 from kd_assets.contract import Asset, FinalState, TokenIds
 from kd_assets.store.arrays import flat
+from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_codec import largest_error
+from kd_assets.store.codecs.topk_compact import logprob_tolerance
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.schema import HiddenState, hidden_field
 from kd_assets.teacher.batch.outside import masked
@@ -177,6 +181,8 @@ class Comparison:
     """The ids that a top-k cache is cut to; None: all."""
     routed: bool = False
     """Whether the teacher routes tokens to experts: in 16 bits `REROUTED_SHARE` of them may be beyond tolerance."""
+    codec: str = PLAIN
+    """Of the cache: what its coding may change widens the tolerances."""
     largest: dict[str, float] = field(default_factory=dict)
     """Name of a difference → its largest value."""
     ratios: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -248,17 +254,22 @@ class Comparison:
         at_ids_Pk = logprobs_PV.gather(1, ids_Pk)
         largest_Pk = logprobs_PV.topk(ids_Pk.shape[1], dim=1).values
         for plain_Pk in (at_ids_Pk, largest_Pk):
-            tolerance_Pk = computing_P1 + FLOAT16_RTOL * plain_Pk.abs() + FLOAT16_ATOL
+            tolerance_Pk = computing_P1 + storing_tolerance(plain_Pk, self.codec)
             self._note("max_abs_logprob_difference", (stored_Pk - plain_Pk).abs(), tolerance_Pk)
-        self._note(
-            "max_abs_logsumexp_difference",
-            (_on(row["logsumexp"][at_P], device) - logits_PV.logsumexp(dim=1)).abs(),
-            computing_P1.squeeze(1),
-        )
+        target_P1 = logprobs_PV.gather(1, targets_P.unsqueeze(1))
+        sum_P, computing_P = logits_PV.logsumexp(dim=1), computing_P1.squeeze(1)
+        of_target_P, of_sum_P = 2 * computing_P, computing_P
+        if self.codec != PLAIN:  # rounded to float16; of a target among the k it is the log-probability of its slot
+            coded_P = storing_tolerance(largest_Pk, self.codec, at=target_P1).squeeze(1)
+            in_slot_P = (ids_Pk == targets_P.unsqueeze(1)).any(dim=1)
+            of_target_P = of_target_P + torch.where(in_slot_P, coded_P, FLOAT16_RTOL * target_P1.squeeze(1).abs())
+            of_sum_P = of_sum_P + FLOAT16_RTOL * sum_P.abs() + FLOAT16_ATOL
+        if "logsumexp" in row:
+            self._note("max_abs_logsumexp_difference", (_on(row["logsumexp"][at_P], device) - sum_P).abs(), of_sum_P)
         self._note(
             "max_abs_target_logprob_difference",
-            (_on(row["target_logprob"][at_P], device) - logprobs_PV.gather(1, targets_P.unsqueeze(1)).squeeze(1)).abs(),
-            2 * computing_P1.squeeze(1),
+            (_on(row["target_logprob"][at_P], device) - target_P1.squeeze(1)).abs(),
+            of_target_P,
         )
         n_repeated = int((ids_Pk.sort(dim=1).values.diff(dim=1) == 0).sum())
         self._note("n_repeated_topk_ids", torch.tensor([float(n_repeated)]), torch.tensor([0.5]))
@@ -292,7 +303,7 @@ class Comparison:
         if not len(kept_N):
             return
         self.n_positions += len(kept_N)
-        tolerance = BFLOAT16_RTOL + self._tolerance(STATE_RTOL)
+        tolerance = BFLOAT16_RTOL + self._tolerance(STATE_RTOL) + largest_error(self.codec)
         for block, plain_LH in expected.block_LH.items():
             bits = torch.from_numpy(row[hidden_field(block)].view(np.int16).copy())
             stored_NH = bits.view(torch.bfloat16).view(len(kept_N), -1).to(plain_LH.device).float()
@@ -326,6 +337,20 @@ class Comparison:
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.largest[name] = max(self.largest.get(name, 0.0), float(value.nan_to_num(nan=float("inf"))))
+
+
+def storing_tolerance(logprobs_Pk: Tensor, codec: str, *, at: Tensor | None = None) -> Tensor:
+    """How far a stored log-probability may be from the number that was stored: [P, k], or at others of the same rows.
+
+    `logprobs_Pk` float32: those that the rows keep.
+    """
+    wanted = logprobs_Pk if at is None else at
+    rounding = FLOAT16_RTOL * wanted.abs() + FLOAT16_ATOL
+    if codec == PLAIN:
+        return rounding
+    kept_Pk, numbers = (x.double().cpu().numpy() for x in (logprobs_Pk, wanted))
+    coding = logprob_tolerance(kept_Pk, at=numbers)
+    return rounding + torch.from_numpy(coding).to(device=wanted.device, dtype=wanted.dtype)
 
 
 def _on(array: npt.NDArray[Any], device: torch.device) -> Tensor:

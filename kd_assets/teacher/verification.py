@@ -19,6 +19,7 @@ import torch
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TeacherParams
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.store import Manifest, read_manifest
+from kd_assets.store.recorded_checks import codec_name
 from kd_assets.store.schema import FINAL_CONVENTIONS
 from kd_assets.store.vocabulary import vocabulary_of
 from kd_assets.teacher.model.load import Teacher, load_teacher
@@ -115,6 +116,7 @@ def _recomputed(teacher: Teacher, folder: Path, manifest: Manifest, *, n_documen
         quantisation=teacher.quantisation,
         token_ids=vocabulary_of(manifest, folder),
         routed=teacher.routed,
+        codec=codec_name(manifest),
     )
     firsts = np.cumsum([0, *(part.n_documents for part in manifest.parts)])
     sample = sampled_documents(manifest.n_documents, n_documents, seed=seed, partition_key=manifest.partition_key)

@@ -16,6 +16,7 @@ import pytest
 from kd_assets import cli
 from kd_assets.components import load_recipe
 from kd_assets.diagnose.bill import bill_of, fits, text_lines
+from kd_assets.errors import RecipeError
 from kd_assets.model_files.size import TeacherShape, teacher_shape
 from kd_assets.orchestration.billing.bill import Bill
 from kd_assets.orchestration.billing.space import Amount, bytes_at_most, in_windows
@@ -93,6 +94,39 @@ def test_documents_are_cut_at_what_each_cache_keeps(deploy: Callable[..., Deploy
     assert at_most["hidden_state_cache"] == (16 + 8) * (5 + 2 * 32) + 3 * 100
     assert at_most["topk_cache"] == (40 + 64) * (5 + 4 * 6 + 8) + 3 * 100
     assert bytes_at_most(recipe, amounts, None)["embedding_cache"] is None
+
+
+@pytest.mark.parametrize(("logsumexp", "n_bytes"), [(True, 4 * 4 + 1 + 2 + 2), (False, 4 * 4 + 1 + 2)])
+def test_a_compact_cache_is_billed_by_its_bytes(
+    deploy: Callable[..., Deployment], logsumexp: bool, n_bytes: int
+) -> None:
+    topk = {"k": 4, "max_length": 64, "codec": "compact", "logsumexp": logsumexp}
+    at_most = bytes_at_most(deploy(caches={"topk": topk}).recipe, [Amount(n_documents=1, n_tokens=40)], 32)
+    assert at_most["topk_cache"] == 40 * (5 + n_bytes) + 100
+
+
+@pytest.mark.parametrize(("codec", "bytes_a_state"), [("raw", 64), ("split", 64), ("fp8", 32 + 4), ("int8_32", 32 + 2)])
+def test_coded_states_are_billed_as_what_they_take(
+    deploy: Callable[..., Deployment], codec: str, bytes_a_state: int
+) -> None:
+    deployment = deploy(caches={"hidden_states": {"blocks": [0, 1], "max_length": 8, "codec": codec}})
+    at_most = bytes_at_most(deployment.recipe, [Amount(n_documents=1, n_tokens=8)], 32)
+    assert at_most["hidden_state_cache"] == 8 * (5 + 2 * bytes_a_state) + 100
+
+
+def test_a_codec_that_the_teachers_states_do_not_suit_is_refused_with_the_plan(
+    deploy: Callable[..., Deployment],
+) -> None:
+    caches = {"hidden_states": {"blocks": [0], "max_length": 8, "codec": "int8_128"}}
+    deployment = deploy(caches=caches)
+    with pytest.raises(RecipeError, match="int8_128, whose groups of 128 do not divide the teacher's hidden size 32"):
+        bill(deployment)
+    run = deployment.run("shard_plan")
+    assert not run.success
+    assert "do not divide the teacher's hidden size 32" in failure_text(run)
+    elsewhere = deploy(caches=caches, teacher={**ABSENT, "size": {**SIZE, "hidden_size": 8000}})
+    with pytest.raises(RecipeError, match="hidden size 8000"):
+        bill(elsewhere)
 
 
 def test_each_final_state_is_billed_as_a_block_and_runs_all_of_them(deploy: Callable[..., Deployment]) -> None:

@@ -16,6 +16,7 @@ from kd_assets.contract import (
     FinalState,
     HiddenStateParams,
     PositionChoice,
+    StateCodec,
     StudentParams,
     TeacherParams,
     TokenIds,
@@ -100,6 +101,25 @@ def test_positions_are_a_word_or_a_share_of_either_cache(said: Any, choice: Posi
 def test_positions_that_are_neither_are_refused_by_the_fields_name(said: Any) -> None:
     with pytest.raises(ValidationError, match="positions"):
         TopkModel(k=2, max_length=8, positions=said)
+
+
+def test_only_a_compact_cache_leaves_logsumexp_out() -> None:
+    assert TopkModel(k=2, max_length=8, codec="compact", logsumexp=False).to_params().logsumexp is False
+    with pytest.raises(ValidationError, match="set codec: compact"):
+        TopkModel(k=2, max_length=8, logsumexp=False)
+    with pytest.raises(ValidationError, match="codec"):
+        TopkModel(k=2, max_length=8, codec="zip")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("codec", ["raw", "split", "fp8", "int8_32", "int8_128"])
+def test_a_codec_of_hidden_states_is_a_word(codec: StateCodec) -> None:
+    assert HiddenStatesModel(blocks=[1], max_length=8, codec=codec).to_params().codec == codec
+
+
+@pytest.mark.parametrize("said", ["zip", "int8", "int8_33", "FP8", "", 8, {"int8": 32}, None])
+def test_another_codec_is_refused_by_the_fields_name(said: Any) -> None:
+    with pytest.raises(ValidationError, match="codec"):
+        HiddenStatesModel(blocks=[1], max_length=8, codec=said)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, Positi
 from kd_assets.errors import RecipeError
 from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising, content_of
 from kd_assets.sources.spec import Sharding, SourceSpec
+from kd_assets.store.codecs.state_codec import CODED
 
 
 def a_recipe(*, draws: int = 0, seed: int = 0) -> Recipe:
@@ -51,6 +52,16 @@ def test_final_states_are_of_the_identity_of_a_cache_that_keeps_them_alone() -> 
     assert content_of(dataclasses.replace(plain, final=("after_norm",)), seed=0)["final"] == ("after_norm",)
 
 
+def test_a_codec_changes_the_cache_that_has_it_and_no_other_and_plain_is_no_codec() -> None:
+    plain = TopkParams(k=4, max_length=100)
+    assert content_of(plain, seed=0) == content_of(dataclasses.replace(plain, codec="plain", logsumexp=True), seed=0)
+    assert content_of(plain, seed=0) == {"k": 4, "max_length": 100}
+    compact = dataclasses.replace(plain, codec="compact")
+    assert content_of(compact, seed=0) == {"k": 4, "max_length": 100, "codec": "compact"}
+    without = dataclasses.replace(compact, logsumexp=False)
+    assert content_of(without, seed=0) == {"k": 4, "max_length": 100, "codec": "compact", "logsumexp": False}
+
+
 def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
     every = a_recipe()
     learned = TopkParams(k=4, max_length=100, positions=PositionChoice(kept="learned"))
@@ -87,6 +98,24 @@ def test_a_vocabulary_changes_the_cache_that_is_cut_to_it_and_is_the_ids_that_we
         assert content_of(dataclasses.replace(said, token_ids=found), seed=0) == of_plain | {"vocabulary": 9}
         of_holes = content_of(dataclasses.replace(said, token_ids=holes), seed=0)
         assert of_holes == of_plain | {"vocabulary": {"n_ids": 3, "sha256": holes.sha256}}
+
+
+def test_a_codec_changes_the_hidden_state_cache_that_has_it_and_no_other() -> None:
+    raw = a_recipe()
+    coded = [
+        dataclasses.replace(raw, hidden_states=HiddenStateParams(blocks=(1,), max_length=50, codec=c)) for c in CODED
+    ]
+    versions = {recipe.code_version("hidden_state_cache") for recipe in (raw, *coded)}
+    assert len(versions) == 1 + len(CODED)
+    for recipe in coded:
+        assert recipe.code_version("topk_cache") == raw.code_version("topk_cache")
+        assert recipe.coded == ("hidden_state_cache",)
+    assert raw.coded == ()
+    assert content_of(HiddenStateParams(blocks=(1,), max_length=50, codec="raw"), seed=0) == {
+        "blocks": (1,),
+        "max_length": 50,
+    }
+    assert content_of(HiddenStateParams(blocks=(1,), max_length=50, codec="int8_32"), seed=0)["codec"] == "int8_32"
 
 
 def test_seed_is_of_a_caches_identity_where_something_is_drawn_with_it() -> None:

@@ -20,6 +20,7 @@ from kd_assets.store import (
     Documents,
     Manifest,
     ResultWriter,
+    coded,
     encode_embeddings,
     encode_hidden_states,
     encode_shard,
@@ -49,6 +50,8 @@ PARAMS: dict[Asset, dict[str, Any]] = {
 }
 WITH_DRAWS: dict[str, Any] = {"k": K, "max_length": MAX_LENGTH, "draws": DRAWS, "seed": 0}
 """Parameters of a top-k cache that has random draws besides."""
+COMPACT: dict[str, Any] = {"k": K, "max_length": MAX_LENGTH, "codec": "compact"}
+"""Parameters of a top-k cache that is coded."""
 RECOMPUTED: dict[str, Any] = {
     "n_documents": 2,
     "max_abs_logprob_difference": 1e-4,
@@ -174,7 +177,11 @@ def commit(
         for plan in plans:
             part = kept.slice(plan.first_document, plan.n_documents)
             rows = table(asset, part, draws=draws, states=states)
-            result.write_part(plan.index, rows, n_tokens=part.n_tokens, stats=part_stats(asset, rows))
+            if not (params or {}).get("logsumexp", True):
+                rows = rows.drop_columns(["logsumexp"])
+            made = coded(rows, (params or {}).get("codec", "plain"))
+            stats = part_stats(asset, made.decoded) | made.error
+            result.write_part(plan.index, made.stored, n_tokens=part.n_tokens, stats=stats)
         for name, data in (beside or {}).items():
             result.write_beside(name, data)
         recorded = {"recomputed": RECOMPUTED} if checks is None else checks

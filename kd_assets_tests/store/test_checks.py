@@ -404,10 +404,10 @@ def test_all_checks_of_all_caches_read_each_file_once_and_find_what_each_finds(
 
         return noted
 
-    def noting(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
-        def noted(path: Path) -> Any:
+    def noting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(path: Path, **options: Any) -> Any:
             opened.append(path)
-            return read(path)
+            return read(path, **options)
 
         return noted
 

@@ -27,6 +27,7 @@ import torch
 from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice, TokenIds
 from kd_assets.durable import append_line, atomic_file, atomic_write
 from kd_assets.errors import (
+    CodecRangeError,
     CorruptManifestError,
     CorruptPartError,
     CorruptPlanError,
@@ -46,6 +47,7 @@ from kd_assets.store import (
     Samples,
     WrittenFile,
     canonical_json,
+    coded,
     commit_file_result,
     committed,
     computing_versions,
@@ -75,6 +77,7 @@ from kd_assets.store.writing.documents import offsets_of
 from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit_partition, hash_of, write_plan
+from kd_assets_tests.store.test_codecs import decoder_to_copy
 from kd_assets_tests.store.test_verify import adopt_files
 
 FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"
@@ -1276,6 +1279,156 @@ def test_versions_of_what_computes_are_in_an_identity_once_they_are_raised(monke
 # ------------------------------------------------------------------------------------------------------------ golden
 
 
+# ----------------------------------------------------------------------------------------------- coded hidden states
+
+
+def coded_result(store: Path, codec: str, *, lengths: tuple[int, ...] = (5, 1, 3), size: int = 128) -> tuple[Path, Any]:
+    """The folder of a result of one part, and the exact states of block 1."""
+    docs = examples.documents(lengths)
+    numbers = np.random.default_rng(0).normal(0, 1, (docs.n_tokens, size)).astype(np.float32)
+    bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    named = {} if codec == "plain" else {"codec": codec}
+    params = {"blocks": [1], "final": ["after_norm"], "max_length": 9_999, **named}
+    out = examples.output(store, "hidden_state_cache", params=params)
+    with examples.writer(store, out) as writer:
+        table = coded(encode_hidden_states(docs, {1: bits, "after_norm": bits}), codec)
+        stats = part_stats("hidden_state_cache", table.decoded) | table.error
+        writer.write_part(0, table.stored, n_tokens=docs.n_tokens, stats=stats)
+        writer.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    return Path(out.path), bits
+
+
+def stored_column(folder: Path, name: str) -> Any:
+    """The numbers of a column of the file, nesting dropped."""
+    with pa.memory_map(str(folder / "part-00000.arrow")) as mapped:
+        return flat(pa.ipc.open_file(mapped).read_all()[name]).copy()
+
+
+@pytest.mark.parametrize(
+    ("codec", "columns"),
+    [
+        ("split", ("high_bytes", "low_bytes")),
+        ("fp8", ("fp8", "fp8_scale")),
+        ("int8_32", ("int8", "int8_scales")),
+        ("int8_128", ("int8", "int8_scales")),
+    ],
+)
+def test_coded_states_have_two_columns_in_the_place_of_each(store: Path, codec: str, columns: tuple[str, str]) -> None:
+    """[F200] [F204]"""
+    folder, bits = coded_result(store, codec)
+    (rows,) = part_tables(folder)
+    states = ("hidden_block_1", "hidden_final_after_norm")
+    assert rows.schema.names[4:] == [f"{state}_{column}" for state in states for column in columns]
+    assert rows.schema.metadata[b"kd_assets.codec"].decode() == codec
+    assert b"kd_assets.codec_since" in rows.schema.metadata
+    of_block = rows.schema.field(f"hidden_block_1_{columns[0]}").metadata
+    assert (of_block[b"block"], of_block[b"dtype"], of_block[b"codec"].decode()) == (b"1", b"bfloat16", codec)
+    plain, _ = coded_result(store, "plain")
+    reader, raw = CacheReader.from_folders([folder]), CacheReader.from_folders([plain])
+    assert reader.schema.equals(raw.schema, check_metadata=True)
+    assert "codec" not in raw.manifests[0].params
+    assert np.array_equal(raw[0]["hidden_block_1"], bits[:5])
+    assert verify(folder).problems == ()
+
+
+def test_split_states_are_low_bytes_and_a_frame_of_high_bytes_a_document(store: Path) -> None:
+    """[F201]"""
+    folder, bits = coded_result(store, "split")
+    (rows,) = part_tables(folder)
+    assert (
+        str(rows.schema.field("hidden_block_1_low_bytes").type.value_type)
+        == "fixed_size_list<element: uint8 not null>[128]"
+    )
+    assert np.array_equal(stored_column(folder, "hidden_block_1_low_bytes"), (bits & 0xFF).ravel())
+    frames = rows["hidden_block_1_high_bytes"].to_pylist()
+    high = [pa.decompress(f, n * 128, codec="zstd", asbytes=True) for f, n in zip(frames, (5, 1, 3), strict=True)]
+    assert b"".join(high) == (bits >> 8).astype(np.uint8).tobytes()
+
+
+def test_fp8_states_are_e4m3_numbers_and_a_scale_a_state(store: Path) -> None:
+    """[F202] [F204]"""
+    folder, bits = coded_result(store, "fp8")
+    exact = (bits.astype(np.uint32) << 16).view(np.float32)
+    scales = stored_column(folder, "hidden_block_1_fp8_scale")
+    assert np.array_equal(scales, np.abs(exact).max(axis=1) / np.float32(448))
+    numbers = torch.from_numpy(stored_column(folder, "hidden_block_1_fp8")).view(torch.float8_e4m3fn).view(-1, 128)
+    assert torch.equal(numbers.float(), torch.from_numpy(exact / scales[:, None]).to(torch.float8_e4m3fn).float())
+    decoded = (numbers.float() * torch.from_numpy(scales)[:, None]).bfloat16().view(torch.int16).numpy()
+    reader = CacheReader.from_folders([folder])
+    assert np.array_equal(np.concatenate([reader[i]["hidden_block_1"] for i in range(3)]), decoded.view(np.uint16))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_int8_states_are_whole_numbers_and_a_scale_a_group(store: Path, group: int) -> None:
+    """[F203] [F204]"""
+    folder, bits = coded_result(store, f"int8_{group}")
+    exact = (bits.astype(np.uint32) << 16).view(np.float32).reshape(-1, group)
+    scale_bits = stored_column(folder, "hidden_block_1_int8_scales")
+    scales = (scale_bits.astype(np.uint32) << 16).view(np.float32)
+    least = np.abs(exact).max(axis=1) / np.float32(127)
+    below = ((scale_bits - 1).astype(np.uint32) << 16).view(np.float32)
+    assert (scales >= least).all()
+    assert (below < least).all()
+    numbers = stored_column(folder, "hidden_block_1_int8").reshape(-1, group)
+    assert np.array_equal(numbers, np.rint(exact / scales[:, None]).astype(np.int8))
+    decoded = torch.from_numpy(numbers.astype(np.float32) * scales[:, None]).bfloat16().view(torch.int16).numpy()
+    reader = CacheReader.from_folders([folder])
+    found = np.concatenate([reader[i]["hidden_block_1"] for i in range(3)])
+    assert np.array_equal(found.ravel(), decoded.view(np.uint16).ravel())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**41, -(2.0**41), 2.0**-41])
+def test_codecs_that_round_refuse_what_no_state_is_and_split_holds_it(bad: float) -> None:
+    """[F205]"""
+    docs = examples.documents((2,))
+    numbers = np.zeros((2, 128), dtype=np.float32)
+    numbers[1, 7] = bad
+    plain = encode_hidden_states(docs, {1: (numbers.view(np.uint32) >> 16).astype(np.uint16)})
+    for codec in ("fp8", "int8_32", "int8_128"):
+        with pytest.raises(CodecRangeError, match="'document-0', vector 1"):
+            coded(plain, codec)
+    assert coded(plain, "split").decoded.equals(plain)
+
+
+@pytest.mark.parametrize(
+    ("codec", "most"),
+    [
+        ("split", 0.0),
+        ("fp8", 2.0**-4 + 2.0**-8 + 2.0**-10),
+        ("int8_32", math.sqrt(32) * (1 + 2.0**-7) / 254 + 2.0**-8),
+        ("int8_128", math.sqrt(128) * (1 + 2.0**-7) / 254 + 2.0**-8),
+    ],
+)
+def test_the_error_of_coding_is_in_the_manifest_and_has_a_limit(store: Path, codec: str, most: float) -> None:
+    """[F206]"""
+    folder, bits = coded_result(store, codec)
+    exact = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    reader = CacheReader.from_folders([folder])
+    read = np.concatenate([reader[i]["hidden_block_1"] for i in range(3)])
+    error = (read.astype(np.uint32) << 16).view(np.float32) - exact
+    stats = reader.manifests[0].stats
+    of_states = np.sqrt((error**2).sum(axis=1) / (exact**2).sum(axis=1))
+    assert stats["max_codec_state_error"] == pytest.approx(of_states.max(), rel=1e-5)
+    assert stats["max_codec_relative_rms"] == pytest.approx(math.sqrt((error**2).sum() / (exact**2).sum()), rel=1e-5)
+    assert stats["max_codec_abs_error"] == np.abs(error).max()
+    assert stats["max_codec_state_error"] <= most
+    for value, fails in ((most, False), (most * 1.001 + 1e-9, True)):
+        part = dataclasses.replace(
+            reader.manifests[0].parts[0],
+            stats=reader.manifests[0].parts[0].stats | {"max_codec_state_error": value},
+        )
+        changed = dataclasses.replace(reader.manifests[0], parts=(part,))
+        assert (failed_check(changed) is not None) == fails
+
+
+@pytest.mark.parametrize("codec", ["split", "fp8", "int8_32"])
+def test_coded_rows_come_in_groups_of_512_tokens_or_one_longer_document(store: Path, codec: str) -> None:
+    """[F207]"""
+    folder, _ = coded_result(store, codec, lengths=(500, 12, 1, 600, 3), size=32)
+    with PartFile(folder / "part-00000.arrow") as part:
+        assert part.first_rows.tolist() == [0, 2, 3, 4, 5]
+
+
 def test_golden_manifest_and_names_of_a_tiny_result(store: Path) -> None:
     """To the byte. Part bytes depend on the version of pyarrow, so this result is one of plain files."""
     out = plan_output(
@@ -1380,6 +1533,134 @@ def test_index_of_another_commit_is_named_and_nothing_of_it_is_read(
     assert CacheReader.from_folders([folder]).n_tokens_D.tolist() == [5, 1, 3, 6]
     assert "is of another commit" in caplog.text
     assert [problem.kind for problem in verify(folder).problems] == ["corrupt_index"]
+
+
+# --------------------------------------------------------------------------------------- codec compact of top-k caches
+
+
+def test_coded_part_names_its_codec_and_has_planes_of_bytes_in_the_place_of_its_columns(store: Path) -> None:
+    """[F100] [F101]"""
+    plain, _ = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    folder, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT | {"draws": 20, "seed": 0})
+    assert manifest.params["codec"] == "compact"
+    schema, of_plain = (next(part_tables(found)).schema for found in (folder, plain))
+    assert (schema.metadata[b"kd_assets.codec"], schema.metadata[b"kd_assets.codec_since"]) == (b"compact", b"0.1.0")
+    assert not {b"kd_assets.codec", b"kd_assets.codec_since"} & of_plain.metadata.keys()
+    coded_names = [
+        *(f"topk_ids_byte_{n}" for n in range(3)),
+        *("topk_codes_0", "topk_codes_1", "topk_codes_2_3"),
+        *("topk_tail", "target_logprob_outside", "logsumexp_float16"),
+    ]
+    assert schema.names == [*schema.names[:4], *coded_names, "sampled_ids", "sampled_counts"]
+    for name in coded_names:
+        assert schema.field(name).type == pa.binary()
+        assert schema.field(name).metadata == {b"k": b"4"}
+    for name in (*schema.names[:4], "sampled_ids", "sampled_counts"):
+        assert schema.field(name).equals(of_plain.field(name), check_metadata=True)
+
+
+def test_bytes_of_a_coded_part_are_the_ids_the_codes_and_the_mass_of_what_is_not_kept(store: Path) -> None:
+    """[F102] [F103] [F104] [F105] [F106] By the decoder in FORMAT.md, which has nothing of this package."""
+    decode = decoder_to_copy()
+    plain = CacheReader.from_folders([examples.commit(store, "topk_cache")[0]])
+    folder, _ = examples.commit(store, "topk_cache", params=examples.COMPACT)
+    reader = CacheReader.from_folders([folder])
+    assert reader.fields == plain.fields
+    n_inside = n_outside = 0
+    for i, row in enumerate(row for part in part_tables(folder) for row in part.to_pylist()):
+        ids, logprobs, target, sums = decode(row, examples.K)
+        found, exact = reader[i], plain[i]
+        np.testing.assert_array_equal(ids, exact["topk_ids"])
+        for name, values in (("topk_ids", ids), ("topk_logprobs", logprobs), ("target_logprob", target)):
+            np.testing.assert_array_equal(found[name], values)
+        np.testing.assert_array_equal(found["logsumexp"], exact["logsumexp"].astype(np.float16))
+        np.testing.assert_array_equal(found["logsumexp"], sums)
+        inside = ids == exact["input_ids"][1:, None]
+        np.testing.assert_array_equal(target[inside.any(axis=1)], logprobs[inside])
+        outside = exact["target_logprob"][~inside.any(axis=1)].astype(np.float16)
+        np.testing.assert_array_equal(target[~inside.any(axis=1)], outside)
+        n_inside, n_outside = n_inside + int(inside.sum()), n_outside + len(outside)
+    assert n_inside
+    assert n_outside
+    without, _ = examples.commit(store, "topk_cache", params=examples.COMPACT | {"logsumexp": False})
+    assert "logsumexp_float16" not in next(part_tables(without)).schema.names
+    assert "logsumexp" not in CacheReader.from_folders([without]).fields
+
+
+def test_code_is_the_rounded_fourth_root_and_what_cannot_be_held_is_refused_before_anything_is_written(
+    store: Path,
+) -> None:
+    """[F107]"""
+    rows = examples.table("topk_cache", examples.documents())
+    stored = coded(rows, "compact").stored
+    first = b"".join(stored["topk_codes_0"].to_pylist())
+    p = np.exp(flat(rows["topk_logprobs"]).reshape(-1, examples.K)[:, 0].astype(np.float64))
+    assert list(first) == np.rint(255 * p**0.25).astype(int).tolist()
+    infinite = pa.array(np.full(len(flat(rows["logsumexp"])), np.inf, np.float32))
+    lists = pa.ListArray.from_arrays(rows["logsumexp"].chunk(0).offsets, infinite)
+    field = rows.schema.field("logsumexp")
+    broken = rows.set_column(rows.schema.get_field_index("logsumexp"), field, lists.cast(field.type))
+    with pytest.raises(CodecRangeError, match="row 0 of document 'document-0' has inf as a logsumexp"):
+        coded(broken, "compact")
+
+
+def test_coding_is_measured_and_one_that_cost_too_much_has_failed(store: Path) -> None:
+    """[F108] Its numbers are compared with their definition in the tests of the codec."""
+    _, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT)
+    for part in manifest.parts:
+        assert 0 < part.stats["max_codec_mean_kl"] <= part.stats["max_codec_kl"] <= 4e-5 * (1 + examples.K**0.5)
+    out = examples.output(store, "topk_cache", params=examples.COMPACT, partition_key="tiny-00001")
+    docs = examples.documents()
+    made = coded(examples.table("topk_cache", docs), "compact")
+    stats = part_stats("topk_cache", made.decoded) | made.error | {"max_codec_kl": 1.3e-4}
+    with examples.writer(store, out, partition_key="tiny-00001") as result:
+        result.write_part(0, made.stored, n_tokens=docs.n_tokens, stats=stats)
+        result.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    assert not (Path(out.path).parent / "head.json").exists()
+    with pytest.raises(FailedCheckError, match=r"check codec failed: .* and coding can cost"):
+        CacheReader.from_folders([Path(out.path)])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("topk_tail", b""),
+        ("topk_codes_0", b"\0\0\0\0"),
+        ("topk_ids_byte_2", b"\x01" * 16),
+        ("logsumexp_float16", b"\0\x7c" * 4),
+    ],
+)
+def test_bytes_that_no_encoder_writes_are_refused(store: Path, column: str, value: bytes) -> None:
+    """[F109] Each other case is among the tests of the codec."""
+    docs = examples.documents((5,))
+    stored = coded(examples.table("topk_cache", docs), "compact").stored
+    field = stored.schema.field(column)
+    changed = stored.set_column(stored.schema.get_field_index(column), field, pa.array([value], pa.binary()))
+    out = examples.output(store, "topk_cache", params=examples.COMPACT)
+    with examples.writer(store, out) as result:
+        stats = {"n_non_finite": 0, "max_probability_sum": 1, "max_codec_kl": 0, "max_codec_mean_kl": 0}
+        result.write_part(0, changed, n_tokens=docs.n_tokens, stats=stats)
+        facts = {"vocab_size": examples.VOCABULARY}
+        result.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={}, facts=facts)
+    with pytest.raises(CorruptPartError, match="part-00000"):
+        CacheReader.from_folders([Path(out.path)])[0]
+    assert [problem.kind for problem in verify(store).problems] == ["unreadable_part"] or column == "topk_ids_byte_2"
+
+
+@pytest.mark.parametrize("library", ["pandas", "duckdb", "polars", "datasets"])
+def test_coded_parts_open_in_everyday_readers_as_bytes(store: Path, library: str, tmp_path: Path) -> None:
+    """[F46] Where they are installed."""
+    module: Any = pytest.importorskip(library)
+    path = str(examples.commit(store, "topk_cache", params=examples.COMPACT)[0] / "part-00000.parquet")
+    if library == "duckdb":
+        (tail,) = module.sql(f"select topk_tail from '{path}' limit 1").fetchall()[0]
+    elif library == "datasets":
+        tail = module.Dataset.from_parquet(path, cache_dir=str(tmp_path))[0]["topk_tail"]
+    else:
+        frame = module.read_parquet(path)
+        tail = frame["topk_tail"][0]
+    assert tail == pq.read_table(path)["topk_tail"][0].as_py()
+    assert len(tail) == 4
 
 
 # ---------------------------------------------------------------------------------------------------- what they share

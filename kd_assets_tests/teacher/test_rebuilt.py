@@ -14,6 +14,7 @@ import torch
 from kd_assets.contract import Asset, FinalState, HiddenStateParams, TopkParams, WorkUnit
 from kd_assets.errors import TeacherError
 from kd_assets.store import failed_check, read_manifest
+from kd_assets.store.codecs.topk_compact import decode_logprobs, encode
 from kd_assets.store.schema import hidden_field
 from kd_assets.teacher.model.load import Teacher, as_teacher
 from kd_assets.teacher.rebuilt import RebuiltComparison, rebuilt_logprobs, states_of
@@ -101,6 +102,41 @@ def test_right_states_pass(architecture: str, dtype: torch.dtype, state: FinalSt
     assert result["n_positions"] == sum(LENGTHS) - len(LENGTHS)
     assert result["states"] == [state]
     assert result["mean_kl"] < 1e-4
+
+
+def compact(topk: Row, *, k: int = 16, logsumexp: bool = True) -> Row:
+    """The rows as a compact cache gives them back."""
+    made = encode(topk["topk_ids"].reshape(-1, k), topk["topk_logprobs"].reshape(-1, k))
+    rows = topk | {
+        "topk_logprobs": decode_logprobs(made.codes, made.tails_M)[0].ravel(),
+        "logsumexp": topk["logsumexp"].astype(np.float16).astype(np.float32),
+        "target_logprob": np.zeros(len(topk["logsumexp"]), np.float32),
+    }
+    return rows if logsumexp else {name: values for name, values in rows.items() if name != "logsumexp"}
+
+
+@pytest.mark.parametrize("logsumexp", [True, False])
+@pytest.mark.parametrize("wrong", [None, "previous block", "no norm", "norm twice", "shifted", "another document"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_states_are_compared_with_compact_rows_within_what_coding_can_change(
+    dtype: torch.dtype, wrong: str | None, logsumexp: bool
+) -> None:
+    teacher = uneven_teacher("llama", dtype)
+    one, other = document(teacher, 0), document(teacher, 2)
+    right_LH = one.states["after_norm"]
+    states_LH = {
+        None: lambda: right_LH,
+        "previous block": lambda: normed(teacher, one.states["previous"]),
+        "no norm": lambda: one.states["before_norm"],
+        "norm twice": lambda: normed(teacher, right_LH),
+        "shifted": lambda: right_LH.roll(1, dims=0),
+        "another document": lambda: other.states["after_norm"][: len(right_LH)],
+    }[wrong]()
+    comparison = RebuiltComparison(teacher=teacher, seed=0, codec="compact")
+    comparison.add(compact(one.topk, logsumexp=logsumexp), one.hidden("after_norm", states_LH))
+    result = comparison.result()
+    assert result["passed"] is (wrong is None), result
+    assert ("max_abs_logsumexp_difference" in result) is logsumexp
 
 
 @pytest.mark.parametrize(

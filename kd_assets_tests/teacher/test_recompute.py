@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kd_assets.store.codecs.topk_compact import decode_logprobs, encode
 from kd_assets.teacher.model.load import as_teacher
 from kd_assets.teacher.recompute import Comparison, Reference, Row, reference, sampled_positions
 from kd_assets_tests.teacher.tiny import HIDDEN_SIZE, N_BLOCKS, VOCABULARY, tiny_model
@@ -137,6 +139,42 @@ def test_logits_that_are_all_zero_are_compared_with_the_rounding_of_their_logari
     comparison = Comparison(asset="topk_cache", dtype=torch.float32, seed=0)
     comparison.add(row, expected)
     assert comparison.result(["doc"])["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("move", "passes"),
+    [(lambda row: row, True), (lambda row: np.roll(row, 1, axis=0), False), (lambda row: row + 0.5, False)],
+)
+def test_what_a_codec_may_change_is_forgiven_and_no_more(
+    move: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], passes: bool
+) -> None:
+    torch.manual_seed(3)
+    logits_LV = torch.randn(len(IDS_L), VOCABULARY) * 3
+    row, expected = (
+        stored_topk(logits_LV, IDS_L),
+        Reference(
+            positions_P=np.arange(len(IDS_L) - 1),
+            logits_PV=logits_LV[:-1],
+            block_LH={},
+            final_LH=torch.empty(0),
+        ),
+    )
+    coded_rows = encode(row["topk_ids"].reshape(-1, 4), row["topk_logprobs"].reshape(-1, 4))
+    logprobs_Mk, _ = decode_logprobs(coded_rows.codes, coded_rows.tails_M)
+    is_target_Mk = row["topk_ids"].reshape(-1, 4) == IDS_L[1:, None]
+    of_target = np.where(is_target_Mk.any(axis=1), (logprobs_Mk * is_target_Mk).sum(axis=1), row["target_logprob"])
+    made = row | {
+        "topk_logprobs": move(logprobs_Mk).astype(np.float16).reshape(-1),
+        "target_logprob": of_target.astype(np.float32),
+        "logsumexp": row["logsumexp"].astype(np.float16).astype(np.float32),
+    }
+    plain = Comparison(asset="topk_cache", dtype=torch.float32, seed=0)
+    compact = Comparison(asset="topk_cache", dtype=torch.float32, seed=0, codec="compact")
+    plain.add(made, expected)
+    compact.add(made, expected)
+    assert plain.worst > 1, "without the codec's tolerance none of them passes"
+    assert (compact.worst <= 1) is passes, compact.largest
+    assert compact.largest["max_abs_logsumexp_difference"] > 0
 
 
 def test_comparison_takes_the_sampled_positions_that_the_cache_holds() -> None:

@@ -30,8 +30,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_assets.durable import atomic_file, atomic_write, prepare_folder
+from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import NotCommittedError, RecipeError
+from kd_assets.export.aside import export_file
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, Packing, SectionFiles, Source
 from kd_assets.export.formats.topk_targets import IGNORED, labels_of, require_topk_alone
@@ -134,7 +135,7 @@ class _Writer:
         if self._pack_to is None:
             name = f"data_{index}.parquet"
             with (
-                atomic_file(self._folder / name) as file,
+                export_file(self._folder / name) as file,
                 Rows(pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_statistics=False), _SCHEMA) as rows,
             ):
                 for row in encoded():

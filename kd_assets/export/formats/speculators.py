@@ -24,8 +24,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kd_assets.contract import Asset
-from kd_assets.durable import HashingFile, atomic_file, atomic_write, prepare_folder
+from kd_assets.durable import atomic_file, atomic_write, prepare_folder
 from kd_assets.errors import RecipeError
+from kd_assets.export.aside import FileAside, FilesAside
 from kd_assets.export.documents import Int64Array, JoinedDocument, StatesOfDocument
 from kd_assets.export.draft_vocabulary import count_source, draft_vocabulary, require_can_count
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
@@ -94,13 +95,13 @@ class _Writer:
         self._folder, self._blocks, self._counts_V, self._draft_size = folder, blocks, counts_V, draft_size
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        hashes: dict[str, str] = {}
         n_documents = n_tokens = 0
         prepare_folder(self._folder / STATES_FOLDER)
-        with section_rows(self._folder, index, _SCHEMA) as (rows, file):
+        with section_rows(self._folder, index, _SCHEMA) as (rows, file), FilesAside() as files:
             for document in documents:
-                name = f"{STATES_FOLDER}/hs_{document.number}.safetensors"
-                hashes[name] = self._write_states(self._folder / name, document)
+                path = self._folder / STATES_FOLDER / f"hs_{document.number}.safetensors"
+                with files.file(path) as states_file:
+                    self._write_states(states_file, document)
                 length = len(document.input_ids_L)
                 rows.add(
                     {
@@ -110,6 +111,7 @@ class _Writer:
                     }
                 )
                 n_documents, n_tokens = n_documents + 1, n_tokens + length
+        hashes = {path.relative_to(self._folder).as_posix(): sha256 for path, sha256 in files.sha256.items()}
         hashes[section_name(index)] = file.sha256
         return SectionFiles(
             index=index,
@@ -135,7 +137,7 @@ class _Writer:
                     np.save(file, values)
         return names
 
-    def _write_states(self, path: Path, document: JoinedDocument) -> str:
+    def _write_states(self, file: FileAside, document: JoinedDocument) -> None:
         assert document.states is not None, "needs() asked for them"
         states: list[HiddenState] = [*self._blocks, "before_norm"]
         token_ids_L = document.input_ids_L.astype(np.int64)
@@ -148,14 +150,12 @@ class _Writer:
                 ("hidden_states", DTYPES["bfloat16"], shape, 2 * int(np.prod(shape))),
             ]
         )
-        with atomic_file(path) as file:
-            file.write(header)
-            file.write(tensor_bytes(token_ids_L))
-            _write_beside_each_other(file, document.states, states)
-        return file.sha256
+        file.write(header)
+        file.write(tensor_bytes(token_ids_L))
+        _write_beside_each_other(file, document.states, states)
 
 
-def _write_beside_each_other(file: HashingFile, of: StatesOfDocument, states: Sequence[HiddenState]) -> None:
+def _write_beside_each_other(file: FileAside, of: StatesOfDocument, states: Sequence[HiddenState]) -> None:
     """[L, m + 1, H], a few tokens at a time."""
     parts: list[npt.NDArray[Any]] = [of.bits_NH[state] for state in states]
     length, hidden_size = parts[0].shape

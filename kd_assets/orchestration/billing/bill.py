@@ -22,6 +22,7 @@ from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
+from kd_assets.store.codecs.state_codec import require_groups
 
 UTILISATION = 0.4
 STATED_GPU = "H100"
@@ -117,8 +118,10 @@ class Bill:
 def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardPlan) -> Bill:
     """The bill of `plan`, which need not be the current one.
 
-    Raises StorageUnreachableError where the results that are there cannot be looked at.
+    Raises StorageUnreachableError where the results that are there cannot be looked at, RecipeError as
+    `require_states_fit_their_codec` does.
     """
+    require_states_fit_their_codec(recipe, planner)
     sources = source_lines(plan)
     amounts = [in_windows(recipe, Amount(n_documents=s.n_documents, n_tokens=s.n_tokens)) for s in sources]
     shape = _shape(recipe, planner)
@@ -146,6 +149,13 @@ def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardP
         said=plan.said,
         when_space_is_short=recipe.when_space_is_short,
     )
+
+
+def require_states_fit_their_codec(recipe: Recipe, planner: Planner) -> None:
+    """Raise RecipeError where the codec's groups do not divide the teacher's states, as far as their size is known."""
+    shape = _shape(recipe, planner) if recipe.hidden_states is not None else ""
+    if recipe.hidden_states is not None and not isinstance(shape, str):
+        require_groups(recipe.hidden_states.codec, shape.hidden_size)
 
 
 def source_lines(plan: ShardPlan) -> tuple[SourceLine, ...]:

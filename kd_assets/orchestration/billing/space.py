@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kd_assets.contract import Asset, PositionChoice
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
+from kd_assets.store.codecs.state_codec import bytes_a_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +60,18 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
     kept = {SHARDS_MANIFEST: recipe.max_length}
     if (topk := recipe.topk) is not None:
         # Ids and log-probabilities of the k, the normaliser and the target's; ids and counts of the draws; what is
-        # outside of a student's vocabulary.
+        # outside of a student's vocabulary. Of codec compact three bytes of an id and one code, the tail byte, and the
+        # two others in float16.
         is_cut = topk.vocabulary is not None or topk.token_ids is not None
-        a_position = topk.k * (4 + 2) + 8 + topk.draws * (4 + 2) + (4 if is_cut else 0)
+        plain, compact = topk.k * (4 + 2) + 8, topk.k * (3 + 1) + 1 + 2 * (1 + topk.logsumexp)
+        of_k = compact if topk.codec == "compact" else plain
+        a_position = of_k + topk.draws * (4 + 2) + (4 if is_cut else 0)
         per_token["topk_cache"] = 5 + _of_positions(a_position, topk.positions)
         kept["topk_cache"] = topk.max_length
     if (hidden := recipe.hidden_states) is not None:
         n_states = len(hidden.blocks) + len(hidden.final)
-        per_token["hidden_state_cache"] = 5 + _of_positions(n_states * hidden_size * 2, hidden.positions)
+        of_states = n_states * bytes_a_state(hidden.codec, hidden_size)
+        per_token["hidden_state_cache"] = 5 + _of_positions(of_states, hidden.positions)
         kept["hidden_state_cache"] = hidden.max_length
     if (embeddings := recipe.embeddings) is not None:
         per_token["embedding_cache"], per_document["embedding_cache"] = 5.0, 2 * hidden_size * 4

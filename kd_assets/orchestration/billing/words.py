@@ -54,7 +54,7 @@ def why_it_does_not_fit(bill: Bill) -> str | None:
         return None
     largest = max(bill.caches, key=lambda line: line.n_bytes or 0)
     choices: dict[str, str] = {
-        "topk_cache": "a smaller caches.topk.k or max_length",
+        "topk_cache": "codec: compact of caches.topk, a smaller k or a smaller max_length",
         "hidden_state_cache": "fewer caches.hidden_states.blocks (or final states) or a smaller max_length",
         "embedding_cache": "no caches.embeddings",
     }

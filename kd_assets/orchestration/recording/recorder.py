@@ -44,6 +44,10 @@ REBUILT = (
 )
 
 FILES = "Every file of the export has the size and the hash that were written."
+CODEC = (
+    "Coding has changed no stored distribution and no state by more than the codec can cost: measured when the parts "
+    "were written."
+)
 
 COLLECT_RESULTS = 50
 """Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile: 0.4 s or so."""
@@ -310,6 +314,7 @@ class Recorder:
 
 def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetCheckSpec]:
     described = [(asset, name, CHECKS[name]) for asset in recipe.caches for name in CHECKS]
+    described += [(asset, "codec", CODEC) for asset in recipe.coded]
     described += [(asset, "rebuilt", REBUILT) for asset in recipe.rebuilt_from]
     described += [(asset, "files", FILES) for asset in recipe.export_params]
     return [

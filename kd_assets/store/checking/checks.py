@@ -19,10 +19,19 @@ import pyarrow as pa
 from kd_assets.errors import StorageUnavailableError, StoreError
 from kd_assets.store import schema as schemas
 from kd_assets.store.checking.rows import expected_schema, part_documents, schema_difference
+from kd_assets.store.codecs.codec import PLAIN, plain_schema
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
 from kd_assets.store.reading.chosen import require_place
 from kd_assets.store.reading.parts import damage_named, open_part, require_unchanged
-from kd_assets.store.recorded_checks import finite_failure, not_made_of, rebuilt_failure, recomputed_failure
+from kd_assets.store.recorded_checks import (
+    codec_failure,
+    codec_name,
+    finite_failure,
+    not_made_of,
+    rebuilt_failure,
+    recomputed_failure,
+    require_readable,
+)
 from kd_assets.store.writing.documents import Int64Array
 
 Number = float | int | str
@@ -72,7 +81,7 @@ class ResultFiles:
         """The schema of a part file; opens it unless `documents` has."""
         if record.name not in self._schemas:
             with open_part(self.folder / record.name, record) as part:
-                self._schemas[record.name] = part.schema
+                self._schemas[record.name] = part.stored_schema
         return self._schemas[record.name]
 
     @cached_property
@@ -82,7 +91,7 @@ class ResultFiles:
         lengths = [np.zeros(0, np.int64)]
         for record in self.require_committed().parts:
             with open_part(self.folder / record.name, record) as part:
-                self._schemas[record.name] = part.schema
+                self._schemas[record.name] = part.stored_schema
                 part_ids, part_lengths = part_documents(part)
             ids += part_ids
             lengths.append(part_lengths)
@@ -90,11 +99,11 @@ class ResultFiles:
 
 
 def check_all(cache: ResultFiles, shard: ResultFiles) -> list[CheckResult]:
-    """The checks of a cache's partition: complete, schema, finite, recomputed, and rebuilt where that was made. Each
+    """The checks of a cache's partition: complete, schema, finite, recomputed; codec where it has one, and rebuilt
+    where that was made. Each
     file is read once for all, and the shard's once for all the caches that are checked with the same `shard`."""
     results = [check_complete(cache, shard), check_schema(cache), check_finite(cache), check_recomputed(cache)]
-    if (rebuilt := check_rebuilt(cache)) is not None:
-        results.append(rebuilt)
+    results += [found for check in (check_codec, check_rebuilt) if (found := check(cache)) is not None]
     return results
 
 
@@ -123,7 +132,7 @@ def check_schema(result: ResultFiles) -> CheckResult:
             found, path = result.schema_of(record), result.folder / record.name
             with damage_named(path):  # names and metadata that are no text
                 if record.index == 0:
-                    expected = expected_schema(manifest, schemas.hidden_size_of(found))
+                    expected = expected_schema(manifest, schemas.hidden_size_of(plain_schema(found)))
                     assert expected is not None
                     numbers["n_columns"] = len(expected)
                 if difference := schema_difference(expected, found):
@@ -206,6 +215,26 @@ def check_recomputed(result: ResultFiles) -> CheckResult:
         return f"{numbers.get('n_documents', 0)} documents recomputed"
 
     return _run("recomputed", check)
+
+
+def check_codec(result: ResultFiles) -> CheckResult | None:
+    """Coding has changed no position by more than it may, by what was measured when the parts were written; None for a
+    result without a codec."""
+    try:
+        if codec_name(result.manifest) == PLAIN:
+            return None
+    except StoreError:  # of which every other check tells
+        return None
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest = result.require_committed()
+        require_readable(manifest)
+        numbers |= {name: value for name, value in manifest.stats.items() if name.startswith("max_codec_")}
+        if why := codec_failure(manifest):
+            raise _FailedError(f"{result.folder}/{why}")
+        return f"{codec_name(manifest)}, within what coding can cost"
+
+    return _run("codec", check)
 
 
 def check_rebuilt(result: ResultFiles) -> CheckResult | None:

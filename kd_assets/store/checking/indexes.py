@@ -46,5 +46,5 @@ def _of_parts(folder: Path, manifest: Manifest) -> tuple[DocumentRows, pa.Schema
         path = folder / record.name
         with open_part(path, record) as part, damage_named(path):
             rows.append(DocumentRows.of(part.read(["document_id", "n_tokens"])))
-            schema = part.schema if schema is None else schema
+            schema = part.stored_schema if schema is None else schema
     return together(rows), schema

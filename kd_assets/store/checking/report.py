@@ -19,6 +19,7 @@ ProblemKind = Literal[
     "wrong_vocabulary",  # it has ids outside of the student's vocabulary that its cache is cut to
     "wrong_draws",  # its random draws are not what the cache's parameters ask for
     "corrupt_index",  # an index of documents that was changed, or is of another commit or of other parts
+    "wrong_ids",  # its top-k token ids are repeated, or the teacher has no such ids
     "corrupt_manifest",  # not JSON, changed, or contradicting itself
     "wrong_identity",  # a manifest whose identity lacks what tells the columns
     "misplaced_result",  # a manifest under a folder name of another result
@@ -29,7 +30,7 @@ ProblemKind = Literal[
     "missing_result",  # committed, as the audit log says, and gone
     "not_as_audited",  # its manifest is not the one that was committed
     "corrupt_plan",  # a shard plan that is not the one that was made
-    "unreadable",  # the file system does not let us look
+    "unreadable",  # the file system does not let us look, or it is of a codec that this version does not know
 ]
 NoteKind = Literal[
     "unfinished",  # no manifest: still being made, or killed

@@ -11,12 +11,15 @@ from kd_assets.contract import TokenIds
 from kd_assets.errors import CorruptPartError, StoreError
 from kd_assets.store import schema as schemas
 from kd_assets.store.arrays import flat
+from kd_assets.store.codecs.codec import PLAIN
+from kd_assets.store.codecs.state_columns import CodedStates
+from kd_assets.store.codecs.topk_columns import COMPACT, compact_topk_schema
 from kd_assets.store.manifest import Manifest
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.positions import choice_of, kept_positions
 from kd_assets.store.reading.columns import Ragged, column_of
 from kd_assets.store.reading.parts import damage_named
-from kd_assets.store.recorded_checks import draws_of
+from kd_assets.store.recorded_checks import codec_name, draws_of, require_readable
 from kd_assets.store.vocabulary import is_among
 from kd_assets.store.writing.documents import Documents, Int64Array
 
@@ -28,27 +31,39 @@ class MissingParameterError(StoreError):
 def expected_schema(manifest: Manifest, hidden_size: int | None) -> pa.Schema | None:
     """The schema that the part files of a result must have; None for an asset whose files are no tables.
 
-    `hidden_size` is the teacher's, which no parameter tells. Raises MissingParameterError.
+    `hidden_size` is the teacher's, which no parameter tells. Raises MissingParameterError, and UnknownCodecError for a
+    codec of another version of kd_assets.
     """
+    require_readable(manifest)
     try:
         match manifest.asset:
             case "shards_manifest":
                 return schemas.shard_schema()
             case "topk_cache":
-                k, draws = int(manifest.params["k"]), draws_of(manifest)
-                is_cut, positions = manifest.params.get("vocabulary") is not None, "positions" in manifest.params
-                return schemas.topk_schema(k, draws, is_cut=is_cut, positions=positions)
+                return _topk_schema(manifest)
             case "hidden_state_cache":
                 blocks = [int(b) for b in manifest.params["blocks"]]
                 final = manifest.params.get("final", ())
                 positions = "positions" in manifest.params
-                return schemas.hidden_state_schema(blocks, hidden_size or 0, final=final, positions=positions)
+                plain = schemas.hidden_state_schema(blocks, hidden_size or 0, final=final, positions=positions)
+                codec = codec_name(manifest)
+                return plain if codec == PLAIN else CodedStates(codec).stored_schema(plain)
             case "embedding_cache":
                 return schemas.embedding_schema(hidden_size or 0)
             case _:
                 return None
     except KeyError as e:
         raise MissingParameterError(f"the identity of {manifest.asset} lacks params[{e}]") from e
+
+
+def _topk_schema(manifest: Manifest) -> pa.Schema:
+    params = manifest.params
+    k, draws = int(params["k"]), draws_of(manifest)
+    is_cut, positions = params.get("vocabulary") is not None, "positions" in params
+    if codec_name(manifest) == COMPACT:
+        logsumexp = params.get("logsumexp", True)
+        return compact_topk_schema(k, draws, is_cut=is_cut, positions=positions, logsumexp=logsumexp)
+    return schemas.topk_schema(k, draws, is_cut=is_cut, positions=positions)
 
 
 def schema_difference(expected: pa.Schema, found: pa.Schema) -> str | None:
@@ -148,6 +163,22 @@ def vocabulary_difference(part: PartFile, token_ids: TokenIds) -> str | None:
             ids = flat(table[name])
             if len(outside := ids[~is_among(token_ids, ids)]):
                 return f"{name} has {int(outside[0])}, which is not in the vocabulary that the cache is cut to"
+    return None
+
+
+def coded_difference(part: PartFile, vocabulary: int | None) -> str | None:
+    """What is wrong with a part's coded top-k rows, in words; None when all is well. `vocabulary` is the number of ids
+    the teacher has, where it is known. Raises CorruptPartError for bytes that no encoder writes."""
+    columns = [name for name in ("topk_ids", "topk_logprobs", "logsumexp", "target_logprob") if name in part.names]
+    for group in range(part.n_groups):
+        ids_Mk = column_of(part.read_group(group, columns)["topk_ids"]).values
+        assert isinstance(ids_Mk, np.ndarray)
+        ordered_Mk = np.sort(ids_Mk, axis=1)
+        if (ordered_Mk[:, 1:] == ordered_Mk[:, :-1]).any():
+            return "topk_ids of a position has an id twice"
+        largest = int(ordered_Mk.max(initial=0))
+        if vocabulary is not None and largest >= vocabulary:
+            return f"a top-k id is {largest}, the teacher knows ids 0 to {vocabulary - 1}"
     return None
 
 

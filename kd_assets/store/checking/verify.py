@@ -21,11 +21,13 @@ from kd_assets.errors import (
     NotCommittedError,
     ObstructedError,
     StoreError,
+    UnknownCodecError,
 )
 from kd_assets.store.checking.indexes import index_difference
 from kd_assets.store.checking.report import Note, NoteKind, Problem, ProblemKind, VerifyReport
 from kd_assets.store.checking.rows import (
     MissingParameterError,
+    coded_difference,
     draws_difference,
     expected_schema,
     part_documents,
@@ -33,6 +35,7 @@ from kd_assets.store.checking.rows import (
     schema_difference,
     vocabulary_difference,
 )
+from kd_assets.store.codecs.topk_columns import COMPACT
 from kd_assets.store.layout import (
     AUDIT_NAME,
     FOLDER_FINGERPRINT_LENGTH,
@@ -62,7 +65,7 @@ from kd_assets.store.manifest import (
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.reading.chosen import require_place
 from kd_assets.store.reading.planned import PLAN_FOLDER, PLAN_NAME, planned_partitions
-from kd_assets.store.recorded_checks import draws_of, failed_check
+from kd_assets.store.recorded_checks import codec_name, draws_of, failed_check, vocabulary_size_of
 from kd_assets.store.schema import hidden_size_of
 from kd_assets.store.vocabulary import vocabulary_of
 
@@ -171,6 +174,8 @@ class _Verifier:
         except MissingParameterError as e:
             path = folder / MANIFEST_NAME
             self._problem("wrong_identity", path, f"{path}: {e}; it was written so: materialize it again elsewhere")
+        except UnknownCodecError as e:
+            self._problem("unreadable", folder / MANIFEST_NAME, str(e))
         n_problems = len(self.problems)
         for record in manifest.parts:
             self._part(folder, manifest, record)
@@ -358,13 +363,13 @@ class _Verifier:
         try:
             if expected_schema(manifest, 0) is None:
                 return
-        except MissingParameterError:  # reported once, of the manifest
+        except (MissingParameterError, UnknownCodecError):  # reported once, of the manifest
             return
         try:
             with PartFile(path) as part:
                 expected = expected_schema(manifest, hidden_size_of(part.schema))
                 assert expected is not None
-                if difference := schema_difference(expected, part.schema):
+                if difference := schema_difference(expected, part.stored_schema):
                     self._problem("wrong_schema", path, f"{path}: {difference}; {remedy}")
                     return
                 if part.n_rows != record.n_documents:
@@ -430,6 +435,8 @@ def _wrong_lists(part: PartFile, manifest: Manifest) -> tuple[ProblemKind, str] 
             return None
         if token_ids is not None and (difference := vocabulary_difference(part, token_ids)):
             return "wrong_vocabulary", difference
+    if codec_name(manifest) == COMPACT and (difference := coded_difference(part, vocabulary_size_of(manifest))):
+        return "wrong_ids", difference
     return None
 
 

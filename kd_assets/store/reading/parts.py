@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from kd_assets.durable import file_sha256, read_patiently, size_if_there
-from kd_assets.errors import CorruptPartError
+from kd_assets.errors import CorruptPartError, UnknownCodecError
 from kd_assets.store.manifest import PartRecord
 from kd_assets.store.partfile import PartFile
 
@@ -52,13 +52,18 @@ def require_unchanged(path: Path, record: PartRecord) -> None:
     _require_digest(path, record, file_sha256(path))
 
 
-def open_part(path: Path, record: PartRecord) -> PartFile:
-    """The part file, to be closed by the caller; its bytes are not hashed here.
+def open_part(path: Path, record: PartRecord, *, vocabulary: int | None = None) -> PartFile:
+    """The part file, to be closed by the caller; its bytes are not hashed here. `vocabulary` as of `PartFile`.
 
     Raises CorruptPartError unless its size and number of rows are those of the record.
     """
     _require_size(path, record)
-    return _of_as_many_documents(PartFile(path), record)
+    try:
+        part = PartFile(path, vocabulary=vocabulary)
+    except UnknownCodecError:
+        require_unchanged(path, record)  # a flipped bit makes a name that no codec has, too
+        raise
+    return _of_as_many_documents(part, record)
 
 
 def part_in_memory(path: Path, record: PartRecord) -> PartFile:

@@ -4,8 +4,8 @@ A reader sees results of exactly one variant, as the plan and the partitions' he
 file names and counts, and learns ids and lengths from the indexes (`indexed`); files are opened when they are first
 needed, in each process for itself, so a reader may be pickled, forked and shared by threads. Before a part is believed
 its SHA-256 is compared with the manifest's, once for a reader and all processes that are forked off it. Arrow files are
-mapped: a document costs the pages it lies on. Of Parquet files one group of rows is decoded at a time, and the last few
-are kept.
+mapped: a document costs the pages it lies on. Of Parquet files and coded states one group of rows is decoded at a time,
+and the last few are kept.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kd_assets.errors import NotCommittedError, UnknownFieldError, VariantConflictError
-from kd_assets.store.arrays import flat
+from kd_assets.errors import NotCommittedError, UnknownCodecError, UnknownFieldError, VariantConflictError
+from kd_assets.store.codecs.codec import plain_schema
 from kd_assets.store.manifest import Manifest, PartRecord, read_manifest
-from kd_assets.store.partfile import ARROW_SUFFIX, PartFile
+from kd_assets.store.partfile import PartFile
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_passed, require_place
 from kd_assets.store.reading.columns import Column, column_of
 from kd_assets.store.reading.indexed import IndexedDocuments
 from kd_assets.store.reading.parts import VerifiedParts, damage_named, open_part
+from kd_assets.store.recorded_checks import require_readable, vocabulary_size_of
 from kd_assets.store.writing.documents import Int64Array, offsets_of
 
 CACHE_BYTES = 256 << 20
@@ -112,6 +113,8 @@ class CacheReader:
         self.plan_hash = chosen.plan_hash
         """Of the plan that named the partitions; None where there is none, or folders were named."""
         _require_one_variant(self.manifests, self.folders)
+        for manifest, folder in zip(self.manifests, self.folders, strict=True):
+            _require_readable(manifest, folder)
         self._cache_bytes = cache_bytes
         self._parts: tuple[tuple[int, Path, PartRecord], ...] = tuple(
             (i, folder / record.name, record)
@@ -127,8 +130,10 @@ class CacheReader:
             available = self.schema.names
             self._fields = tuple(available) if self._fields is None else self._fields
             if unknown := [name for name in self._fields if name not in available]:
+                left_out = ": its recipe leaves it out, and logits cannot be had" if unknown[0] == "logsumexp" else ""
                 raise UnknownFieldError(
-                    f"{self.asset} in {self.folders[0]} has no field {unknown[0]!r}; it has {', '.join(available)}"
+                    f"{self.asset} in {self.folders[0]} has no field {unknown[0]!r}{left_out}; it has "
+                    f"{', '.join(available)}"
                 )
 
     @property
@@ -149,11 +154,11 @@ class CacheReader:
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema of the part files. Raises NotCommittedError when there are no parts, so no documents."""
+        """The schema of what is read. Raises NotCommittedError when there are no parts, so no documents."""
         if not self._parts:
             raise NotCommittedError(f"the results in {[str(f) for f in self.folders[:3]]} hold no documents")
-        if (schema := self._documents.schema()) is not None:
-            return schema
+        if (stored := self._documents.schema()) is not None:
+            return plain_schema(stored)
         with self._locked():
             return self._part(0).schema
 
@@ -221,22 +226,25 @@ class CacheReader:
         if columns is None:
             names = list(dict.fromkeys(("document_id", *self.fields)))
             path = self._parts[part][1]
-            table = self._verified_part(part).read_group(group, names)
+            file = self._verified_part(part)
+            table = file.read_group(group, names)
             with damage_named(path):
                 columns = {name: column_of(table[name]) for name in names}
-            self._groups_bytes += _cost(path, columns)
+            n_bytes = sum(column.n_bytes for column in columns.values()) if not file.is_view else _MAPPED_BYTES
+            self._groups_cost[part, group] = n_bytes
+            self._groups_bytes += n_bytes
         self._groups[part, group] = columns  # as the one used last
         while self._groups_bytes > self._cache_bytes and len(self._groups) > 1:
-            (oldest, _), evicted = self._groups.popitem(last=False)
-            self._groups_bytes -= _cost(self._parts[oldest][1], evicted)
+            oldest, _ = self._groups.popitem(last=False)
+            self._groups_bytes -= self._groups_cost.pop(oldest)
         return columns
 
     def _part(self, part: int) -> PartFile:
         """The open file of a part, of which nothing but its size and the number of its rows is known to be right."""
         file = self._files.pop(part, None)
         if file is None:
-            _, path, record = self._parts[part]
-            file = open_part(path, record)
+            of_manifest, path, record = self._parts[part]
+            file = open_part(path, record, vocabulary=vocabulary_size_of(self.manifests[of_manifest]))
         self._files[part] = file
         if len(self._files) > _OPEN_FILES:
             closed, _ = self._files.popitem(last=False)  # closed when the last view of it is gone
@@ -276,6 +284,7 @@ class CacheReader:
         self._believed: set[int] = set()
         """Parts whose open file, or the one that is opened next, has been verified."""
         self._groups: OrderedDict[tuple[int, int], dict[str, Column]] = OrderedDict()
+        self._groups_cost: dict[tuple[int, int], int] = {}
         self._groups_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -313,5 +322,8 @@ def _require_one_variant(manifests: Sequence[Manifest], folders: Sequence[Path])
         raise VariantConflictError(f"partition {repeated[0]!r} is given twice: its documents would count double")
 
 
-def _cost(path: Path, columns: dict[str, Column]) -> int:
-    return _MAPPED_BYTES if path.suffix == ARROW_SUFFIX else sum(column.n_bytes for column in columns.values())
+def _require_readable(manifest: Manifest, folder: Path) -> None:
+    try:
+        require_readable(manifest)
+    except UnknownCodecError as e:
+        raise UnknownCodecError(f"{folder}: {e}") from e

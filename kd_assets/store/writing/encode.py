@@ -43,7 +43,7 @@ def encode_topk(
     *,
     topk_ids_Mk: npt.NDArray[np.uint32],
     topk_logprobs_Mk: npt.NDArray[np.float16],
-    logsumexp_M: FloatArray,
+    logsumexp_M: FloatArray | None,
     target_logprob_M: FloatArray,
     sampled_ids_Md: npt.NDArray[np.uint32] | None = None,
     outside_mass_M: FloatArray | None = None,
@@ -53,7 +53,7 @@ def encode_topk(
 
     `sampled_ids_Md` uint32 [M, d], of a cache with draws: the token ids drawn at each position, in any order.
     `outside_mass_M` float32 [M], of a cache that is cut to a student's vocabulary: the probability of all other ids.
-    `positions`, of a cache that keeps some: which; M is then their number.
+    `positions`, of a cache that keeps some: which; M is then their number. Without `logsumexp_M` it has no such column.
     """
     offsets = documents.offsets - np.arange(documents.n_documents + 1) if positions is None else positions.offsets
     _expect_positions(documents, positions, has_next=True)
@@ -63,13 +63,14 @@ def encode_topk(
     k = topk_ids_Mk.shape[1]
     _expect("topk_ids", topk_ids_Mk, np.uint32, (n_positions, k))
     _expect("topk_logprobs", topk_logprobs_Mk, np.float16, (n_positions, k))
-    _expect("logsumexp", logsumexp_M, np.float32, (n_positions,))
+    if logsumexp_M is not None:
+        _expect("logsumexp", logsumexp_M, np.float32, (n_positions,))
     _expect("target_logprob", target_logprob_M, np.float32, (n_positions,))
     columns = [
-        _lists(offsets, _vectors(topk_ids_Mk)),
-        _lists(offsets, _vectors(topk_logprobs_Mk)),
-        _lists(offsets, pa.array(logsumexp_M)),
-        _lists(offsets, pa.array(target_logprob_M)),
+        list_array(offsets, vector_array(topk_ids_Mk)),
+        list_array(offsets, vector_array(topk_logprobs_Mk)),
+        *([] if logsumexp_M is None else [list_array(offsets, pa.array(logsumexp_M))]),
+        list_array(offsets, pa.array(target_logprob_M)),
     ]
     draws = 0
     if sampled_ids_Md is not None:
@@ -78,13 +79,15 @@ def encode_topk(
             raise ValueError(f"sampled_ids must be uint32 [M, d] with d from 1 to {MAX_DRAWS}, found {found}")
         draws = sampled_ids_Md.shape[1]
         _expect("sampled_ids", sampled_ids_Md, np.uint32, (n_positions, draws))
-        columns += [_lists(offsets, counted) for counted in _counted(sampled_ids_Md)]
+        columns += [list_array(offsets, counted) for counted in _counted(sampled_ids_Md)]
     if outside_mass_M is not None:
         _expect("outside_mass", outside_mass_M, np.float32, (n_positions,))
-        columns.append(_lists(offsets, pa.array(outside_mass_M)))
+        columns.append(list_array(offsets, pa.array(outside_mass_M)))
     if positions is not None:
-        columns.append(_lists(offsets, pa.array(positions.positions_M)))
-    schema = schemas.topk_schema(k, draws, is_cut=outside_mass_M is not None, positions=positions is not None)
+        columns.append(list_array(offsets, pa.array(positions.positions_M)))
+    schema = schemas.topk_schema(
+        k, draws, is_cut=outside_mass_M is not None, positions=positions is not None, logsumexp=logsumexp_M is not None
+    )
     return _table(documents, columns, schema)
 
 
@@ -106,9 +109,9 @@ def encode_hidden_states(
         _expect(schemas.hidden_field(state), hidden_NH, np.uint16, (int(offsets[-1]), hidden_size))
     blocks = sorted(state for state in hidden_by_state if isinstance(state, int))
     final = [name for name in schemas.FINAL_CONVENTIONS if name in hidden_by_state]
-    columns = [_lists(offsets, _vectors(hidden_by_state[state])) for state in (*blocks, *final)]
+    columns = [list_array(offsets, vector_array(hidden_by_state[state])) for state in (*blocks, *final)]
     if positions is not None:
-        columns.append(_lists(offsets, pa.array(positions.positions_M)))
+        columns.append(list_array(offsets, pa.array(positions.positions_M)))
     schema = schemas.hidden_state_schema(blocks, hidden_size, final=final, positions=positions is not None)
     return _table(documents, columns, schema)
 
@@ -118,7 +121,9 @@ def encode_embeddings(documents: Documents, *, mean_DH: FloatArray, last_token_D
     hidden_size = mean_DH.shape[-1]
     _expect("mean_embedding", mean_DH, np.float32, (documents.n_documents, hidden_size))
     _expect("last_token_embedding", last_token_DH, np.float32, (documents.n_documents, hidden_size))
-    return _table(documents, [_vectors(mean_DH), _vectors(last_token_DH)], schemas.embedding_schema(hidden_size))
+    return _table(
+        documents, [vector_array(mean_DH), vector_array(last_token_DH)], schemas.embedding_schema(hidden_size)
+    )
 
 
 def part_stats(asset: str, table: pa.Table) -> dict[str, float]:
@@ -138,9 +143,8 @@ def part_stats(asset: str, table: pa.Table) -> dict[str, float]:
 def _topk_stats(table: pa.Table) -> dict[str, float]:
     k = table.schema.field("topk_ids").type.value_type.list_size
     logprobs_Mk = flat(table["topk_logprobs"]).reshape(-1, k)
-    others = [flat(table["logsumexp"]), flat(table["target_logprob"])]
-    if "outside_mass" in table.schema.names:
-        others.append(flat(table["outside_mass"]))
+    names = ("logsumexp", "target_logprob", "outside_mass")
+    others = [flat(table[name]) for name in names if name in table.schema.names]
     n_non_finite = sum(int(np.count_nonzero(~np.isfinite(values))) for values in others)
     max_sum, min_logprob, max_logprob = 0.0, 0.0, -np.inf
     rows = max(1, _CHUNK // k)
@@ -213,27 +217,29 @@ def _counted(sampled_ids_Md: npt.NDArray[np.uint32]) -> tuple[pa.ListArray, pa.L
     firsts = np.flatnonzero(is_first_Md)
     counts = np.diff(firsts, append=sorted_Md.size).astype(np.uint16)
     offsets = np.searchsorted(firsts, np.arange(len(sorted_Md) + 1) * draws).astype(np.int64)
-    return _lists(offsets, pa.array(sorted_Md.reshape(-1)[firsts])), _lists(offsets, pa.array(counts))
+    return list_array(offsets, pa.array(sorted_Md.reshape(-1)[firsts])), list_array(offsets, pa.array(counts))
 
 
 def _table(documents: Documents, columns: Sequence[pa.Array], schema: pa.Schema) -> pa.Table:
     common = [
         pa.array(documents.document_ids, type=pa.string()),
         pa.array(documents.n_tokens_D.astype(np.int32)),
-        _lists(documents.offsets, pa.array(documents.input_ids)),
-        _lists(documents.offsets, pa.array(documents.loss_mask)),
+        list_array(documents.offsets, pa.array(documents.input_ids)),
+        list_array(documents.offsets, pa.array(documents.loss_mask)),
     ]
     return pa.Table.from_arrays([*common, *columns], schema=schema)
 
 
-def _lists(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.ListArray:
+def list_array(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.ListArray:
+    """A list for each document: elements `offsets[i]` to `offsets[i + 1]`."""
     if int(offsets[-1]) > np.iinfo(np.int32).max:
         raise ValueError(f"{offsets[-1]} list elements in one part: more than 2^31 - 1, make parts smaller")
     starts = pa.array(offsets.astype(np.int32))
     return pa.ListArray.from_arrays(starts, values, type=schemas.list_of(values.type))
 
 
-def _vectors(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+def vector_array(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+    """A vector for each row of `values` [.., size]."""
     numbers = pa.array(np.ascontiguousarray(values).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(numbers, type=schemas.vector_of(numbers.type, values.shape[1]))
 

@@ -293,7 +293,7 @@ class ResultWriter:
                 continue
             with PartFile(self.folder / part.name) as file:
                 rows.append(DocumentRows.of(file.read(["document_id", "n_tokens"])))
-                schema = file.schema if schema is None else schema
+                schema = file.stored_schema if schema is None else schema
         assert schema is not None
         data = index_bytes(asset=manifest.asset, data_version=manifest.data_version, schema=schema, rows=together(rows))
         atomic_write(self.folder / INDEX_NAME, data)

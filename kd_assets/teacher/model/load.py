@@ -32,6 +32,7 @@ from kd_assets.model_files.placement import ONE_DEVICE, Placement, room_gib
 from kd_assets.model_files.safetensors_file import StoredTensor
 from kd_assets.model_files.size import GIB
 from kd_assets.model_files.weight_files import weights_read
+from kd_assets.store.codecs.state_codec import require_groups
 from kd_assets.teacher.model.anatomy import dissected, is_of_the_model, proven_variant
 from kd_assets.teacher.model.configuration import (
     auto_class,
@@ -178,6 +179,8 @@ def check_recipe(params: TeacherParams, config: Any) -> None:
         check_k(params, getattr(text, "vocab_size", None))
     if params.hidden_states is not None:
         check_blocks(params, getattr(text, "num_hidden_layers", None))
+        if isinstance(hidden_size := getattr(text, "hidden_size", None), int):
+            require_groups(params.hidden_states.codec, hidden_size)
 
 
 def check_k(params: TeacherParams, vocabulary_size: int | None) -> None:
@@ -216,6 +219,7 @@ def check_teacher(params: TeacherParams, teacher: Teacher) -> None:
                 "of the recipe (the other caches do not need the blocks)"
             )
         check_blocks(params, len(teacher.blocks))
+        require_groups(params.hidden_states.codec, teacher.hidden_size)
         for name in params.hidden_states.final:
             if (why := teacher.end.unusable.get(name)) is not None:
                 raise TeacherError(

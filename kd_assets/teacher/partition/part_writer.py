@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from kd_assets.contract import Asset
-from kd_assets.store import ResultWriter, part_stats
+from kd_assets.store import ResultWriter, coded, part_stats
 from kd_assets.teacher.background_queue import BackgroundQueue
 from kd_assets.teacher.partition.budgets import BUDGET_STAT
 
@@ -29,7 +29,9 @@ class PartToWrite:
     n_tokens: int
     token_budget: int
     """What its batches were planned with; kept with the part (see `budgets`)."""
+    codec: str
     encode: Callable[[], pa.Table]
+    """The rows without a codec."""
 
 
 class PartWriter(BackgroundQueue[PartToWrite]):
@@ -39,6 +41,6 @@ class PartWriter(BackgroundQueue[PartToWrite]):
         super().__init__(name="part-writer", size=queued_parts)
 
     def do(self, part: PartToWrite) -> None:
-        table = part.encode()
-        stats = part_stats(part.asset, table) | {BUDGET_STAT: float(part.token_budget)}
-        part.result.write_part(part.index, table, n_tokens=part.n_tokens, stats=stats)
+        table = coded(part.encode(), part.codec)
+        stats = part_stats(part.asset, table.decoded) | table.error | {BUDGET_STAT: float(part.token_budget)}
+        part.result.write_part(part.index, table.stored, n_tokens=part.n_tokens, stats=stats)

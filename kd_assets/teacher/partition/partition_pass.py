@@ -158,6 +158,7 @@ class PartitionPass:
                     index=part.index,
                     n_tokens=arrays.documents.n_tokens,
                     token_budget=budget,
+                    codec=self._params.codec_of(asset),
                     encode=arrays.table,
                 )
             )

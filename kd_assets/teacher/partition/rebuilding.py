@@ -74,7 +74,9 @@ def rebuilt_checks(
             teacher=devices.teacher,
             seed=params.seed,
             token_ids=params.topk.token_ids,
+            codec=params.codec_of("topk_cache"),
             same_pass=not is_resumed and all(name in results for name in PAIR),
+            states_codec=params.codec_of("hidden_state_cache"),
         )
         for index in documents_to_recompute(shard, params, unit.partition_key):
             topk, states = (cache.row(index) for cache in caches.values() if cache is not None)

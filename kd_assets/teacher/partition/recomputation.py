@@ -56,6 +56,7 @@ class Recomputation:
                 quantisation=teacher.quantisation,
                 token_ids=None if self._params.topk is None else self._params.topk.token_ids,
                 routed=teacher.routed,
+                codec=self._params.codec_of(asset),
             )
             for asset in results
         }

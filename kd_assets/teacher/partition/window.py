@@ -118,6 +118,7 @@ class TopkArrays:
     token_ids: TokenIds | None
     """The ids that distributions are cut to; None: all."""
     outside_mass_M: npt.NDArray[np.float32] | None
+    keeps_logsumexp: bool
 
     @staticmethod
     def empty(documents: Documents, params: TopkParams) -> TopkArrays:
@@ -133,6 +134,7 @@ class TopkArrays:
             sampled_ids_Md=np.empty((m, params.draws), np.uint32) if params.draws else None,
             token_ids=params.token_ids,
             outside_mass_M=None if params.token_ids is None else np.empty(m, np.float32),
+            keeps_logsumexp=params.logsumexp,
         )
 
     @property
@@ -144,7 +146,7 @@ class TopkArrays:
             self.documents,
             topk_ids_Mk=self.ids_Mk,
             topk_logprobs_Mk=self.logprobs_Mk,
-            logsumexp_M=self.logsumexp_M,
+            logsumexp_M=self.logsumexp_M if self.keeps_logsumexp else None,
             target_logprob_M=self.target_logprob_M,
             sampled_ids_Md=self.sampled_ids_Md,
             outside_mass_M=self.outside_mass_M,

@@ -35,7 +35,15 @@ def result(tmp_path: Path) -> ResultWriter:
 
 
 def part(result: ResultWriter, index: int, encode: Callable[[], pa.Table] = table) -> PartToWrite:
-    return PartToWrite(result=result, asset="embedding_cache", index=index, n_tokens=5, token_budget=128, encode=encode)
+    return PartToWrite(
+        result=result,
+        asset="embedding_cache",
+        index=index,
+        n_tokens=5,
+        token_budget=128,
+        codec="plain",
+        encode=encode,
+    )
 
 
 def put_and_raise(item: PartToWrite, error: Exception) -> None:
