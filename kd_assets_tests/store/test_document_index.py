@@ -106,10 +106,20 @@ def other_commit(path: Path) -> None:
     shutil.copy(other / INDEX_NAME, path)
 
 
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def loop_instead(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
 HARMS: dict[str, Callable[[Path], object]] = {
     "cut": cut,
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
+    "a folder": folder_instead,
+    "a link to itself": loop_instead,
     "emptied": lambda path: path.write_bytes(b""),
     "no JSON": lambda path: path.write_bytes(b"index\n"),
     "a list": lambda path: path.write_bytes(b"[]\n"),

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from kd_assets.contract import CACHES, PositionChoice
-from kd_assets.errors import LoaderStateError, RecipeError
+from kd_assets.errors import CorruptPartError, LoaderStateError, RecipeError
 from kd_assets.store.partfile import PartFile
 from kd_assets.student.dataset import TeacherCacheDataset, at_hidden_positions, at_topk_positions, collate
 from kd_assets.student.loading import TrainingLoader, packed_batch, padded_batch
 from kd_assets.student.losses import cross_entropy_loss, response_loss
+from kd_assets_tests.store.examples import flip_byte
 from kd_assets_tests.student.made_up import RECIPE, VOCABULARY, BigramTeacher, commit_caches, made_up_documents
 
 N_DOCUMENTS = 46
@@ -369,3 +370,19 @@ def test_a_loader_is_made_from_a_path_of_a_recipe(tmp_path: Path) -> None:
     commit_caches(tmp_path, KEYS[0], made_up_documents(5), assets=["topk_cache"])
     dataset = TeacherCacheDataset.from_recipe(tmp_path / RECIPE, assets=["topk_cache"])
     assert sum(len(ids_of(batch)) for batch in TrainingLoader(dataset, batch_size=2, num_workers=1)) == 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bit_that_flipped_is_named_and_no_batch_has_it(tmp_path: Path, num_workers: int) -> None:
+    folders = commit_caches(tmp_path, KEYS[0], made_up_documents(5), assets=["topk_cache"])
+    dataset = TeacherCacheDataset.from_recipe(tmp_path / RECIPE, assets=["topk_cache"])
+    loader = TrainingLoader(dataset, batch_size=1, shuffle="none", num_workers=num_workers)
+    flip_byte(sorted(folders["topk_cache"].glob("part-*"))[1])
+    with pytest.raises(CorruptPartError, match=r"part-00001\.parquet was changed after its commit"):
+        taken(loader, 5)
+    assert taken_before(loader) == 2
+
+
+def taken_before(loader: TrainingLoader) -> int:
+    """The steps that a loader's state has."""
+    return sum(segment["n_steps"] for segment in loader.state_dict()["segments"])
