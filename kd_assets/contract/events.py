@@ -34,7 +34,8 @@ task_started      kind, n_partitions (of this process), n_parts_on_disk (files o
                   slurm_restart_count, slurm_nodelist, slurm_partition, slurm_cluster (None where SLURM says nothing)
 teacher_loaded    load_s, device, gpu, n_parameters, head, attention, placement, n_devices, compiled, warm_up_s,
                   token_budget, quantization
-progress          partition_key, n_documents, done_documents, n_tokens, done_tokens, tokens_per_s
+progress          partition_key, n_documents, done_documents, n_tokens, done_tokens, tokens_per_s; of exports asset and
+                  done_bytes besides
 committed         partition_key, asset, path, fingerprint, data_version, reused, usage
 partition_failed  partition_key, assets, error (the class: of `kd_assets.errors` where we foresaw it), message,
                   during ("load" where the teacher or tokenizer could not be loaded, else "run")

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import Asset, ExportParams, JobFile, Output, Reporter, WorkUnit
+from kd_assets.durable import listing
 from kd_assets.errors import (
     ContractError,
     InputError,
     InterruptedTaskError,
     KdAssetsError,
-    NotCommittedError,
     ResultBusyError,
     StorageUnavailableError,
     StorageUnreachableError,
@@ -47,7 +47,7 @@ class ExportRunner:
         if not job.exports:
             raise ContractError(f"job {job.key} is of kind export and has no parameters of exports")
         self._job, self._report, self._stop = job, report, stop
-        self._params = {params.asset: params for params in job.exports}
+        self._params: dict[Asset, ExportParams] = {params.asset: params for params in job.exports}
 
     def run(self, unit: WorkUnit) -> dict[str, Any]:
         """Make and commit every export of `unit` from its caches; those that can be made, where another cannot.
@@ -83,9 +83,7 @@ class ExportRunner:
             recipe_folder=Path(self._job.recipe_folder),
             partition_key=unit.partition_key,
         ) as writer:
-            if writer.forgotten:  # one that was whole, and is damaged: no journal says of which section a file is
-                discard(writer.folder / DATA_FOLDER)
-                writer.adopt_files([])
+            make_way(writer)
             exported = self._made(unit, params, folders, writer.folder / DATA_FOLDER)
             files = {} if exported is None else files_of(exported)
             writer.adopt_files(
@@ -116,11 +114,10 @@ class ExportRunner:
         return {"n_documents": facts["n_documents"], "n_tokens": facts["n_tokens"]}
 
     def _params_of(self, output: Output) -> ExportParams:
-        """Raises ContractError for an output that is not what the job's parameters make."""
-        params = next((params for asset, params in self._params.items() if asset == output.asset), None)
-        if params is None:
+        """Raises ContractError for an output that the job has no parameters of."""
+        if output.asset not in self._params:
             raise ContractError(f"job {self._job.key} has no parameters of {output.asset}")
-        return params
+        return self._params[output.asset]
 
     def _made(
         self, unit: WorkUnit, params: ExportParams, folders: Mapping[Asset, list[Path]], to: Path
@@ -129,7 +126,6 @@ class ExportRunner:
         the columns that a format asks for."""
         if not any(read_manifest(folder).n_documents for of_asset in folders.values() for folder in of_asset):
             return None
-        discard_unless_whole(to)
         progress = _Progress(unit, params, self._report, self._stop)
         exported = export_to_folder(
             params.format_name,
@@ -205,19 +201,27 @@ def facts_of(params: ExportParams, exported: Exported | None) -> dict[str, Any]:
     }
 
 
-def discard_unless_whole(folder: Path) -> None:
-    """Make way for an export where one that was whole is not what was written any more: it is made again.
+def make_way(writer: ResultWriter) -> None:
+    """Take away an export that was whole and is not what was written any more: it is made again from the beginning, as
+    no journal says of which section its files are.
 
-    One that is not whole yet stays: its journal says what of it stands.
+    One that was never whole stays: its own journal says what of it stands.
     """
+    folder = writer.folder / DATA_FOLDER
+    was_whole = writer.finished or writer.forgotten or EXPORT_NAME in listing(folder)
+    if was_whole and not _is_whole(folder):
+        discard(folder)
+        writer.adopt_files([])
+
+
+def _is_whole(folder: Path) -> bool:
     try:
         verify_export(folder)
-    except NotCommittedError:
-        return
     except StorageUnavailableError:  # says nothing about the export
         raise
     except StoreError:
-        discard(folder)
+        return False
+    return True
 
 
 def _as_one(failed: Mapping[Asset, KdAssetsError]) -> KdAssetsError:

@@ -259,6 +259,24 @@ def test_a_task_that_is_killed_at_any_time_ends_with_the_same_bytes(tmp_path: Pa
         assert verify(folder).ok
 
 
+@pytest.mark.parametrize("lost", ["data/export.json", "data/section-00001.safetensors"])
+@pytest.mark.parametrize(
+    "at", [*(f"pathlib:Path.unlink:{n}" for n in (1, 2, 4, 7)), "kd_assets.export.folder:Journal.append:2"]
+)
+def test_a_committed_export_that_lost_a_file_is_mended_even_by_a_task_that_is_killed(
+    tmp_path: Path, folders: dict[Asset, Path], lost: str, at: str
+) -> None:
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset="export_safetensors")])
+    assert exported.run(job) == 0
+    ((folder, _),) = exported.results(job)
+    before = files_below(folder / DATA_FOLDER)
+    (folder / lost).unlink()
+    killed_at(job, tmp_path, at)
+    assert exported.run(job) == 0
+    assert files_below(folder / DATA_FOLDER) == before
+    assert verify(folder).ok
+
+
 def test_a_damaged_export_that_was_not_committed_yet_is_made_again(tmp_path: Path, folders: dict[Asset, Path]) -> None:
     job = exported.job_of(tmp_path, folders)
     killed_at(job, tmp_path, "kd_assets.store.writing.journal:Journal.rewrite:1")
