@@ -1314,7 +1314,7 @@ def stored_column(folder: Path, name: str) -> Any:
     ],
 )
 def test_coded_states_have_two_columns_in_the_place_of_each(store: Path, codec: str, columns: tuple[str, str]) -> None:
-    """[F200] [F204]"""
+    """[F86] [F90]"""
     folder, bits = coded_result(store, codec)
     (rows,) = part_tables(folder)
     states = ("hidden_block_1", "hidden_final_after_norm")
@@ -1332,7 +1332,7 @@ def test_coded_states_have_two_columns_in_the_place_of_each(store: Path, codec: 
 
 
 def test_split_states_are_low_bytes_and_a_frame_of_high_bytes_a_document(store: Path) -> None:
-    """[F201]"""
+    """[F87]"""
     folder, bits = coded_result(store, "split")
     (rows,) = part_tables(folder)
     assert (
@@ -1346,7 +1346,7 @@ def test_split_states_are_low_bytes_and_a_frame_of_high_bytes_a_document(store: 
 
 
 def test_fp8_states_are_e4m3_numbers_and_a_scale_a_state(store: Path) -> None:
-    """[F202] [F204]"""
+    """[F88] [F90]"""
     folder, bits = coded_result(store, "fp8")
     exact = (bits.astype(np.uint32) << 16).view(np.float32)
     scales = stored_column(folder, "hidden_block_1_fp8_scale")
@@ -1360,7 +1360,7 @@ def test_fp8_states_are_e4m3_numbers_and_a_scale_a_state(store: Path) -> None:
 
 @pytest.mark.parametrize("group", [32, 128])
 def test_int8_states_are_whole_numbers_and_a_scale_a_group(store: Path, group: int) -> None:
-    """[F203] [F204]"""
+    """[F89] [F90]"""
     folder, bits = coded_result(store, f"int8_{group}")
     exact = (bits.astype(np.uint32) << 16).view(np.float32).reshape(-1, group)
     scale_bits = stored_column(folder, "hidden_block_1_int8_scales")
@@ -1379,7 +1379,7 @@ def test_int8_states_are_whole_numbers_and_a_scale_a_group(store: Path, group: i
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**41, -(2.0**41), 2.0**-41])
 def test_codecs_that_round_refuse_what_no_state_is_and_split_holds_it(bad: float) -> None:
-    """[F205]"""
+    """[F91]"""
     docs = examples.documents((2,))
     numbers = np.zeros((2, 128), dtype=np.float32)
     numbers[1, 7] = bad
@@ -1400,7 +1400,7 @@ def test_codecs_that_round_refuse_what_no_state_is_and_split_holds_it(bad: float
     ],
 )
 def test_the_error_of_coding_is_in_the_manifest_and_has_a_limit(store: Path, codec: str, most: float) -> None:
-    """[F206]"""
+    """[F92]"""
     folder, bits = coded_result(store, codec)
     exact = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     reader = CacheReader.from_folders([folder])
@@ -1423,7 +1423,7 @@ def test_the_error_of_coding_is_in_the_manifest_and_has_a_limit(store: Path, cod
 
 @pytest.mark.parametrize("codec", ["split", "fp8", "int8_32"])
 def test_coded_rows_come_in_groups_of_512_tokens_or_one_longer_document(store: Path, codec: str) -> None:
-    """[F207]"""
+    """[F93]"""
     folder, _ = coded_result(store, codec, lengths=(500, 12, 1, 600, 3), size=32)
     with PartFile(folder / "part-00000.arrow") as part:
         assert part.first_rows.tolist() == [0, 2, 3, 4, 5]
@@ -1539,7 +1539,7 @@ def test_index_of_another_commit_is_named_and_nothing_of_it_is_read(
 
 
 def test_coded_part_names_its_codec_and_has_planes_of_bytes_in_the_place_of_its_columns(store: Path) -> None:
-    """[F100] [F101]"""
+    """[F76] [F77]"""
     plain, _ = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
     folder, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT | {"draws": 20, "seed": 0})
     assert manifest.params["codec"] == "compact"
@@ -1560,7 +1560,7 @@ def test_coded_part_names_its_codec_and_has_planes_of_bytes_in_the_place_of_its_
 
 
 def test_bytes_of_a_coded_part_are_the_ids_the_codes_and_the_mass_of_what_is_not_kept(store: Path) -> None:
-    """[F102] [F103] [F104] [F105] [F106] By the decoder in FORMAT.md, which has nothing of this package."""
+    """[F78] [F79] [F80] [F81] [F82] By the decoder in FORMAT.md, which has nothing of this package."""
     decode = decoder_to_copy()
     plain = CacheReader.from_folders([examples.commit(store, "topk_cache")[0]])
     folder, _ = examples.commit(store, "topk_cache", params=examples.COMPACT)
@@ -1590,7 +1590,7 @@ def test_bytes_of_a_coded_part_are_the_ids_the_codes_and_the_mass_of_what_is_not
 def test_code_is_the_rounded_fourth_root_and_what_cannot_be_held_is_refused_before_anything_is_written(
     store: Path,
 ) -> None:
-    """[F107]"""
+    """[F83]"""
     rows = examples.table("topk_cache", examples.documents())
     stored = coded(rows, "compact").stored
     first = b"".join(stored["topk_codes_0"].to_pylist())
@@ -1605,7 +1605,7 @@ def test_code_is_the_rounded_fourth_root_and_what_cannot_be_held_is_refused_befo
 
 
 def test_coding_is_measured_and_one_that_cost_too_much_has_failed(store: Path) -> None:
-    """[F108] Its numbers are compared with their definition in the tests of the codec."""
+    """[F84] Its numbers are compared with their definition in the tests of the codec."""
     _, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT)
     for part in manifest.parts:
         assert 0 < part.stats["max_codec_mean_kl"] <= part.stats["max_codec_kl"] <= 4e-5 * (1 + examples.K**0.5)
@@ -1631,7 +1631,7 @@ def test_coding_is_measured_and_one_that_cost_too_much_has_failed(store: Path) -
     ],
 )
 def test_bytes_that_no_encoder_writes_are_refused(store: Path, column: str, value: bytes) -> None:
-    """[F109] Each other case is among the tests of the codec."""
+    """[F85] Each other case is among the tests of the codec."""
     docs = examples.documents((5,))
     stored = coded(examples.table("topk_cache", docs), "compact").stored
     field = stored.schema.field(column)
