@@ -55,6 +55,8 @@ def unit_of(desk: Desk, params: TeacherParams, docs: Documents | None = None) ->
         words["topk_cache"]["vocabulary"] = topk.token_ids.in_identity()
     if topk.positions.kept != "all":
         words["topk_cache"]["positions"] = topk.positions.kept
+    if topk.codec != "plain":
+        words["topk_cache"]["codec"] = topk.codec
     common = {"weights_fingerprint": params.weights_fingerprint, "dtype": params.dtype}
     outputs = [
         plan_output(
@@ -124,6 +126,21 @@ def test_stored_rows_are_those_of_the_dense_distribution_over_the_ids(
     assert verify(desk.recipe_folder).ok
     shard = ResultFiles(next((tmp_path / "store").glob("tiny/shards_manifest/*/*/*/manifest.json")).parent)
     assert all(check.passed for check in check_all(ResultFiles(folder), shard))
+
+
+def test_a_compact_cache_is_cut_as_a_plain_one_is(tmp_path: Path, teacher_folder: Path) -> None:
+    topk = TopkParams(k=4, max_length=64, draws=6, token_ids=HOLES, codec="compact")
+    _, plain = run(tmp_path / "plain", params_of(teacher_folder, HOLES))
+    desk, compact = run(tmp_path / "compact", params_of(teacher_folder, HOLES, topk=topk))
+    one, other = CacheReader.from_folders([plain]), CacheReader.from_folders([compact])
+    assert one.fields == other.fields
+    for i in range(len(one)):
+        for name in ("topk_ids", "outside_mass", "input_ids"):
+            np.testing.assert_array_equal(one[i][name], other[i][name])
+        np.testing.assert_allclose(other[i]["target_logprob"], one[i]["target_logprob"], rtol=0.02, atol=0.02)
+    assert read_manifest(compact).checks["recomputed"]["passed"] is True
+    report = verify(desk.recipe_folder)
+    assert report.ok, report.problems
 
 
 def test_a_cache_of_all_ids_has_the_numbers_of_one_that_is_not_cut_and_no_mass_outside(
