@@ -41,10 +41,11 @@ class TeacherCacheDataset(Dataset[Sample]):
     A sample has `partition_key`, `document_id`, `input_ids` int64 [L], `loss_mask` bool [L], and of the caches that
     are given:
 
-    - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: stored as float16), `logsumexp`
-      and `target_logprob` float32 [L-1]. Row i is about token i + 1. With random draws also `sampled_ids` and
-      `sampled_counts` int64 [L-1, s]: the different ids that were drawn and how often; a count of 0 is padding. Of a
-      cache that keeps some positions only, these have M rows, and `topk_positions` int64 [M] says which.
+    - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: read as float16), `logsumexp`
+      (unless the cache leaves it out) and `target_logprob` float32 [L-1]. Row i is about token i + 1. With random
+      draws also `sampled_ids` and `sampled_counts` int64 [L-1, s]: the different ids that were drawn and how often; a
+      count of 0 is padding. Of a cache that keeps some positions only, these have M rows, and `topk_positions` int64
+      [M] says which.
     - hidden_state_cache: `hidden_block_<n>`, `hidden_final_before_norm`, `hidden_final_after_norm` bfloat16 [L, H],
       bit for bit as the teacher gave it; or [N, H] and `hidden_positions` int64 [N].
     - embedding_cache: `mean_embedding`, `last_token_embedding` float32 [H], and `embedded_tokens` int64 []: how many

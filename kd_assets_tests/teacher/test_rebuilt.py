@@ -124,14 +124,15 @@ def test_states_are_compared_with_compact_rows_within_what_coding_can_change(
     teacher = uneven_teacher("llama", dtype)
     one, other = document(teacher, 0), document(teacher, 2)
     right_LH = one.states["after_norm"]
-    states_LH = {
+    states: dict[str | None, Callable[[], torch.Tensor]] = {
         None: lambda: right_LH,
         "previous block": lambda: normed(teacher, one.states["previous"]),
         "no norm": lambda: one.states["before_norm"],
         "norm twice": lambda: normed(teacher, right_LH),
         "shifted": lambda: right_LH.roll(1, dims=0),
         "another document": lambda: other.states["after_norm"][: len(right_LH)],
-    }[wrong]()
+    }
+    states_LH = states[wrong]()
     comparison = RebuiltComparison(teacher=teacher, seed=0, codec="compact")
     comparison.add(compact(one.topk, logsumexp=logsumexp), one.hidden("after_norm", states_LH))
     result = comparison.result()

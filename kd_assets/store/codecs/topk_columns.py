@@ -18,7 +18,7 @@ from kd_assets.errors import CodecRangeError
 from kd_assets.store import schema as schemas
 from kd_assets.store.codecs import topk_compact
 from kd_assets.store.codecs.coded import Coded
-from kd_assets.store.codecs.topk_compact import ByteArray, CodeError, RangeError
+from kd_assets.store.codecs.topk_compact import ByteArray, CodedRows, CodeError, RangeError
 from kd_assets.store.writing.documents import Int64Array, offsets_of
 from kd_assets.store.writing.encode import flat, list_array, vector_array
 
@@ -81,43 +81,13 @@ class CompactTopk:
     def encode(self, plain: pa.Table) -> Coded:
         """The error: `max_codec_kl`, the largest of a position, and `max_codec_mean_kl`, the mean of the part, at
         temperature 1, over the kept tokens and all others as one."""
-        k = plain.schema.field("topk_ids").type.value_type.list_size
-        offsets = list_offsets(plain["topk_ids"])
-        ids_Mk, logprobs_Mk = flat(plain["topk_ids"]).reshape(-1, k), flat(plain["topk_logprobs"]).reshape(-1, k)
-        target_M = flat(plain["target_logprob"])
-        sums_M = flat(plain["logsumexp"]) if "logsumexp" in plain.schema.names else None
-        try:
-            coded = topk_compact.encode(ids_Mk, logprobs_Mk)
-            _require_half("a target's log-probability", target_M, most=topk_compact.LARGEST_LOGPROB)
-            if sums_M is not None:
-                _require_half("a logsumexp", sums_M, most=_LARGEST_HALF)
-        except RangeError as e:
-            raise CodecRangeError(_refusal(plain, offsets, e)) from e
-        is_target_Mk = ids_Mk == _targets_of(plain)[:, None]
-        is_outside_M = ~is_target_Mk.any(axis=1)
-        planes = {
-            **{name: _of_positions(plane, offsets) for name, plane in zip(_IDS, coded.ids, strict=True)},
-            **{name: _of_positions(band, offsets) for name, band in zip(_code_names(k), coded.codes, strict=True)},
-            _TAIL: _of_positions(coded.tails_M, offsets),
-            _TARGET: _binaries(_half_bytes(target_M[is_outside_M]), 2 * offsets_of(is_outside_M)[offsets]),
-        }
-        if sums_M is not None:
-            planes[_LOGSUMEXP] = _of_positions(_half_bytes(sums_M).reshape(-1, 2), offsets)
-        names = plain.schema.names
-        draws = _number(plain.schema, "sampled_ids", "draws") if "sampled_ids" in names else 0
-        schema = compact_topk_schema(k, draws, positions="positions" in names, logsumexp=sums_M is not None)
-        columns = [planes[name] if name in planes else plain[name] for name in schema.names]
+        rows = _PlainRows(plain)
+        coded = rows.coded()
         coded_Mk, tails_M = topk_compact.decode_logprobs(coded.codes, coded.tails_M)
-        kl_M = topk_compact.divergence(logprobs_Mk, coded_Mk, tails_M)
-        changed = {
-            "topk_logprobs": vector_array(coded_Mk),
-            "target_logprob": pa.array(_target_logprobs(coded_Mk, is_target_Mk, _rounded(target_M[is_outside_M]))),
-            **({} if sums_M is None else {"logsumexp": pa.array(_rounded(sums_M))}),
-        }
-        decoded = [list_array(offsets, changed[name]) if name in changed else plain[name] for name in names]
+        kl_M = topk_compact.divergence(rows.logprobs_Mk, coded_Mk, tails_M)
         return Coded(
-            stored=pa.Table.from_arrays(columns, schema=schema),
-            decoded=pa.Table.from_arrays(decoded, schema=plain.schema),
+            stored=rows.stored(coded),
+            decoded=rows.decoded(coded_Mk),
             error={
                 "max_codec_kl": float(kl_M.max(initial=0.0)),
                 "max_codec_mean_kl": float(kl_M.mean()) if len(kl_M) else 0.0,
@@ -154,6 +124,61 @@ def _made_of(k: int) -> dict[str, tuple[str, ...]]:
         # of a token among the k it is that of its slot, and which token it is stands in the document
         "target_logprob": (*_IDS, *codes, _TARGET, "input_ids"),
     }
+
+
+class _PlainRows:
+    """Rows without a codec, on their way into a file."""
+
+    def __init__(self, plain: pa.Table) -> None:
+        self._table, self._names = plain, plain.schema.names
+        self.k: int = plain.schema.field("topk_ids").type.value_type.list_size
+        self._offsets = list_offsets(plain["topk_ids"])
+        self.ids_Mk = flat(plain["topk_ids"]).reshape(-1, self.k)
+        self.logprobs_Mk = flat(plain["topk_logprobs"]).reshape(-1, self.k)
+        self._sums_M = flat(plain["logsumexp"]) if "logsumexp" in self._names else None
+        self._target_M = flat(plain["target_logprob"])
+        self._is_target_Mk = self.ids_Mk == _targets_of(plain)[:, None]
+        self._is_outside_M = ~self._is_target_Mk.any(axis=1)
+
+    def coded(self) -> CodedRows:
+        """Raises CodecRangeError, which names document and row, for numbers that the columns cannot hold."""
+        try:
+            _require_half("a target's log-probability", self._target_M, most=topk_compact.LARGEST_LOGPROB)
+            if self._sums_M is not None:
+                _require_half("a logsumexp", self._sums_M, most=_LARGEST_HALF)
+            return topk_compact.encode(self.ids_Mk, self.logprobs_Mk)
+        except RangeError as e:
+            raise CodecRangeError(_refusal(self._table, self._offsets, e)) from e
+
+    def stored(self, coded: CodedRows) -> pa.Table:
+        offsets, outside = self._offsets, self._target_M[self._is_outside_M]
+        planes = {
+            **{name: _of_positions(plane, offsets) for name, plane in zip(_IDS, coded.ids, strict=True)},
+            **{name: _of_positions(band, offsets) for name, band in zip(_code_names(self.k), coded.codes, strict=True)},
+            _TAIL: _of_positions(coded.tails_M, offsets),
+            _TARGET: _binaries(_half_bytes(outside), 2 * offsets_of(self._is_outside_M)[offsets]),
+        }
+        if self._sums_M is not None:
+            planes[_LOGSUMEXP] = _of_positions(_half_bytes(self._sums_M).reshape(-1, 2), offsets)
+        draws = _number(self._table.schema, "sampled_ids", "draws") if "sampled_ids" in self._names else 0
+        schema = compact_topk_schema(
+            self.k, draws, positions="positions" in self._names, logsumexp=self._sums_M is not None
+        )
+        columns = [planes[name] if name in planes else self._table[name] for name in schema.names]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def decoded(self, coded_Mk: npt.NDArray[np.float16]) -> pa.Table:
+        """What a reader will get, of the log-probabilities that are decoded."""
+        outside = _rounded(self._target_M[self._is_outside_M])
+        changed = {
+            "topk_logprobs": vector_array(coded_Mk),
+            "target_logprob": pa.array(_target_logprobs(coded_Mk, self._is_target_Mk, outside)),
+            **({} if self._sums_M is None else {"logsumexp": pa.array(_rounded(self._sums_M))}),
+        }
+        columns = [
+            list_array(self._offsets, changed[name]) if name in changed else self._table[name] for name in self._names
+        ]
+        return pa.Table.from_arrays(columns, schema=self._table.schema)
 
 
 class _StoredRows:
