@@ -288,9 +288,9 @@ def test_nothing_is_read_in_the_training_process(plain: TeacherCacheDataset, mon
         assert os.getpid() != trainer, "decoded in the training process"
         return read_group(self, *arguments)
 
-    def opened(self: PartFile, *arguments: Any) -> None:
+    def opened(self: PartFile, *arguments: Any, **named: Any) -> None:
         assert os.getpid() != trainer, "a part was opened in the training process"
-        init(self, *arguments)
+        init(self, *arguments, **named)
 
     monkeypatch.setattr(PartFile, "read_group", refused_there)
     monkeypatch.setattr(PartFile, "__init__", opened)

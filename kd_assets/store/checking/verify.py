@@ -169,6 +169,7 @@ class _Verifier:
             self._note("failed_check", folder, f"{folder} is kept to be looked at, and is never current: {why}")
         elif is_in_place:
             self._partitions.add(folder.absolute().parent)
+        n_problems = len(self.problems)
         try:
             expected_schema(manifest, 0)
         except MissingParameterError as e:
@@ -176,7 +177,6 @@ class _Verifier:
             self._problem("wrong_identity", path, f"{path}: {e}; it was written so: materialize it again elsewhere")
         except UnknownCodecError as e:
             self._problem("unreadable", folder / MANIFEST_NAME, str(e))
-        n_problems = len(self.problems)
         for record in manifest.parts:
             self._part(folder, manifest, record)
         self._index(folder, manifest, parts_are_whole=len(self.problems) == n_problems)
