@@ -98,6 +98,10 @@ class NotCommittedError(StoreError):
     """A folder was read as a result and has no manifest: its job is still running, or was killed."""
 
 
+class NothingToExportError(NotCommittedError):
+    """Of all documents there is none that a format can hold."""
+
+
 class CorruptManifestError(StoreError):
     """A manifest is not JSON, of another format version, or contradicts itself."""
 

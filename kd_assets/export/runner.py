@@ -20,6 +20,7 @@ from kd_assets.errors import (
     InputError,
     InterruptedTaskError,
     KdAssetsError,
+    NothingToExportError,
     ResultBusyError,
     StorageUnavailableError,
     StorageUnreachableError,
@@ -122,19 +123,25 @@ class ExportRunner:
     def _made(
         self, unit: WorkUnit, params: ExportParams, folders: Mapping[Asset, list[Path]], to: Path
     ) -> Exported | None:
-        """The export in the folder `to`, gone on with or made; None of caches without a document, which have none of
-        the columns that a format asks for."""
+        """The export in the folder `to`, gone on with or made; None where there is no document that it can hold, as in
+        caches without any, which have none of the columns that a format asks for."""
         if not any(read_manifest(folder).n_documents for of_asset in folders.values() for folder in of_asset):
             return None
         progress = _Progress(unit, params, self._report, self._stop)
-        exported = export_to_folder(
-            params.format_name,
-            folders,
-            to,
-            options=options_of(params),
-            leave_out_empty=True,
-            on_progress=progress.section,
-        )
+        try:
+            exported = export_to_folder(
+                params.format_name,
+                folders,
+                to,
+                options=options_of(params),
+                leave_out_empty=True,
+                on_progress=progress.section,
+            )
+        except NothingToExportError as e:  # of one partition of many that is no failure
+            message = f"{params.asset} has no document: {e}"
+            self._report.emit("warning", partition_key=unit.partition_key, message=message)
+            discard(to)
+            return None
         sweep(to)
         return exported
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -385,6 +387,19 @@ def test_a_partition_without_a_document_is_an_export_without_one(tmp_path: Path,
     ((folder, manifest),) = exported.results(job)
     assert manifest is not None
     assert (manifest.parts, manifest.facts["n_documents"]) == ((), 0)
+    assert verify(folder).ok
+    assert exported.run(job) == 0
+
+
+def test_a_partition_of_which_a_format_can_hold_no_document_is_an_export_without_one(tmp_path: Path) -> None:
+    documents = [dataclasses.replace(d, mask_L=np.zeros_like(d.mask_L)) for d in made_up.truths(1, exported.KEY, n=6)]
+    folders = made_up.commit(tmp_path, documents, assets=("topk_cache",))
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset="export_distillkit")])
+    assert exported.run(job) == 0
+    ((folder, manifest),) = exported.results(job)
+    assert manifest is not None
+    assert (manifest.parts, manifest.facts["n_documents"]) == ((), 0)
+    assert not (folder / DATA_FOLDER).exists()
     assert verify(folder).ok
     assert exported.run(job) == 0
 

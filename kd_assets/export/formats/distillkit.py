@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_assets.durable import atomic_write, prepare_folder
-from kd_assets.errors import NotCommittedError, RecipeError
+from kd_assets.errors import NothingToExportError, RecipeError
 from kd_assets.export.aside import export_file
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, Packing, SectionFiles, Source
@@ -157,7 +157,7 @@ class _Writer:
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
         if not any(section.n_documents for section in sections):
-            raise NotCommittedError(
+            raise NothingToExportError(
                 "there is no document with a learned token: DistillKit's losses are NaN of the others"
             )
         atomic_write(self._folder / CONFIG_NAME, self._layout.config().encode())

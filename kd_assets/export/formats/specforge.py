@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from kd_assets.contract import Asset
 from kd_assets.durable import atomic_write, prepare_folder
-from kd_assets.errors import NotCommittedError, RecipeError
+from kd_assets.errors import NothingToExportError, RecipeError
 from kd_assets.export.aside import FilesAside
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.draft_vocabulary import DraftVocabulary, count_source, draft_vocabulary, require_can_count
@@ -196,7 +196,7 @@ class _Writer:
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
         if not any(section.n_documents for section in sections):
-            raise NotCommittedError(
+            raise NothingToExportError(
                 "there is no document with two learned tokens side by side: DFlash learns from none"
             )
         self._write_json(LAYERS_NAME, self._kind.layers())
