@@ -6,13 +6,16 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from kd_assets.contract import Asset
 from kd_assets.errors import MissingInputError, printable
+from kd_assets.store import planned_partitions, variants_of
 from kd_assets.store.layout import AUDIT_NAME
+from kd_assets.store.reading.selection import select_partitions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +69,20 @@ def recipe_folder_of(recipe: str) -> Path:
     if not (named / AUDIT_NAME).is_file():
         raise MissingInputError(f"nothing of recipe {name} was made yet in {named}: is KD_HOME right?")
     return named
+
+
+def selected_partitions(recipe_folder: Path, selection: str | None, assets: Sequence[Asset]) -> list[str] | None:
+    """Keys of `a..b` (both included), `a,b,c`, or one; None: all. Where no plan says which there are, those of these
+    assets' results. Raises RecipeError for what is not there."""
+    if selection is None:
+        return None
+    plan = planned_partitions(recipe_folder)
+    if plan is not None:
+        known = list(plan.input_hashes)
+    else:
+        variants = [variants_of(recipe_folder / asset) for asset in assets]
+        known = sorted({key for of_asset in variants for folders in of_asset.values() for key in folders})
+    return select_partitions(known, selection)
 
 
 def show(*lines: str, stream: TextIO | None = None) -> None:

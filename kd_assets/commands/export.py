@@ -9,15 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_assets.commands.base import Subcommand, recipe_folder_of, show, show_json
+from kd_assets.commands.base import Subcommand, recipe_folder_of, selected_partitions, show, show_json
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import RecipeError
 from kd_assets.export.exporting import ExportProgress, export_recipe
 from kd_assets.export.folder import Exported
 from kd_assets.export.format import ExportOptions
 from kd_assets.export.formats import FORMATS
-from kd_assets.store import planned_partitions, variants_of
-from kd_assets.store.reading.selection import select_partitions
 from kd_assets.store.schema import FINAL_CONVENTIONS, HiddenState
 
 PROGRESS_EVERY_S = 2.0
@@ -48,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
         recipe_folder,
         arguments.to,
         options=_options(arguments),
-        partition_keys=_partition_keys(recipe_folder, arguments.partitions),
+        partition_keys=selected_partitions(recipe_folder, arguments.partitions, CACHES),
         variants=dict(map(_variant, arguments.variant)),
         on_progress=progress_lines(time.monotonic),
     )
@@ -130,19 +128,6 @@ def _variant(text: str) -> tuple[Asset, str]:
         if asset == known and variant:
             return known, variant
     raise RecipeError(f"--variant {text!r} is not of the form CACHE=VARIANT with a cache of {', '.join(CACHES)}")
-
-
-def _partition_keys(recipe_folder: Path, selection: str | None) -> list[str] | None:
-    """Keys of `a..b` (both included), `a,b,c`, or one; None: all. Raises RecipeError for what is not there."""
-    if selection is None:
-        return None
-    plan = planned_partitions(recipe_folder)
-    if plan is not None:
-        known = list(plan.input_hashes)
-    else:
-        variants = [variants_of(recipe_folder / asset) for asset in CACHES]
-        known = sorted({key for of_asset in variants for folders in of_asset.values() for key in folders})
-    return select_partitions(known, selection)
 
 
 EXPORT = Subcommand(

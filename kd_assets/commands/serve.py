@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_assets.commands.base import Subcommand, count, recipe_folder_of, serving_plane, show
+from kd_assets.commands.base import Subcommand, count, recipe_folder_of, selected_partitions, serving_plane, show
 from kd_assets.errors import RecipeError
 from kd_assets.replay.requests import TOKEN_VARIABLE, Limits
-from kd_assets.store import planned_partitions, variants_of
-from kd_assets.store.reading.selection import select_partitions
 
 PROGRESS_EVERY_S = 5.0
 
@@ -54,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = serving.ServeOptions(
         recipe_folder=recipe_folder,
         variant=arguments.variant,
-        partition_keys=_partition_keys(recipe_folder, arguments.partitions),
+        partition_keys=selected_partitions(recipe_folder, arguments.partitions, ("topk_cache",)),
         not_kept=arguments.not_kept,
         tokenizer=arguments.tokenizer,
         host=arguments.host,
@@ -79,17 +77,6 @@ def progress_lines(clock: Callable[[], float]) -> Callable[[int, int], None]:
             show(f"serve: {n_documents:,} of {of_documents:,} documents are indexed", stream=sys.stderr)
 
     return say
-
-
-def _partition_keys(recipe_folder: Path, selection: str | None) -> list[str] | None:
-    """Keys of the selection; None: all. Raises RecipeError for what is not there."""
-    if selection is None:
-        return None
-    plan = planned_partitions(recipe_folder)
-    if plan is not None:
-        return select_partitions(list(plan.input_hashes), selection)
-    known = {key for folders in variants_of(recipe_folder / "topk_cache").values() for key in folders}
-    return select_partitions(sorted(known), selection)
 
 
 SERVE = Subcommand(
