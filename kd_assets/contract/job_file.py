@@ -48,7 +48,7 @@ StateCodec = Literal["raw", "split", "fp8", "int8_32", "int8_128"]
 scale for each state, or for every 32 or 128 values."""
 
 TopkCodec = Literal["plain", "compact"]
-"""How the numbers of a top-k cache lie in its files: as they are, or in about half the bytes, coded (FORMAT.md)."""
+"""How the numbers of a top-k cache lie in its files: as they are, or coded in about two thirds of the bytes."""
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 

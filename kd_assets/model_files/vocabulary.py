@@ -62,15 +62,17 @@ def token_table(place: Path) -> TokenTable:
 
 
 def _with_added(tokens: TokenTable, added: Iterable[str]) -> TokenTable:
-    """With added tokens, numbered as the `tokenizers` library does it: one that the vocabulary has keeps its id, any
-    other gets the id after the largest of an added one, or the size of the vocabulary, whichever is larger."""
+    """With added tokens, numbered as the `tokenizers` library (0.23) does it: one that the vocabulary has keeps its id,
+    the others are numbered from the size of the vocabulary on, whatever ids it leaves free or has beyond."""
     by_token = {token: token_id for token_id, token in tokens.items()}
     numbered: dict[str, int] = {}
     following = len(tokens)
     for token in added:
         if token and token not in numbered:
-            numbered[token] = by_token.get(token, following)
-            following = max(following, numbered[token] + 1)
+            if token in by_token:
+                numbered[token] = by_token[token]
+            else:
+                numbered[token], following = following, following + 1
     return tokens | {token_id: token for token, token_id in numbered.items()}
 
 
@@ -121,7 +123,7 @@ def _tokenizer_json(path: Path) -> _Vocabulary:
         tokens = {i: str(piece[0]) for i, piece in enumerate(vocabulary) if isinstance(piece, list) and piece}
     else:
         raise InputError(f"{path} is no tokenizer: it has no model.vocab; download it again")
-    return _Vocabulary(tokens=tokens, added=[_content(token, path) for token in raw.get("added_tokens") or ()])
+    return _Vocabulary(tokens=tokens, added=[_content(token, path) for token in _listed(raw, "added_tokens", path)])
 
 
 def _tekken(path: Path) -> _Vocabulary:
@@ -181,8 +183,10 @@ def _added_beside(folder: Path) -> Iterator[str]:
     yield from (token for _, token in sorted(with_ids))
     named = [config.get(role) for role in _ROLES]
     named += [value for name, value in config.items() if name.endswith("_token") and name not in _ROLES]
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    for token in (*named, *(extra.values() if isinstance(extra, dict) else extra)):
+    path = folder / "tokenizer_config.json"
+    extra = config.get("extra_special_tokens")
+    others = list(extra.values()) if isinstance(extra, dict) else _listed(config, "extra_special_tokens", path)
+    for token in (*named, *(others or _listed(config, "additional_special_tokens", path))):
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):
             yield content
@@ -192,6 +196,16 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no such file."""
     raw = read_json(path, "it is part of the tokenizer") if path.is_file() else {}
     return raw if isinstance(raw, dict) else {}
+
+
+def _listed(raw: Mapping[str, Any], name: str, path: Path) -> list[Any]:
+    """The list of this name; an empty one where there is none."""
+    value = raw.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise InputError(f"{path} has {name} that are no list, {value!r:.80}: download it again")
+    return value
 
 
 def _content(token: Any, path: Path) -> str:

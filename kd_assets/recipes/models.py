@@ -207,7 +207,7 @@ class TopkModel(dg.Model, dg.Resolvable):
     normalised over them."""
 
     codec: TopkCodec = "plain"
-    """plain: columns that every reader understands; compact: about half the bytes, decoded by kd_assets."""
+    """plain: columns that every reader understands; compact: about two thirds of the bytes, decoded by kd_assets."""
     logsumexp: bool = True
     """Left out of a compact cache where false: it saves a byte and more a token, and logits can then not be had."""
 

@@ -40,9 +40,13 @@ OUTSIDE_CONVENTION = (
     "every other column is of the distribution without them"
 )
 
-DRAWS_CONVENTION = (
-    "token ids drawn at random, with replacement, from the whole distribution at temperature 1: sampled_ids are the "
+_DRAWS_CONVENTION = (
+    "token ids drawn at random, with replacement, from <the distribution> at temperature 1: sampled_ids are the "
     "different ones in ascending order, sampled_counts how often each was drawn; they add up to draws"
+)
+DRAWS_CONVENTION = _DRAWS_CONVENTION.replace("<the distribution>", "the whole distribution")
+CUT_DRAWS_CONVENTION = _DRAWS_CONVENTION.replace(
+    "<the distribution>", "the distribution over the ids of a student's vocabulary"
 )
 
 POSITIONS_CONVENTION = (
@@ -110,7 +114,7 @@ def topk_schema(
         column("target_logprob", list_of(pa.float32())),
     ]
     if draws:
-        said = {"draws": str(draws), "convention": DRAWS_CONVENTION}
+        said = {"draws": str(draws), "convention": CUT_DRAWS_CONVENTION if is_cut else DRAWS_CONVENTION}
         columns += [
             column("sampled_ids", list_of(list_of(pa.uint32())), **said),
             column("sampled_counts", list_of(list_of(pa.uint16())), **said),

@@ -118,6 +118,37 @@ def test_added_tokens_have_the_ids_that_their_library_gives_them(tmp_path: Path,
     assert token_table(folder) == of_library(folder)
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+@pytest.mark.parametrize("added", [["<eos>", "<pad>"], ["<pad>", "<eos>", "<x>"], ["<x>", "<pad>"]])
+def test_an_added_token_of_the_vocabulary_moves_no_other(tmp_path: Path, kind: str, added: list[str]) -> None:
+    """A vocabulary with holes below a token that is among the added ones."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"a": 0, "b": 1, "<eos>": 9}
+    model = models.WordLevel(vocabulary, "a") if kind == "WordLevel" else models.BPE(vocabulary, [])
+    tokenizer = Tokenizer(model)
+    tokenizer.add_tokens(added)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert token_table(tmp_path) == {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer.json", "added_tokens", 5),
+        ("tokenizer_config.json", "additional_special_tokens", 5),
+        ("tokenizer_config.json", "additional_special_tokens", "<p>"),
+        ("tokenizer_config.json", "extra_special_tokens", "<p>"),
+    ],
+)
+def test_lists_of_tokens_that_are_none_are_refused_by_name(tmp_path: Path, name: str, key: str, value: Any) -> None:
+    folder = byte_level(tmp_path)
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | {key: value}))
+    with pytest.raises(InputError, match=f"{name} has {key} that are no list"):
+        token_table(folder)
+
+
 def test_a_sentencepiece_model_has_its_pieces_in_the_order_of_their_ids(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(

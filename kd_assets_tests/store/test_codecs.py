@@ -161,6 +161,15 @@ def test_two_codes_that_are_one_keep_the_order_that_was_given() -> None:
     assert topk_compact.decode_ids(made.ids)[0].tolist() == [7, 3, 5]
 
 
+def test_codes_that_are_one_but_for_rounding_are_decoded_all_the_same() -> None:
+    """Their sum is below 1 in float32, and not in float64."""
+    logprobs = np.array([[-0.532, -0.959, -3.69, -5.418, -15.55, -15.76]], np.float16)
+    rows = (np.arange(6, dtype=np.uint32)[None], logprobs)
+    made = topk_compact.encode(*rows)
+    found, tails = topk_compact.decode_logprobs(made.codes, made.tails_M)
+    assert topk_compact.divergence(logprobs, found, tails)[0] < divergence_limit(6)
+
+
 def test_bands_are_of_every_slot_once() -> None:
     assert bands(1) == ((0, 1),)
     assert bands(2) == ((0, 1), (1, 2))

@@ -132,7 +132,7 @@ def encode(ids_Mk: npt.NDArray[np.uint32], logprobs_Mk: npt.NDArray[np.float16])
         if (too_much := np.flatnonzero(mass > 1 + LARGEST_LOGPROB)).size:
             row = int(too_much[0])
             raise RangeError(f"its probabilities add up to {mass[row]:.6f}", row=rows.start + row)
-        tails_M[rows] = _tails_of(np.minimum(mass, 1.0), _row_sums(_RAW32.take(codes)))
+        tails_M[rows] = _tails_of(np.minimum(mass, 1.0), _row_sums(_RAW32.take(codes)), k)
     return CodedRows(
         ids=planes,
         codes=tuple(np.ascontiguousarray(of_slots[:, first:stop]) for first, stop in bands(k)),
@@ -239,12 +239,13 @@ def divergence_limit(k: int) -> float:
     return 4e-5 * (1 + math.sqrt(k))
 
 
-def _tails_of(mass_M: Float64Array, raw_M: Float64Array) -> ByteArray:
-    """uint8 [M]: the tail bytes of rows that keep this mass, and whose codes add up to `raw_M`."""
+def _tails_of(mass_M: Float64Array, raw_M: Float64Array, k: int) -> ByteArray:
+    """uint8 [M]: the tail bytes of rows that keep this mass, and whose k codes add up to `raw_M`, as float32 says."""
     tail_M = 1 - mass_M
     byte_M = np.searchsorted(_TAIL_BOUNDS, tail_M)
     byte_M[(byte_M == 0) & (tail_M > 0)] = 1  # nothing is impossible that was possible
-    as_coded = (raw_M < 1) & (np.abs(raw_M - mass_M) <= np.abs(1 - TAIL[byte_M] - mass_M))
+    below_one = raw_M < 1 - k * 2.0**-23  # by more than float32 is off: the decoder, in float64, must find it so
+    as_coded = below_one & (np.abs(raw_M - mass_M) <= np.abs(1 - TAIL[byte_M] - mass_M))
     return np.where(as_coded, AS_CODED, byte_M).astype(np.uint8)
 
 
