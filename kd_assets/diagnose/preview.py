@@ -200,6 +200,8 @@ class _Previewer:
         return missing
 
     def _add_caches(self, keys: Sequence[str], caches: Sequence[Asset], not_tokenised: Mapping[str, int]) -> None:
+        if "topk_cache" in caches:
+            self._planner.require_vocabulary()
         tokenised = [key for key in keys if key not in not_tokenised]
         weights = self._planner.known_weights() if tokenised else None
         work = self._missing(self._planner.teacher_work(tokenised, caches, weights=weights or UNKNOWN_WEIGHTS))

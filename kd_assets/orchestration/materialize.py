@@ -197,6 +197,8 @@ def _make_caches(context: dg.AssetExecutionContext, recipe: Recipe, platform: Pl
         collect_s=COLLECT_S,
     )
     run = Run(context, recipe, platform, planner, recorder)
+    if "topk_cache" in selected:  # before the shards, which may take hours
+        planner.require_vocabulary()
     if SHARDS_MANIFEST in selected:
         run.carry_out(run.planned(planner.shards_work, keys))
     if caches := [a for a in selected if a in recipe.caches]:

@@ -248,6 +248,12 @@ class Planner:
         }
         return self.output(asset, partition_key, variant, shard.data_version)
 
+    def require_vocabulary(self) -> None:
+        """Look the student's vocabulary up, where the recipe names one. Raises RecipeError for one that cannot be the
+        student's, MissingInputError for one that is not here."""
+        if self._recipe.topk is not None:
+            self._topk_params(self._recipe.topk)
+
     def _cache_params(self, asset: Asset) -> TopkParams | HiddenStateParams | EmbeddingParams:
         """The parameters of a cache, with the student's vocabulary looked up."""
         params = self._recipe.cache_params[asset]
