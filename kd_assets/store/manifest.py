@@ -260,8 +260,10 @@ def audit_record(folder: Path, manifest: Manifest) -> dict[str, Any]:
 def is_audited(folder: Path, manifest: Manifest) -> bool:
     """Whether the audit log has the line of this commit. Reads all of the log: for what a kill left open, and never for
     a commit that this process has just made, whose line cannot be there."""
+    record = without_non_finite(audit_record(folder, manifest))
     lines = audited_commits(recipe_folder_of(folder), mentioning=folder.name)
-    return _commit_of(folder, manifest) in {(line["path"], line["time"]) for line in lines}
+    # All of it: a result that was removed and made again may be of the same second.
+    return any(all(record[name] == line[name] for name in record.keys() & line.keys()) for line in lines)
 
 
 COMMIT_EVENT, QUARANTINE_EVENT = "commit", "quarantine"

@@ -29,7 +29,7 @@ from kd_assets.store import (
 )
 from kd_assets.store.fingerprint import data_version
 from kd_assets.store.layout import INDEX_NAME, recipe_folder_of
-from kd_assets.store.manifest import audit_record, without_non_finite, write_head
+from kd_assets.store.manifest import audit_record, is_audited, without_non_finite, write_head
 from kd_assets.store.partfile import part_suffix, write_table
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit, commit_partition, write_plan
@@ -271,6 +271,14 @@ def test_result_without_a_line_in_the_audit_log_is_a_note(filled: Path) -> None:
     (filled / "tiny" / "audit.jsonl").unlink()
     report = verify(folder_of(filled))
     assert (report.ok, [note.kind for note in report.notes]) == (True, ["not_audited"])
+
+
+def test_a_result_that_is_made_again_within_a_second_has_no_line_yet(filled: Path) -> None:
+    folder = folder_of(filled)
+    manifest = read_manifest(folder)
+    assert is_audited(folder, manifest)
+    again = dataclasses.replace(manifest, provenance={**manifest.provenance, "wall_s": 9.75})
+    assert not is_audited(folder, again), "the line is of the result that was there before"
 
 
 # What is gone
