@@ -18,15 +18,17 @@ from typing import Any
 
 from kd_assets.contract import Asset
 from kd_assets.durable import prepare_folder, remove_file
-from kd_assets.errors import CorruptPartError, RecipeError, StorageUnavailableError
+from kd_assets.errors import CorruptPartError, NothingToExportError, RecipeError, StorageUnavailableError
 from kd_assets.export.ahead import SectionsAhead
 from kd_assets.export.folder import (
     EXPORT_NAME,
     LEASE_NAME,
     Exported,
+    ExportedFile,
     Journal,
     JournalLine,
     damage,
+    discard,
     found_in,
     hashed,
     read_export,
@@ -157,6 +159,7 @@ def _export(
             digest=digest,
             journal=Journal(to, digest),
             known_ids=KnownIds.of(chosen, source),
+            leave_out_empty=leave_out_empty,
         ).make(on_progress)
     finally:
         lease.release()
@@ -180,6 +183,7 @@ class _Export:
     digest: str
     journal: Journal
     known_ids: KnownIds
+    leave_out_empty: bool
 
     def make(self, on_progress: OnProgress | None) -> Exported:
         self.journal.open()
@@ -195,6 +199,9 @@ class _Export:
                 }
                 self._write_sections(ahead, writers, on_progress)
             files = self._finish(writers)
+        except NothingToExportError:
+            self.journal.take_back()
+            raise
         except BaseException:
             self.journal.abandon()
             raise
@@ -250,21 +257,45 @@ class _Export:
         self.journal.append(line)
         return line
 
-    def _finish(self, writers: Mapping[str, ExportWriter]) -> dict[str, Any]:
-        """All files, by their names in the export's folder."""
-        files: dict[str, Any] = {}
+    def _finish(self, writers: Mapping[str, ExportWriter]) -> dict[str, dict[str, ExportedFile]]:
+        """Split → all its files by their names in its folder; a split that is left out has none, nor a folder.
+
+        Raises NothingToExportError, which names the split.
+        """
+        files: dict[str, dict[str, ExportedFile]] = {}
+        refused: dict[str, NothingToExportError] = {}
         for split, writer in writers.items():
-            folder = self._folder_of(split)
-            lines = [line for (of_split, _), line in sorted(self.journal.finished.items()) if of_split == split]
-            found = {name: file for line in lines for name, file in line.files.items()}
-            once = writer.finish([_section_files(line) for line in lines])
-            found |= hashed(folder, list(once))
-            prefix = f"{split}/" if split else ""
-            files |= {prefix + name: dataclasses.asdict(file) for name, file in found.items()}
+            try:
+                files[split] = self._finish_split(split, writer)
+            except NothingToExportError as e:
+                refused[split] = e
+        if refused and not (self.leave_out_empty and files):
+            raise self._named(refused)
+        for split in refused:
+            discard(self._folder_of(split))
         return files
 
-    def _said(self, files: Mapping[str, Any]) -> dict[str, Any]:
-        lines = self.journal.finished.values()
+    def _finish_split(self, split: str, writer: ExportWriter) -> dict[str, ExportedFile]:
+        lines = [line for (of_split, _), line in sorted(self.journal.finished.items()) if of_split == split]
+        found = {name: file for line in lines for name, file in line.files.items()}
+        once = writer.finish([_section_files(line) for line in lines])
+        return found | hashed(self._folder_of(split), list(once))
+
+    def _named(self, refused: Mapping[str, NothingToExportError]) -> NothingToExportError:
+        split, e = next(iter(refused.items()))
+        if not split:
+            return e
+        of_all = "each split" if len(refused) == len(self.plan.splits) else f"the split {split!r}"
+        return NothingToExportError(
+            f"{of_all}: {e}; choose another validation_share or seed, leave validation_share out, or export more "
+            "partitions"
+        )
+
+    def _said(self, files: Mapping[str, Mapping[str, ExportedFile]]) -> dict[str, Any]:
+        lines = [line for (split, _), line in self.journal.finished.items() if split in files]
+        n_documents = dict.fromkeys(files, 0)
+        for line in lines:
+            n_documents[line.split] += line.n_documents
         return {
             "export_version": EXPORT_VERSION,
             "format": self.export_format.name,
@@ -274,12 +305,16 @@ class _Export:
             "options": options_as_json(self.options),
             "states": list(self.needs.states),
             "sources": sources_as_json(self.chosen),
-            "splits": {split: n for split, n in self.plan.n_documents.items() if split},
-            "n_documents": sum(line.n_documents for line in lines),
+            "splits": {split: n for split, n in n_documents.items() if split},
+            "n_documents": sum(n_documents.values()),
             "n_tokens": sum(line.n_tokens for line in lines),
             "n_cut_to_the_shortest_cache": self.plan.n_cut,
             "left_out": {why: dataclasses.asdict(left_out) for why, left_out in self.plan.left_out.items()},
-            "files": dict(files),
+            "files": {
+                f"{split}/{name}" if split else name: dataclasses.asdict(file)
+                for split, of_split in files.items()
+                for name, file in of_split.items()
+            },
         }
 
     def _folder_of(self, split: str) -> Path:

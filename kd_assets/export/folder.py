@@ -210,7 +210,12 @@ class Journal:
 
     def abandon(self) -> None:
         """Leave the folder as it was found, empty, where this attempt began it and no section is whole yet."""
-        if self.finished or not self._is_new:
+        if not self.finished:
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Leave the folder as it was found, empty, where this attempt began it: nothing came of its sections."""
+        if not self._is_new:
             return
         for path in _files_below(self._folder):
             if path.name != LEASE_NAME:

@@ -22,6 +22,7 @@ from kd_assets.errors import (
     FailedCheckError,
     KdAssetsError,
     NotCommittedError,
+    NothingToExportError,
     RecipeError,
     StorageUnavailableError,
     UnknownFieldError,
@@ -31,6 +32,7 @@ from kd_assets.export.exporting import ExportProgress, export_recipe, export_to_
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, read_export, verify_export
 from kd_assets.export.format import ExportOptions
 from kd_assets.export.joined import JoinedPartition, joined_partition
+from kd_assets.export.planning import in_validation
 from kd_assets.store import Chosen, choose
 from kd_assets_tests.export import made_up
 from kd_assets_tests.store import examples, planned
@@ -162,6 +164,21 @@ def test_what_cannot_be_asked_of_a_format_is_refused_before_anything_is_written(
     with pytest.raises(error, match=words):
         export_recipe(format_name, store / RECIPE, tmp_path / "out", options=ExportOptions(**options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_a_document_that_the_format_holds_is_named_and_a_new_folder_is_left_as_it_was(
+    tmp_path: Path, split: str
+) -> None:
+    documents, options = made_up.truths(1, n=40), ExportOptions(validation_share=0.15)
+    validation = in_validation([document.document_id for document in documents], options)
+    for document, is_validation in zip(documents, validation, strict=True):
+        document.mask_L[:] = is_validation == (split == "train")
+    folders = made_up.commit(tmp_path, documents, assets=("topk_cache",))
+    for _ in range(2):
+        with pytest.raises(NothingToExportError, match=f"the split '{split}': .* choose another validation_share"):
+            export_to_folder("distillkit", {"topk_cache": [folders["topk_cache"]]}, tmp_path / "out", options=options)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_format_that_needs_all_positions_refuses_a_cache_of_some(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from kd_assets.contract import Asset, ExportAsset, ExportParams, FinalState, Job
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, LEASE_NAME, verify_export
+from kd_assets.export.format import ExportOptions
+from kd_assets.export.planning import in_validation
 from kd_assets.export.runner import DATA_FOLDER
 from kd_assets.store import put_aside, read_manifest, verify
 from kd_assets.store.superseded import superseded
@@ -415,3 +417,40 @@ def test_documents_that_a_format_cannot_hold_are_left_out_and_named_in_the_facts
     assert manifest.facts["left_out"]["fewer than 2 tokens"]["n_documents"] == len(documents)
     assert [part.name for part in manifest.parts] == ["data/export.json"]
     assert verify(folder).ok
+
+
+def of_which_one_split_learns(n: int, share: float, learned: str) -> list[made_up.Truth]:
+    """Documents of which only those of one split have learned tokens, all of theirs."""
+    documents = made_up.truths(1, exported.KEY, n=n)
+    validation = in_validation([d.document_id for d in documents], ExportOptions(validation_share=share))
+    assert 0 < validation.sum() < n
+    return [
+        dataclasses.replace(d, mask_L=np.full_like(d.mask_L, v == (learned == "validation")))
+        for d, v in zip(documents, validation, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("learned", ["train", "validation"])
+@pytest.mark.parametrize("asset", ["export_distillkit", "export_specforge_dflash"])
+def test_a_split_of_which_a_format_can_hold_no_document_is_left_out_and_the_other_one_stands(
+    tmp_path: Path, asset: ExportAsset, learned: str
+) -> None:
+    cache: Asset = "topk_cache" if asset == "export_distillkit" else "hidden_state_cache"
+    if cache == "hidden_state_cache":
+        pytest.importorskip("torch")
+    documents = of_which_one_split_learns(40, 0.15, learned)
+    folders = made_up.commit(tmp_path, documents, assets=(cache,))
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset=asset, validation_share=0.15)])
+    assert exported.run(job) == 0
+    ((folder, manifest),) = exported.results(job)
+    assert manifest is not None
+    assert manifest.facts["n_documents"] > 0
+    assert manifest.facts["splits"] == {learned: manifest.facts["n_documents"]}
+    assert [path.name for path in (folder / DATA_FOLDER).iterdir() if path.is_dir()] == [learned]
+    assert set(files_below(folder / DATA_FOLDER)) == {part.name.removeprefix("data/") for part in manifest.parts}
+    assert verify(folder).ok
+    before = files_below(folder / DATA_FOLDER)
+    shutil.rmtree(folder)
+    killed_at(job, tmp_path, "kd_assets.export.exporting:write_export:1")
+    assert exported.run(job) == 0
+    assert files_below(folder / DATA_FOLDER) == before
