@@ -186,8 +186,8 @@ class _Export:
     leave_out_empty: bool
 
     def make(self, on_progress: OnProgress | None) -> Exported:
-        self.journal.open()
         try:
+            self.journal.open()
             for folder in map(self._folder_of, self.plan.splits):
                 prepare_folder(folder)
             with SectionsAhead(

@@ -152,10 +152,10 @@ def found_in(folder: Path, expected: str) -> Exported | None:
                 f"{exported.fingerprint[:12]}; this would be {expected[:12]}): choose another folder"
             )
         return exported
-    if JOURNAL_NAME in names:
-        if (found := _journal_fingerprint(folder)) != expected:
+    if (found := _journal_fingerprint(folder)) is not None:
+        if found != expected:
             raise ExportFolderError(
-                f"{folder} holds an unfinished export of fingerprint {str(found)[:12]}, this would be {expected[:12]}: "
+                f"{folder} holds an unfinished export of fingerprint {found[:12]}, this would be {expected[:12]}: "
                 "the caches or the options are others than when it was begun; remove it, or choose another folder"
             )
         return None
@@ -176,9 +176,10 @@ class Journal:
     def open(self) -> None:
         """Take stock of what an earlier attempt left: its whole sections stand, temporary files go."""
         prepare_folder(self._folder)
-        if read_if_there(self._path) is None:
-            append_line(self._path, {"fingerprint": self._fingerprint})
+        if _journal_fingerprint(self._folder) is None:  # none, or a kill or a full disk cut its first line off
             self._is_new = True
+            remove_file(self._path)
+            append_line(self._path, {"fingerprint": self._fingerprint})
             return
         for path in _files_below(self._folder):
             if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
@@ -259,23 +260,30 @@ def sweep(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove an export, its `export.json` last: what a kill leaves of it is known for one that is not whole."""
+    """Remove an export, its journal and its `export.json` last: what a kill leaves of it is known for an export."""
     with storage_errors(folder, "remove"):
         for name, is_folder in listing(folder).items():
             path = folder / name
             if is_folder and not path.is_symlink():
                 shutil.rmtree(path)
-            elif name != EXPORT_NAME:
+            elif name not in (JOURNAL_NAME, EXPORT_NAME):
                 path.unlink()
-        (folder / EXPORT_NAME).unlink(missing_ok=True)
+        for name in (JOURNAL_NAME, EXPORT_NAME):
+            (folder / name).unlink(missing_ok=True)
         if folder.exists():
             folder.rmdir()
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether an export in the folder is whole, or can be gone on with."""
+    return EXPORT_NAME in listing(folder) or _journal_fingerprint(folder) is not None
+
+
 def _journal_fingerprint(folder: Path) -> str | None:
-    first = (read_if_there(folder / JOURNAL_NAME) or b"").partition(b"\n")[0]
+    """None where there is no journal, and where its first line is not whole: nothing was written after it then."""
+    first, end, _ = (read_if_there(folder / JOURNAL_NAME) or b"").partition(b"\n")
     try:
-        return str(parse_json(first)["fingerprint"])
+        return str(parse_json(first)["fingerprint"]) if end else None
     except (ValueError, LookupError, TypeError):
         return None
 

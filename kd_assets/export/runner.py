@@ -8,13 +8,15 @@ keeps no other from its turn.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import Asset, ExportParams, JobFile, Output, Reporter, WorkUnit
-from kd_assets.durable import listing
+from kd_assets.durable import listing, storage_errors
 from kd_assets.errors import (
     ContractError,
     InputError,
@@ -27,11 +29,24 @@ from kd_assets.errors import (
     StoreError,
 )
 from kd_assets.export.exporting import ExportProgress, export_to_folder
-from kd_assets.export.folder import EXPORT_NAME, Exported, ExportedFile, discard, hashed, sweep, verify_export
+from kd_assets.export.folder import (
+    EXPORT_NAME,
+    JOURNAL_NAME,
+    LEASE_NAME,
+    Exported,
+    ExportedFile,
+    discard,
+    hashed,
+    is_begun,
+    sweep,
+    verify_export,
+)
 from kd_assets.export.format import ExportOptions
 from kd_assets.store import ResultWriter, WrittenFile, read_manifest
 from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
+
+log = logging.getLogger(__name__)
 
 DATA_FOLDER = "data"
 """In a result: the export, which nothing of the store's own lies in."""
@@ -212,13 +227,25 @@ def make_way(writer: ResultWriter) -> None:
     """Take away an export that was whole and is not what was written any more: it is made again from the beginning, as
     no journal says of which section its files are.
 
-    One that was never whole stays: its own journal says what of it stands.
+    One that was never whole stays: its own journal says what of it stands. Files that are of no export that is known
+    are put aside, since they may be anybody's.
     """
     folder = writer.folder / DATA_FOLDER
     was_whole = writer.finished or writer.forgotten or EXPORT_NAME in listing(folder)
     if was_whole and not _is_whole(folder):
         discard(folder)
         writer.adopt_files([])
+    elif not is_begun(folder) and any(name not in (JOURNAL_NAME, LEASE_NAME) for name in listing(folder)):
+        _put_aside(folder)
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename the folder to the first of `data.unknown-1`, `data.unknown-2` … that is not there."""
+    numbered = (folder.with_name(f"{folder.name}.unknown-{n}") for n in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
+    log.warning("%s holds files of no export that is known: they are kept in %s", folder, aside)
+    with storage_errors(folder, "rename"):
+        folder.rename(aside)
 
 
 def _is_whole(folder: Path) -> bool:

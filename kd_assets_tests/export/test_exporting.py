@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -319,6 +320,31 @@ def test_an_unfinished_export_is_not_gone_on_with_other_options(store: Path, tmp
         export_recipe("hf", store / RECIPE, tmp_path / "out", on_progress=cut)
     with pytest.raises(ExportFolderError, match="unfinished export"):
         export_recipe("hf", store / RECIPE, tmp_path / "out", options=ExportOptions(max_length=3))
+
+
+def test_a_disk_that_is_full_at_the_first_line_leaves_nothing_and_a_torn_line_is_begun_anew(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if b'"fingerprint"' in bytes(data):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(StorageUnavailableError):
+            export_recipe("hf", store / RECIPE, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    for torn in (b"", b'{"fingerpr'):
+        (tmp_path / "out" / JOURNAL_NAME).write_bytes(torn)
+        export_recipe("hf", store / RECIPE, tmp_path / "out")
+        verify_export(tmp_path / "out")
+        assert not (tmp_path / "out" / JOURNAL_NAME).exists()
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").mkdir()
 
 
 def test_a_whole_export_is_found_and_not_made_again(store: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from kd_assets.contract import Asset, ExportAsset, ExportParams, FinalState, JobFile, read_events
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from kd_assets.export.exporting import export_to_folder
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, LEASE_NAME, verify_export
 from kd_assets.export.format import ExportOptions
 from kd_assets.export.planning import in_validation
@@ -291,17 +293,61 @@ def test_a_damaged_export_that_was_not_committed_yet_is_made_again(tmp_path: Pat
     verify_export(folder / DATA_FOLDER)
 
 
-def test_files_that_somebody_laid_into_an_unfinished_export_are_not_taken_away(
-    tmp_path: Path, folders: dict[Asset, Path]
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("name", ["thesis.tex", "data/part-00000.parquet"])
+def test_files_of_no_known_export_are_put_aside_and_the_export_is_made(
+    tmp_path: Path, folders: dict[Asset, Path], name: str, begun: bool
+) -> None:
+    job = exported.job_of(tmp_path, folders)
+    ((folder, _),) = exported.results(job)
+    prepare_folder((folder / DATA_FOLDER / name).parent)
+    (folder / DATA_FOLDER / name).write_text("…")
+    if begun:
+        (folder / DATA_FOLDER / JOURNAL_NAME).write_bytes(b"")
+    assert exported.run(job) == 0
+    assert (folder / "data.unknown-1" / name).read_text() == "…"
+    report = verify(folder)
+    assert report.ok
+    assert {note.path.name for note in report.notes} == {"data.unknown-1"}
+
+
+@pytest.mark.parametrize("header", [b"", b'{"finger', b'{"fingerprint": "0"}', b"\0" * 64, b"[1]\n"])
+def test_a_journal_without_a_whole_first_line_is_begun_anew(
+    tmp_path: Path, folders: dict[Asset, Path], header: bytes
 ) -> None:
     job = exported.job_of(tmp_path, folders)
     ((folder, _),) = exported.results(job)
     prepare_folder(folder / DATA_FOLDER)
-    (folder / DATA_FOLDER / "thesis.tex").write_text("…")
-    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_BAD_INPUT
-    (failed,) = events_of(tmp_path / "events.jsonl", "partition_failed")
-    assert "thesis.tex" in str(failed["message"])
-    assert (folder / DATA_FOLDER / "thesis.tex").is_file()
+    (folder / DATA_FOLDER / JOURNAL_NAME).write_bytes(header)
+    assert exported.run(job) == 0
+    assert (verify(folder).problems, verify(folder).notes) == ((), ())
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_a_kill_while_an_unfinished_export_is_taken_away_leaves_one_that_goes_on(
+    tmp_path: Path, folders: dict[Asset, Path], n: int
+) -> None:
+    made = export_to_folder("safetensors", {a: [f] for a, f in folders.items()}, tmp_path / "whole")
+    copy = tmp_path / "out"
+    shutil.copytree(made.folder, copy)
+    (copy / EXPORT_NAME).unlink()
+    (copy / JOURNAL_NAME).write_text(json.dumps({"fingerprint": made.fingerprint}) + "\n")
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from kd_assets.export.folder import discard\n"
+        "real, left = Path.unlink, int(sys.argv[2])\n"
+        "def killing(*args, **kwargs):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*args, **kwargs)\n"
+        "Path.unlink = killing\n"
+        "discard(Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(copy), str(n)], env={**os.environ}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    export_to_folder("safetensors", {a: [f] for a, f in folders.items()}, copy)
+    assert files_below(copy) == files_below(made.folder)
 
 
 def test_a_request_to_stop_ends_the_task_between_sections_and_it_goes_on(
