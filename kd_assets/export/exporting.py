@@ -34,7 +34,7 @@ from kd_assets.export.folder import (
     read_export,
     write_export,
 )
-from kd_assets.export.format import ExportFormat, ExportOptions, ExportWriter, Needs, SectionFiles, Source
+from kd_assets.export.format import ExportFormat, ExportOptions, ExportWriter, LeftOut, Needs, SectionFiles, Source
 from kd_assets.export.formats import FORMATS
 from kd_assets.export.identity import export_fingerprint, options_as_json, sources_as_json
 from kd_assets.export.joined import JoinedPartition, joined_partition
@@ -198,14 +198,14 @@ class _Export:
                     for split in self.plan.splits
                 }
                 self._write_sections(ahead, writers, on_progress)
-            files = self._finish(writers)
+            files, refused = self._finish(writers)
         except NothingToExportError:
             self.journal.take_back()
             raise
         except BaseException:
             self.journal.abandon()
             raise
-        write_export(self.to, self._said(files))
+        write_export(self.to, self._said(files, refused))
         self.journal.close()
         return read_export(self.to)
 
@@ -253,12 +253,15 @@ class _Export:
             n_documents=written.n_documents,
             n_tokens=written.n_tokens,
             files=hashed(self._folder_of(section.split), written.names, written.sha256),
+            left_out={why: _left_out(section.partition_key, ids) for why, ids in written.left_out.items()},
         )
         self.journal.append(line)
         return line
 
-    def _finish(self, writers: Mapping[str, ExportWriter]) -> dict[str, dict[str, ExportedFile]]:
-        """Split → all its files by their names in its folder; a split that is left out has none, nor a folder.
+    def _finish(
+        self, writers: Mapping[str, ExportWriter]
+    ) -> tuple[dict[str, dict[str, ExportedFile]], dict[str, NothingToExportError]]:
+        """Split → all its files by their names in its folder; and split → why it is left out, which has no folder.
 
         Raises NothingToExportError, which names the split.
         """
@@ -273,7 +276,7 @@ class _Export:
             raise self._named(refused)
         for split in refused:
             discard(self._folder_of(split))
-        return files
+        return files, refused
 
     def _finish_split(self, split: str, writer: ExportWriter) -> dict[str, ExportedFile]:
         lines = [line for (of_split, _), line in sorted(self.journal.finished.items()) if of_split == split]
@@ -283,15 +286,35 @@ class _Export:
 
     def _named(self, refused: Mapping[str, NothingToExportError]) -> NothingToExportError:
         split, e = next(iter(refused.items()))
-        if not split:
-            return e
-        of_all = "each split" if len(refused) == len(self.plan.splits) else f"the split {split!r}"
-        return NothingToExportError(
-            f"{of_all}: {e}; choose another validation_share or seed, leave validation_share out, or export more "
-            "partitions"
-        )
+        message = str(e)
+        if split:
+            message = (
+                f"the split {split!r}: {e}; choose another validation_share or seed, leave validation_share out, or "
+                "export more partitions"
+            )
+        left_out = {why: dataclasses.asdict(left_out) for why, left_out in self._left_out(refused).items()}
+        return NothingToExportError(message, left_out=left_out)
 
-    def _said(self, files: Mapping[str, Mapping[str, ExportedFile]]) -> dict[str, Any]:
+    def _left_out(self, refused: Mapping[str, NothingToExportError]) -> dict[str, LeftOut]:
+        """By reason: documents that the plan leaves out, those that the writers did, and those of refused splits."""
+        found: dict[str, LeftOut] = {}
+
+        def add(why: str, n_documents: int, first: Sequence[str] = ()) -> None:
+            if n_documents:
+                found.setdefault(why, LeftOut()).add(n_documents, first)
+
+        for why, left_out in self.plan.left_out.items():
+            add(why, left_out.n_documents, left_out.first)
+        for (split, _), line in sorted(self.journal.finished.items()):
+            for why, left_out in line.left_out.items():
+                add(why, left_out.n_documents, left_out.first)
+            if split in refused:
+                add(str(refused[split]), line.n_documents)
+        return found
+
+    def _said(
+        self, files: Mapping[str, Mapping[str, ExportedFile]], refused: Mapping[str, NothingToExportError]
+    ) -> dict[str, Any]:
         lines = [line for (split, _), line in self.journal.finished.items() if split in files]
         n_documents = dict.fromkeys(files, 0)
         for line in lines:
@@ -309,7 +332,7 @@ class _Export:
             "n_documents": sum(n_documents.values()),
             "n_tokens": sum(line.n_tokens for line in lines),
             "n_cut_to_the_shortest_cache": self.plan.n_cut,
-            "left_out": {why: dataclasses.asdict(left_out) for why, left_out in self.plan.left_out.items()},
+            "left_out": {why: dataclasses.asdict(left_out) for why, left_out in self._left_out(refused).items()},
             "files": {
                 f"{split}/{name}" if split else name: dataclasses.asdict(file)
                 for split, of_split in files.items()
@@ -319,6 +342,12 @@ class _Export:
 
     def _folder_of(self, split: str) -> Path:
         return self.to / split if split else self.to
+
+
+def _left_out(partition_key: str, document_ids: Sequence[str]) -> LeftOut:
+    left_out = LeftOut()
+    left_out.add(len(document_ids), [f"{partition_key}/{document_id}" for document_id in document_ids])
+    return left_out
 
 
 def _section_files(line: JournalLine) -> SectionFiles:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,7 @@ from kd_assets.durable import (
     storage_errors,
 )
 from kd_assets.errors import CorruptPartError, ExportFolderError, NotCommittedError, StoreError
+from kd_assets.export.format import LeftOut
 from kd_assets.store import fingerprint
 from kd_assets.store.computing_versions import EXPORT_VERSION
 
@@ -81,6 +82,8 @@ class JournalLine:
     n_tokens: int
     files: dict[str, ExportedFile]
     """By name relative to the folder of the split."""
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    """By reason."""
 
 
 def read_export(folder: Path) -> Exported:
@@ -192,6 +195,7 @@ class Journal:
     def append(self, line: JournalLine) -> None:
         # A list: a line's keys are sorted, and a format may go by the order of its names.
         files = [[name, file.n_bytes, file.sha256] for name, file in line.files.items()]
+        left_out = {why: asdict(left_out) for why, left_out in line.left_out.items()}
         append_line(
             self._path,
             {
@@ -201,6 +205,7 @@ class Journal:
                 "n_documents": line.n_documents,
                 "n_tokens": line.n_tokens,
                 "files": files,
+                "left_out": left_out,
             },
         )
         self.finished[line.split, line.index] = line
@@ -231,7 +236,8 @@ class Journal:
             try:
                 raw = parse_json(text)
                 files = {name: ExportedFile(n_bytes=n, sha256=sha256) for name, n, sha256 in raw["files"]}
-                yield JournalLine(**{**raw, "files": files})
+                left_out = {why: LeftOut(**said) for why, said in raw.get("left_out", {}).items()}
+                yield JournalLine(**{**raw, "files": files, "left_out": left_out})
             except (ValueError, LookupError, TypeError, AttributeError):
                 continue
 

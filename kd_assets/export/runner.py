@@ -42,6 +42,7 @@ from kd_assets.export.folder import (
     verify_export,
 )
 from kd_assets.export.format import ExportOptions
+from kd_assets.export.planning import TRAIN, VALIDATION
 from kd_assets.store import ResultWriter, WrittenFile, read_manifest
 from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
@@ -100,7 +101,8 @@ class ExportRunner:
             partition_key=unit.partition_key,
         ) as writer:
             make_way(writer)
-            exported = self._made(unit, params, folders, writer.folder / DATA_FOLDER)
+            progress = _Progress(unit, params, self._report, self._stop)
+            exported, said = self._made(params, folders, writer.folder / DATA_FOLDER, progress)
             files = {} if exported is None else files_of(exported)
             writer.adopt_files(
                 [
@@ -108,7 +110,7 @@ class ExportRunner:
                     for name, file in files.items()
                 ]
             )
-            facts = facts_of(params, exported)
+            facts = facts_of(params, said)
             wall_s = time.monotonic() - started
             writer.commit(
                 parts=len(files),
@@ -124,9 +126,8 @@ class ExportRunner:
                 },
                 facts=facts,
             )
-        if cut := facts["n_cut_to_the_shortest_cache"]:
-            message = f"{output.asset}: {cut:,} documents are cut to the tokens that all caches of the export have"
-            self._report.emit("warning", partition_key=unit.partition_key, message=message)
+        for message in warnings_of(params, facts):
+            self._report.emit("warning", partition_key=unit.partition_key, message=f"{output.asset}: {message}")
         return {"n_documents": facts["n_documents"], "n_tokens": facts["n_tokens"]}
 
     def _params_of(self, output: Output) -> ExportParams:
@@ -136,13 +137,12 @@ class ExportRunner:
         return self._params[output.asset]
 
     def _made(
-        self, unit: WorkUnit, params: ExportParams, folders: Mapping[Asset, list[Path]], to: Path
-    ) -> Exported | None:
-        """The export in the folder `to`, gone on with or made; None where there is no document that it can hold, as in
-        caches without any, which have none of the columns that a format asks for."""
+        self, params: ExportParams, folders: Mapping[Asset, list[Path]], to: Path, progress: _Progress
+    ) -> tuple[Exported | None, Mapping[str, Any]]:
+        """The export in the folder `to`, gone on with or made, and what it says; None where there is no document that
+        it can hold, as in caches without any, which have none of the columns that a format asks for."""
         if not any(read_manifest(folder).n_documents for of_asset in folders.values() for folder in of_asset):
-            return None
-        progress = _Progress(unit, params, self._report, self._stop)
+            return None, {}
         try:
             exported = export_to_folder(
                 params.format_name,
@@ -153,12 +153,10 @@ class ExportRunner:
                 on_progress=progress.section,
             )
         except NothingToExportError as e:  # of one partition of many that is no failure
-            message = f"{params.asset} has no document: {e}"
-            self._report.emit("warning", partition_key=unit.partition_key, message=message)
             discard(to)
-            return None
+            return None, {"left_out": e.left_out}
         sweep(to)
-        return exported
+        return exported, exported.said
 
 
 class _Progress:
@@ -209,9 +207,8 @@ def files_of(exported: Exported) -> dict[str, ExportedFile]:
     return {**exported.files, **hashed(exported.folder, [EXPORT_NAME])}
 
 
-def facts_of(params: ExportParams, exported: Exported | None) -> dict[str, Any]:
-    """What a result tells of its export; of caches without a document that it has none."""
-    said: Mapping[str, Any] = {} if exported is None else exported.said
+def facts_of(params: ExportParams, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result tells of its export, which says this; of caches without a document that it has none."""
     return {
         "format": params.format_name,
         "n_documents": said.get("n_documents", 0),
@@ -221,6 +218,23 @@ def facts_of(params: ExportParams, exported: Exported | None) -> dict[str, Any]:
         "splits": said.get("splits", {}),
         "states": said.get("states", []),
     }
+
+
+def warnings_of(params: ExportParams, facts: Mapping[str, Any]) -> list[str]:
+    """What is not in an export and may be missed."""
+    found = []
+    if cut := facts["n_cut_to_the_shortest_cache"]:
+        found.append(f"{cut:,} documents are cut to the tokens that all caches of the export have")
+    reasons = "; ".join(f"{said['n_documents']:,} left out, {why}" for why, said in facts["left_out"].items())
+    if not facts["n_documents"]:
+        found.append(f"it has no document: {reasons or 'its caches have none'}")
+    elif params.validation_share:
+        found += [
+            f"it has no split {split!r}: {reasons or 'the partition has no document of it'}"
+            for split in (TRAIN, VALIDATION)
+            if split not in facts["splits"]
+        ]
+    return found
 
 
 def make_way(writer: ResultWriter) -> None:

@@ -312,6 +312,22 @@ def test_an_export_that_is_killed_goes_on_after_its_last_whole_section(store: Pa
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
 
+def test_a_journal_that_says_nothing_of_documents_left_out_is_read(store: Path, tmp_path: Path) -> None:
+    def cut(progress: ExportProgress) -> None:
+        if progress.n_sections == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_recipe("safetensors", store / RECIPE, tmp_path / "out", on_progress=cut)
+    path = tmp_path / "out" / JOURNAL_NAME
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.pop("left_out", None) for line in lines] == [None, {}, {}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stood = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
+    export_recipe("safetensors", store / RECIPE, tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in stood} == stood
+
+
 def test_an_unfinished_export_is_not_gone_on_with_other_options(store: Path, tmp_path: Path) -> None:
     def cut(progress: ExportProgress) -> None:
         raise KeyboardInterrupt

@@ -447,6 +447,10 @@ def test_a_partition_of_which_a_format_can_hold_no_document_is_an_export_without
     ((folder, manifest),) = exported.results(job)
     assert manifest is not None
     assert (manifest.parts, manifest.facts["n_documents"]) == ((), 0)
+    assert manifest.facts["left_out"]["fewer than 2 tokens"]["n_documents"] == sum(d.length == 1 for d in documents)
+    assert manifest.facts["left_out"]["nothing of them is learned"]["n_documents"] == sum(
+        d.length > 1 for d in documents
+    )
     assert not (folder / DATA_FOLDER).exists()
     assert verify(folder).ok
     assert exported.run(job) == 0
@@ -500,3 +504,43 @@ def test_a_split_of_which_a_format_can_hold_no_document_is_left_out_and_the_othe
     killed_at(job, tmp_path, "kd_assets.export.exporting:write_export:1")
     assert exported.run(job) == 0
     assert files_below(folder / DATA_FOLDER) == before
+
+
+@pytest.mark.parametrize(
+    ("share", "pack_to", "splits"), [(0.15, 128, {"train"}), (0.0, 4096, set()), (0.15, 4096, set())]
+)
+def test_a_split_with_fewer_packed_rows_than_the_loader_takes_is_left_out_and_counted(
+    tmp_path: Path, share: float, pack_to: int, splits: set[str]
+) -> None:
+    documents = made_up.truths(1, exported.KEY, n=60)
+    folders = made_up.commit(tmp_path, documents, assets=("topk_cache",), max_documents={"topk_cache": 1000})
+    job = exported.job_of(
+        tmp_path, folders, [ExportParams(asset="export_distillkit", validation_share=share, pack_to=pack_to)]
+    )
+    assert exported.run(job, tmp_path / "events.jsonl") == 0
+    ((folder, manifest),) = exported.results(job)
+    assert manifest is not None
+    assert set(manifest.facts["splits"]) == splits
+    n_left_out = sum(left_out["n_documents"] for left_out in manifest.facts["left_out"].values())
+    assert manifest.facts["n_documents"] + n_left_out == len(documents)
+    assert any("DistillKit's loader takes 2 or more" in why for why in manifest.facts["left_out"])
+    (warning,) = events_of(tmp_path / "events.jsonl", "warning")
+    assert ("it has no split 'validation'" if splits else "it has no document") in str(warning["message"])
+    assert verify(folder).ok
+
+
+@pytest.mark.parametrize("asset", ["export_distillkit", "export_axolotl", "export_hf"])
+def test_an_export_without_a_document_warns(tmp_path: Path, asset: ExportAsset) -> None:
+    key = "made-up-00007"
+    folders = made_up.commit_empty(tmp_path, key)
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset=asset)], key)
+    assert exported.run(job, tmp_path / "empty.jsonl") == 0
+    (warning,) = events_of(tmp_path / "empty.jsonl", "warning")
+    assert "it has no document: its caches have none" in str(warning["message"])
+    if asset == "export_hf":
+        return  # it holds documents of one token
+    folders = made_up.commit(tmp_path, made_up.truths(1, exported.KEY), assets=("topk_cache",))
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset=asset, max_length=1)])
+    assert exported.run(job, tmp_path / "short.jsonl") == 0
+    (warning,) = events_of(tmp_path / "short.jsonl", "warning")
+    assert "it has no document: 9 left out, fewer than 2 tokens" in str(warning["message"])
