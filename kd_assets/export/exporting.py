@@ -18,7 +18,13 @@ from typing import Any
 
 from kd_assets.contract import Asset
 from kd_assets.durable import prepare_folder, remove_file
-from kd_assets.errors import CorruptPartError, NothingToExportError, RecipeError, StorageUnavailableError
+from kd_assets.errors import (
+    CorruptPartError,
+    MissingInputError,
+    NothingToExportError,
+    RecipeError,
+    StorageUnavailableError,
+)
 from kd_assets.export.ahead import SectionsAhead
 from kd_assets.export.folder import (
     EXPORT_NAME,
@@ -202,6 +208,12 @@ class _Export:
         except NothingToExportError:
             self.journal.take_back()
             raise
+        except ImportError as e:
+            self.journal.abandon()
+            package = e.name or "torch"
+            raise MissingInputError(
+                f"{self.export_format.name} writes {package} files: run it where {package} is installed ({e})"
+            ) from e
         except BaseException:
             self.journal.abandon()
             raise

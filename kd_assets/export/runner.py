@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ DATA_FOLDER = "data"
 """In a result: the export, which nothing of the store's own lies in."""
 
 _PROGRESS_INTERVAL_S = 1.0
-_PASSED_ON = (InterruptedTaskError, ResultBusyError, StorageUnreachableError)
-"""Errors that say when to come back, and nothing of a format."""
+_PASSED_ON = (InterruptedTaskError, ResultBusyError, StorageUnreachableError, MemoryError)
+"""Errors that say when to come back, or of the machine, and nothing of a format."""
 
 
 class ExportRunner:
@@ -69,11 +70,11 @@ class ExportRunner:
     def run(self, unit: WorkUnit) -> dict[str, Any]:
         """Make and commit every export of `unit` from its caches; those that can be made, where another cannot.
 
-        Raises what `export_to_folder` raises, of all exports that failed; InterruptedTaskError, after a whole section,
+        Raises what the exports that failed did, of several in one error; InterruptedTaskError, after a whole section,
         when asked to stop.
         """
         summary: dict[str, Any] = {}
-        failed: dict[Asset, KdAssetsError] = {}
+        failed: dict[Asset, Exception] = {}
         for output in unit.outputs:
             if self._stop:
                 raise InterruptedTaskError(f"stopped by {self._stop.signal_name} before {output.asset}")
@@ -83,6 +84,11 @@ class ExportRunner:
                 raise
             except KdAssetsError as e:
                 failed[output.asset] = e
+            except Exception as e:  # noqa: BLE001 - what was not foreseen of one format keeps no other from its turn
+                traceback.print_exc()
+                failed[output.asset] = e
+            if output.asset in failed:
+                traceback.clear_frames(failed[output.asset].__traceback__)  # they keep the arrays of a section
         if failed:
             raise _as_one(failed)
         return summary
@@ -272,9 +278,13 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _as_one(failed: Mapping[Asset, KdAssetsError]) -> KdAssetsError:
+def _as_one(failed: Mapping[Asset, Exception]) -> Exception:
     """The one error, or one that has the words of all."""
     if len(failed) == 1:
         return next(iter(failed.values()))
     kind = InputError if all(isinstance(e, InputError) for e in failed.values()) else KdAssetsError
-    return kind("; ".join(f"{asset}: {e}" for asset, e in failed.items()))
+    return kind("; ".join(f"{asset}: {_words(e)}" for asset, e in failed.items()))
+
+
+def _words(e: Exception) -> str:
+    return str(e) if isinstance(e, KdAssetsError) else f"{type(e).__name__}: {e}"

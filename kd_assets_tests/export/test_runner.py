@@ -17,12 +17,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from kd_assets.cli import main
 from kd_assets.contract import Asset, ExportAsset, ExportParams, FinalState, JobFile, read_events
 from kd_assets.durable import prepare_folder
-from kd_assets.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from kd_assets.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUMABLE
 from kd_assets.export.exporting import export_to_folder
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, LEASE_NAME, verify_export
 from kd_assets.export.format import ExportOptions
+from kd_assets.export.formats.safetensors import Safetensors
 from kd_assets.export.planning import in_validation
 from kd_assets.export.runner import DATA_FOLDER
 from kd_assets.store import put_aside, read_manifest, verify
@@ -544,3 +546,60 @@ def test_an_export_without_a_document_warns(tmp_path: Path, asset: ExportAsset) 
     assert exported.run(job, tmp_path / "short.jsonl") == 0
     (warning,) = events_of(tmp_path / "short.jsonl", "warning")
     assert "it has no document: 9 left out, fewer than 2 tokens" in str(warning["message"])
+
+
+OF_TORCH: tuple[ExportAsset, ...] = ("export_modelopt", "export_specforge", "export_specforge_dflash")
+
+
+def test_formats_that_write_torch_files_say_so_where_torch_is_not_installed_and_others_are_made(
+    tmp_path: Path, folders: dict[Asset, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    exports = [*(ExportParams(asset=asset, states=(1, 2, 4)) for asset in OF_TORCH), HF]
+    job = exported.job_of(tmp_path, folders, exports)
+    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_BAD_INPUT
+    (failed,) = events_of(tmp_path / "events.jsonl", "partition_failed")
+    *not_made, (hf, made) = exported.results(job)
+    assert made is not None
+    assert verify(hf).ok
+    for (folder, manifest), asset in zip(not_made, OF_TORCH, strict=True):
+        name = asset.removeprefix("export_")
+        assert manifest is None
+        assert not (folder / DATA_FOLDER).exists()
+        words = f"{name} writes torch files: run it where torch is installed"
+        assert words in str(failed["message"])
+        recipe, to = str(tmp_path / made_up.RECIPE), str(tmp_path / name)
+        assert main(["export", name, recipe, "--states", "1", "2", "4", "--to", to]) == EXIT_BAD_INPUT
+        said = capsys.readouterr().err
+        assert words in said
+        assert "Traceback" not in said
+        assert not Path(to).exists()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("nobody foresaw it")])
+def test_what_nobody_foresaw_of_one_format_keeps_no_other_from_its_turn(
+    tmp_path: Path, folders: dict[Asset, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(self: object, folder: Path, source: object, options: object) -> object:
+        raise error
+
+    monkeypatch.setattr(Safetensors, "writer", broken)
+    refused = ExportParams(asset="export_original", learned_only=True)
+    job = exported.job_of(tmp_path, folders, [refused, SAFETENSORS, HF])
+    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_FAILED
+    (failed,) = events_of(tmp_path / "events.jsonl", "partition_failed")
+    assert f"export_safetensors: {type(error).__name__}: {error}" in str(failed["message"])
+    assert "export_original: " in str(failed["message"])
+    assert [manifest is not None for _, manifest in exported.results(job)] == [False, False, True]
+
+
+def test_no_memory_is_nothing_of_a_format(
+    tmp_path: Path, folders: dict[Asset, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object, folder: Path, source: object, options: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr(Safetensors, "writer", broken)
+    job = exported.job_of(tmp_path, folders, [SAFETENSORS, HF])
+    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_FAILED
+    assert [manifest is not None for _, manifest in exported.results(job)] == [False, False]
