@@ -22,6 +22,7 @@ from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
+from kd_assets.store import Manifest
 from kd_assets.store.codecs.state_codec import require_groups
 
 UTILISATION = 0.4
@@ -125,11 +126,15 @@ def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardP
     sources = source_lines(plan)
     amounts = [in_windows(recipe, Amount(n_documents=s.n_documents, n_tokens=s.n_tokens)) for s in sources]
     shape = _shape(recipe, planner)
-    found = {asset: committed_results(recipe, planner.recipe_folder, asset, plan.keys) for asset in recipe.partitioned}
-    there = {asset: committed for asset, (committed, _) in found.items()}
+    there: dict[Asset, Committed] = {}
+    newest: dict[Asset, Manifest | None] = {}
+    for asset in recipe.partitioned:  # caches before the exports of them
+        there[asset], newest[asset] = committed_results(
+            recipe, planner.recipe_folder, asset, plan.keys, caches=dict(there)
+        )
     caches = cache_lines(recipe, amounts, shape, there)
     caches += export_lines(recipe, caches, there, plan.n_shards)
-    speed = speed_of(recipe, {asset: newest for asset, (_, newest) in found.items()})
+    speed = speed_of(recipe, newest)
     teacher = teacher_line(recipe, amounts, shape, speed)
     try:
         free = free_bytes(planner.recipe_folder)
