@@ -145,7 +145,7 @@ def _export(
         _require_whole(whole)
         return whole
     plan = plan_export(chosen, needs, options, leave_out_empty=leave_out_empty)
-    require_room(to, chosen, needs, plan)
+    require_room(to, chosen, needs, plan, hidden_size=source.hidden_size)
     say_what_is_cut(plan, chosen)
     is_new = not to.exists()
     prepare_folder(to)

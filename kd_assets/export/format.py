@@ -63,7 +63,9 @@ class Needs:
     min_tokens: int = 1
     """Documents with fewer are left out, counted and named: a format that needs a prediction says 2."""
     expansion: float = 1.0
-    """Bytes written for each byte of the caches, about; what the room on the disk is compared with."""
+    """Bytes written for each decoded byte of the caches, about; what the room on the disk is compared with."""
+    expansion_of: Mapping[Asset, float] = field(default_factory=dict)
+    """Of caches for which that is another."""
     version: int = 1
     """Of the format's files: another one is another export."""
     packing: Packing | None = None

@@ -22,6 +22,7 @@ from kd_assets.export.documents import Int64Array
 from kd_assets.export.format import ExportOptions, LeftOut, Needs
 from kd_assets.export.joined import JoinedPartition, PartSpan, joined_partition, partitions_of
 from kd_assets.store import Chosen
+from kd_assets.store.codecs.sizes import decoded_per_byte
 
 log = logging.getLogger(__name__)
 
@@ -149,21 +150,35 @@ def in_validation(document_ids: Sequence[str], options: ExportOptions) -> npt.ND
     return np.fromiter((drawn(document_id) < limit for document_id in document_ids), np.bool_, len(document_ids))
 
 
-def require_room(to: Path, chosen: Mapping[Asset, Chosen], needs: Needs, plan: ExportPlan) -> None:
+def require_room(
+    to: Path, chosen: Mapping[Asset, Chosen], needs: Needs, plan: ExportPlan, *, hidden_size: int | None
+) -> None:
     """Raise StorageUnavailableError where the disk has less room than the export takes, about."""
     there = to
     while not there.exists():
         there = there.parent
-    n_bytes = sum(manifest.n_bytes for asset in CACHES if asset in chosen for manifest in chosen[asset].manifests)
+    n_bytes = bytes_written(chosen, needs, hidden_size)
     share = plan.n_tokens / max(plan.n_tokens_of_caches, 1)
     already = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) if to.exists() else 0
-    wanted = int(n_bytes * needs.expansion * share) - already
+    wanted = int(n_bytes * share) - already
     free = shutil.disk_usage(there).free
     if wanted + _ROOM_TO_SPARE > free:
         raise StorageUnavailableError(
             f"{to} needs about {wanted / 2**30:,.2f} GiB, and its disk has {free / 2**30:,.2f} GiB free: free some "
             "space, choose another disk, or export fewer partitions"
         )
+
+
+def bytes_written(chosen: Mapping[Asset, Chosen], needs: Needs, hidden_size: int | None) -> float:
+    """Of whole documents, about: a format writes what is coded in a cache decoded."""
+    return sum(
+        manifest.n_bytes
+        * decoded_per_byte(asset, manifest.params, hidden_size)
+        * needs.expansion_of.get(asset, needs.expansion)
+        for asset in CACHES
+        if asset in chosen
+        for manifest in chosen[asset].manifests
+    )
 
 
 def say_what_is_cut(plan: ExportPlan, chosen: Mapping[Asset, Chosen]) -> None:

@@ -32,8 +32,10 @@ from kd_assets.errors import (
 from kd_assets.export.exporting import ExportProgress, export_recipe, export_to_folder
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, read_export, verify_export
 from kd_assets.export.format import ExportOptions
+from kd_assets.export.formats import FORMATS
 from kd_assets.export.joined import JoinedPartition, joined_partition
-from kd_assets.export.planning import in_validation
+from kd_assets.export.planning import bytes_written, in_validation
+from kd_assets.export.source import FolderCaches, choose_needed, source_of
 from kd_assets.store import Chosen, choose
 from kd_assets_tests.export import made_up
 from kd_assets_tests.store import examples, planned
@@ -195,6 +197,38 @@ def test_no_room_on_the_disk_is_refused(store: Path, tmp_path: Path, monkeypatch
     with pytest.raises(StorageUnavailableError, match=r"needs about .* GiB, and its disk has 0\.00 GiB free"):
         export_recipe("hf", store / RECIPE, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("format_name", "asset", "codec"),
+    [
+        *(("hf", "hidden_state_cache", codec) for codec in (None, "split", "fp8", "int8_32")),
+        *(("safetensors", "hidden_state_cache", codec) for codec in (None, "fp8")),
+        *(("modelopt", "hidden_state_cache", codec) for codec in (None, "int8_32")),
+        *(("safetensors", "topk_cache", codec) for codec in (None, "compact")),
+        *(("hf", "topk_cache", codec) for codec in (None, "compact")),
+    ],
+)
+def test_the_room_that_is_asked_for_is_about_what_is_written_of_coded_caches_too(
+    tmp_path: Path, format_name: str, asset: Asset, codec: str | None
+) -> None:
+    if format_name == "modelopt":
+        pytest.importorskip("torch")
+    folders = made_up.commit(
+        tmp_path,
+        made_up.truths(1, n=60, hidden=256, k=30),
+        assets=(asset,),
+        codecs={asset: codec} if codec else None,
+        max_documents={asset: 100},
+    )
+    caches = FolderCaches(folders={asset: [folders[asset]]})
+    options, source = ExportOptions(states=(1, 2, 4) if format_name == "modelopt" else None), source_of(caches.there())
+    needs = FORMATS[format_name].needs(source, options)
+    asked = bytes_written(choose_needed(caches, needs), needs, source.hidden_size)
+    exported = export_to_folder(format_name, {asset: [folders[asset]]}, tmp_path / "out", options=options)
+    # Ids of a vocabulary of 40 take a fraction of a byte in a cache; those of real ones two bytes and more.
+    least = 0.7 if (format_name, asset) == ("safetensors", "topk_cache") else 0.9
+    assert least * exported.n_bytes < asked < 2.5 * exported.n_bytes
 
 
 def test_a_folder_that_holds_another_export_or_other_files_is_not_touched(store: Path, tmp_path: Path) -> None:
