@@ -6,7 +6,9 @@ Anyone may import it. A message says what was expected, what was found, which fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 
 def printable(text: str) -> str:
@@ -99,7 +101,14 @@ class NotCommittedError(StoreError):
 
 
 class NothingToExportError(NotCommittedError):
-    """Of all documents there is none that a format can hold."""
+    """Of all documents there is none that a format can hold, or there are too few for its reader.
+
+    `left_out`: reason → the documents that are left out for it, as in `export.json`.
+    """
+
+    def __init__(self, message: str, *, left_out: Mapping[str, object] = MappingProxyType({})) -> None:
+        super().__init__(message)
+        self.left_out = left_out
 
 
 class CorruptManifestError(StoreError):

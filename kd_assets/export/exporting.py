@@ -18,21 +18,29 @@ from typing import Any
 
 from kd_assets.contract import Asset
 from kd_assets.durable import prepare_folder, remove_file
-from kd_assets.errors import CorruptPartError, RecipeError, StorageUnavailableError
+from kd_assets.errors import (
+    CorruptPartError,
+    MissingInputError,
+    NothingToExportError,
+    RecipeError,
+    StorageUnavailableError,
+)
 from kd_assets.export.ahead import SectionsAhead
 from kd_assets.export.folder import (
     EXPORT_NAME,
     LEASE_NAME,
     Exported,
+    ExportedFile,
     Journal,
     JournalLine,
     damage,
+    discard,
     found_in,
     hashed,
     read_export,
     write_export,
 )
-from kd_assets.export.format import ExportFormat, ExportOptions, ExportWriter, Needs, SectionFiles, Source
+from kd_assets.export.format import ExportFormat, ExportOptions, ExportWriter, LeftOut, Needs, SectionFiles, Source
 from kd_assets.export.formats import FORMATS
 from kd_assets.export.identity import export_fingerprint, options_as_json, sources_as_json
 from kd_assets.export.joined import JoinedPartition, joined_partition
@@ -137,7 +145,7 @@ def _export(
         _require_whole(whole)
         return whole
     plan = plan_export(chosen, needs, options, leave_out_empty=leave_out_empty)
-    require_room(to, chosen, needs, plan)
+    require_room(to, chosen, needs, plan, hidden_size=source.hidden_size)
     say_what_is_cut(plan, chosen)
     is_new = not to.exists()
     prepare_folder(to)
@@ -157,6 +165,7 @@ def _export(
             digest=digest,
             journal=Journal(to, digest),
             known_ids=KnownIds.of(chosen, source),
+            leave_out_empty=leave_out_empty,
         ).make(on_progress)
     finally:
         lease.release()
@@ -180,10 +189,11 @@ class _Export:
     digest: str
     journal: Journal
     known_ids: KnownIds
+    leave_out_empty: bool
 
     def make(self, on_progress: OnProgress | None) -> Exported:
-        self.journal.open()
         try:
+            self.journal.open()
             for folder in map(self._folder_of, self.plan.splits):
                 prepare_folder(folder)
             with SectionsAhead(
@@ -194,11 +204,20 @@ class _Export:
                     for split in self.plan.splits
                 }
                 self._write_sections(ahead, writers, on_progress)
-            files = self._finish(writers)
+            files, refused = self._finish(writers)
+        except NothingToExportError:
+            self.journal.take_back()
+            raise
+        except ImportError as e:
+            self.journal.abandon()
+            package = e.name or "torch"
+            raise MissingInputError(
+                f"{self.export_format.name} writes {package} files: run it where {package} is installed ({e})"
+            ) from e
         except BaseException:
             self.journal.abandon()
             raise
-        write_export(self.to, self._said(files))
+        write_export(self.to, self._said(files, refused))
         self.journal.close()
         return read_export(self.to)
 
@@ -246,25 +265,72 @@ class _Export:
             n_documents=written.n_documents,
             n_tokens=written.n_tokens,
             files=hashed(self._folder_of(section.split), written.names, written.sha256),
+            left_out={why: _left_out(section.partition_key, ids) for why, ids in written.left_out.items()},
         )
         self.journal.append(line)
         return line
 
-    def _finish(self, writers: Mapping[str, ExportWriter]) -> dict[str, Any]:
-        """All files, by their names in the export's folder."""
-        files: dict[str, Any] = {}
-        for split, writer in writers.items():
-            folder = self._folder_of(split)
-            lines = [line for (of_split, _), line in sorted(self.journal.finished.items()) if of_split == split]
-            found = {name: file for line in lines for name, file in line.files.items()}
-            once = writer.finish([_section_files(line) for line in lines])
-            found |= hashed(folder, list(once))
-            prefix = f"{split}/" if split else ""
-            files |= {prefix + name: dataclasses.asdict(file) for name, file in found.items()}
-        return files
+    def _finish(
+        self, writers: Mapping[str, ExportWriter]
+    ) -> tuple[dict[str, dict[str, ExportedFile]], dict[str, NothingToExportError]]:
+        """Split → all its files by their names in its folder; and split → why it is left out, which has no folder.
 
-    def _said(self, files: Mapping[str, Any]) -> dict[str, Any]:
-        lines = self.journal.finished.values()
+        Raises NothingToExportError, which names the split.
+        """
+        files: dict[str, dict[str, ExportedFile]] = {}
+        refused: dict[str, NothingToExportError] = {}
+        for split, writer in writers.items():
+            try:
+                files[split] = self._finish_split(split, writer)
+            except NothingToExportError as e:
+                refused[split] = e
+        if refused and not (self.leave_out_empty and files):
+            raise self._named(refused)
+        for split in refused:
+            discard(self._folder_of(split))
+        return files, refused
+
+    def _finish_split(self, split: str, writer: ExportWriter) -> dict[str, ExportedFile]:
+        lines = [line for (of_split, _), line in sorted(self.journal.finished.items()) if of_split == split]
+        found = {name: file for line in lines for name, file in line.files.items()}
+        once = writer.finish([_section_files(line) for line in lines])
+        return found | hashed(self._folder_of(split), list(once))
+
+    def _named(self, refused: Mapping[str, NothingToExportError]) -> NothingToExportError:
+        split, e = next(iter(refused.items()))
+        message = str(e)
+        if split:
+            message = (
+                f"the split {split!r}: {e}; choose another validation_share or seed, leave validation_share out, or "
+                "export more partitions"
+            )
+        left_out = {why: dataclasses.asdict(left_out) for why, left_out in self._left_out(refused).items()}
+        return NothingToExportError(message, left_out=left_out)
+
+    def _left_out(self, refused: Mapping[str, NothingToExportError]) -> dict[str, LeftOut]:
+        """By reason: documents that the plan leaves out, those that the writers did, and those of refused splits."""
+        found: dict[str, LeftOut] = {}
+
+        def add(why: str, n_documents: int, first: Sequence[str] = ()) -> None:
+            if n_documents:
+                found.setdefault(why, LeftOut()).add(n_documents, first)
+
+        for why, left_out in self.plan.left_out.items():
+            add(why, left_out.n_documents, left_out.first)
+        for (split, _), line in sorted(self.journal.finished.items()):
+            for why, left_out in line.left_out.items():
+                add(why, left_out.n_documents, left_out.first)
+            if split in refused:
+                add(str(refused[split]), line.n_documents)
+        return found
+
+    def _said(
+        self, files: Mapping[str, Mapping[str, ExportedFile]], refused: Mapping[str, NothingToExportError]
+    ) -> dict[str, Any]:
+        lines = [line for (split, _), line in self.journal.finished.items() if split in files]
+        n_documents = dict.fromkeys(files, 0)
+        for line in lines:
+            n_documents[line.split] += line.n_documents
         return {
             "export_version": EXPORT_VERSION,
             "format": self.export_format.name,
@@ -274,16 +340,26 @@ class _Export:
             "options": options_as_json(self.options),
             "states": list(self.needs.states),
             "sources": sources_as_json(self.chosen),
-            "splits": {split: n for split, n in self.plan.n_documents.items() if split},
-            "n_documents": sum(line.n_documents for line in lines),
+            "splits": {split: n for split, n in n_documents.items() if split},
+            "n_documents": sum(n_documents.values()),
             "n_tokens": sum(line.n_tokens for line in lines),
             "n_cut_to_the_shortest_cache": self.plan.n_cut,
-            "left_out": {why: dataclasses.asdict(left_out) for why, left_out in self.plan.left_out.items()},
-            "files": dict(files),
+            "left_out": {why: dataclasses.asdict(left_out) for why, left_out in self._left_out(refused).items()},
+            "files": {
+                f"{split}/{name}" if split else name: dataclasses.asdict(file)
+                for split, of_split in files.items()
+                for name, file in of_split.items()
+            },
         }
 
     def _folder_of(self, split: str) -> Path:
         return self.to / split if split else self.to
+
+
+def _left_out(partition_key: str, document_ids: Sequence[str]) -> LeftOut:
+    left_out = LeftOut()
+    left_out.add(len(document_ids), [f"{partition_key}/{document_id}" for document_id in document_ids])
+    return left_out
 
 
 def _section_files(line: JournalLine) -> SectionFiles:

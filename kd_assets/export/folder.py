@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,7 @@ from kd_assets.durable import (
     storage_errors,
 )
 from kd_assets.errors import CorruptPartError, ExportFolderError, NotCommittedError, StoreError
+from kd_assets.export.format import LeftOut
 from kd_assets.store import fingerprint
 from kd_assets.store.computing_versions import EXPORT_VERSION
 
@@ -81,6 +82,8 @@ class JournalLine:
     n_tokens: int
     files: dict[str, ExportedFile]
     """By name relative to the folder of the split."""
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    """By reason."""
 
 
 def read_export(folder: Path) -> Exported:
@@ -152,10 +155,10 @@ def found_in(folder: Path, expected: str) -> Exported | None:
                 f"{exported.fingerprint[:12]}; this would be {expected[:12]}): choose another folder"
             )
         return exported
-    if JOURNAL_NAME in names:
-        if (found := _journal_fingerprint(folder)) != expected:
+    if (found := _journal_fingerprint(folder)) is not None:
+        if found != expected:
             raise ExportFolderError(
-                f"{folder} holds an unfinished export of fingerprint {str(found)[:12]}, this would be {expected[:12]}: "
+                f"{folder} holds an unfinished export of fingerprint {found[:12]}, this would be {expected[:12]}: "
                 "the caches or the options are others than when it was begun; remove it, or choose another folder"
             )
         return None
@@ -176,9 +179,10 @@ class Journal:
     def open(self) -> None:
         """Take stock of what an earlier attempt left: its whole sections stand, temporary files go."""
         prepare_folder(self._folder)
-        if read_if_there(self._path) is None:
-            append_line(self._path, {"fingerprint": self._fingerprint})
+        if _journal_fingerprint(self._folder) is None:  # none, or a kill or a full disk cut its first line off
             self._is_new = True
+            remove_file(self._path)
+            append_line(self._path, {"fingerprint": self._fingerprint})
             return
         for path in _files_below(self._folder):
             if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
@@ -191,6 +195,7 @@ class Journal:
     def append(self, line: JournalLine) -> None:
         # A list: a line's keys are sorted, and a format may go by the order of its names.
         files = [[name, file.n_bytes, file.sha256] for name, file in line.files.items()]
+        left_out = {why: asdict(left_out) for why, left_out in line.left_out.items()}
         append_line(
             self._path,
             {
@@ -200,6 +205,7 @@ class Journal:
                 "n_documents": line.n_documents,
                 "n_tokens": line.n_tokens,
                 "files": files,
+                "left_out": left_out,
             },
         )
         self.finished[line.split, line.index] = line
@@ -210,7 +216,12 @@ class Journal:
 
     def abandon(self) -> None:
         """Leave the folder as it was found, empty, where this attempt began it and no section is whole yet."""
-        if self.finished or not self._is_new:
+        if not self.finished:
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Leave the folder as it was found, empty, where this attempt began it: nothing came of its sections."""
+        if not self._is_new:
             return
         for path in _files_below(self._folder):
             if path.name != LEASE_NAME:
@@ -225,7 +236,8 @@ class Journal:
             try:
                 raw = parse_json(text)
                 files = {name: ExportedFile(n_bytes=n, sha256=sha256) for name, n, sha256 in raw["files"]}
-                yield JournalLine(**{**raw, "files": files})
+                left_out = {why: LeftOut(**said) for why, said in raw.get("left_out", {}).items()}
+                yield JournalLine(**{**raw, "files": files, "left_out": left_out})
             except (ValueError, LookupError, TypeError, AttributeError):
                 continue
 
@@ -254,23 +266,30 @@ def sweep(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove an export, its `export.json` last: what a kill leaves of it is known for one that is not whole."""
+    """Remove an export, its journal and its `export.json` last: what a kill leaves of it is known for an export."""
     with storage_errors(folder, "remove"):
         for name, is_folder in listing(folder).items():
             path = folder / name
             if is_folder and not path.is_symlink():
                 shutil.rmtree(path)
-            elif name != EXPORT_NAME:
+            elif name not in (JOURNAL_NAME, EXPORT_NAME):
                 path.unlink()
-        (folder / EXPORT_NAME).unlink(missing_ok=True)
+        for name in (JOURNAL_NAME, EXPORT_NAME):
+            (folder / name).unlink(missing_ok=True)
         if folder.exists():
             folder.rmdir()
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether an export in the folder is whole, or can be gone on with."""
+    return EXPORT_NAME in listing(folder) or _journal_fingerprint(folder) is not None
+
+
 def _journal_fingerprint(folder: Path) -> str | None:
-    first = (read_if_there(folder / JOURNAL_NAME) or b"").partition(b"\n")[0]
+    """None where there is no journal, and where its first line is not whole: nothing was written after it then."""
+    first, end, _ = (read_if_there(folder / JOURNAL_NAME) or b"").partition(b"\n")
     try:
-        return str(parse_json(first)["fingerprint"])
+        return str(parse_json(first)["fingerprint"]) if end else None
     except (ValueError, LookupError, TypeError):
         return None
 

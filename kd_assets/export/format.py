@@ -63,7 +63,9 @@ class Needs:
     min_tokens: int = 1
     """Documents with fewer are left out, counted and named: a format that needs a prediction says 2."""
     expansion: float = 1.0
-    """Bytes written for each byte of the caches, about; what the room on the disk is compared with."""
+    """Bytes written for each decoded byte of the caches, about; what the room on the disk is compared with."""
+    expansion_of: Mapping[Asset, float] = field(default_factory=dict)
+    """Of caches for which that is another."""
     version: int = 1
     """Of the format's files: another one is another export."""
     packing: Packing | None = None
@@ -96,6 +98,23 @@ class Source:
     its checks. Choosing them says why."""
 
 
+_NAMED = 10
+"""Documents that are named of those that are left out for one reason."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LeftOut:
+    """Documents that the format cannot hold, for one reason."""
+
+    n_documents: int = 0
+    first: list[str] = field(default_factory=list)
+    """Partition key and document id of a few, with a slash."""
+
+    def add(self, n_documents: int, first: Sequence[str]) -> None:
+        self.n_documents += n_documents
+        self.first.extend(first[: _NAMED - len(self.first)])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SectionFiles:
     """The finished files of one section."""
@@ -108,6 +127,8 @@ class SectionFiles:
     """Relative to the export's folder, with slashes."""
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Name → hash, of files that were hashed as they were written: the others are read once more."""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Reason → ids of the documents that are not in the files for it; of what `finish` is given it is empty."""
 
 
 class ExportWriter(Protocol):
@@ -124,7 +145,7 @@ class ExportWriter(Protocol):
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
         """Write what stands once; returns its names. `sections` are all, in order, whoever wrote them, with the hashes
-        of all of their files."""
+        of all of their files. Raises NothingToExportError where a reader could do nothing with them."""
         ...
 
 

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import NotCommittedError, RecipeError, StorageUnavailableError
 from kd_assets.export.documents import Int64Array
-from kd_assets.export.format import ExportOptions, Needs
+from kd_assets.export.format import ExportOptions, LeftOut, Needs
 from kd_assets.export.joined import JoinedPartition, PartSpan, joined_partition, partitions_of
 from kd_assets.store import Chosen
+from kd_assets.store.codecs.sizes import decoded_per_byte
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,6 @@ WHOLE = ""
 
 _ROOM_TO_SPARE = 64 << 20
 """Bytes that are to stay free on the disk."""
-
-_NAMED = 10
-"""Documents that are named of those that are left out for one reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,15 +45,6 @@ class PlannedSection:
     first_number: int
     n_documents: int
     n_tokens: int
-
-
-@dataclass(kw_only=True, slots=True)
-class LeftOut:
-    """Documents that the format cannot hold, for one reason."""
-
-    n_documents: int = 0
-    first: list[str] = field(default_factory=list)
-    """Partition key and document id of a few, with a slash."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,7 +88,7 @@ def plan_export(
 ) -> ExportPlan:
     """Go through all ids and lengths; holds those of one partition at a time.
 
-    Raises NotCommittedError where a split has no document, unless that is to be left out, or too few for packed rows,
+    Raises NotCommittedError where a split has no document or too few for packed rows, unless that is to be left out,
     and RecipeError for a document that no packed row has room for.
     """
     splits = (TRAIN, VALIDATION) if options.validation_share else (WHOLE,)
@@ -131,7 +120,8 @@ def plan_export(
     elif empty:
         what = f"the split {empty[0]!r} would have no document" if empty[0] else "there is no document to export"
         raise NotCommittedError(f"{what}: {sum(plan.n_documents.values())} documents in all, {_reasons(plan)}")
-    _require_rows(plan, needs, options)
+    else:
+        _require_rows(plan, needs, options)
     return plan
 
 
@@ -160,21 +150,35 @@ def in_validation(document_ids: Sequence[str], options: ExportOptions) -> npt.ND
     return np.fromiter((drawn(document_id) < limit for document_id in document_ids), np.bool_, len(document_ids))
 
 
-def require_room(to: Path, chosen: Mapping[Asset, Chosen], needs: Needs, plan: ExportPlan) -> None:
+def require_room(
+    to: Path, chosen: Mapping[Asset, Chosen], needs: Needs, plan: ExportPlan, *, hidden_size: int | None
+) -> None:
     """Raise StorageUnavailableError where the disk has less room than the export takes, about."""
     there = to
     while not there.exists():
         there = there.parent
-    n_bytes = sum(manifest.n_bytes for asset in CACHES if asset in chosen for manifest in chosen[asset].manifests)
+    n_bytes = bytes_written(chosen, needs, hidden_size)
     share = plan.n_tokens / max(plan.n_tokens_of_caches, 1)
     already = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) if to.exists() else 0
-    wanted = int(n_bytes * needs.expansion * share) - already
+    wanted = int(n_bytes * share) - already
     free = shutil.disk_usage(there).free
     if wanted + _ROOM_TO_SPARE > free:
         raise StorageUnavailableError(
             f"{to} needs about {wanted / 2**30:,.2f} GiB, and its disk has {free / 2**30:,.2f} GiB free: free some "
             "space, choose another disk, or export fewer partitions"
         )
+
+
+def bytes_written(chosen: Mapping[Asset, Chosen], needs: Needs, hidden_size: int | None) -> float:
+    """Of whole documents, about: a format writes what is coded in a cache decoded."""
+    return sum(
+        manifest.n_bytes
+        * decoded_per_byte(asset, manifest.params, hidden_size)
+        * needs.expansion_of.get(asset, needs.expansion)
+        for asset in CACHES
+        if asset in chosen
+        for manifest in chosen[asset].manifests
+    )
 
 
 def say_what_is_cut(plan: ExportPlan, chosen: Mapping[Asset, Chosen]) -> None:
@@ -229,17 +233,10 @@ def _count(plan: ExportPlan, partition: JoinedPartition, needs: Needs, options: 
     too_short_D = partition.lengths_D < needs.min_tokens
     for row in np.flatnonzero(too_short_D):
         named = f"{partition.partition_key}/{partition.document_ids[row]}"
-        _leave_out(plan, f"fewer than {needs.min_tokens} tokens", named)
+        plan.left_out.setdefault(f"fewer than {needs.min_tokens} tokens", LeftOut()).add(1, [named])
     asked_D = np.minimum(partition.whole_D, options.max_length or np.iinfo(np.int64).max)
     plan.n_cut += int((partition.lengths_D < asked_D)[~too_short_D].sum())
     plan.n_tokens_of_caches += int(partition.whole_D.sum())
-
-
-def _leave_out(plan: ExportPlan, reason: str, named: str) -> None:
-    left_out = plan.left_out.setdefault(reason, LeftOut())
-    left_out.n_documents += 1
-    if len(left_out.first) < _NAMED:
-        left_out.first.append(named)
 
 
 def _reasons(plan: ExportPlan) -> str:

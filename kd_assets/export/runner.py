@@ -8,13 +8,16 @@ keeps no other from its turn.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_assets.contract import Asset, ExportParams, JobFile, Output, Reporter, WorkUnit
-from kd_assets.durable import listing
+from kd_assets.durable import listing, storage_errors
 from kd_assets.errors import (
     ContractError,
     InputError,
@@ -27,18 +30,32 @@ from kd_assets.errors import (
     StoreError,
 )
 from kd_assets.export.exporting import ExportProgress, export_to_folder
-from kd_assets.export.folder import EXPORT_NAME, Exported, ExportedFile, discard, hashed, sweep, verify_export
+from kd_assets.export.folder import (
+    EXPORT_NAME,
+    JOURNAL_NAME,
+    LEASE_NAME,
+    Exported,
+    ExportedFile,
+    discard,
+    hashed,
+    is_begun,
+    sweep,
+    verify_export,
+)
 from kd_assets.export.format import ExportOptions
+from kd_assets.export.planning import TRAIN, VALIDATION
 from kd_assets.store import ResultWriter, WrittenFile, read_manifest
 from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
+
+log = logging.getLogger(__name__)
 
 DATA_FOLDER = "data"
 """In a result: the export, which nothing of the store's own lies in."""
 
 _PROGRESS_INTERVAL_S = 1.0
-_PASSED_ON = (InterruptedTaskError, ResultBusyError, StorageUnreachableError)
-"""Errors that say when to come back, and nothing of a format."""
+_PASSED_ON = (InterruptedTaskError, ResultBusyError, StorageUnreachableError, MemoryError)
+"""Errors that say when to come back, or of the machine, and nothing of a format."""
 
 
 class ExportRunner:
@@ -53,11 +70,11 @@ class ExportRunner:
     def run(self, unit: WorkUnit) -> dict[str, Any]:
         """Make and commit every export of `unit` from its caches; those that can be made, where another cannot.
 
-        Raises what `export_to_folder` raises, of all exports that failed; InterruptedTaskError, after a whole section,
+        Raises what the exports that failed did, of several in one error; InterruptedTaskError, after a whole section,
         when asked to stop.
         """
         summary: dict[str, Any] = {}
-        failed: dict[Asset, KdAssetsError] = {}
+        failed: dict[Asset, Exception] = {}
         for output in unit.outputs:
             if self._stop:
                 raise InterruptedTaskError(f"stopped by {self._stop.signal_name} before {output.asset}")
@@ -67,6 +84,11 @@ class ExportRunner:
                 raise
             except KdAssetsError as e:
                 failed[output.asset] = e
+            except Exception as e:  # noqa: BLE001 - what was not foreseen of one format keeps no other from its turn
+                traceback.print_exc()
+                failed[output.asset] = e
+            if output.asset in failed:
+                traceback.clear_frames(failed[output.asset].__traceback__)  # they keep the arrays of a section
         if failed:
             raise _as_one(failed)
         return summary
@@ -85,7 +107,8 @@ class ExportRunner:
             partition_key=unit.partition_key,
         ) as writer:
             make_way(writer)
-            exported = self._made(unit, params, folders, writer.folder / DATA_FOLDER)
+            progress = _Progress(unit, params, self._report, self._stop)
+            exported, said = self._made(params, folders, writer.folder / DATA_FOLDER, progress)
             files = {} if exported is None else files_of(exported)
             writer.adopt_files(
                 [
@@ -93,7 +116,7 @@ class ExportRunner:
                     for name, file in files.items()
                 ]
             )
-            facts = facts_of(params, exported)
+            facts = facts_of(params, said)
             wall_s = time.monotonic() - started
             writer.commit(
                 parts=len(files),
@@ -109,9 +132,8 @@ class ExportRunner:
                 },
                 facts=facts,
             )
-        if cut := facts["n_cut_to_the_shortest_cache"]:
-            message = f"{output.asset}: {cut:,} documents are cut to the tokens that all caches of the export have"
-            self._report.emit("warning", partition_key=unit.partition_key, message=message)
+        for message in warnings_of(params, facts):
+            self._report.emit("warning", partition_key=unit.partition_key, message=f"{output.asset}: {message}")
         return {"n_documents": facts["n_documents"], "n_tokens": facts["n_tokens"]}
 
     def _params_of(self, output: Output) -> ExportParams:
@@ -121,13 +143,12 @@ class ExportRunner:
         return self._params[output.asset]
 
     def _made(
-        self, unit: WorkUnit, params: ExportParams, folders: Mapping[Asset, list[Path]], to: Path
-    ) -> Exported | None:
-        """The export in the folder `to`, gone on with or made; None where there is no document that it can hold, as in
-        caches without any, which have none of the columns that a format asks for."""
+        self, params: ExportParams, folders: Mapping[Asset, list[Path]], to: Path, progress: _Progress
+    ) -> tuple[Exported | None, Mapping[str, Any]]:
+        """The export in the folder `to`, gone on with or made, and what it says; None where there is no document that
+        it can hold, as in caches without any, which have none of the columns that a format asks for."""
         if not any(read_manifest(folder).n_documents for of_asset in folders.values() for folder in of_asset):
-            return None
-        progress = _Progress(unit, params, self._report, self._stop)
+            return None, {}
         try:
             exported = export_to_folder(
                 params.format_name,
@@ -138,12 +159,10 @@ class ExportRunner:
                 on_progress=progress.section,
             )
         except NothingToExportError as e:  # of one partition of many that is no failure
-            message = f"{params.asset} has no document: {e}"
-            self._report.emit("warning", partition_key=unit.partition_key, message=message)
             discard(to)
-            return None
+            return None, {"left_out": e.left_out}
         sweep(to)
-        return exported
+        return exported, exported.said
 
 
 class _Progress:
@@ -194,9 +213,8 @@ def files_of(exported: Exported) -> dict[str, ExportedFile]:
     return {**exported.files, **hashed(exported.folder, [EXPORT_NAME])}
 
 
-def facts_of(params: ExportParams, exported: Exported | None) -> dict[str, Any]:
-    """What a result tells of its export; of caches without a document that it has none."""
-    said: Mapping[str, Any] = {} if exported is None else exported.said
+def facts_of(params: ExportParams, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result tells of its export, which says this; of caches without a document that it has none."""
     return {
         "format": params.format_name,
         "n_documents": said.get("n_documents", 0),
@@ -208,17 +226,46 @@ def facts_of(params: ExportParams, exported: Exported | None) -> dict[str, Any]:
     }
 
 
+def warnings_of(params: ExportParams, facts: Mapping[str, Any]) -> list[str]:
+    """What is not in an export and may be missed."""
+    found = []
+    if cut := facts["n_cut_to_the_shortest_cache"]:
+        found.append(f"{cut:,} documents are cut to the tokens that all caches of the export have")
+    reasons = "; ".join(f"{said['n_documents']:,} left out, {why}" for why, said in facts["left_out"].items())
+    if not facts["n_documents"]:
+        found.append(f"it has no document: {reasons or 'its caches have none'}")
+    elif params.validation_share:
+        found += [
+            f"it has no split {split!r}: {reasons or 'the partition has no document of it'}"
+            for split in (TRAIN, VALIDATION)
+            if split not in facts["splits"]
+        ]
+    return found
+
+
 def make_way(writer: ResultWriter) -> None:
     """Take away an export that was whole and is not what was written any more: it is made again from the beginning, as
     no journal says of which section its files are.
 
-    One that was never whole stays: its own journal says what of it stands.
+    One that was never whole stays: its own journal says what of it stands. Files that are of no export that is known
+    are put aside, since they may be anybody's.
     """
     folder = writer.folder / DATA_FOLDER
     was_whole = writer.finished or writer.forgotten or EXPORT_NAME in listing(folder)
     if was_whole and not _is_whole(folder):
         discard(folder)
         writer.adopt_files([])
+    elif not is_begun(folder) and any(name not in (JOURNAL_NAME, LEASE_NAME) for name in listing(folder)):
+        _put_aside(folder)
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename the folder to the first of `data.unknown-1`, `data.unknown-2` … that is not there."""
+    numbered = (folder.with_name(f"{folder.name}.unknown-{n}") for n in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
+    log.warning("%s holds files of no export that is known: they are kept in %s", folder, aside)
+    with storage_errors(folder, "rename"):
+        folder.rename(aside)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -231,9 +278,13 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _as_one(failed: Mapping[Asset, KdAssetsError]) -> KdAssetsError:
+def _as_one(failed: Mapping[Asset, Exception]) -> Exception:
     """The one error, or one that has the words of all."""
     if len(failed) == 1:
         return next(iter(failed.values()))
     kind = InputError if all(isinstance(e, InputError) for e in failed.values()) else KdAssetsError
-    return kind("; ".join(f"{asset}: {e}" for asset, e in failed.items()))
+    return kind("; ".join(f"{asset}: {_words(e)}" for asset, e in failed.items()))
+
+
+def _words(e: Exception) -> str:
+    return str(e) if isinstance(e, KdAssetsError) else f"{type(e).__name__}: {e}"

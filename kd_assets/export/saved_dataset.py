@@ -91,6 +91,17 @@ def section_rows(folder: Path, index: int, schema: pa.Schema) -> Iterator[tuple[
         yield rows, file
 
 
+def count_saved_rows(folder: Path, sections: Sequence[SectionFiles], *, enough: int) -> int:
+    """Rows in the sections' files; no further file is read once there are `enough`."""
+    n_rows = 0
+    for section in sections:
+        if n_rows >= enough:
+            break
+        with pa.memory_map(str(folder / section_name(section.index))) as file, pa.ipc.open_stream(file) as batches:
+            n_rows += sum(batch.num_rows for batch in batches)
+    return n_rows
+
+
 def finish_saved_dataset(
     folder: Path, schema: pa.Schema, sections: Sequence[SectionFiles], *, as_torch: bool = False
 ) -> list[str]:

@@ -1,7 +1,8 @@
 """A recipe's `exports`: which formats its caches are written in besides, partition by partition.
 
-What a format needs stands here, since a recipe is loaded where no format is: a cache that the recipe does not make is
-refused when it is loaded. What else a format refuses it says itself, in its job, before anything is written.
+What a format takes stands here, since a recipe is loaded where no format is: caches, states, positions and options that
+cannot be are refused when it is loaded. What else a format refuses (what hangs on the teacher and on what is in the
+caches) it says itself, in its job, before anything is written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Annotated, Any
 import dagster as dg
 from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
 
-from kd_assets.contract import CACHES, EXPORTS, Asset, ExportAsset, ExportParams, FinalState, HiddenStateParams
+from kd_assets.contract import (
+    CACHES,
+    EXPORTS,
+    Asset,
+    ExportAsset,
+    ExportParams,
+    FinalState,
+    HiddenStateParams,
+    TopkParams,
+)
 from kd_assets.errors import RecipeError
 from kd_assets.recipes.cluster_profile import Positive, refused
 
@@ -27,6 +37,35 @@ CACHES_OF_FORMAT: Mapping[ExportAsset, tuple[Asset, ...]] = {
     "export_speculators": ("hidden_state_cache",),
 }
 """The caches that a format takes, all of them; one that is not here takes whichever the recipe makes."""
+
+FINAL_OF_FORMAT: Mapping[ExportAsset, FinalState] = {
+    "export_modelopt": "after_norm",
+    "export_specforge": "after_norm",
+    "export_speculators": "before_norm",
+}
+"""The state at the decoder's end that a format takes; of modelopt unless `states` name the other one."""
+
+FINALS_REFUSED: Mapping[ExportAsset, tuple[FinalState, ...]] = {
+    "export_original": ("before_norm", "after_norm"),
+    "export_specforge": ("before_norm",),
+    "export_specforge_dflash": ("before_norm",),
+    "export_speculators": ("after_norm",),
+}
+"""States at the decoder's end that `states` of a format cannot name."""
+
+SOME_POSITIONS: frozenset[ExportAsset] = frozenset({"export_axolotl", "export_hf", "export_safetensors"})
+"""Formats of which a position may be left out of the caches; the others need all."""
+
+LEARNED_ONLY: frozenset[ExportAsset] = frozenset({"export_hf", "export_safetensors"})
+"""Formats that can leave out positions themselves."""
+
+PACKED: frozenset[ExportAsset] = frozenset({"export_distillkit"})
+"""Formats with rows of several documents, which take `pack_to`."""
+
+TWO_TOKENS: frozenset[ExportAsset] = frozenset(CACHES_OF_FORMAT)
+"""Formats that leave out documents of one token; `original` does where it has the top-k cache."""
+
+_BLOCKS_OF_EAGLE3 = 3
 
 _WORD_OF: Mapping[Asset, str] = {
     "topk_cache": "topk",
@@ -125,6 +164,7 @@ def check_exports(
     recipe_name: str,
     exports: Sequence[ExportParams],
     caches: Sequence[Asset],
+    topk: TopkParams | None,
     hidden_states: HiddenStateParams | None,
 ) -> None:
     """Raise RecipeError for exports that the recipe's caches cannot become."""
@@ -133,28 +173,84 @@ def check_exports(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"{of}{twice[0]} is there twice, and would be one asset: keep one of them")
     for params in exports:
-        fixed = CACHES_OF_FORMAT.get(params.asset)
+        fixed, what = CACHES_OF_FORMAT.get(params.asset), f"{of}{params.format_name}"
         if fixed and (others := sorted(set(params.assets or ()) - set(fixed))):
-            raise RecipeError(f"{of}{params.format_name} takes {', '.join(fixed)}, not {others[0]}: leave assets out")
+            raise RecipeError(f"{what} takes {', '.join(fixed)}, not {others[0]}: leave assets out")
         wanted = fixed or params.assets or ()
         if lacking := [asset for asset in wanted if asset not in caches]:
             raise RecipeError(
-                f"{of}{params.format_name} takes {lacking[0]}, which the recipe does not make: add "
-                f"{_WORD_OF[lacking[0]]} to caches, or leave the export out"
+                f"{what} takes {lacking[0]}, which the recipe does not make: add {_WORD_OF[lacking[0]]} to caches, or "
+                "leave the export out"
             )
-        _check_states(f"{of}{params.format_name}", params, caches_of_export(params, caches), hidden_states)
+        taken = caches_of_export(params, caches)
+        _check_options(what, params, taken)
+        _check_positions(what, params, taken, topk, hidden_states)
+        _check_states(what, params, taken, hidden_states)
+
+
+def _check_options(what: str, params: ExportParams, caches: Sequence[Asset]) -> None:
+    if params.pack_to is not None and params.asset not in PACKED:
+        raise RecipeError(f"{what}: a row of it is one document: leave pack_to out")
+    if params.learned_only and params.asset not in LEARNED_ONLY:
+        raise RecipeError(f"{what}: its trainer reads whole documents: leave learned_only out")
+    needs_two = params.asset in TWO_TOKENS or (params.asset == "export_original" and "topk_cache" in caches)
+    if params.max_length == 1 and needs_two:
+        raise RecipeError(
+            f"{what} has no document of one token, and none would be longer: make max_length 2 or more, or leave it out"
+        )
+
+
+def _check_positions(
+    what: str,
+    params: ExportParams,
+    caches: Sequence[Asset],
+    topk: TopkParams | None,
+    hidden_states: HiddenStateParams | None,
+) -> None:
+    made: Mapping[Asset, TopkParams | HiddenStateParams | None] = {
+        "topk_cache": topk,
+        "hidden_state_cache": hidden_states,
+    }
+    for asset, cache in made.items():
+        some = cache is not None and cache.positions.kept != "all"
+        if some and asset in caches and params.asset not in SOME_POSITIONS:
+            raise RecipeError(
+                f"{what} needs all positions of {asset}, and the recipe keeps some only: set positions: all in "
+                f"{_WORD_OF[asset]}, or leave the export out"
+            )
 
 
 def _check_states(
     what: str, params: ExportParams, caches: Sequence[Asset], hidden_states: HiddenStateParams | None
 ) -> None:
-    if params.states is None:
-        return
     if hidden_states is None or "hidden_state_cache" not in caches:
-        raise RecipeError(f"{what} names states, and takes no hidden_state_cache: leave states out")
+        if params.states is not None:
+            raise RecipeError(f"{what} names states, and takes no hidden_state_cache: leave states out")
+        return
+    named = params.states or ()
+    blocks = [state for state in named if isinstance(state, int)]
+    finals = [state for state in named if not isinstance(state, int)]
+    if refused_finals := [state for state in finals if state in FINALS_REFUSED.get(params.asset, ())]:
+        raise RecipeError(f"{what}: its trainer does not read {refused_finals[0]}: leave it out of states")
+    if params.asset == "export_modelopt" and len(finals) > 1:
+        raise RecipeError(f"{what}: a file has one state at the decoder's end: name one of {', '.join(finals)}")
+    if params.asset in CACHES_OF_FORMAT and blocks != sorted(set(blocks)):
+        raise RecipeError(f"{what}: the blocks among its states are not in ascending order, each once: order them")
+    if params.asset == "export_specforge" and blocks and len(blocks) != _BLOCKS_OF_EAGLE3:
+        raise RecipeError(f"{what}: EAGLE-3 takes exactly three blocks, and states name {len(blocks)}")
     kept = (*hidden_states.blocks, *hidden_states.final)
-    if absent := [state for state in params.states if state not in kept]:
+    if absent := [state for state in named if state not in kept]:
         raise RecipeError(
             f"{what}: the hidden_states of the recipe keep {', '.join(map(str, kept))}, not {absent[0]}: add it to "
             "their blocks or final, or leave it out of states"
+        )
+    if params.asset in CACHES_OF_FORMAT and not hidden_states.blocks:
+        raise RecipeError(f"{what} takes outputs of blocks, and hidden_states keep none: add blocks to them")
+    final = FINAL_OF_FORMAT.get(params.asset)
+    if params.asset == "export_modelopt" and finals:
+        final = finals[0]
+    if final is not None and final not in hidden_states.final:
+        raise RecipeError(
+            f"{what} takes the state {final}, which hidden_states do not keep: add it (final: {final}, or both), or "
+            "leave the export out"
         )

@@ -124,7 +124,7 @@ class Recipe:
             raise RecipeError(
                 f"recipe {self.name} caches nothing: name at least one of topk, hidden_states, embeddings"
             )
-        check_exports(self.name, self.exports, self.caches, self.hidden_states)
+        check_exports(self.name, self.exports, self.caches, self.topk, self.hidden_states)
         overlap, on_long = self.tokenising.overlap, self.tokenising.on_long
         if overlap and on_long != "split":
             raise RecipeError(

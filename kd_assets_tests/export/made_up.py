@@ -16,6 +16,7 @@ from kd_assets.store import (
     Documents,
     KeptPositions,
     ResultWriter,
+    coded,
     encode_embeddings,
     encode_hidden_states,
     encode_shard,
@@ -103,6 +104,7 @@ def commit(
     made_of: str = "shard",
     provenance: Mapping[str, Any] | None = None,
     identity_besides: Mapping[str, Any] | None = None,
+    codecs: Mapping[Asset, str] | None = None,
 ) -> dict[Asset, Path]:
     """Commit caches of these documents, which are of one partition; asset → folder.
 
@@ -120,6 +122,8 @@ def commit(
             **(identity_besides or {}),
         }
         identity["params"] = {"max_length": cut, "positions": positions, "k": documents[0].topk_ids_Mk.shape[1]}
+        codec = (codecs or {}).get(asset)
+        identity["params"] |= {"codec": codec} if codec else {}
         output = plan_output(asset, identity, recipe_folder=recipe_folder, partition_key=key)
         with ResultWriter(output, recipe=RECIPE, recipe_folder=recipe_folder, partition_key=key) as writer:
             lengths = np.array([min(d.length, cut or d.length) for d in documents])
@@ -128,7 +132,11 @@ def commit(
                 part = documents[plan.first_document : plan.first_document + plan.n_documents]
                 table = encoded(asset, part, cut=cut, positions=positions)
                 n_tokens = int(lengths[plan.first_document : plan.first_document + plan.n_documents].sum())
-                writer.write_part(plan.index, table, n_tokens=n_tokens, stats=part_stats(asset, table))
+                stats = part_stats(asset, table)
+                if codec:
+                    of_codec = coded(table, codec)
+                    table, stats = of_codec.stored, part_stats(asset, of_codec.decoded) | of_codec.error
+                writer.write_part(plan.index, table, n_tokens=n_tokens, stats=stats)
             writer.commit(
                 parts=len(plans), checks={}, provenance=provenance or {}, facts=facts or {"vocab_size": VOCABULARY}
             )

@@ -99,6 +99,8 @@ def test_a_specforge_export_for_dflash_has_the_same_numbers_and_names_what_its_r
     kept = [truth for truth in longer if any(a and b for a, b in zip(truth.mask_L, truth.mask_L[1:], strict=False))]
     assert 0 < len(kept) < len(longer)
     assert exported.said["n_documents"] == len(kept)
+    left_out = exported.said["left_out"]["no two tokens side by side are learned"]
+    assert left_out["n_documents"] == len(longer) - len(kept)
     assert exported.said["n_tokens"] == sum(truth.length for truth in kept)
     for number, truth in enumerate(longer):
         path = out / "rows_0-2000" / f"data_{number}.ckpt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from kd_assets.errors import (
     FailedCheckError,
     KdAssetsError,
     NotCommittedError,
+    NothingToExportError,
     RecipeError,
     StorageUnavailableError,
     UnknownFieldError,
@@ -30,7 +32,10 @@ from kd_assets.errors import (
 from kd_assets.export.exporting import ExportProgress, export_recipe, export_to_folder
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, read_export, verify_export
 from kd_assets.export.format import ExportOptions
+from kd_assets.export.formats import FORMATS
 from kd_assets.export.joined import JoinedPartition, joined_partition
+from kd_assets.export.planning import bytes_written, in_validation
+from kd_assets.export.source import FolderCaches, choose_needed, source_of
 from kd_assets.store import Chosen, choose
 from kd_assets_tests.export import made_up
 from kd_assets_tests.store import examples, planned
@@ -164,6 +169,21 @@ def test_what_cannot_be_asked_of_a_format_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_a_document_that_the_format_holds_is_named_and_a_new_folder_is_left_as_it_was(
+    tmp_path: Path, split: str
+) -> None:
+    documents, options = made_up.truths(1, n=40), ExportOptions(validation_share=0.15)
+    validation = in_validation([document.document_id for document in documents], options)
+    for document, is_validation in zip(documents, validation, strict=True):
+        document.mask_L[:] = is_validation == (split == "train")
+    folders = made_up.commit(tmp_path, documents, assets=("topk_cache",))
+    for _ in range(2):
+        with pytest.raises(NothingToExportError, match=f"the split '{split}': .* choose another validation_share"):
+            export_to_folder("distillkit", {"topk_cache": [folders["topk_cache"]]}, tmp_path / "out", options=options)
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_format_that_needs_all_positions_refuses_a_cache_of_some(tmp_path: Path) -> None:
     made_up.commit(tmp_path / "store", made_up.truths(1, kept=0.5), positions=True)
     with pytest.raises(RecipeError, match="keeps some positions only"):
@@ -177,6 +197,38 @@ def test_no_room_on_the_disk_is_refused(store: Path, tmp_path: Path, monkeypatch
     with pytest.raises(StorageUnavailableError, match=r"needs about .* GiB, and its disk has 0\.00 GiB free"):
         export_recipe("hf", store / RECIPE, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("format_name", "asset", "codec"),
+    [
+        *(("hf", "hidden_state_cache", codec) for codec in (None, "split", "fp8", "int8_32")),
+        *(("safetensors", "hidden_state_cache", codec) for codec in (None, "fp8")),
+        *(("modelopt", "hidden_state_cache", codec) for codec in (None, "int8_32")),
+        *(("safetensors", "topk_cache", codec) for codec in (None, "compact")),
+        *(("hf", "topk_cache", codec) for codec in (None, "compact")),
+    ],
+)
+def test_the_room_that_is_asked_for_is_about_what_is_written_of_coded_caches_too(
+    tmp_path: Path, format_name: str, asset: Asset, codec: str | None
+) -> None:
+    if format_name == "modelopt":
+        pytest.importorskip("torch")
+    folders = made_up.commit(
+        tmp_path,
+        made_up.truths(1, n=60, hidden=256, k=30),
+        assets=(asset,),
+        codecs={asset: codec} if codec else None,
+        max_documents={asset: 100},
+    )
+    caches = FolderCaches(folders={asset: [folders[asset]]})
+    options, source = ExportOptions(states=(1, 2, 4) if format_name == "modelopt" else None), source_of(caches.there())
+    needs = FORMATS[format_name].needs(source, options)
+    asked = bytes_written(choose_needed(caches, needs), needs, source.hidden_size)
+    exported = export_to_folder(format_name, {asset: [folders[asset]]}, tmp_path / "out", options=options)
+    # Ids of a vocabulary of 40 take a fraction of a byte in a cache; those of real ones two bytes and more.
+    least = 0.7 if (format_name, asset) == ("safetensors", "topk_cache") else 0.9
+    assert least * exported.n_bytes < asked < 2.5 * exported.n_bytes
 
 
 def test_a_folder_that_holds_another_export_or_other_files_is_not_touched(store: Path, tmp_path: Path) -> None:
@@ -294,6 +346,22 @@ def test_an_export_that_is_killed_goes_on_after_its_last_whole_section(store: Pa
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
 
+def test_a_journal_that_says_nothing_of_documents_left_out_is_read(store: Path, tmp_path: Path) -> None:
+    def cut(progress: ExportProgress) -> None:
+        if progress.n_sections == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_recipe("safetensors", store / RECIPE, tmp_path / "out", on_progress=cut)
+    path = tmp_path / "out" / JOURNAL_NAME
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.pop("left_out", None) for line in lines] == [None, {}, {}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stood = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
+    export_recipe("safetensors", store / RECIPE, tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in stood} == stood
+
+
 def test_an_unfinished_export_is_not_gone_on_with_other_options(store: Path, tmp_path: Path) -> None:
     def cut(progress: ExportProgress) -> None:
         raise KeyboardInterrupt
@@ -302,6 +370,31 @@ def test_an_unfinished_export_is_not_gone_on_with_other_options(store: Path, tmp
         export_recipe("hf", store / RECIPE, tmp_path / "out", on_progress=cut)
     with pytest.raises(ExportFolderError, match="unfinished export"):
         export_recipe("hf", store / RECIPE, tmp_path / "out", options=ExportOptions(max_length=3))
+
+
+def test_a_disk_that_is_full_at_the_first_line_leaves_nothing_and_a_torn_line_is_begun_anew(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if b'"fingerprint"' in bytes(data):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(StorageUnavailableError):
+            export_recipe("hf", store / RECIPE, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    for torn in (b"", b'{"fingerpr'):
+        (tmp_path / "out" / JOURNAL_NAME).write_bytes(torn)
+        export_recipe("hf", store / RECIPE, tmp_path / "out")
+        verify_export(tmp_path / "out")
+        assert not (tmp_path / "out" / JOURNAL_NAME).exists()
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").mkdir()
 
 
 def test_a_whole_export_is_found_and_not_made_again(store: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -16,10 +17,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from kd_assets.cli import main
 from kd_assets.contract import Asset, ExportAsset, ExportParams, FinalState, JobFile, read_events
 from kd_assets.durable import prepare_folder
-from kd_assets.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from kd_assets.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUMABLE
+from kd_assets.export.exporting import export_to_folder
 from kd_assets.export.folder import EXPORT_NAME, JOURNAL_NAME, LEASE_NAME, verify_export
+from kd_assets.export.format import ExportOptions
+from kd_assets.export.formats.safetensors import Safetensors
+from kd_assets.export.planning import in_validation
 from kd_assets.export.runner import DATA_FOLDER
 from kd_assets.store import put_aside, read_manifest, verify
 from kd_assets.store.superseded import superseded
@@ -289,17 +295,61 @@ def test_a_damaged_export_that_was_not_committed_yet_is_made_again(tmp_path: Pat
     verify_export(folder / DATA_FOLDER)
 
 
-def test_files_that_somebody_laid_into_an_unfinished_export_are_not_taken_away(
-    tmp_path: Path, folders: dict[Asset, Path]
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("name", ["thesis.tex", "data/part-00000.parquet"])
+def test_files_of_no_known_export_are_put_aside_and_the_export_is_made(
+    tmp_path: Path, folders: dict[Asset, Path], name: str, begun: bool
+) -> None:
+    job = exported.job_of(tmp_path, folders)
+    ((folder, _),) = exported.results(job)
+    prepare_folder((folder / DATA_FOLDER / name).parent)
+    (folder / DATA_FOLDER / name).write_text("…")
+    if begun:
+        (folder / DATA_FOLDER / JOURNAL_NAME).write_bytes(b"")
+    assert exported.run(job) == 0
+    assert (folder / "data.unknown-1" / name).read_text() == "…"
+    report = verify(folder)
+    assert report.ok
+    assert {note.path.name for note in report.notes} == {"data.unknown-1"}
+
+
+@pytest.mark.parametrize("header", [b"", b'{"finger', b'{"fingerprint": "0"}', b"\0" * 64, b"[1]\n"])
+def test_a_journal_without_a_whole_first_line_is_begun_anew(
+    tmp_path: Path, folders: dict[Asset, Path], header: bytes
 ) -> None:
     job = exported.job_of(tmp_path, folders)
     ((folder, _),) = exported.results(job)
     prepare_folder(folder / DATA_FOLDER)
-    (folder / DATA_FOLDER / "thesis.tex").write_text("…")
-    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_BAD_INPUT
-    (failed,) = events_of(tmp_path / "events.jsonl", "partition_failed")
-    assert "thesis.tex" in str(failed["message"])
-    assert (folder / DATA_FOLDER / "thesis.tex").is_file()
+    (folder / DATA_FOLDER / JOURNAL_NAME).write_bytes(header)
+    assert exported.run(job) == 0
+    assert (verify(folder).problems, verify(folder).notes) == ((), ())
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_a_kill_while_an_unfinished_export_is_taken_away_leaves_one_that_goes_on(
+    tmp_path: Path, folders: dict[Asset, Path], n: int
+) -> None:
+    made = export_to_folder("safetensors", {a: [f] for a, f in folders.items()}, tmp_path / "whole")
+    copy = tmp_path / "out"
+    shutil.copytree(made.folder, copy)
+    (copy / EXPORT_NAME).unlink()
+    (copy / JOURNAL_NAME).write_text(json.dumps({"fingerprint": made.fingerprint}) + "\n")
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from kd_assets.export.folder import discard\n"
+        "real, left = Path.unlink, int(sys.argv[2])\n"
+        "def killing(*args, **kwargs):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*args, **kwargs)\n"
+        "Path.unlink = killing\n"
+        "discard(Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(copy), str(n)], env={**os.environ}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    export_to_folder("safetensors", {a: [f] for a, f in folders.items()}, copy)
+    assert files_below(copy) == files_below(made.folder)
 
 
 def test_a_request_to_stop_ends_the_task_between_sections_and_it_goes_on(
@@ -399,6 +449,10 @@ def test_a_partition_of_which_a_format_can_hold_no_document_is_an_export_without
     ((folder, manifest),) = exported.results(job)
     assert manifest is not None
     assert (manifest.parts, manifest.facts["n_documents"]) == ((), 0)
+    assert manifest.facts["left_out"]["fewer than 2 tokens"]["n_documents"] == sum(d.length == 1 for d in documents)
+    assert manifest.facts["left_out"]["nothing of them is learned"]["n_documents"] == sum(
+        d.length > 1 for d in documents
+    )
     assert not (folder / DATA_FOLDER).exists()
     assert verify(folder).ok
     assert exported.run(job) == 0
@@ -415,3 +469,137 @@ def test_documents_that_a_format_cannot_hold_are_left_out_and_named_in_the_facts
     assert manifest.facts["left_out"]["fewer than 2 tokens"]["n_documents"] == len(documents)
     assert [part.name for part in manifest.parts] == ["data/export.json"]
     assert verify(folder).ok
+
+
+def of_which_one_split_learns(n: int, share: float, learned: str) -> list[made_up.Truth]:
+    """Documents of which only those of one split have learned tokens, all of theirs."""
+    documents = made_up.truths(1, exported.KEY, n=n)
+    validation = in_validation([d.document_id for d in documents], ExportOptions(validation_share=share))
+    assert 0 < validation.sum() < n
+    return [
+        dataclasses.replace(d, mask_L=np.full_like(d.mask_L, v == (learned == "validation")))
+        for d, v in zip(documents, validation, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("learned", ["train", "validation"])
+@pytest.mark.parametrize("asset", ["export_distillkit", "export_specforge_dflash"])
+def test_a_split_of_which_a_format_can_hold_no_document_is_left_out_and_the_other_one_stands(
+    tmp_path: Path, asset: ExportAsset, learned: str
+) -> None:
+    cache: Asset = "topk_cache" if asset == "export_distillkit" else "hidden_state_cache"
+    if cache == "hidden_state_cache":
+        pytest.importorskip("torch")
+    documents = of_which_one_split_learns(40, 0.15, learned)
+    folders = made_up.commit(tmp_path, documents, assets=(cache,))
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset=asset, validation_share=0.15)])
+    assert exported.run(job) == 0
+    ((folder, manifest),) = exported.results(job)
+    assert manifest is not None
+    assert manifest.facts["n_documents"] > 0
+    assert manifest.facts["splits"] == {learned: manifest.facts["n_documents"]}
+    assert [path.name for path in (folder / DATA_FOLDER).iterdir() if path.is_dir()] == [learned]
+    assert set(files_below(folder / DATA_FOLDER)) == {part.name.removeprefix("data/") for part in manifest.parts}
+    assert verify(folder).ok
+    before = files_below(folder / DATA_FOLDER)
+    shutil.rmtree(folder)
+    killed_at(job, tmp_path, "kd_assets.export.exporting:write_export:1")
+    assert exported.run(job) == 0
+    assert files_below(folder / DATA_FOLDER) == before
+
+
+@pytest.mark.parametrize(
+    ("share", "pack_to", "splits"), [(0.15, 128, {"train"}), (0.0, 4096, set()), (0.15, 4096, set())]
+)
+def test_a_split_with_fewer_packed_rows_than_the_loader_takes_is_left_out_and_counted(
+    tmp_path: Path, share: float, pack_to: int, splits: set[str]
+) -> None:
+    documents = made_up.truths(1, exported.KEY, n=60)
+    folders = made_up.commit(tmp_path, documents, assets=("topk_cache",), max_documents={"topk_cache": 1000})
+    job = exported.job_of(
+        tmp_path, folders, [ExportParams(asset="export_distillkit", validation_share=share, pack_to=pack_to)]
+    )
+    assert exported.run(job, tmp_path / "events.jsonl") == 0
+    ((folder, manifest),) = exported.results(job)
+    assert manifest is not None
+    assert set(manifest.facts["splits"]) == splits
+    n_left_out = sum(left_out["n_documents"] for left_out in manifest.facts["left_out"].values())
+    assert manifest.facts["n_documents"] + n_left_out == len(documents)
+    assert any("DistillKit's loader takes 2 or more" in why for why in manifest.facts["left_out"])
+    (warning,) = events_of(tmp_path / "events.jsonl", "warning")
+    assert ("it has no split 'validation'" if splits else "it has no document") in str(warning["message"])
+    assert verify(folder).ok
+
+
+@pytest.mark.parametrize("asset", ["export_distillkit", "export_axolotl", "export_hf"])
+def test_an_export_without_a_document_warns(tmp_path: Path, asset: ExportAsset) -> None:
+    key = "made-up-00007"
+    folders = made_up.commit_empty(tmp_path, key)
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset=asset)], key)
+    assert exported.run(job, tmp_path / "empty.jsonl") == 0
+    (warning,) = events_of(tmp_path / "empty.jsonl", "warning")
+    assert "it has no document: its caches have none" in str(warning["message"])
+    if asset == "export_hf":
+        return  # it holds documents of one token
+    folders = made_up.commit(tmp_path, made_up.truths(1, exported.KEY), assets=("topk_cache",))
+    job = exported.job_of(tmp_path, folders, [ExportParams(asset=asset, max_length=1)])
+    assert exported.run(job, tmp_path / "short.jsonl") == 0
+    (warning,) = events_of(tmp_path / "short.jsonl", "warning")
+    assert "it has no document: 9 left out, fewer than 2 tokens" in str(warning["message"])
+
+
+OF_TORCH: tuple[ExportAsset, ...] = ("export_modelopt", "export_specforge", "export_specforge_dflash")
+
+
+def test_formats_that_write_torch_files_say_so_where_torch_is_not_installed_and_others_are_made(
+    tmp_path: Path, folders: dict[Asset, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    exports = [*(ExportParams(asset=asset, states=(1, 2, 4)) for asset in OF_TORCH), HF]
+    job = exported.job_of(tmp_path, folders, exports)
+    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_BAD_INPUT
+    (failed,) = events_of(tmp_path / "events.jsonl", "partition_failed")
+    *not_made, (hf, made) = exported.results(job)
+    assert made is not None
+    assert verify(hf).ok
+    for (folder, manifest), asset in zip(not_made, OF_TORCH, strict=True):
+        name = asset.removeprefix("export_")
+        assert manifest is None
+        assert not (folder / DATA_FOLDER).exists()
+        words = f"{name} writes torch files: run it where torch is installed"
+        assert words in str(failed["message"])
+        recipe, to = str(tmp_path / made_up.RECIPE), str(tmp_path / name)
+        assert main(["export", name, recipe, "--states", "1", "2", "4", "--to", to]) == EXIT_BAD_INPUT
+        said = capsys.readouterr().err
+        assert words in said
+        assert "Traceback" not in said
+        assert not Path(to).exists()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("nobody foresaw it")])
+def test_what_nobody_foresaw_of_one_format_keeps_no_other_from_its_turn(
+    tmp_path: Path, folders: dict[Asset, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(self: object, folder: Path, source: object, options: object) -> object:
+        raise error
+
+    monkeypatch.setattr(Safetensors, "writer", broken)
+    refused = ExportParams(asset="export_original", learned_only=True)
+    job = exported.job_of(tmp_path, folders, [refused, SAFETENSORS, HF])
+    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_FAILED
+    (failed,) = events_of(tmp_path / "events.jsonl", "partition_failed")
+    assert f"export_safetensors: {type(error).__name__}: {error}" in str(failed["message"])
+    assert "export_original: " in str(failed["message"])
+    assert [manifest is not None for _, manifest in exported.results(job)] == [False, False, True]
+
+
+def test_no_memory_is_nothing_of_a_format(
+    tmp_path: Path, folders: dict[Asset, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object, folder: Path, source: object, options: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr(Safetensors, "writer", broken)
+    job = exported.job_of(tmp_path, folders, [SAFETENSORS, HF])
+    assert exported.run(job, tmp_path / "events.jsonl") == EXIT_FAILED
+    assert [manifest is not None for _, manifest in exported.results(job)] == [False, False]

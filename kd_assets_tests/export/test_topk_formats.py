@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kd_assets.errors import KdAssetsError, NotCommittedError, RecipeError
+from kd_assets.errors import KdAssetsError, NotCommittedError, NothingToExportError, RecipeError
 from kd_assets.export.exporting import ExportProgress, export_recipe
 from kd_assets.export.folder import verify_export
 from kd_assets.export.format import ExportOptions, Source
 from kd_assets.export.formats.axolotl import Axolotl
 from kd_assets.export.formats.distillkit import DistillKit, packed_ids
+from kd_assets.export.planning import in_validation
 from kd_assets_tests.export import made_up
 from kd_assets_tests.export.distillkit_reader import read_config, read_position
 from kd_assets_tests.export.made_up import Truth, expected_positions
@@ -102,6 +103,10 @@ def test_a_distillkit_export_has_the_same_numbers_to_the_last_bit(
     held = [truth for truth in known if has_learned(truth, max_length)]
     assert exported.n_documents == len(held)
     assert named_left_out(out) == [truth.document_id for truth in known if truth not in held]
+    said = exported.said["left_out"].get("nothing of them is learned", {"n_documents": 0, "first": []})
+    assert said["n_documents"] == len(known) - len(held)
+    named = [f"{truth.partition_key}/{truth.document_id}" for truth in known if truth not in held]
+    assert said["first"] == named[:10]
     config = read_config(out / "compression_config.yaml")
     assert (config["d"], config["k"]) == (made_up.VOCABULARY, k)
     files = sorted(out.glob("data_*.parquet"), key=lambda path: int(path.stem.removeprefix("data_")))
@@ -259,6 +264,22 @@ def test_one_packed_row_alone_is_refused_since_the_loader_takes_two_or_more(tmp_
     made_up.commit(tmp_path, made_up.truths(0, n=3), assets=("topk_cache",))
     with pytest.raises(NotCommittedError, match="all documents fit into one row"):
         export_recipe("distillkit", tmp_path / made_up.RECIPE, tmp_path / "out", options=ExportOptions(pack_to=900))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15])
+def test_rows_are_counted_as_they_are_written_without_the_documents_that_are_left_out(
+    tmp_path: Path, share: float
+) -> None:
+    documents, options = made_up.truths(1, n=200), ExportOptions(pack_to=128, validation_share=share)
+    validation = in_validation([document.document_id for document in documents], options)
+    for i, (document, is_validation) in enumerate(zip(documents, validation, strict=True)):
+        document.mask_L[:] = (
+            i < 3 if not share else not is_validation or document is documents[int(validation.argmax())]
+        )
+    made_up.commit(tmp_path, documents, assets=("topk_cache",), max_documents={"topk_cache": 1000})
+    with pytest.raises(NothingToExportError, match=r"fit into 1 row of 128 tokens .* takes 2 or more"):
+        export_recipe("distillkit", tmp_path / made_up.RECIPE, tmp_path / "out", options=options)
     assert not (tmp_path / "out").exists()
 
 

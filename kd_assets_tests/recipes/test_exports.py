@@ -9,15 +9,27 @@ import pytest
 from pydantic import ValidationError
 
 from kd_assets.components import TeacherCaches
-from kd_assets.contract import CACHES, EXPORTS, Asset, ExportParams
+from kd_assets.contract import CACHES, EXPORTS, Asset, ExportParams, FinalState
 from kd_assets.errors import RecipeError
 from kd_assets.export.format import ExportOptions
 from kd_assets.export.formats import FORMATS
+from kd_assets.export.planning import require_can_pack
 from kd_assets.export.source import FolderCaches, source_of
-from kd_assets.recipes.exports import CACHES_OF_FORMAT, ExportModel
+from kd_assets.recipes.exports import (
+    CACHES_OF_FORMAT,
+    FINAL_OF_FORMAT,
+    FINALS_REFUSED,
+    LEARNED_ONLY,
+    PACKED,
+    SOME_POSITIONS,
+    TWO_TOKENS,
+    ExportModel,
+)
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.store.computing_versions import FORMAT_VERSIONS
 from kd_assets_tests.export import made_up
+
+FINAL_STATES: tuple[FinalState, ...] = ("before_norm", "after_norm")
 
 ALL_CACHES: dict[str, Any] = {
     "topk": {"k": 4, "max_length": 64},
@@ -49,8 +61,28 @@ def test_what_the_recipe_believes_of_a_format_is_what_the_format_says(tmp_path: 
     source = source_of(FolderCaches(folders=folders).there())
     # Blocks are named, since the folder of the made-up teacher is nowhere.
     fixed = CACHES_OF_FORMAT.get(asset)
-    needs = FORMATS[name].needs(source, ExportOptions(states=(1, 2, 4) if fixed == ("hidden_state_cache",) else None))
+    blocks: tuple[int | FinalState, ...] | None = (1, 2, 4) if fixed == ("hidden_state_cache",) else None
+    needs = FORMATS[name].needs(source, ExportOptions(states=blocks))
     assert needs.assets == (fixed or CACHES)
+    assert needs.all_positions == (asset not in SOME_POSITIONS)
+    assert (needs.min_tokens == 2) == (asset in TWO_TOKENS or asset == "export_original")
+    if fixed == ("hidden_state_cache",):
+        final = [state for state in needs.states if not isinstance(state, int)]
+        assert final == ([FINAL_OF_FORMAT[asset]] if asset in FINAL_OF_FORMAT else [])
+
+    def takes(options: ExportOptions) -> bool:
+        try:
+            require_can_pack(name, FORMATS[name].needs(source, options), options)
+        except RecipeError:
+            return False
+        return True
+
+    assert takes(ExportOptions(states=blocks, learned_only=True)) == (asset in LEARNED_ONLY)
+    assert takes(ExportOptions(states=blocks, pack_to=64)) == (asset in PACKED)
+    if fixed != ("topk_cache",):
+        for final_state in FINAL_STATES:
+            refused = final_state in FINALS_REFUSED.get(asset, ())
+            assert takes(ExportOptions(states=(1, 2, 4, final_state))) != refused
     assert needs.version == FORMAT_VERSIONS.get(asset, 1)
 
 
@@ -59,7 +91,7 @@ def test_exports_are_names_or_mappings_and_their_order_decides_nothing() -> None
     assert named.exports == (ExportParams(asset="export_hf"), ExportParams(asset="export_safetensors"))
     assert named.exports == recipe([{"format": "hf"}, "safetensors"]).exports
     assert named.partitioned == ("shards_manifest", *CACHES, "export_hf", "export_safetensors")
-    options = {"max_length": 5, "validation_share": 0.25, "seed": 3, "states": [4, "after_norm"], "pack_to": 64}
+    options = {"max_length": 5, "validation_share": 0.25, "seed": 3, "states": [4, "after_norm"]}
     (params,) = recipe([{"format": "hf", "assets": ["hidden_state_cache", "topk_cache"], **options}]).exports
     assert params == ExportParams(
         asset="export_hf",
@@ -68,8 +100,9 @@ def test_exports_are_names_or_mappings_and_their_order_decides_nothing() -> None
         seed=3,
         assets=("topk_cache", "hidden_state_cache"),
         states=(4, "after_norm"),
-        pack_to=64,
     )
+    (packed,) = recipe([{"format": "distillkit", "pack_to": 64}]).exports
+    assert packed == ExportParams(asset="export_distillkit", pack_to=64)
     assert recipe([]).exports == ()
 
 
@@ -119,6 +152,56 @@ def test_an_export_that_the_recipes_caches_cannot_become_is_refused_on_loading(
     caches = {name: cache for name, cache in ALL_CACHES.items() if name != without}
     with pytest.raises(RecipeError, match=words):
         recipe(exports, caches)
+
+
+LEARNED = {"positions": "learned"}
+
+
+@pytest.mark.parametrize(
+    ("exports", "changes", "words"),
+    [
+        (["speculators"], {}, "takes the state before_norm, which hidden_states do not keep: add it"),
+        (["specforge"], {"hidden_states": {"final": None}}, "takes the state after_norm"),
+        (["modelopt"], {"hidden_states": {"final": "before_norm"}}, "takes the state after_norm"),
+        ([{"format": "modelopt", "states": [1, "before_norm"]}], {}, "not before_norm"),
+        (["distillkit"], {"topk": LEARNED}, "needs all positions of topk_cache"),
+        (["original"], {"topk": LEARNED}, "needs all positions of topk_cache"),
+        (["original"], {"hidden_states": LEARNED}, "needs all positions of hidden_state_cache"),
+        (["specforge_dflash"], {"hidden_states": {"positions": {"share": 0.1}}}, "set positions: all in hidden_states"),
+        (["specforge_dflash"], {"hidden_states": {"blocks": [], "final": "both"}}, "keep none: add blocks"),
+        *(([{"format": name, "pack_to": 64}], {}, "leave pack_to out") for name in ("hf", "axolotl", "specforge")),
+        *(([{"format": name, "learned_only": True}], {}, "learned_only out") for name in ("original", "distillkit")),
+        *(([{"format": name, "max_length": 1}], {}, "make max_length 2") for name in ("axolotl", "original")),
+        ([{"format": "original", "states": ["after_norm"]}], {}, "does not read after_norm"),
+        ([{"format": "specforge", "states": [1, 2]}], {}, "exactly three blocks"),
+        ([{"format": "specforge", "states": [4, 2, 1]}], {}, "ascending order"),
+        ([{"format": "axolotl", "states": [1]}], {}, "takes no hidden_state_cache"),
+    ],
+)
+def test_what_is_known_of_a_format_when_a_recipe_is_loaded_is_refused_there(
+    exports: list[Any], changes: dict[str, dict[str, Any]], words: str
+) -> None:
+    caches = {name: {**cache, **changes.get(name, {})} for name, cache in ALL_CACHES.items()}
+    caches = {name: {k: v for k, v in cache.items() if v is not None} for name, cache in caches.items()}
+    with pytest.raises(RecipeError, match=words):
+        recipe(exports, caches)
+
+
+@pytest.mark.parametrize(
+    ("exports", "changes"),
+    [
+        (["axolotl", "hf", "safetensors"], {"topk": LEARNED, "hidden_states": LEARNED}),
+        (["specforge"], {"topk": LEARNED}),
+        (["speculators", "specforge", "modelopt"], {"hidden_states": {"final": "both"}}),
+        ([{"format": "modelopt", "states": [1, "before_norm"]}], {"hidden_states": {"final": "both"}}),
+        ([{"format": "original", "assets": ["hidden_state_cache"], "max_length": 1}], {"topk": LEARNED}),
+        (["specforge_dflash"], {"hidden_states": {"final": None}}),
+    ],
+)
+def test_what_a_format_takes_is_loaded(exports: list[Any], changes: dict[str, dict[str, Any]]) -> None:
+    caches = {name: {**cache, **changes.get(name, {})} for name, cache in ALL_CACHES.items()}
+    caches = {name: {k: v for k, v in cache.items() if v is not None} for name, cache in caches.items()}
+    assert len(recipe(exports, caches).exports) == len(exports)
 
 
 def test_exports_change_the_code_version_of_nothing_else_and_their_own_with_what_decides_their_bytes() -> None:

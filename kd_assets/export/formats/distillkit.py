@@ -39,6 +39,7 @@ from kd_assets.export.formats.topk_targets import IGNORED, labels_of, require_to
 from kd_assets.export.packing import first_fit
 from kd_assets.export.saved_dataset import (
     Rows,
+    count_saved_rows,
     finish_saved_dataset,
     numbers,
     section_name,
@@ -153,6 +154,7 @@ class _Writer:
             n_tokens=n_tokens,
             names=(name, *self._name_left_out(index, partition_key, left_out)),
             sha256={name: file.sha256},
+            left_out={"nothing of them is learned": left_out} if left_out else {},
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
@@ -160,6 +162,13 @@ class _Writer:
             raise NothingToExportError(
                 "there is no document with a learned token: DistillKit's losses are NaN of the others"
             )
+        if self._pack_to is not None:
+            n_rows = count_saved_rows(self._folder, sections, enough=_ROWS_OF_LOADER)
+            if n_rows < _ROWS_OF_LOADER:
+                raise NothingToExportError(
+                    f"all documents fit into {n_rows} row of {self._pack_to} tokens (pack_to), and DistillKit's loader "
+                    f"takes {_ROWS_OF_LOADER} or more: choose shorter rows"
+                )
         atomic_write(self._folder / CONFIG_NAME, self._layout.config().encode())
         if self._pack_to is None:
             atomic_write(self._folder / CARD_NAME, card(sections).encode())

@@ -9,6 +9,7 @@ Files are written from views of the mapped caches (`kd_assets.export.tensor_file
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ INDEX_NAME = "index.json"
 
 STATES_DTYPE = "bfloat16"
 
+_BYTES_PER_BYTE_OF_TOPK = 2.5
+"""Written for each byte of a top-k cache, about: tensors are not compressed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Safetensors:
@@ -39,7 +43,8 @@ class Safetensors:
     def needs(self, source: Source, options: ExportOptions) -> Needs:
         if options.draft_vocabulary is not None:
             raise RecipeError("the safetensors export counts no draft vocabulary")
-        return needs_of_chosen(source, options, CACHES)
+        needs = needs_of_chosen(source, options, CACHES)
+        return dataclasses.replace(needs, expansion_of={"topk_cache": _BYTES_PER_BYTE_OF_TOPK})
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
         return _Writer(folder, options)

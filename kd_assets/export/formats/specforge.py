@@ -192,6 +192,7 @@ class _Writer:
             n_tokens=n_tokens,
             names=tuple(names),
             sha256=hashes,
+            left_out={"no two tokens side by side are learned": left_out} if left_out else {},
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:

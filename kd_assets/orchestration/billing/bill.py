@@ -19,9 +19,11 @@ from kd_assets.orchestration.billing.measured import Committed, Speed, committed
 from kd_assets.orchestration.billing.space import Amount, bytes_at_most, free_bytes, in_windows, tokens_kept
 from kd_assets.orchestration.planner import Planner
 from kd_assets.orchestration.platform import Platform
-from kd_assets.recipes.recipe import Recipe
+from kd_assets.recipes.recipe import Recipe, content_of
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
+from kd_assets.store import Manifest
+from kd_assets.store.codecs.sizes import decoded_per_byte
 from kd_assets.store.codecs.state_codec import require_groups
 
 UTILISATION = 0.4
@@ -125,11 +127,16 @@ def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardP
     sources = source_lines(plan)
     amounts = [in_windows(recipe, Amount(n_documents=s.n_documents, n_tokens=s.n_tokens)) for s in sources]
     shape = _shape(recipe, planner)
-    found = {asset: committed_results(recipe, planner.recipe_folder, asset, plan.keys) for asset in recipe.partitioned}
-    there = {asset: committed for asset, (committed, _) in found.items()}
+    there: dict[Asset, Committed] = {}
+    newest: dict[Asset, Manifest | None] = {}
+    for asset in recipe.partitioned:  # caches before the exports of them
+        there[asset], newest[asset] = committed_results(
+            recipe, planner.recipe_folder, asset, plan.keys, caches=dict(there)
+        )
     caches = cache_lines(recipe, amounts, shape, there)
-    caches += export_lines(recipe, caches, there, plan.n_shards)
-    speed = speed_of(recipe, {asset: newest for asset, (_, newest) in found.items()})
+    hidden_size = None if isinstance(shape, str) else shape.hidden_size
+    caches += export_lines(recipe, caches, there, plan.n_shards, hidden_size)
+    speed = speed_of(recipe, newest)
     teacher = teacher_line(recipe, amounts, shape, speed)
     try:
         free = free_bytes(planner.recipe_folder)
@@ -210,19 +217,28 @@ def cache_lines(
 
 
 def export_lines(
-    recipe: Recipe, caches: Sequence[CacheLine], there: Mapping[Asset, Committed], n_shards: int
+    recipe: Recipe,
+    caches: Sequence[CacheLine],
+    there: Mapping[Asset, Committed],
+    n_shards: int,
+    hidden_size: int | None,
 ) -> tuple[CacheLine, ...]:
-    """What the recipe's exports take: as those that are there, else about as much as their caches."""
+    """What the recipe's exports take: as those that are there, else about as much as their caches, decoded."""
     lines = []
     for asset in recipe.export_params:
         made_of = [line for line in caches if line.asset in recipe.caches_of([asset])]
-        sizes, committed = [line.n_bytes for line in made_of if line.n_bytes is not None], there[asset]
+        committed = there[asset]
+        sizes = [
+            line.n_bytes * _decoded_per_byte(recipe, line.asset, there[line.asset], hidden_size)
+            for line in made_of
+            if line.n_bytes is not None
+        ]
         n_bytes, rests_on = None, "not known, as the size of its caches is not"
         if committed.n_there:
             n_bytes = round(committed.n_bytes / committed.n_there * n_shards)
             rests_on = f"as the results that are there: {committed.n_bytes / committed.n_there:,.0f} bytes a partition"
         elif len(sizes) == len(made_of):
-            n_bytes, rests_on = sum(sizes), "about as its caches"
+            n_bytes, rests_on = round(sum(sizes)), "about as its caches, decoded"
         lines.append(
             CacheLine(
                 asset=asset,
@@ -234,6 +250,13 @@ def export_lines(
             )
         )
     return tuple(lines)
+
+
+def _decoded_per_byte(recipe: Recipe, cache: Asset, committed: Committed, hidden_size: int | None) -> float:
+    params = content_of(recipe.cache_params[cache], seed=recipe.teacher.seed)
+    if params.get("codec") == "split" and committed.bytes_per_token is None:
+        return 1.0  # what is at most is of raw states
+    return decoded_per_byte(cache, params, hidden_size)
 
 
 def teacher_line(

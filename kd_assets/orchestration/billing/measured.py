@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kd_assets.contract import Asset
@@ -32,6 +33,8 @@ class Committed:
     n_bytes: int
     """Of those; of many as a sample has it."""
     bytes_per_token: float | None
+    variants: frozenset[str] = frozenset()
+    """Folders' names of the variants that they are of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +52,16 @@ class Speed:
 
 
 def committed_results(
-    recipe: Recipe, recipe_folder: Path, asset: Asset, keys: Sequence[str]
+    recipe: Recipe,
+    recipe_folder: Path,
+    asset: Asset,
+    keys: Sequence[str],
+    *,
+    caches: Mapping[Asset, Committed] = MappingProxyType({}),
 ) -> tuple[Committed, Manifest | None]:
     """What is there of these partitions, and the newest of the manifests that were read.
 
+    `caches`: what is there of those that an export takes; an export of other variants of them is none of the recipe's.
     Raises StorageUnreachableError where the files cannot be looked at.
     """
     wanted, there = set(keys), dict[str, list[Path]]()
@@ -60,10 +69,12 @@ def committed_results(
         if folder.name in wanted:
             there.setdefault(folder.parent.name, []).append(folder)
     n_there, n_bytes, n_tokens, n_read_bytes, newest = 0, 0.0, 0, 0, None
-    for folders in there.values():
-        of_variant = [m for folder in _sample(folders) if (m := _current(folder)) and is_of(recipe, asset, m)]
+    variants = []
+    for variant, folders in there.items():
+        of_variant = [m for folder in _sample(folders) if (m := _current(folder)) and is_of(recipe, asset, m, caches)]
         if not of_variant:
             continue
+        variants.append(variant)
         read_bytes = sum(m.n_bytes for m in of_variant)
         share = len(of_variant) / len(_sample(folders))
         n_there += round(len(folders) * share)
@@ -72,19 +83,29 @@ def committed_results(
         newest = max([*of_variant, *([newest] if newest else [])], key=lambda m: m.created_at)
     return (
         Committed(
-            n_there=n_there, n_bytes=round(n_bytes), bytes_per_token=n_read_bytes / n_tokens if n_tokens else None
+            n_there=n_there,
+            n_bytes=round(n_bytes),
+            bytes_per_token=n_read_bytes / n_tokens if n_tokens else None,
+            variants=frozenset(variants),
         ),
         newest,
     )
 
 
-def is_of(recipe: Recipe, asset: Asset, manifest: Manifest) -> bool:
+def is_of(
+    recipe: Recipe, asset: Asset, manifest: Manifest, caches: Mapping[Asset, Committed] = MappingProxyType({})
+) -> bool:
     """Whether a result was made as the recipe has it now, but for the files of teacher and student, which may not be
-    here."""
+    here; an export of these `caches`."""
     wanted: dict[str, Any] = {"asset": asset}
     if asset == SHARDS_MANIFEST:
         wanted["max_length"] = recipe.max_length
     elif asset in recipe.export_params:
+        made_of = manifest.identity.get("caches") or {}
+        if set(made_of) != set(recipe.caches_of([asset])):
+            return False
+        if any(cache not in caches or variant not in caches[cache].variants for cache, variant in made_of.items()):
+            return False
         wanted["params"] = recipe.export_params[asset].content()
     else:
         params = content_of(recipe.cache_params[asset], seed=recipe.teacher.seed)

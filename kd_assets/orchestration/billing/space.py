@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kd_assets.contract import Asset, PositionChoice
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
+from kd_assets.store.codecs.sizes import bytes_a_topk
 from kd_assets.store.codecs.state_codec import bytes_a_state
 
 
@@ -59,12 +60,9 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
     per_document = {SHARDS_MANIFEST: 100.0}
     kept = {SHARDS_MANIFEST: recipe.max_length}
     if (topk := recipe.topk) is not None:
-        # Ids and log-probabilities of the k, the normaliser and the target's; ids and counts of the draws; what is
-        # outside of a student's vocabulary. Of codec compact three bytes of an id and one code, the tail byte, and the
-        # two others in float16.
+        # What every position has; ids and counts of the draws; what is outside of a student's vocabulary.
         is_cut = topk.vocabulary is not None or topk.token_ids is not None
-        plain, compact = topk.k * (4 + 2) + 8, topk.k * (3 + 1) + 1 + 2 * (1 + topk.logsumexp)
-        of_k = compact if topk.codec == "compact" else plain
+        of_k = bytes_a_topk(topk.codec, topk.k, logsumexp=topk.logsumexp)
         a_position = of_k + topk.draws * (4 + 2) + (4 if is_cut else 0)
         per_token["topk_cache"] = 5 + _of_positions(a_position, topk.positions)
         kept["topk_cache"] = topk.max_length

@@ -54,8 +54,9 @@ WORDS = (
 
 
 LOADED_BY: Mapping[str, str] = {
-    "axolotl": "datasets: [{{path: {folder}, type: completion}}]",
-    "distillkit": "disk_path: {folder}",
+    "axolotl": "datasets: [{{path: {folder}, type: completion}}], skip_prepare_dataset: true",
+    "distillkit": "distillkit-pack-logits --dataset {folder} --split train",
+    "distillkit with pack_to": "disk_path: {folder}, prepacked: true, functionary_packing: true",
     "hf": 'datasets.load_dataset("{folder}", split="train")',
     "modelopt": 'torch.load("{folder}/00000000.pt")',
     "original": "the trainer's data folder: {folder}",
@@ -64,7 +65,7 @@ LOADED_BY: Mapping[str, str] = {
     "specforge_dflash": "data.hidden_states_path={folder}",
     "speculators": "--data-path {folder}",
 }
-"""Format → how its tool is told of an export; one that is not here is told of the folder."""
+"""Format → how its tool is told of an export."""
 
 
 def export_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
@@ -82,8 +83,9 @@ def export_metadata(manifest: Manifest, folder: Path) -> dict[str, Any]:
     if n_tokens:
         shown["bytes_per_token"] = round(manifest.n_bytes / n_tokens, 2)
     if n_documents:
-        how = LOADED_BY.get(str(facts["format"]), "{folder}").format(folder=data)
-        shown |= {"data": dg.MetadataValue.path(str(data)), "how_to_load": how}
+        is_packed = manifest.params.get("pack_to") is not None
+        how = LOADED_BY[str(facts["format"]) + (" with pack_to" if is_packed else "")]
+        shown |= {"data": dg.MetadataValue.path(str(data)), "how_to_load": how.format(folder=data)}
     return shown | {f"documents in {split}": n for split, n in splits.items()}
 
 
