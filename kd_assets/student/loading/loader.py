@@ -25,6 +25,7 @@ from kd_assets.student.loading.plan import (
     RowsOfBatch,
     documents_sha256,
     merged,
+    require_epoch,
 )
 
 Batch = dict[str, Any]
@@ -110,8 +111,7 @@ class TrainingLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; nothing happens where the loader is within it already."""
-        if epoch < 0:
-            raise RecipeError(f"epoch is {epoch}: expected 0 or more")
+        require_epoch(epoch)
         if epoch != self._epoch:
             self._go_to(epoch, ())
 

@@ -18,6 +18,8 @@ from kd_assets.student.loading.packing import Rows, first_fit, single
 
 STATE_VERSION = 1
 
+MAX_EPOCH = 2**63 - 1
+
 RowsOfBatch = list[Int64Array]
 """The documents of each row of a batch, from left to right."""
 
@@ -102,6 +104,12 @@ def documents_sha256(dataset: TeacherCacheDataset) -> str:
         digest.update(f"{name}:{value}\n".encode())
     digest.update(np.ascontiguousarray(dataset.n_tokens_D, dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def require_epoch(epoch: int) -> None:
+    """Raise RecipeError for an epoch that cannot be."""
+    if not 0 <= epoch <= MAX_EPOCH:
+        raise RecipeError(f"epoch is {epoch}: expected 0 or more" + (" and below 2^63" if epoch > 0 else ""))
 
 
 def merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
