@@ -6,12 +6,14 @@ import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from kd_assets.errors import LoaderStateError, RecipeError
 from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets.student.loading import TeacherCacheStream, TrainingLoader
+from kd_assets_tests.student.damaged_states import damaged, is_same
 from kd_assets_tests.student.made_up import RECIPE, commit_caches, made_up_documents
 
 N_DOCUMENTS = 30
@@ -190,6 +192,12 @@ def test_a_stream_goes_on_from_its_state(dataset: TeacherCacheDataset) -> None:
     assert seen_by(again) == whole
 
 
+def test_a_stream_that_is_made_with_numbers_of_numpy_has_a_state_of_json(dataset: TeacherCacheDataset) -> None:
+    numbers: Any = {name: np.int64(4) for name in ("batch_size", "seed")} | {"pack_to": np.int32(24)}
+    stream = TeacherCacheStream(dataset, **numbers)
+    stream.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+
+
 def test_a_state_of_another_stream_is_refused(dataset: TeacherCacheDataset) -> None:
     stream = TeacherCacheStream(dataset, batch_size=4)
     state = stream.state_dict()
@@ -198,6 +206,46 @@ def test_a_state_of_another_stream_is_refused(dataset: TeacherCacheDataset) -> N
             stream.load_state_dict(state | {name: value})
     with pytest.raises(LoaderStateError, match="the state has stream_version None"):
         stream.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ({"n_given": -1}, "n_given is -1: expected 0 to 8"),
+        ({"n_given": 9}, "n_given is 9: expected 0 to 8"),
+        ({"epoch": -1}, "epoch is -1"),
+        ({"epoch": "0"}, "epoch: expected int, found '0'"),
+        ({"drop_last": 0}, "the state has drop_last 0, this stream False"),
+        ({"other": 1}, "unknown field 'other'"),
+    ],
+)
+def test_a_state_that_was_changed_is_refused_and_the_stream_stays_where_it_is(
+    dataset: TeacherCacheDataset, harm: dict[str, Any], message: str
+) -> None:
+    stream = TeacherCacheStream(dataset, batch_size=4)
+    state = stream.state_dict()
+    with pytest.raises(LoaderStateError, match=message):
+        stream.load_state_dict(state | harm)
+    assert stream.state_dict() == state
+
+
+@pytest.mark.parametrize("pack_to", [None, 24])
+def test_a_damaged_state_is_refused_by_name_unless_it_is_another_place_of_the_same_epochs(
+    dataset: TeacherCacheDataset, pack_to: int | None
+) -> None:
+    stream = TeacherCacheStream(dataset, batch_size=4, pack_to=pack_to)
+    stream.set_epoch(1)
+    iterator = iter(stream)
+    next(iterator), next(iterator)
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert state["n_given"] == 2
+    for raw in damaged(state):
+        try:
+            stream.load_state_dict(raw)
+        except LoaderStateError:
+            assert stream.state_dict() == state, raw
+        else:
+            assert is_same(raw, state)
 
 
 @pytest.mark.parametrize(

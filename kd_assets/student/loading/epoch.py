@@ -159,7 +159,10 @@ def units_left(n_units: int, segments: Sequence[Segment]) -> Int64Array:
     """
     left = np.arange(n_units)
     for segment in segments:
-        deal = Deal(len(left), segment.shares)
+        try:
+            deal = Deal(len(left), segment.shares)
+        except RecipeError as e:
+            raise LoaderStateError(f"the state has a stretch of an epoch that cannot have been: {e}") from e
         if not 0 <= segment.n_steps <= deal.n_steps:
             raise LoaderStateError(
                 f"the state is after {segment.n_steps} steps of a stretch of {deal.n_steps}: it was changed"

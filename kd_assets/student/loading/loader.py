@@ -147,7 +147,7 @@ class TrainingLoader:
         """Go on after the batch that was given last when the state was saved.
 
         Raises LoaderStateError for a state of other documents or another order, or that is none; the loader stays where
-        it is then.
+        it is then. Raises RecipeError where too few documents are left of the epoch for the ranks.
         """
         state = LoaderState.of(state_dict, order=self._order, documents_sha256=self._documents_sha256)
         self._go_to(state.epoch, state.segments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -45,7 +45,10 @@ class Order:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderState:
-    """How far a training is: the same on all ranks after equally many steps, and JSON."""
+    """How far a training is: the same on all ranks after equally many steps, and JSON.
+
+    Raises RecipeError for an epoch or a number of steps that cannot be.
+    """
 
     version: int
     documents_sha256: str
@@ -53,6 +56,12 @@ class LoaderState:
     epoch: int
     segments: tuple[Segment, ...]
     """The stretches of the epoch that have been given, one after the other, with the steps that every rank took."""
+
+    def __post_init__(self) -> None:
+        require_epoch(self.epoch)
+        for segment in self.segments:
+            if segment.n_steps < 0:
+                raise RecipeError(f"n_steps is {segment.n_steps}: expected 0 or more")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"segments": [dataclasses.asdict(segment) for segment in self.segments]}
@@ -63,10 +72,7 @@ class LoaderState:
         if not isinstance(raw, Mapping) or raw.get("version") != STATE_VERSION:
             found = raw.get("version") if isinstance(raw, Mapping) else raw
             raise LoaderStateError(f"a loader's state has version {STATE_VERSION}, found {found!r:.80}")
-        try:
-            state = decode(cls, dict(raw), where="the loader's state")
-        except (ContractError, RecipeError) as e:
-            raise LoaderStateError(f"this is no state of a loader: {e}") from e
+        state = decoded_state(cls, raw, where="the loader's state")
         if state.order != order:
             raise LoaderStateError(
                 f"the state is of {state.order}, the loader has {order}: make the loader as the one that saved it was "
@@ -78,6 +84,43 @@ class LoaderState:
                 "what was seen of them cannot be told; give the loader the same documents, or begin anew"
             )
         return state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StreamState:
+    """How far the copy of a stream in one worker is, and what its stream and loader are; JSON.
+
+    Raises RecipeError for numbers that cannot be.
+    """
+
+    stream_version: int
+    documents_sha256: str
+    seed: int
+    shuffle: Shuffle
+    pack_to: int | None
+    batch_size: int
+    drop_last: bool
+    n_ranks: int
+    rank: int
+    n_workers: int
+    worker: int
+    epoch: int
+    n_given: int
+    """Batches that this worker has given of the epoch."""
+
+    def __post_init__(self) -> None:
+        require_epoch(self.epoch)
+
+
+T = TypeVar("T", LoaderState, StreamState)
+
+
+def decoded_state(cls: type[T], raw: Mapping[str, Any], *, where: str) -> T:
+    """What a training loop has saved, field by field. Raises LoaderStateError for what no loader has given to it."""
+    try:
+        return decode(cls, dict(raw), where=where)
+    except (ContractError, RecipeError) as e:
+        raise LoaderStateError(f"this is no state of a loader: {e}") from e
 
 
 class EpochPlan:

@@ -17,7 +17,7 @@ from kd_assets.errors import LoaderStateError, RecipeError
 from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets.student.loading.epoch import Shares, Shuffle
 from kd_assets.student.loading.loader import Batch, BatchesOfRows
-from kd_assets.student.loading.plan import EpochPlan, Order, documents_sha256, require_epoch
+from kd_assets.student.loading.plan import EpochPlan, Order, StreamState, decoded_state, documents_sha256, require_epoch
 
 STREAM_STATE_VERSION = 1
 
@@ -54,8 +54,10 @@ class TeacherCacheStream(IterableDataset[Batch]):
         """As `TrainingLoader`. Raises RecipeError for numbers that cannot be."""
         if not 0 <= rank < n_ranks:
             raise RecipeError(f"rank is {rank}, of {n_ranks} ranks: expected 0 to {n_ranks - 1}")
-        self._rank, self._n_ranks, self._batch_size, self._drop_last = rank, n_ranks, batch_size, drop_last
-        self._order = Order(seed=seed, shuffle=shuffle, pack_to=pack_to)
+        # Plain numbers, whatever kind numpy or a configuration gave: states are JSON, and are compared strictly.
+        self._rank, self._n_ranks, self._batch_size = int(rank), int(n_ranks), int(batch_size)
+        self._drop_last = bool(drop_last)
+        self._order = Order(seed=int(seed), shuffle=shuffle, pack_to=None if pack_to is None else int(pack_to))
         self._batches = BatchesOfRows(dataset, pack_to)
         self._n_tokens_D = dataset.n_tokens_D
         self._documents_sha256 = documents_sha256(dataset)
@@ -92,16 +94,30 @@ class TeacherCacheStream(IterableDataset[Batch]):
         return self._identity() | {"epoch": self._progress.epoch, "n_given": self._progress.n_given}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on there in the next iteration. Raises LoaderStateError for the state of another stream or worker."""
+        """Go on there in the next iteration.
+
+        Raises LoaderStateError for the state of another stream or worker, or that is none; the stream stays where it is
+        then.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise LoaderStateError(f"a stream's state is a mapping, found {state_dict!r:.80}")
         for name, value in self._identity().items():
-            if state_dict.get(name) != value:
+            found = state_dict.get(name)
+            if type(found) is not type(value) or found != value:
                 raise LoaderStateError(
-                    f"the state has {name} {state_dict.get(name)!r:.80}, this stream {value!r:.80}: make stream and "
+                    f"the state has {name} {found!r:.80}, this stream {value!r:.80}: make stream and "
                     "loader as those that saved it were made, or go on with a TrainingLoader's state"
                 )
-        epoch, n_given = int(state_dict["epoch"]), int(state_dict["n_given"])
-        self._epoch.fill_(epoch)
-        self._progress, self._goes_on = _Progress(epoch=epoch, n_given=n_given), True
+        state = decoded_state(StreamState, state_dict, where="the stream's state")
+        plan = self._plan(state.epoch, n_workers=state.n_workers)
+        n_batches = len(range(state.worker, plan.n_steps, state.n_workers))
+        if not 0 <= state.n_given <= n_batches:
+            raise LoaderStateError(
+                f"the state's n_given is {state.n_given}: expected 0 to {n_batches}, which this worker gives of an "
+                "epoch; it was changed"
+            )
+        self._epoch.fill_(state.epoch)
+        self._progress, self._goes_on = _Progress(epoch=state.epoch, n_given=state.n_given), True
 
     def _identity(self) -> dict[str, Any]:
         worker, n_workers = _worker()
