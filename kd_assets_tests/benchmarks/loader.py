@@ -70,12 +70,12 @@ def commit(
     store: Path, asset: Asset, whole: Documents, *, partition_key: str, part_tokens: int, codec: str = PLAIN
 ) -> None:
     """Made-up numbers; of top-k those of `store_topk`, the same in every part, since a coded part is decompressed."""
-    params: dict[str, Any] = {
+    params_of: dict[str, dict[str, Any]] = {
         "topk_cache": {"k": K} | ({} if codec == PLAIN else {"codec": codec}),
         "hidden_state_cache": {"blocks": [0]},
         "embedding_cache": {},
-    }[asset]
-    identity = {"asset": asset, "format_version": 1, "params": params, "input": partition_key}
+    }
+    identity = {"asset": asset, "format_version": 1, "params": params_of[asset], "input": partition_key}
     out = plan_output(asset, identity, recipe_folder=store / RECIPE, partition_key=partition_key)
     rng = np.random.default_rng(1)
     with ResultWriter(out, recipe=RECIPE, recipe_folder=store / RECIPE, partition_key=partition_key) as writer:

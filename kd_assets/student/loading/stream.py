@@ -62,7 +62,7 @@ class TeacherCacheStream(IterableDataset[Batch]):
         self._n_tokens_D = dataset.n_tokens_D
         self._documents_sha256 = documents_sha256(dataset)
         # The epoch that was set last is in memory that all copies share: workers that stay are told by nothing else.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._progress, self._goes_on = _Progress(epoch=0, n_given=0), False
         self._plan(0, n_workers=1)  # refuses what cannot be before there are workers
 
