@@ -76,7 +76,7 @@ def _decode_one_of(args: tuple[Any, ...], raw: Any, where: str) -> Any:
 def _decode_dataclass(cls: type, raw: Mapping[str, Any], where: str) -> Any:
     hints = _type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(raw) - set(known)):
+    if unknown := sorted(set(raw) - set(known), key=str):
         raise ContractError(f"{where}: unknown field {unknown[0]!r} for {cls.__name__}; it has {', '.join(known)}")
     missing = [
         n

@@ -1,7 +1,8 @@
 """The index of a result: which documents it holds, so that a cache is opened without touching its parts.
 
 One file beside the parts, `documents.index`, written before the manifest. It says nothing that the parts do not say:
-results of earlier versions have none, a lost one may stay lost, and readers then ask the parts. The invariant: what is
+results of earlier versions have none, a lost one is written anew when its result is reused, and until then readers ask
+the parts. The invariant: what is
 read of an index is what was written for exactly the bytes that the manifest names, or a CorruptIndexError. The first
 line is JSON and names the sections that follow, each with its own hash, so that lengths are read without the ids.
 """
@@ -29,7 +30,10 @@ INDEX_VERSION = 1
 SECTIONS = ("schema", "n_tokens", "document_ids")
 _SELF_HASH = "index_sha256"
 _LONGEST_HEADER = 1 << 16
-REMEDY = "remove this file: readers then take from the parts what it says, only slower"
+REMEDY = (
+    "materialize its partition again, which writes it anew, or remove this file: readers then take from the parts what "
+    "it says, only slower"
+)
 
 Int32Array = npt.NDArray[np.int32]
 

@@ -9,6 +9,7 @@ dependence between neighbours that a compressor could use. Three of four targets
 - `topk_bytes_per_token` of the files without the column `input_ids`, which is the same in every cache; all else counts;
 - `topk_kl`, `topk_max_kl`: KL of the coding alone at temperature 1, over the k and all others as one; `topk_kl_t2`: at
   temperature 2 of the kept tokens, scaled to 1, as losses without a tail have them;
+- `compact_draws_bytes_per_token`: what the two columns of 50 random draws of a position take in such a file;
 - `topk_write_speedup`, `topk_read_speedup`: tokens a second over those of the scripts that this project replaces,
   written anew: lists of numbers made of arrays and given to pyarrow, and lists from pyarrow made into tensors. Ours
   includes the measurement of the error and the statistics when written, and gives arrays of six columns for their four.
@@ -24,6 +25,7 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -45,22 +47,24 @@ from kd_assets.store.writing.encode import list_array, vector_array
 
 VOCABULARY, K, DOCUMENT_TOKENS = 128_256, 16, 512
 CANDIDATES = 96
+DRAWS, TOKENS_WITH_DRAWS = 50, 16_384
 READ = ["input_ids", "loss_mask", "topk_ids", "topk_logprobs", "logsumexp", "target_logprob"]
 ORIGINAL = ("input_ids", "attn_mask", "topk_ids", "topk_logprobs")
 Floats = npt.NDArray[np.float64]
 
 
+def zipf(rng: np.random.Generator, size: int | tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Ids by Zipf's law, their ranks."""
+    ranks: npt.NDArray[np.int64] = np.exp(rng.random(size) * np.log(VOCABULARY + 1)).astype(np.int64)
+    return ranks.clip(1, VOCABULARY) - 1
+
+
 def made_up_rows(m: int, *, k: int = K, seed: int = 0) -> tuple[npt.NDArray[np.uint32], Floats]:
     """Ids uint32 [m, CANDIDATES] and log-probabilities float64 [m, CANDIDATES], most likely first; see the module."""
     rng = np.random.default_rng(seed)
-
-    def zipf(size: Any) -> npt.NDArray[np.int64]:
-        ranks: npt.NDArray[np.int64] = np.exp(rng.random(size) * np.log(VOCABULARY + 1)).astype(np.int64)
-        return ranks.clip(1, VOCABULARY) - 1
-
-    ids = np.sort(zipf((m, CANDIDATES)), axis=1)
+    ids = np.sort(zipf(rng, (m, CANDIDATES)), axis=1)
     while (repeated := np.diff(ids, axis=1, prepend=-1) == 0).any():
-        ids[repeated] = zipf(int(repeated.sum()))
+        ids[repeated] = zipf(rng, int(repeated.sum()))
         ids.sort(axis=1)
     ids = rng.permuted(ids, axis=1)
     power = np.exp(rng.normal(0.4, 0.45, (m, 1)))
@@ -72,7 +76,18 @@ def made_up_rows(m: int, *, k: int = K, seed: int = 0) -> tuple[npt.NDArray[np.u
     return np.take_along_axis(ids, order, axis=1).astype(np.uint32), np.take_along_axis(logprobs, order, axis=1)
 
 
-def made_up_table(n_tokens: int) -> pa.Table:
+def made_up_draws(ids: npt.NDArray[np.uint32], logprobs: Floats) -> npt.NDArray[np.uint32]:
+    """uint32 [m, DRAWS] of rows as `made_up_rows` makes them; what is beyond the candidates is drawn by Zipf's law."""
+    rng = np.random.default_rng(2)
+    drawn = zipf(rng, (len(ids), DRAWS)).astype(np.uint32)
+    cumulative = np.exp(logprobs).cumsum(axis=1)
+    for row, (ids_of_row, edges) in enumerate(zip(ids, cumulative, strict=True)):
+        slots = np.searchsorted(edges, rng.random(DRAWS), side="right")
+        drawn[row, slots < CANDIDATES] = ids_of_row[slots[slots < CANDIDATES]]
+    return drawn
+
+
+def made_up_table(n_tokens: int, *, draws: bool = False) -> pa.Table:
     """A plain top-k table of documents of `DOCUMENT_TOKENS`."""
     rng = np.random.default_rng(1)
     n = max(n_tokens // DOCUMENT_TOKENS, 1)
@@ -94,6 +109,7 @@ def made_up_table(n_tokens: int) -> pa.Table:
         topk_logprobs_Mk=logprobs[:, :K].astype(np.float16),
         logsumexp_M=rng.normal(20, 2, m).astype(np.float32),
         target_logprob_M=logprobs[np.arange(m), slots].astype(np.float32),
+        sampled_ids_Md=made_up_draws(ids, logprobs) if draws else None,
     )
 
 
@@ -102,6 +118,7 @@ def measure(*, n_tokens: int = 131_072, rounds: int = 3, layouts: bool = False) 
     n = int(flat(plain["n_tokens"]).sum())
     figures: dict[str, Any] = {"topk_tokens": n, "topk_vocabulary": VOCABULARY, "topk_k": K}
     figures |= coding_figures("topk", plain)
+    figures["compact_draws_bytes_per_token"] = draws_bytes_per_token(min(n_tokens, TOKENS_WITH_DRAWS))
     with tempfile.TemporaryDirectory(prefix="kd-assets-store-") as folder:
         path = Path(folder) / "part.parquet"
         lists, plain_path = Path(folder) / "lists.parquet", Path(folder) / "plain.parquet"
@@ -146,15 +163,30 @@ def coding_figures(name: str, plain: pa.Table) -> dict[str, Any]:
     }
 
 
+def draws_bytes_per_token(n_tokens: int) -> float:
+    """Of the columns of the draws in a compact part file."""
+    table = coded(made_up_table(n_tokens, draws=True), "compact").stored
+    _, of_columns = bytes_by_column(table)
+    n_bytes = sum(n for name, n in of_columns.items() if name.startswith("sampled_"))
+    return round(n_bytes / int(flat(table["n_tokens"]).sum()), 2)
+
+
 def bytes_of(table: pa.Table) -> int:
     """Of the part file of a table, without what its `input_ids` take."""
+    n_bytes, of_columns = bytes_by_column(table)
+    return n_bytes - of_columns["input_ids"]
+
+
+def bytes_by_column(table: pa.Table) -> tuple[int, Counter[str]]:
+    """Of the part file of a table, and what its columns take of them, compressed."""
     sink = io.BytesIO()
     write_table(table, ".parquet", sink)
     metadata = pq.ParquetFile(io.BytesIO(sink.getvalue())).metadata
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    chunks = [group.column(at) for group in groups for at in range(metadata.num_columns)]
-    of_ids: int = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.startswith("input_ids."))
-    return len(sink.getvalue()) - of_ids
+    of_columns: Counter[str] = Counter()
+    for chunk in (group.column(at) for group in groups for at in range(metadata.num_columns)):
+        of_columns[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+    return len(sink.getvalue()), of_columns
 
 
 def softened_kl(exact_Mk: npt.NDArray[np.float16], coded_Mk: npt.NDArray[np.float16], temperature: float) -> Floats:

@@ -2,13 +2,65 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from kd_assets.store.arrays import flat
 from kd_assets.store.codecs.topk_columns import list_offsets
 from kd_assets.store.writing.encode import list_array, vector_array
-from kd_assets_tests.benchmarks import store_topk
+from kd_assets_tests.benchmarks import loader, store, store_states, store_topk
+
+FIGURES = {
+    "topk_bytes_per_token",
+    "compact_draws_bytes_per_token",
+    "topk_kl",
+    "topk_kl_t2",
+    "topk_write_speedup",
+    "topk_read_speedup",
+    "hidden_bytes_ratio",
+    "hidden_write_ratio",
+    "hidden_read_ratio",
+    "loader_tokens_per_s",
+    "open_1m_documents_s",
+    "fp8_rel_rms",
+    "int8_rel_rms",
+}
+"""What a cache is judged by."""
+
+
+@pytest.mark.parametrize("name", store.OTHERS)
+def test_every_module_that_is_gathered_measures_without_being_told_anything(name: str) -> None:
+    measure = importlib.import_module(f"kd_assets_tests.benchmarks.{name}").measure
+    inspect.signature(measure).bind()
+
+
+def test_the_command_prints_every_figure_that_a_cache_is_judged_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    small = partial(loader.measure, tmp_path, n_documents=200, n_tokens=2_048, n_hidden_tokens=2_048, rounds=1)
+    monkeypatch.setattr(loader, "measure", small)
+    for name, value in (("N_DOCUMENTS", 2), ("STEPS", 2), ("TRAINED_TOKENS", 300), ("HIDDEN_SIZE", 128)):
+        monkeypatch.setattr(store_states, name, value)
+    monkeypatch.setattr("sys.argv", ["store", "--json", "--tokens", "2048", "--rounds", "1"])
+    store.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert {name for name in FIGURES if not figures.get(name, 0) > 0} == set()
+
+
+def test_draws_are_those_of_the_distribution_that_they_lie_beside() -> None:
+    ids, logprobs = store_topk.made_up_rows(2048)
+    drawn = store_topk.made_up_draws(ids, logprobs)
+    share_of_first = (drawn == ids[:, :1]).mean(axis=1)
+    np.testing.assert_allclose(share_of_first.mean(), np.exp(logprobs[:, 0]).mean(), atol=0.01)
+    assert np.corrcoef(share_of_first, np.exp(logprobs[:, 0]))[0, 1] > 0.9
 
 
 def test_the_codec_of_top_k_caches_has_its_figures_and_is_within_its_targets() -> None:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 from kd_assets.contract import Asset
-from kd_assets.errors import CorruptIndexError
-from kd_assets.store import CacheReader, Manifest, part_stats, read_manifest, verify
+from kd_assets.errors import CorruptIndexError, StorageUnavailableError
+from kd_assets.locks import Lease
+from kd_assets.store import CacheReader, Manifest, part_stats, read_manifest, set_head, verify
 from kd_assets.store.document_index import DocumentRows, index_bytes, read_index
-from kd_assets.store.layout import INDEX_NAME
+from kd_assets.store.layout import INDEX_NAME, LEASE_NAME
 from kd_assets.store.partfile import PartFile
 from kd_assets_tests.store import examples
 
@@ -142,6 +143,98 @@ def test_a_damaged_index_is_named_and_the_parts_are_read_instead(
     assert len([r for r in caplog.records if "The parts are read instead" in r.getMessage()]) == 1
     (problem,) = verify(folder).problems
     assert (problem.kind, problem.path) == ("corrupt_index", folder / INDEX_NAME)
+
+
+def reuse_by_head(folder: Path, store: Path) -> None:
+    assert set_head(folder)
+
+
+def reuse_by_writer(folder: Path, store: Path) -> None:
+    with examples.writer(store, examples.output(store, "topk_cache")) as writer:
+        writer.commit(parts=len(writer.finished), checks={}, provenance={})
+
+
+LOSSES = {
+    "absent": Path.unlink,
+    "an id that flipped": lambda path: examples.flip_byte(path, path.stat().st_size - 3),
+    **{name: harm for name, harm in HARMS.items() if name != "a folder"},
+}
+
+
+@pytest.mark.parametrize("reuse", [reuse_by_head, reuse_by_writer])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_index_is_written_anew_when_its_result_is_reused(
+    tmp_path: Path, loss: str, reuse: Callable[[Path, Path], None]
+) -> None:
+    store = tmp_path / "store"
+    folder, manifest = examples.commit(store, "topk_cache")
+    sound = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LEASE_NAME}
+    LOSSES[loss](folder / INDEX_NAME)
+    reuse(folder, store)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LEASE_NAME} == sound
+    assert verify(folder).ok
+    assert read_manifest(folder) == manifest
+
+
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_every_kind_of_table_gets_its_index_back(tmp_path: Path, asset: Asset) -> None:
+    folder, _ = examples.commit(tmp_path, asset)
+    sound = (folder / INDEX_NAME).read_bytes()
+    (folder / INDEX_NAME).unlink()
+    assert set_head(folder)
+    assert (folder / INDEX_NAME).read_bytes() == sound
+
+
+def test_a_sound_index_costs_a_reuse_no_part_and_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    no_part_is_opened(monkeypatch)
+    assert set_head(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_result_without_documents_is_reused_without_an_index(tmp_path: Path) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache", docs=examples.documents(()))
+    assert set_head(folder)
+    assert not (folder / INDEX_NAME).exists()
+
+
+def test_no_index_is_made_of_a_part_that_was_changed_and_the_reuse_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    (folder / INDEX_NAME).unlink()
+    examples.flip_byte(sorted(folder.glob("part-*"))[0])
+    assert set_head(folder)
+    assert not (folder / INDEX_NAME).exists()
+    assert "was not written anew" in caplog.text
+    assert "was changed after its commit" in caplog.text
+
+
+def test_an_index_that_cannot_be_written_fails_no_reuse(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    folder_instead(folder / INDEX_NAME)
+    assert set_head(folder)
+    assert "was not written anew" in caplog.text
+    (folder / INDEX_NAME).rmdir()
+
+    def refuse(*_: object) -> None:
+        raise StorageUnavailableError("read-only file system")
+
+    monkeypatch.setattr(Lease, "acquire", refuse)
+    assert set_head(folder)
+
+
+def test_an_index_is_left_to_who_has_the_lease(tmp_path: Path) -> None:
+    folder, _ = examples.commit(tmp_path, "topk_cache")
+    (folder / INDEX_NAME).unlink()
+    with examples.writer(tmp_path, examples.output(tmp_path, "topk_cache")):
+        assert set_head(folder)
+        assert not (folder / INDEX_NAME).exists()
+    assert set_head(folder)
+    assert (folder / INDEX_NAME).exists()
 
 
 def test_every_flipped_byte_of_an_index_is_found_and_changes_nothing_that_is_read(tmp_path: Path) -> None:

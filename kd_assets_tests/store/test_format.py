@@ -1473,6 +1473,17 @@ def test_index_lies_beside_the_parts_and_its_result_is_whole_without_it(store: P
     assert CacheReader.from_folders([folder]).document_ids == [f"document-{i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("asset", examples.TABLES)
+def test_index_is_written_anew_with_the_same_bytes_when_its_result_is_reused(store: Path, asset: Asset) -> None:
+    """[F72]"""
+    folder, _ = examples.commit(store, asset)
+    written = contents(folder)
+    for lose in (Path.unlink, examples.flip_byte):
+        lose(folder / "documents.index")
+        set_head(folder)
+        assert contents(folder) == written
+
+
 def test_index_comes_before_the_manifest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """[F72]"""
     written: list[str] = []

@@ -21,6 +21,7 @@ from kd_assets.student.dataset import TeacherCacheDataset, at_hidden_positions, 
 from kd_assets.student.loading import TrainingLoader, packed_batch, padded_batch
 from kd_assets.student.losses import cross_entropy_loss, response_loss
 from kd_assets_tests.store.examples import flip_byte
+from kd_assets_tests.student.damaged_states import damaged
 from kd_assets_tests.student.made_up import RECIPE, VOCABULARY, BigramTeacher, commit_caches, made_up_documents
 
 N_DOCUMENTS = 46
@@ -316,7 +317,35 @@ def changed(state: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     segment = state["segments"][0]
     yield state | {"segments": [segment | {"n_steps": 999}]}, "it was changed"
     yield state | {"segments": [segment | {"n_steps": 999}, segment]}, "it was changed"
+    yield state | {"segments": [segment | {"n_steps": -1}]}, "n_steps is -1"
+    yield state | {"epoch": -1}, "epoch is -1"
+    yield state | {"segments": [segment | {"shares": segment["shares"] | {"n_workers": 10**12}}]}, "it can be at most"
     yield state | {"segments": [segment | {"shares": segment["shares"] | {"batch_size": 0}}]}, "batch_size is 0"
+
+
+@pytest.mark.parametrize("pack_to", [None, 32])
+def test_a_damaged_state_is_refused_by_name_or_says_where_a_training_can_have_been(
+    plain: TeacherCacheDataset, pack_to: int | None
+) -> None:
+    loader = TrainingLoader(plain, batch_size=2, pack_to=pack_to, num_workers=0, rank=0, n_ranks=2)
+    taken(loader, 2)
+    other = TrainingLoader(plain, batch_size=2, pack_to=pack_to, num_workers=0)
+    other.load_state_dict(loader.state_dict())
+    taken(other, 2)
+    state = json.loads(json.dumps(other.state_dict()))
+    assert len(state["segments"]) == 2
+    for raw in damaged(state):
+        try:
+            other.load_state_dict(raw)
+        except LoaderStateError:
+            assert other.state_dict() == state, raw
+            continue
+        # What is accepted is a place within an epoch of these documents.
+        said = other.state_dict()
+        assert said["epoch"] >= 0
+        assert all(segment["n_steps"] > 0 for segment in said["segments"])
+        assert len(other) > 0, raw
+        other.load_state_dict(state)
 
 
 def test_a_state_that_is_not_of_this_loader_is_refused_and_the_loader_stays_where_it_is(

@@ -34,9 +34,15 @@ from kd_assets.durable import (
     size_if_there,
     sweep_beside,
 )
-from kd_assets.errors import ContractError, CorruptPartError, NotCommittedError, ResultBusyError
+from kd_assets.errors import (
+    ContractError,
+    CorruptPartError,
+    NotCommittedError,
+    ResultBusyError,
+    StorageUnavailableError,
+)
 from kd_assets.locks import Lease
-from kd_assets.store.document_index import DocumentRows, index_bytes, together
+from kd_assets.store.document_index import DocumentRows
 from kd_assets.store.fingerprint import FORMAT_VERSION, data_version, fingerprint, variant_of
 from kd_assets.store.layout import (
     HEAD_NAME,
@@ -60,10 +66,10 @@ from kd_assets.store.manifest import (
     without_non_finite,
     write_head,
 )
-from kd_assets.store.partfile import PartFile, part_suffix, write_table
+from kd_assets.store.partfile import part_suffix, write_table
 from kd_assets.store.recorded_checks import failed_check
-from kd_assets.store.schema import CONVENTIONS
 from kd_assets.store.writing.journal import Journal, occupied
+from kd_assets.store.writing.lost_index import has_lost_index, index_of, restore_index
 
 
 def utc_now() -> datetime.datetime:
@@ -232,7 +238,8 @@ class ResultWriter:
         manifest = self._manifest(checks=checks, provenance=provenance, facts={**facts, **beside})
         if not self._finished:  # a commit needs its journal beside it, and without parts there is none yet
             self._journal.rewrite(self._finished.values())
-        self._write_index(manifest)
+        if (index := index_of(self.folder, manifest, rows=self._rows, schema=self._schema)) is not None:
+            atomic_write(self.folder / INDEX_NAME, index)
         atomic_write(self.folder / MANIFEST_NAME, manifest.to_json().encode())
         self._committed = manifest
         _finish_commit(self.folder, manifest, is_new=True)
@@ -281,22 +288,6 @@ class ResultWriter:
         )
         self._journal.append(record)
         self._finished[index] = record
-
-    def _write_index(self, manifest: Manifest) -> None:
-        """The index of a result that is made of tables. Parts of earlier attempts are asked for their rows."""
-        if manifest.asset not in CONVENTIONS or not manifest.n_documents:
-            return
-        rows, schema = [], self._schema
-        for part in manifest.parts:
-            if part.index in self._rows:
-                rows.append(self._rows[part.index])
-                continue
-            with PartFile(self.folder / part.name) as file:
-                rows.append(DocumentRows.of(file.read(["document_id", "n_tokens"])))
-                schema = file.stored_schema if schema is None else schema
-        assert schema is not None
-        data = index_bytes(asset=manifest.asset, data_version=manifest.data_version, schema=schema, rows=together(rows))
-        atomic_write(self.folder / INDEX_NAME, data)
 
     def _manifest(
         self, *, checks: Mapping[str, Any], provenance: Mapping[str, Any], facts: Mapping[str, Any]
@@ -378,18 +369,24 @@ def set_head(folder: Path, manifest: Manifest | None = None) -> bool:
     check never becomes it.
 
     Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it;
-    returns whether all is done. `manifest` is that of `folder`, where the caller has just read it.
+    returns whether all is done. An index that is absent or damaged is written anew where that is possible; nothing
+    depends on it. `manifest` is that of `folder`, where the caller has just read it.
     """
     manifest = manifest or read_manifest(folder)
     if failed_check(manifest) is None:
         write_head(folder, manifest.fingerprint)
-    if size_if_there(folder / JOURNAL_NAME) is None:
+    is_finished = size_if_there(folder / JOURNAL_NAME) is None
+    if is_finished and not has_lost_index(folder, manifest):
         return True
     lease = Lease(folder / LEASE_NAME)
     try:
         lease.acquire(lease_holder())
     except ResultBusyError:
-        return False
+        return is_finished
+    except StorageUnavailableError:
+        if is_finished:  # only the index is missing, and the result is whole without
+            return True
+        raise
     try:
         _finish_commit(folder, manifest, is_new=False)
     finally:
@@ -413,6 +410,8 @@ def _finish_commit(folder: Path, manifest: Manifest, *, is_new: bool) -> None:
         if not is_new:
             sweep_beside(folder.parent / HEAD_NAME)
         remove_file(folder / JOURNAL_NAME)
+    if not is_new:
+        restore_index(folder, manifest)
 
 
 def _damage(folder: Path, record: PartRecord | FileBeside) -> str | None:

@@ -28,6 +28,8 @@ worker decodes once. `none`: as they lie."""
 
 RUN_TOKENS = 32_768
 WINDOW_RUNS = 16
+MAX_LANES = 1 << 20
+"""Workers of all ranks together: more are a damaged state or a slip, and dealing to them would take for ever."""
 
 
 def epoch_order(n_tokens_D: npt.NDArray[np.integer], *, shuffle: Shuffle, seed: int, epoch: int) -> Int64Array:
@@ -71,6 +73,8 @@ class Shares:
         for name in ("n_ranks", "n_workers", "batch_size"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if (n_lanes := self.n_ranks * self.n_workers) > MAX_LANES:
+            raise RecipeError(f"n_ranks x n_workers is {n_lanes}: it can be at most {MAX_LANES}")
 
 
 class Deal:
@@ -155,7 +159,10 @@ def units_left(n_units: int, segments: Sequence[Segment]) -> Int64Array:
     """
     left = np.arange(n_units)
     for segment in segments:
-        deal = Deal(len(left), segment.shares)
+        try:
+            deal = Deal(len(left), segment.shares)
+        except RecipeError as e:
+            raise LoaderStateError(f"the state has a stretch of an epoch that cannot have been: {e}") from e
         if not 0 <= segment.n_steps <= deal.n_steps:
             raise LoaderStateError(
                 f"the state is after {segment.n_steps} steps of a stretch of {deal.n_steps}: it was changed"

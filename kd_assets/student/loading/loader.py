@@ -25,6 +25,7 @@ from kd_assets.student.loading.plan import (
     RowsOfBatch,
     documents_sha256,
     merged,
+    require_epoch,
 )
 
 Batch = dict[str, Any]
@@ -110,8 +111,7 @@ class TrainingLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; nothing happens where the loader is within it already."""
-        if epoch < 0:
-            raise RecipeError(f"epoch is {epoch}: expected 0 or more")
+        require_epoch(epoch)
         if epoch != self._epoch:
             self._go_to(epoch, ())
 
@@ -147,7 +147,7 @@ class TrainingLoader:
         """Go on after the batch that was given last when the state was saved.
 
         Raises LoaderStateError for a state of other documents or another order, or that is none; the loader stays where
-        it is then.
+        it is then. Raises RecipeError where too few documents are left of the epoch for the ranks.
         """
         state = LoaderState.of(state_dict, order=self._order, documents_sha256=self._documents_sha256)
         self._go_to(state.epoch, state.segments)

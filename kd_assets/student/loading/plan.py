@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from kd_assets.student.loading.epoch import Deal, Segment, Shares, Shuffle, epoc
 from kd_assets.student.loading.packing import Rows, first_fit, single
 
 STATE_VERSION = 1
+
+MAX_EPOCH = 2**63 - 1
 
 RowsOfBatch = list[Int64Array]
 """The documents of each row of a batch, from left to right."""
@@ -43,7 +45,10 @@ class Order:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderState:
-    """How far a training is: the same on all ranks after equally many steps, and JSON."""
+    """How far a training is: the same on all ranks after equally many steps, and JSON.
+
+    Raises RecipeError for an epoch or a number of steps that cannot be.
+    """
 
     version: int
     documents_sha256: str
@@ -51,6 +56,12 @@ class LoaderState:
     epoch: int
     segments: tuple[Segment, ...]
     """The stretches of the epoch that have been given, one after the other, with the steps that every rank took."""
+
+    def __post_init__(self) -> None:
+        require_epoch(self.epoch)
+        for segment in self.segments:
+            if segment.n_steps < 0:
+                raise RecipeError(f"n_steps is {segment.n_steps}: expected 0 or more")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"segments": [dataclasses.asdict(segment) for segment in self.segments]}
@@ -61,10 +72,7 @@ class LoaderState:
         if not isinstance(raw, Mapping) or raw.get("version") != STATE_VERSION:
             found = raw.get("version") if isinstance(raw, Mapping) else raw
             raise LoaderStateError(f"a loader's state has version {STATE_VERSION}, found {found!r:.80}")
-        try:
-            state = decode(cls, dict(raw), where="the loader's state")
-        except (ContractError, RecipeError) as e:
-            raise LoaderStateError(f"this is no state of a loader: {e}") from e
+        state = decoded_state(cls, raw, where="the loader's state")
         if state.order != order:
             raise LoaderStateError(
                 f"the state is of {state.order}, the loader has {order}: make the loader as the one that saved it was "
@@ -76,6 +84,43 @@ class LoaderState:
                 "what was seen of them cannot be told; give the loader the same documents, or begin anew"
             )
         return state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StreamState:
+    """How far the copy of a stream in one worker is, and what its stream and loader are; JSON.
+
+    Raises RecipeError for numbers that cannot be.
+    """
+
+    stream_version: int
+    documents_sha256: str
+    seed: int
+    shuffle: Shuffle
+    pack_to: int | None
+    batch_size: int
+    drop_last: bool
+    n_ranks: int
+    rank: int
+    n_workers: int
+    worker: int
+    epoch: int
+    n_given: int
+    """Batches that this worker has given of the epoch."""
+
+    def __post_init__(self) -> None:
+        require_epoch(self.epoch)
+
+
+T = TypeVar("T", LoaderState, StreamState)
+
+
+def decoded_state(cls: type[T], raw: Mapping[str, Any], *, where: str) -> T:
+    """What a training loop has saved, field by field. Raises LoaderStateError for what no loader has given to it."""
+    try:
+        return decode(cls, dict(raw), where=where)
+    except (ContractError, RecipeError) as e:
+        raise LoaderStateError(f"this is no state of a loader: {e}") from e
 
 
 class EpochPlan:
@@ -102,6 +147,12 @@ def documents_sha256(dataset: TeacherCacheDataset) -> str:
         digest.update(f"{name}:{value}\n".encode())
     digest.update(np.ascontiguousarray(dataset.n_tokens_D, dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def require_epoch(epoch: int) -> None:
+    """Raise RecipeError for an epoch that cannot be."""
+    if not 0 <= epoch <= MAX_EPOCH:
+        raise RecipeError(f"epoch is {epoch}: expected 0 or more" + (" and below 2^63" if epoch > 0 else ""))
 
 
 def merged(segments: Sequence[Segment]) -> tuple[Segment, ...]:
