@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from kd_assets_tests.campaign import cluster_rounds
@@ -41,10 +42,14 @@ def round_with(
 
 
 def recorded_parts(round_: ClusterRound) -> list[Path]:
-    """Parts of results that the run has recorded: it looks at them no more."""
+    """Parts of results that the run has recorded with their checks, which are written together: it looks at them no
+    more."""
     deployment = round_.deployment
-    recorded = deployment.instance.get_materialized_partitions(deployment.recipe.key("topk_cache"))
-    return [path for path in part_files(deployment) if path.parents[1].name in recorded]
+    check = dg.AssetCheckKey(deployment.recipe.key("topk_cache"), "complete")
+    history = deployment.instance.event_log_storage.get_asset_check_execution_history(check, limit=100)
+    evaluated = [r.event.dagster_event for r in history if r.event is not None]
+    checked = {getattr(e.event_specific_data, "partition", None) for e in evaluated if e is not None}
+    return [path for path in part_files(deployment) if path.parents[1].name in checked]
 
 
 def test_a_round_in_which_nothing_goes_wrong_is_clean(round_with: Callable[[Plant], Record]) -> None:
