@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 from kd_assets.errors import RefusedRequestError
 from kd_assets.replay import metrics as counted
 from kd_assets.replay.answering import COMPLETIONS, SEQUENCE_LOGPROBS, Answer, answer_here
+from kd_assets.replay.connections import abort_connection
 from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.vllm_protocol import ModelNames, error_body, model_list
@@ -215,6 +216,10 @@ class _SentInPieces(Response):
                     await send({"type": "http.response.body", "body": piece, "more_body": rest})
         except TimeoutError:
             log.warning("an answer was not read within %g s: its connection is closed", self._timeout_s)
+            abort_connection(scope)
+            # Until the server knows that it is closed, it would take an answer that ends early for a fault of ours.
+            while (await receive())["type"] != "http.disconnect":
+                pass
         finally:
             self._on_end()
 

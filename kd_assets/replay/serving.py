@@ -17,22 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import uvicorn
-
 from kd_assets.errors import KdAssetsError, MissingInputError, RecipeError
 from kd_assets.replay.answering import Desk, process_id, start_answering
 from kd_assets.replay.app import ReplayApp
 from kd_assets.replay.cache import NotKept, OnProgress, ReplayCache, open_cache
+from kd_assets.replay.connections import http_server
 from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import TOKEN_VARIABLE, Limits
 from kd_assets.replay.tokens import open_tokens
 from kd_assets.replay.vllm_protocol import ModelNames
 
 SHORTEST_TOKEN = 16
-
-_KEEP_ALIVE_S = 30
-_SHUTDOWN_S = 30
-"""Requests under way have this long to finish."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,23 +118,7 @@ def _take_requests(
         token=token,
         on_lost_process=end,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app.asgi,
-            # What uvicorn always has: it behaves the same whatever else is installed.
-            http="h11",
-            loop="asyncio",
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_SHUTDOWN_S,
-            limit_concurrency=options.limits.connections,
-        )
-    )
+    server = http_server(app.asgi, options.limits)
     listening.listen(options.limits.connections)
     host, port = listening.getsockname()[:2]
     say(

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-import uvicorn
 
 from kd_assets import cli
 from kd_assets.commands.serve import progress_lines
 from kd_assets.errors import RecipeError
-from kd_assets.replay import answering
-from kd_assets.replay.answering import Answer
-from kd_assets.replay.app import ReplayApp
-from kd_assets.replay.metrics import Metrics
-from kd_assets.replay.requests import Limits
 from kd_assets.replay.serving import require_token
-from kd_assets.replay.vllm_protocol import ModelNames
 from kd_assets_tests.export import made_up
 from kd_assets_tests.export.made_up import Truth
 from kd_assets_tests.replay.desks import KEYS, expected_positions, prefixes
@@ -299,59 +288,3 @@ def test_progress_is_told_from_time_to_time(capsys: pytest.CaptureFixture[str]) 
         "serve: 1,000 of 4,000 documents are indexed",
         "serve: 3,000 of 4,000 documents are indexed",
     ]
-
-
-@dataclass(frozen=True)
-class OneAnswer:
-    """A desk that answers whatever is asked with so many bytes."""
-
-    n_bytes: int
-
-    def answer(self, route: str, body: bytes, now: int, answer_id: str) -> Answer:
-        return Answer(status=200, body=b"1" * self.n_bytes)
-
-
-@contextlib.contextmanager
-def in_this_process(limits: Limits) -> Iterator[tuple[str, int]]:
-    """Address of a server in a thread, with other limits than the command's."""
-    with ThreadPoolExecutor(1) as pool, socket.create_server(("127.0.0.1", 0)) as listening:
-        app = ReplayApp(
-            pool,
-            names=ModelNames(known=("it",)),
-            longest=1,
-            limits=limits,
-            metrics=Metrics(documents=0, index_bytes=0),
-            token=None,
-            on_lost_process=lambda: None,
-        )
-        server = uvicorn.Server(uvicorn.Config(app.asgi, http="h11", lifespan="off", ws="none", log_config=None))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
-        thread.start()
-        try:
-            yield listening.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-
-
-def test_a_body_that_never_ends_is_given_up() -> None:
-    with in_this_process(Limits(body_timeout_s=0.3)) as address:
-        with socket.create_connection(address, timeout=10) as raw:
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-            assert raw.recv(100).startswith(b"HTTP/1.1 408")
-
-
-def test_an_answer_that_is_not_read_is_under_way_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "_desk", OneAnswer(64 << 20))
-    with in_this_process(Limits(answer_timeout_s=2.0, in_flight=1)) as (host, port):
-        url = f"http://{host}:{port}"
-        assert len(requests.post(f"{url}/v1/completions", data=b"{}", timeout=20).content) == 64 << 20
-        with socket.create_connection((host, port), timeout=10) as raw:
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
-            assert raw.recv(10) == b"HTTP/1.1 2"
-            assert requests.post(f"{url}/v1/completions", data=b"{}", timeout=20).status_code == 503
-            end = time.monotonic() + 20
-            while (said := requests.post(f"{url}/v1/completions", data=b"{}", timeout=20)).status_code == 503:
-                assert time.monotonic() < end
-                time.sleep(0.1)
-            assert said.status_code == 200
