@@ -100,6 +100,10 @@ class ReplayApp:
                     response = await handler(request)
             except RefusedRequestError as e:
                 response = _error(str(e), e.status)
+            except asyncio.CancelledError:
+                # The server ends, and the time for what was under way is over. Nothing waits for this task to be
+                # cancelled: uvicorn goes on with whatever comes of it.
+                response = _error("the server ends: ask again when it is back", 503)
             except ClientDisconnect:
                 response = Response(status_code=_NO_ANSWER_STATUS)
             except Exception:
@@ -214,8 +218,9 @@ class _SentInPieces(Response):
                     piece = bytes(self.body[start : start + _PIECE_BYTES])
                     rest = start + _PIECE_BYTES < len(self.body)
                     await send({"type": "http.response.body", "body": piece, "more_body": rest})
-        except TimeoutError:
-            log.warning("an answer was not read within %g s: its connection is closed", self._timeout_s)
+        except (TimeoutError, asyncio.CancelledError) as e:
+            within = f"within {self._timeout_s:g} s" if isinstance(e, TimeoutError) else "before the server ended"
+            log.warning("an answer was not read %s: its connection is closed", within)
             abort_connection(scope)
             # Until the server knows that it is closed, it would take an answer that ends early for a fault of ours.
             while (await receive())["type"] != "http.disconnect":

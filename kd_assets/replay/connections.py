@@ -4,9 +4,8 @@ whose client reads no more.
 The invariant: a connection is idle, or has a request that is not yet whole, for a bounded time only; as connections are
 counted and limited, whoever holds some that ask for nothing would keep everybody else out.
 
-What is used of uvicorn's protocol class besides what it documents are the methods of asyncio's protocols,
-`handle_events`, `conn`, `cycle.response_complete`, `loop`, `transport` and `app_state`: `test_connections` fails where a
-version of uvicorn has one of them otherwise.
+Of uvicorn's protocol class, besides the methods that asyncio calls, `handle_events`, `conn`, `cycle.response_complete`,
+`loop`, `transport` and `app_state` are used: `test_connections` fails where a version has one of them otherwise.
 """
 
 from __future__ import annotations

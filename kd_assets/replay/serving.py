@@ -1,17 +1,19 @@
 """A server from start to end: the index is made, processes that answer are forked off, and requests are taken until a
-signal comes. Those that are under way then are finished.
+signal comes. Those that are under way then have some time to be finished.
 
 The invariant: no address but the loopback one is listened on without a token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,9 @@ from kd_assets.replay.tokens import open_tokens
 from kd_assets.replay.vllm_protocol import ModelNames
 
 SHORTEST_TOKEN = 16
+
+_IDLE_ENDS_WITHIN_S = 2.0
+"""A process that is told to end, unless it is answering."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +73,7 @@ def serve(
         tokens = open_tokens(options.tokenizer, cache.provenance)
         names = model_names(cache)
         desk = Desk(cache=cache, tokens=tokens, names=names, limits=options.limits)
-        with _pool(desk, options.processes) as pool:
+        with _pool(desk, options.processes, listening) as pool:
             _take_requests(pool, desk, listening, options, token=token, say=say)
 
 
@@ -138,16 +143,32 @@ def _take_requests(
         raise KdAssetsError("a process that answers has died (out of memory?): see above, and start the server again")
 
 
-def _pool(desk: Desk, processes: int) -> ProcessPoolExecutor:
-    """Processes that answer, all of them started: what is forked off later would hold the connections of clients."""
+@contextlib.contextmanager
+def _pool(desk: Desk, processes: int, listening: socket.socket) -> Iterator[ProcessPoolExecutor]:
+    """Processes that answer, all of them started: what is forked off later would hold the connections of clients.
+
+    They end with the context, also where one is still at work: whoever asked has been told that there is no answer.
+    """
+    of_others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("fork"),
         initializer=start_answering,
-        initargs=(desk, os.getpid()),
+        initargs=(desk, os.getpid(), listening),
     )
     pool.submit(process_id).result()
-    return pool
+    answering = [child for child in multiprocessing.active_children() if child not in of_others]
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + _IDLE_ENDS_WITHIN_S
+        for child in answering:
+            child.join(max(end - time.monotonic(), 0.0))
+        for child in answering:
+            child.terminate()
+        for child in answering:
+            child.join(_IDLE_ENDS_WITHIN_S)
 
 
 def _listening(host: str, port: int) -> socket.socket:
