@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.errors import RefusedRequestError
-from kd_assets.replay.cache import ReplayCache, Rows
+from kd_assets.replay.cache import ReplayCache, Rows, Search
 from kd_assets.replay.index import Uint32Array
 from kd_assets.replay.requests import (
     Limits,
@@ -162,10 +162,11 @@ def answer_completions(
 ) -> tuple[bytes, int]:
     """The body of the answer, and how many positions it tells of. Raises as `ReplayCache.rows` does."""
     choices: list[str] = []
+    search = Search()
     n_positions = 0
     for number, ids_L in enumerate(request.prompts):
         k = max(request.prompt_logprobs, request.echo_logprobs or 0)
-        rows = cache.rows(ids_L, first=0, k=k, name=f"prompt {number}")
+        rows = cache.rows(ids_L, first=0, k=k, name=f"prompt {number}", search=search)
         n_positions += len(rows.tokens_M)
         choices.append(_choice(number, rows, request, tokens))
     n_tokens = sum(map(len, request.prompts))

@@ -16,7 +16,7 @@ from kd_assets.replay.answering import COMPLETIONS, SEQUENCE_LOGPROBS
 from kd_assets.replay.cache import open_cache
 from kd_assets.replay.requests import Limits
 from kd_assets_tests.export import made_up
-from kd_assets_tests.replay.desks import Asked, asked, finite
+from kd_assets_tests.replay.desks import KEYS, Asked, Counted, asked, asked_of, finite, with_ids
 
 ROUTES = (COMPLETIONS, SEQUENCE_LOGPROBS)
 
@@ -63,8 +63,31 @@ def test_more_documents_that_begin_alike_than_are_compared_are_no_guess(
     truth = max(desk.truths, key=lambda truth: truth.length)
     monkeypatch.setattr(replay_cache, "MAX_CANDIDATES", 0)
     message = desk.refused(COMPLETIONS, asking(truth.ids_L[:17].tolist()), 404)
-    assert "is no whole document, and 1 documents begin with its first 16 ids: more than are compared (0)" in message
+    assert "is no whole document, and 1 documents begin with its first 16 ids: more than are compared" in message
     assert desk.completions(truth.ids_L.tolist(), 2), "whole documents are found by the hash of all their ids"
+
+
+def test_what_is_compared_is_bounded_for_a_request_and_not_for_each_of_its_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 40 documents with the same 16 ids first, so that every one of them may be what is asked.
+    documents = made_up.truths(0, KEYS[0], n=40)
+    ids_L = np.arange(16, dtype=np.uint32)
+    alike = [with_ids(t, np.concatenate([ids_L, np.array([i, i], np.uint32)])) for i, t in enumerate(documents)]
+    desk = asked_of(tmp_path, {KEYS[0]: alike})
+    monkeypatch.setattr(replay_cache, "MAX_CANDIDATES", 60)
+    last = [*ids_L.tolist(), 39]
+    counted = Counted(desk.desk.cache._compared, desk.desk.cache._reader)
+    assert desk.completions(last, 1)
+    assert counted.n_compared() == 40
+    assert counted.n_whole() == 1, "of the others only the ids are read"
+    assert desk.completions([last] * 300, 1), "a sequence that was found is not looked for again"
+    assert counted.n_compared() == 80
+    message = desk.refused(COMPLETIONS, asking([last, [*ids_L.tolist(), 38]]), 404)
+    assert message.startswith("prompt 1 (17 token ids) is no whole document, and 40 documents begin with its first 16")
+    assert "more than are compared for a request (60)" in message
+    assert counted.n_compared() == 140
+    assert desk.completions([last, *(t.ids_L.tolist() for t in alike)], 1), "whole documents are found all the same"
 
 
 @pytest.mark.parametrize("k", [6, 100, -1, 10**30])
