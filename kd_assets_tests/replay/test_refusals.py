@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from kd_assets.errors import NotCommittedError, RecipeError
 from kd_assets.replay import cache as replay_cache
 from kd_assets.replay.answering import COMPLETIONS, SEQUENCE_LOGPROBS
 from kd_assets.replay.cache import open_cache
 from kd_assets.replay.requests import Limits
+from kd_assets.replay.tokens import Tokens
 from kd_assets_tests.export import made_up
 from kd_assets_tests.replay.desks import KEYS, Asked, Counted, asked, asked_of, finite, with_ids
 
@@ -231,10 +233,13 @@ def test_more_than_the_limits_is_refused_before_anything_is_read(tmp_path: Path)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_is_sent_gets_an_answer_and_never_one_of_the_server_being_at_fault(desk: Asked, seed: int) -> None:
+def test_whatever_is_sent_gets_an_answer_and_never_one_of_the_server_being_at_fault(tmp_path: Path, seed: int) -> None:
+    words = {f"w{i}": i for i in range(made_up.VOCABULARY)}
+    desk = asked(tmp_path, tokens=Tokens(Tokenizer(models.WordLevel(words, "w0"))))
     rng = random.Random(seed)
     ids = longest(desk)
     values: list[Any] = [None, True, 0, 1, -1, 2.5, 1e300, "", "x", [], [ids], ids, [[]], {}, {"a": []}, 2**64, [None]]
+    values += ["\ud800", ["w1", "x\udfff"], "\x00", ["w3", ""]]
     names = ["prompt", "max_tokens", "prompt_logprobs", "logprobs", "echo", "n", "temperature", "sequences"]
     names += ["prompt_lengths", "top_logprobs", "response_format", "model", "return_token_ids", "stream", "other"]
     for _ in range(400):
@@ -245,6 +250,14 @@ def test_whatever_is_sent_gets_an_answer_and_never_one_of_the_server_being_at_fa
             answer, said = desk.post(route, raw)
             assert answer.status in (200, 400, 404, 413), (raw, said)
             assert ("error" in said) == (answer.status != 200)
+
+
+@pytest.mark.parametrize(("text", "at"), [("\ud800", 0), ("a\udc00b", 1), ("\U0001f600\ud83d", 1)])
+def test_text_with_half_of_a_surrogate_pair_is_refused(tmp_path: Path, text: str, at: int) -> None:
+    desk = asked(tmp_path, tokens=Tokens(Tokenizer(models.WordLevel({"w0": 0}, "w0"))))
+    for prompt in (text, ["w0", text]):
+        message = desk.refused(COMPLETIONS, asking(prompt, echo=True), 400)
+        assert message.startswith(f"a prompt has half of a surrogate pair at character {at}")
 
 
 def test_a_part_that_was_changed_is_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
