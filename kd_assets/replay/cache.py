@@ -17,6 +17,7 @@ import numpy.typing as npt
 from kd_assets.errors import NotCommittedError, NotInCacheError, RecipeError, RefusedRequestError
 from kd_assets.replay.index import Int64Array, PrefixIndex, Uint32Array, documents_of
 from kd_assets.store import CacheReader, Chosen, choose
+from kd_assets.store.vocabulary import vocabulary_of
 
 NotKept = Literal["refuse", "null"]
 """What to answer for rows that a cache of some positions does not keep."""
@@ -29,7 +30,7 @@ _TOLD_EVERY = 1_000
 MAX_CANDIDATES = 2_048
 """Documents that are compared with the sequences of one request before it is given up: seconds of reading."""
 
-_FIELDS = ("input_ids", "topk_ids", "topk_logprobs", "target_logprob", "positions")
+_FIELDS = ("input_ids", "topk_ids", "topk_logprobs", "target_logprob", "outside_mass", "positions")
 _COMPARED_FIELDS = ("input_ids", "positions")
 _CACHE_BYTES = 128 << 20
 """Decoded, of each process."""
@@ -51,6 +52,9 @@ class Rows:
     """Of the sequence's own tokens."""
     target_rank_M: npt.NDArray[np.int64]
     """Of the sequence's own tokens, from 1; k + 1 where it is not among the top k: then it may be any from there on."""
+    outside_mass_M: npt.NDArray[np.float32] | None
+    """Of a cache that is cut to a vocabulary: the teacher's probability of all other ids, which is in no other number
+    here."""
 
     @property
     def target_in_topk_M(self) -> npt.NDArray[np.bool_]:
@@ -91,9 +95,21 @@ class ReplayCache:
         vocabulary = first.facts.get("vocab_size")
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else 1 << 32
         """Token ids are below it."""
+        token_ids = vocabulary_of(first, chosen.folders[0])
+        self.cut_to = None if token_ids is None else len(token_ids)
+        """How many ids the cache's numbers are of; None: all of the teacher's."""
         self.n_partitions = len(chosen.manifests)
         documents = documents_of(chosen)
         self.index = PrefixIndex(documents if on_progress is None else _told(documents, n_documents, on_progress))
+
+    @property
+    def description(self) -> str:
+        """What is served, in a line."""
+        cut = "" if self.cut_to is None else f"cut to {self.cut_to:,} token ids, "
+        return (
+            f"recipe {self.recipe}, topk_cache {self.variant}, {len(self.index):,} documents of {self.n_partitions:,} "
+            f"partitions, k = {self.k}, {cut}an index of {self.index.n_bytes / 2**20:,.1f} MiB"
+        )
 
     def rows(self, ids_L: Uint32Array, *, first: int, k: int, name: str, search: Search | None = None) -> Rows:
         """The rows about the tokens from `first` on. `name`: of the sequence, in errors. `search`: of its request.
@@ -130,6 +146,7 @@ class ReplayCache:
             topk_logprobs_Mk=document["topk_logprobs"][at],
             target_logprob_M=document["target_logprob"][at],
             target_rank_M=np.where(found_M, is_target_Mk.argmax(axis=1), self.k) + 1,
+            outside_mass_M=None if self.cut_to is None else document["outside_mass"][at],
         )
 
     def require_k(self, k: int) -> None:
