@@ -126,10 +126,8 @@ def _take_requests(
     server = http_server(app.asgi, options.limits)
     listening.listen(options.limits.connections)
     host, port = listening.getsockname()[:2]
-    said = desk.cache.description
-    say(
-        f"http://{f'[{host}]' if ':' in host else host}:{port}: {said}; partitions that are added are seen after a restart"
-    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"{address}: {desk.cache.description}; partitions that are added are seen after a restart")
     # uvicorn raises the signal that ended it once more when it has ended: it ends here, with status 0.
     before = {number: signal.signal(number, _ended) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
