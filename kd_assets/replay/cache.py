@@ -208,8 +208,9 @@ class ReplayCache:
         if gave_up:
             return NotInCacheError(
                 f"{name} ({len(ids_L)} token ids) is no whole document, and {len(beginning.documents)} documents "
-                f"begin with its first {beginning.known_length} ids: more than are compared for a request "
-                f"({MAX_CANDIDATES}). Ask for whole documents, or for fewer sequences at a time"
+                f"begin with its first {beginning.known_length} ids: with the request's other sequences more than the "
+                f"{MAX_CANDIDATES} that are compared for one request. Ask for whole documents, or for fewer sequences "
+                "at a time"
             )
         for number in beginning.shorter[:8]:
             held = self._compared[int(number)]["input_ids"]

@@ -65,7 +65,7 @@ def test_more_documents_that_begin_alike_than_are_compared_are_no_guess(
     truth = max(desk.truths, key=lambda truth: truth.length)
     monkeypatch.setattr(replay_cache, "MAX_CANDIDATES", 0)
     message = desk.refused(COMPLETIONS, asking(truth.ids_L[:17].tolist()), 404)
-    assert "is no whole document, and 1 documents begin with its first 16 ids: more than are compared" in message
+    assert "is no whole document, and 1 documents begin with its first 16 ids: with the request's other" in message
     assert desk.completions(truth.ids_L.tolist(), 2), "whole documents are found by the hash of all their ids"
 
 
@@ -87,7 +87,7 @@ def test_what_is_compared_is_bounded_for_a_request_and_not_for_each_of_its_seque
     assert counted.n_compared() == 80
     message = desk.refused(COMPLETIONS, asking([last, [*ids_L.tolist(), 38]]), 404)
     assert message.startswith("prompt 1 (17 token ids) is no whole document, and 40 documents begin with its first 16")
-    assert "more than are compared for a request (60)" in message
+    assert "more than the 60 that are compared for one request" in message
     assert counted.n_compared() == 140
     assert desk.completions([last, *(t.ids_L.tolist() for t in alike)], 1), "whole documents are found all the same"
 
