@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -223,8 +224,9 @@ class _SentInPieces(Response):
             log.warning("an answer was not read %s: its connection is closed", within)
             abort_connection(scope)
             # Until the server knows that it is closed, it would take an answer that ends early for a fault of ours.
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            with contextlib.suppress(asyncio.CancelledError):  # a loop that ends says so to every task again
+                while (await receive())["type"] != "http.disconnect":
+                    pass
         finally:
             self._on_end()
 

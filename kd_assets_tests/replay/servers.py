@@ -70,6 +70,26 @@ def command(recipe_folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "kd_assets.cli", "serve", str(recipe_folder), *arguments]
 
 
+_SLOW = """
+import sys, time
+from pathlib import Path
+from kd_assets.replay.answering import Answer, Desk
+from kd_assets.replay.requests import Limits
+from kd_assets.replay.serving import ServeOptions, serve
+def slow(self, route, body, now, answer_id):
+    time.sleep(float(sys.argv[2]))
+    return Answer(status=200, body=b"1" * int(sys.argv[3]))
+Desk.answer = slow
+options = ServeOptions(recipe_folder=Path(sys.argv[1]), port=0, processes=2, limits=Limits(shutdown_s=1))
+serve(options, token=None, say=lambda line: print(line, flush=True))
+"""
+
+
+def slow_command(recipe_folder: Path, *, answer_s: float = 0.0, answer_bytes: int = 2) -> list[str]:
+    """A server each of whose answers takes so long and is so large, and that has one second to end."""
+    return [sys.executable, "-c", _SLOW, str(recipe_folder), str(answer_s), str(answer_bytes)]
+
+
 @contextlib.contextmanager
 def served(
     recipe_folder: Path,

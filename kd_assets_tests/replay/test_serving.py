@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from kd_assets_tests.replay.servers import (
     gone,
     listening_socket,
     served,
+    slow_command,
     sockets_of,
 )
 
@@ -81,8 +81,7 @@ def test_many_clients_at_once_get_their_own_answers(server: Server, truths: list
 
 
 def test_the_process_that_takes_requests_is_not_held_up_by_those_that_answer(recipe: Path) -> None:
-    slow = [sys.executable, "-c", SLOW, str(recipe), "3"]
-    with served(recipe, started_by=slow) as server, ThreadPoolExecutor(4) as threads:
+    with served(recipe, started_by=slow_command(recipe, answer_s=3)) as server, ThreadPoolExecutor(4) as threads:
         assert len(server.children()) == 2
         asked = [threads.submit(requests.post, f"{server.url}/v1/completions", json={}, timeout=60) for _ in range(4)]
         while server.metrics()["kd_replay_in_flight"] < 4:
@@ -227,39 +226,6 @@ def test_a_signal_ends_it_after_the_requests_under_way(
         assert server.process.wait(timeout=30) == 0
         assert gone(children)
     assert (tmp_path / "log").read_text() == ""
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-from kd_assets.replay.answering import Answer, Desk
-from kd_assets.replay.requests import Limits
-from kd_assets.replay.serving import ServeOptions, serve
-def slow(self, route, body, now, answer_id):
-    time.sleep(float(sys.argv[2]))
-    return Answer(status=200, body=b"{}")
-Desk.answer = slow
-options = ServeOptions(recipe_folder=Path(sys.argv[1]), port=0, processes=2, limits=Limits(shutdown_s=1))
-serve(options, token=None, say=lambda line: print(line, flush=True))
-"""
-"""A server each of whose answers takes so many seconds, and that has one second to end."""
-
-
-def test_requests_that_would_take_longer_than_a_server_has_to_end_are_told_so(recipe: Path, tmp_path: Path) -> None:
-    slow = [sys.executable, "-c", SLOW, str(recipe), "600"]
-    with served(recipe, log=tmp_path / "log", started_by=slow) as server, ThreadPoolExecutor(8) as threads:
-        children = server.children()
-        asked = [threads.submit(requests.post, f"{server.url}/v1/completions", json={}, timeout=60) for _ in range(8)]
-        while server.metrics()["kd_replay_in_flight"] < 8:
-            time.sleep(0.05)
-        started = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=30) == 0
-        assert time.monotonic() - started < 15, "neither what is answered nor what waits for it is waited for"
-        assert [said.result().status_code for said in asked] == [503] * 8
-        assert asked[0].result().json()["error"]["message"].startswith("the server ends")
-        assert gone(children)
-    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_processes_that_answer_do_not_hold_the_port(server: Server) -> None:
