@@ -27,13 +27,7 @@ import numpy.typing as npt
 from kd_assets.errors import RefusedRequestError
 from kd_assets.replay.cache import ReplayCache, Rows, Search
 from kd_assets.replay.index import Uint32Array
-from kd_assets.replay.requests import (
-    Limits,
-    require_answer_within,
-    require_known,
-    token_ids,
-    whole_number,
-)
+from kd_assets.replay.requests import Limits, require_answer_within, require_known, token_ids, whole_number
 from kd_assets.replay.tokens import Tokens
 
 LOWEST_LOGPROB = -9999.0
