@@ -81,7 +81,8 @@ def progress_lines(clock: Callable[[], float]) -> Callable[[int, int], None]:
 
 SERVE = Subcommand(
     name="serve",
-    description="answer from a recipe's top-k cache what trainers ask of an online teacher (as vLLM and TRL do)",
+    description="answer from a recipe's top-k cache what trainers ask of an online teacher (as vLLM and TRL do); of a "
+    "cache with a vocabulary: log-probabilities over its token ids, and in vLLM's answer outside_mass, of all others",
     add_arguments=_arguments,
     run=_run,
 )

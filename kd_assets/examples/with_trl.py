@@ -4,8 +4,8 @@
     python -m kd_assets.examples.with_trl var/store/demo --to my-student --server http://127.0.0.1:8000
 
 TRL's `ServerDistillationTrainer` has the student write each completion, which no cache can know. Here completions are
-the cached documents' own, from their first learned token on: one method says so, and what is asked of the server, the
-loss and the loop are TRL's, version 1.16.
+the cached documents' own, each run of learned tokens one: one method says so, and what is asked of the server, the
+loss and the loop are TRL's, version 1.16. For a cache with `positions: learned` add `--not-kept null` to the server.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
 from trl.generation import vllm_client
 
+from kd_assets.errors import InputError
 from kd_assets.examples.setting import argument_parser, parsed_arguments, setting_of
 from kd_assets.student.dataset import Sample
 
@@ -35,14 +36,41 @@ class CachedDocumentsTrainer(ServerDistillationTrainer):  # type: ignore[misc]
 
 
 def as_prompts(documents: Dataset[Sample]) -> datasets.Dataset:
-    """Documents cut at their first learned token; without those of which nothing is learned."""
+    """Each run of learned tokens as a completion of what stands before it: TRL learns completions to their end.
+
+    Raises InputError for a learned token whose row the cache does not keep.
+    """
     found = []
     for i in range(len(documents)):  # type: ignore[arg-type]
-        ids, learned = documents[i]["input_ids"].tolist(), documents[i]["loss_mask"]
-        first = max(int(learned.int().argmax()), 1)  # of the first token nobody knows anything
-        if learned[first:].any():
-            found.append({"prompt": {"ids": ids[:first], "completion_ids": ids[first:]}})
+        sample = documents[i]
+        ids = sample["input_ids"].tolist()
+        for first, end in learned_runs(sample["loss_mask"]):
+            _require_rows(sample, first, end)
+            found.append({"prompt": {"ids": ids[:first], "completion_ids": ids[first:end]}})
     return datasets.Dataset.from_list(found)
+
+
+def learned_runs(loss_mask_L: torch.Tensor) -> list[tuple[int, int]]:
+    """The first of each run of learned tokens, and the one after its last."""
+    learned_L = loss_mask_L.int()
+    learned_L[:1] = 0  # of the first token nobody knows anything
+    nothing = torch.zeros(1, dtype=torch.int32)
+    changes = torch.diff(learned_L, prepend=nothing, append=nothing)
+    firsts, ends = ((changes == change).nonzero().flatten().tolist() for change in (1, -1))
+    return list(zip(firsts, ends, strict=True))
+
+
+def _require_rows(sample: Sample, first: int, end: int) -> None:
+    """Token t is predicted by row t - 1; a cache of some positions says which rows it has."""
+    if "topk_positions" not in sample:
+        return
+    missing = set(range(first - 1, end - 1)) - set(sample["topk_positions"].tolist())
+    if missing:
+        raise InputError(
+            f"document {sample['document_id']!r} of partition {sample['partition_key']!r} learns its token "
+            f"{min(missing) + 1}, and the top-k cache keeps no row about it: TRL learns whole completions; make the "
+            "cache with `positions: learned` or `positions: all`"
+        )
 
 
 def train(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -81,13 +82,16 @@ _desk: Desk | None = None
 """Of this process, which was forked off one that had it."""
 
 
-def start_answering(desk: Desk, parent: int) -> None:
+def start_answering(desk: Desk, parent: int, listening: socket.socket) -> None:
     """Make this process one that answers, until its parent is gone.
+
+    It lets go of the parent's socket: the port is free as soon as the parent is gone.
 
     In a group of its own: a signal to the parent's group is the parent's to follow, once what is under way is answered.
     """
     global _desk  # noqa: PLW0603 - what a pool calls in its processes finds nothing else there
     _desk = desk
+    listening.close()
     os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(parent, os.getppid, time.sleep), daemon=True).start()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -28,6 +29,7 @@ from starlette.types import Receive, Scope, Send
 from kd_assets.errors import RefusedRequestError
 from kd_assets.replay import metrics as counted
 from kd_assets.replay.answering import COMPLETIONS, SEQUENCE_LOGPROBS, Answer, answer_here
+from kd_assets.replay.connections import abort_connection
 from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.vllm_protocol import ModelNames, error_body, model_list
@@ -99,6 +101,10 @@ class ReplayApp:
                     response = await handler(request)
             except RefusedRequestError as e:
                 response = _error(str(e), e.status)
+            except asyncio.CancelledError:
+                # The server ends, and the time for what was under way is over. Nothing waits for this task to be
+                # cancelled: uvicorn goes on with whatever comes of it.
+                response = _error("the server ends: ask again when it is back", 503)
             except ClientDisconnect:
                 response = Response(status_code=_NO_ANSWER_STATUS)
             except Exception:
@@ -213,8 +219,14 @@ class _SentInPieces(Response):
                     piece = bytes(self.body[start : start + _PIECE_BYTES])
                     rest = start + _PIECE_BYTES < len(self.body)
                     await send({"type": "http.response.body", "body": piece, "more_body": rest})
-        except TimeoutError:
-            log.warning("an answer was not read within %g s: its connection is closed", self._timeout_s)
+        except (TimeoutError, asyncio.CancelledError) as e:
+            within = f"within {self._timeout_s:g} s" if isinstance(e, TimeoutError) else "before the server ended"
+            log.warning("an answer was not read %s: its connection is closed", within)
+            abort_connection(scope)
+            # Until the server knows that it is closed, it would take an answer that ends early for a fault of ours.
+            with contextlib.suppress(asyncio.CancelledError):  # a loop that ends says so to every task again
+                while (await receive())["type"] != "http.disconnect":
+                    pass
         finally:
             self._on_end()
 

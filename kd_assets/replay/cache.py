@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.errors import NotCommittedError, NotInCacheError, RecipeError, RefusedRequestError
-from kd_assets.replay.index import PrefixIndex, Uint32Array, documents_of
+from kd_assets.replay.index import Int64Array, PrefixIndex, Uint32Array, documents_of
 from kd_assets.store import CacheReader, Chosen, choose
+from kd_assets.store.vocabulary import vocabulary_of
 
 NotKept = Literal["refuse", "null"]
 """What to answer for rows that a cache of some positions does not keep."""
@@ -27,11 +28,13 @@ OnProgress = Callable[[int, int], None]
 _TOLD_EVERY = 1_000
 
 MAX_CANDIDATES = 2_048
-"""Documents that are compared with a sequence before it is given up: seconds of reading."""
+"""Documents that are compared with the sequences of one request before it is given up: seconds of reading."""
 
-_FIELDS = ("input_ids", "topk_ids", "topk_logprobs", "target_logprob", "positions")
+_FIELDS = ("input_ids", "topk_ids", "topk_logprobs", "target_logprob", "outside_mass", "positions")
+_COMPARED_FIELDS = ("input_ids", "positions")
 _CACHE_BYTES = 128 << 20
 """Decoded, of each process."""
+_COMPARED_CACHE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -49,12 +52,25 @@ class Rows:
     """Of the sequence's own tokens."""
     target_rank_M: npt.NDArray[np.int64]
     """Of the sequence's own tokens, from 1; k + 1 where it is not among the top k: then it may be any from there on."""
+    outside_mass_M: npt.NDArray[np.float32] | None
+    """Of a cache that is cut to a vocabulary: the teacher's probability of all other ids, which is in no other number
+    here."""
 
     @property
     def target_in_topk_M(self) -> npt.NDArray[np.bool_]:
         """Whether the rank of the sequence's own token is known."""
         in_topk: npt.NDArray[np.bool_] = self.target_rank_M <= self.topk_ids_Mk.shape[1]
         return in_topk
+
+
+class Search:
+    """What one request has found, and how many documents may still be compared for it."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[bytes, int], int] = {}
+        """Token ids of a sequence, and the first that is asked for → the number of its document, whose rows are much
+        and the reader's to keep."""
+        self.n_compared = 0
 
 
 class ReplayCache:
@@ -69,26 +85,42 @@ class ReplayCache:
         self.k = int(schema.field("topk_ids").type.value_type.list_size)
         self.keeps_all = "positions" not in schema.names
         self._not_kept = not_kept
-        fields = [name for name in _FIELDS if name in schema.names]
+        fields, compared = ([n for n in names if n in schema.names] for names in (_FIELDS, _COMPARED_FIELDS))
         self._reader = CacheReader.of(chosen, fields=fields, cache_bytes=_CACHE_BYTES)
+        # Most of what is compared is not the document that is asked for, and its predictions are not decoded.
+        self._compared = CacheReader.of(chosen, fields=compared, cache_bytes=_COMPARED_CACHE_BYTES)
         first = chosen.manifests[0]
         self.recipe, self.variant = first.recipe, first.variant
         self.provenance: dict[str, Any] = dict(first.provenance)
         vocabulary = first.facts.get("vocab_size")
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else 1 << 32
         """Token ids are below it."""
+        token_ids = vocabulary_of(first, chosen.folders[0])
+        self.cut_to = None if token_ids is None else len(token_ids)
+        """How many ids the cache's numbers are of; None: all of the teacher's."""
         self.n_partitions = len(chosen.manifests)
         documents = documents_of(chosen)
         self.index = PrefixIndex(documents if on_progress is None else _told(documents, n_documents, on_progress))
 
-    def rows(self, ids_L: Uint32Array, *, first: int, k: int, name: str) -> Rows:
-        """The rows about the tokens from `first` on. `name`: of the sequence, in errors.
+    @property
+    def description(self) -> str:
+        """What is served, in a line."""
+        cut = "" if self.cut_to is None else f"cut to {self.cut_to:,} token ids, "
+        return (
+            f"recipe {self.recipe}, topk_cache {self.variant}, {len(self.index):,} documents of {self.n_partitions:,} "
+            f"partitions, k = {self.k}, {cut}an index of {self.index.n_bytes / 2**20:,.1f} MiB"
+        )
 
-        Raises RefusedRequestError for a `k` above the cache's own, NotInCacheError for a sequence that no document
-        begins with, and for rows that are not kept, unless they may be left out.
+    def rows(self, ids_L: Uint32Array, *, first: int, k: int, name: str, search: Search | None = None) -> Rows:
+        """The rows about the tokens from `first` on. `name`: of the sequence, in errors. `search`: of its request.
+
+        Of documents that begin with the sequence the first is taken that keeps all of these rows, else the one that
+        keeps most. Raises RefusedRequestError for a `k` above the cache's own, NotInCacheError for a sequence that no
+        document begins with or that would take too many comparisons, and for rows that are not kept, unless they may be
+        left out.
         """
         self.require_k(k)
-        document = self._document(ids_L, name)
+        document = self._reader[self._found(ids_L, max(first, 1), name, search or Search())]
         wanted = np.arange(max(first, 1), len(ids_L), dtype=np.int64)
         kept = wanted
         at = wanted - 1
@@ -114,6 +146,7 @@ class ReplayCache:
             topk_logprobs_Mk=document["topk_logprobs"][at],
             target_logprob_M=document["target_logprob"][at],
             target_rank_M=np.where(found_M, is_target_Mk.argmax(axis=1), self.k) + 1,
+            outside_mass_M=None if self.cut_to is None else document["outside_mass"][at],
         )
 
     def require_k(self, k: int) -> None:
@@ -124,32 +157,69 @@ class ReplayCache:
                 f"each position: ask for 0 to {self.k}, or make the cache with a larger k"
             )
 
-    def _document(self, ids_L: Uint32Array, name: str) -> dict[str, Any]:
-        """A document that begins with these ids. Raises as `rows` does."""
-        for number in self.index.exact(ids_L):
-            document = self._reader[int(number)]
-            if np.array_equal(document["input_ids"], ids_L):
-                return document
-        beginning = self.index.beginning_with(ids_L)
+    def _found(self, ids_L: Uint32Array, first: int, name: str, search: Search) -> int:
+        """The number of the document that answers for the tokens from `first` ≥ 1 on. Raises as `rows` does."""
+        key = ids_L.tobytes(), first
+        if key not in search.found:
+            search.found[key] = self._looked_for(ids_L, first, name, search)
+        return search.found[key]
+
+    def _looked_for(self, ids_L: Uint32Array, first: int, name: str, search: Search) -> int:
+        n_wanted = max(len(ids_L) - first, 0)
+        best, n_best, gave_up = -1, -1, False
+        whole = self.index.exact(ids_L)
+        for at, number in enumerate(self._candidates(ids_L, whole)):
+            # A whole document is found, however much else the request asks.
+            if at or not len(whole):
+                gave_up = search.n_compared >= MAX_CANDIDATES
+                if gave_up:
+                    break
+                search.n_compared += 1
+            n_kept = self._n_kept(number, ids_L, first)
+            if n_kept is not None and n_kept > n_best:
+                best, n_best = number, n_kept
+            if n_best == n_wanted:
+                break
+        if n_best < 0:
+            raise self._miss(ids_L, name, gave_up=gave_up)
+        return best
+
+    def _candidates(self, ids_L: Uint32Array, whole: Int64Array) -> Iterator[int]:
+        """Documents that may begin with these ids, those in `whole`, which may be these ids and no more, first."""
+        yield from whole.tolist()
+        # Documents that begin alike have the same rows there, but a cache of some positions keeps others of each.
+        begin = self.index.beginning_with(ids_L, one_of_equal=self.keeps_all).documents
         # In the order in which they lie: documents beside each other are decoded together.
-        for number in np.sort(beginning.documents[:MAX_CANDIDATES]):
-            document = self._reader[int(number)]
-            if np.array_equal(document["input_ids"][: len(ids_L)], ids_L):
-                return document
-        if len(beginning.documents) > MAX_CANDIDATES:
-            raise NotInCacheError(
+        yield from np.setdiff1d(begin[: MAX_CANDIDATES + len(whole) + 1], whole).tolist()
+
+    def _n_kept(self, number: int, ids_L: Uint32Array, first: int) -> int | None:
+        """How many of the rows about the tokens from `first` on a document keeps; None: it begins with other ids."""
+        document = self._compared[number]
+        if not np.array_equal(document["input_ids"][: len(ids_L)], ids_L):
+            return None
+        if self.keeps_all:
+            return max(len(ids_L) - first, 0)
+        positions = document["positions"].astype(np.int64)
+        return int(np.count_nonzero((positions >= first - 1) & (positions < len(ids_L) - 1)))
+
+    def _miss(self, ids_L: Uint32Array, name: str, *, gave_up: bool) -> NotInCacheError:
+        """Why there is no document that begins with these ids, or none that was found."""
+        beginning = self.index.beginning_with(ids_L, one_of_equal=self.keeps_all)
+        if gave_up:
+            return NotInCacheError(
                 f"{name} ({len(ids_L)} token ids) is no whole document, and {len(beginning.documents)} documents "
-                f"begin with its first {beginning.known_length} ids: more than are compared ({MAX_CANDIDATES}). Ask "
-                "for whole documents"
+                f"begin with its first {beginning.known_length} ids: with the request's other sequences more than the "
+                f"{MAX_CANDIDATES} that are compared for one request. Ask for whole documents, or for fewer sequences "
+                "at a time"
             )
         for number in beginning.shorter[:8]:
-            held = self._reader[int(number)]["input_ids"]
+            held = self._compared[int(number)]["input_ids"]
             if np.array_equal(ids_L[: len(held)], held):
-                raise NotInCacheError(
+                return NotInCacheError(
                     f"{name} ({len(ids_L)} token ids) is longer than what the cache has: its document ends after "
                     f"{len(held)}. Cut it there, or make the cache with a larger max_length"
                 )
-        raise NotInCacheError(
+        return NotInCacheError(
             f"{name} ({len(ids_L)} token ids) is not in the top-k cache of recipe {self.recipe}, variant "
             f"{self.variant} ({len(self.index)} documents of {self.n_partitions} partitions): "
             f"{_likeness(beginning.known_length)}. "

@@ -34,7 +34,7 @@ class Beginning:
 
     documents: Int64Array
     """Numbers of documents that may begin with the sequence. Of those that are equal for twice `known_length` ids,
-    which is longer than the sequence, one is named."""
+    which is longer than the sequence, one is named, unless all were asked for."""
     known_length: int
     """Some document begins with the sequence's first `known_length` ids, none with more of 0, 1, 2, 4, 8, …"""
     shorter: Int64Array
@@ -73,8 +73,11 @@ class PrefixIndex:
         first, stop = _equal_range(self._whole, _whole_hash(ids_L))
         return self._whole_documents[first:stop].astype(np.int64)
 
-    def beginning_with(self, ids_L: Uint32Array) -> Beginning:
-        """Documents that may begin with these ids, L ≥ 1, and what is known where there are none."""
+    def beginning_with(self, ids_L: Uint32Array, *, one_of_equal: bool = True) -> Beginning:
+        """Documents that may begin with these ids, L ≥ 1, and what is known where there are none.
+
+        `one_of_equal`: of those that go on alike, one is enough.
+        """
         first, stop, known = 0, len(self), 0
         is_known = len(ids_L) <= self.longest
         for level, (length, prefix_hash) in enumerate(_prefix_hashes(ids_L)):
@@ -88,7 +91,7 @@ class PrefixIndex:
         longest_first = shorter[np.argsort(-self._lengths[shorter], kind="stable")]
         fitting = first + np.flatnonzero(lengths >= len(ids_L)) if is_known else np.zeros(0, np.int64)
         return Beginning(
-            documents=self._one_of_each(fitting, known),
+            documents=self._one_of_each(fitting, known) if one_of_equal else self._documents[fitting].astype(np.int64),
             known_length=known,
             shorter=self._documents[longest_first].astype(np.int64),
         )

@@ -20,6 +20,8 @@ TOKEN_VARIABLE = "KD_SERVE_TOKEN"  # noqa: S105 - the name of a variable, and no
 class Limits:
     """How much one request may ask for, and how much may be under way."""
 
+    head_timeout_s: float = 10.0
+    """A connection on which no request begins for so long is closed."""
     body_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
     """A body that takes longer is given up."""
@@ -31,6 +33,8 @@ class Limits:
     in_flight: int = 32
     """Requests that are read, answered or sent at a time; further ones are told to come again."""
     connections: int = 512
+    shutdown_s: int = 30
+    """Requests under way have this long to finish when the server ends."""
 
 
 def parsed_object(body: bytes) -> Mapping[str, Any]:

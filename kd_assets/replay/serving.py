@@ -1,28 +1,29 @@
 """A server from start to end: the index is made, processes that answer are forked off, and requests are taken until a
-signal comes. Those that are under way then are finished.
+signal comes. Those that are under way then have some time to be finished.
 
 The invariant: no address but the loopback one is listened on without a token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import uvicorn
-
 from kd_assets.errors import KdAssetsError, MissingInputError, RecipeError
 from kd_assets.replay.answering import Desk, process_id, start_answering
 from kd_assets.replay.app import ReplayApp
 from kd_assets.replay.cache import NotKept, OnProgress, ReplayCache, open_cache
+from kd_assets.replay.connections import http_server
 from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import TOKEN_VARIABLE, Limits
 from kd_assets.replay.tokens import open_tokens
@@ -30,9 +31,8 @@ from kd_assets.replay.vllm_protocol import ModelNames
 
 SHORTEST_TOKEN = 16
 
-_KEEP_ALIVE_S = 30
-_SHUTDOWN_S = 30
-"""Requests under way have this long to finish."""
+_IDLE_ENDS_WITHIN_S = 2.0
+"""A process that is told to end, unless it is answering."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ def serve(
         tokens = open_tokens(options.tokenizer, cache.provenance)
         names = model_names(cache)
         desk = Desk(cache=cache, tokens=tokens, names=names, limits=options.limits)
-        with _pool(desk, options.processes) as pool:
+        with _pool(desk, options.processes, listening) as pool:
             _take_requests(pool, desk, listening, options, token=token, say=say)
 
 
@@ -123,31 +123,11 @@ def _take_requests(
         token=token,
         on_lost_process=end,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app.asgi,
-            # What uvicorn always has: it behaves the same whatever else is installed.
-            http="h11",
-            loop="asyncio",
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_SHUTDOWN_S,
-            limit_concurrency=options.limits.connections,
-        )
-    )
+    server = http_server(app.asgi, options.limits)
     listening.listen(options.limits.connections)
     host, port = listening.getsockname()[:2]
-    say(
-        f"http://{f'[{host}]' if ':' in host else host}:{port}: recipe {desk.cache.recipe}, topk_cache "
-        f"{desk.cache.variant}, {len(index):,} documents of {desk.cache.n_partitions:,} partitions, k = "
-        f"{desk.cache.k}, an index of {index.n_bytes / 2**20:,.1f} MiB; partitions that are added are seen after a "
-        "restart"
-    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"{address}: {desk.cache.description}; partitions that are added are seen after a restart")
     # uvicorn raises the signal that ended it once more when it has ended: it ends here, with status 0.
     before = {number: signal.signal(number, _ended) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -159,16 +139,32 @@ def _take_requests(
         raise KdAssetsError("a process that answers has died (out of memory?): see above, and start the server again")
 
 
-def _pool(desk: Desk, processes: int) -> ProcessPoolExecutor:
-    """Processes that answer, all of them started: what is forked off later would hold the connections of clients."""
+@contextlib.contextmanager
+def _pool(desk: Desk, processes: int, listening: socket.socket) -> Iterator[ProcessPoolExecutor]:
+    """Processes that answer, all of them started: what is forked off later would hold the connections of clients.
+
+    They end with the context, also where one is still at work: whoever asked has been told that there is no answer.
+    """
+    of_others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("fork"),
         initializer=start_answering,
-        initargs=(desk, os.getpid()),
+        initargs=(desk, os.getpid(), listening),
     )
     pool.submit(process_id).result()
-    return pool
+    answering = [child for child in multiprocessing.active_children() if child not in of_others]
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + _IDLE_ENDS_WITHIN_S
+        for child in answering:
+            child.join(max(end - time.monotonic(), 0.0))
+        for child in answering:
+            child.terminate()
+        for child in answering:
+            child.join(_IDLE_ENDS_WITHIN_S)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -23,8 +23,15 @@ class Tokens:
         self._as_json: dict[int, str] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> Uint32Array:
-        """uint32 [L]. Raises RefusedRequestError where there is no tokenizer."""
-        encoding = self._required("a prompt that is text").encode(text, add_special_tokens=add_special_tokens)
+        """uint32 [L]. Raises RefusedRequestError where there is no tokenizer, and for what is no Unicode text."""
+        tokenizer = self._required("a prompt that is text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise RefusedRequestError(
+                f"a prompt has half of a surrogate pair at character {e.start}, which no text has: send the whole pair"
+            ) from e
+        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return np.array(encoding.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:

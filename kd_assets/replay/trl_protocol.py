@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kd_assets.errors import RefusedRequestError
-from kd_assets.replay.cache import ReplayCache, Rows
+from kd_assets.replay.cache import ReplayCache, Rows, Search
 from kd_assets.replay.index import Uint32Array
 from kd_assets.replay.requests import (
     Limits,
@@ -81,8 +81,9 @@ def parse_sequences(raw: Mapping[str, Any], *, cache: ReplayCache, limits: Limit
 
 def answer_sequences(request: SequencesRequest, *, cache: ReplayCache) -> tuple[bytes, int]:
     """The body of the answer, and how many positions it tells of. Raises as `ReplayCache.rows` does."""
+    search = Search()
     rows = [
-        cache.rows(sequence, first=length, k=request.k, name=f"sequence {number}")
+        cache.rows(sequence, first=length, k=request.k, name=f"sequence {number}", search=search)
         for number, (sequence, length) in enumerate(zip(request.sequences, request.prompt_lengths, strict=True))
     ]
     n_positions = sum(len(of_sequence.tokens_M) for of_sequence in rows)

@@ -7,7 +7,9 @@ gives of a prompt whatever `temperature` says; one that asks for another is refu
 it scale the student by it.
 
 A position's dict has the prompt's own token first, then the top k. The rank of a token outside of the cache's top k is
-not known: `rank` is then the smallest that it can be, and the entry has `rank_is_lower_bound` besides.
+not known: `rank` is then the smallest that it can be, and the entry has `rank_is_lower_bound` besides. Of a cache that
+is cut to a vocabulary it has `outside_mass`, too, the teacher's probability of all other ids: every `logprob` of the
+position is of the distribution without them, and plus log1p(−`outside_mass`) it is of the whole one.
 """
 
 from __future__ import annotations
@@ -23,15 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.errors import RefusedRequestError
-from kd_assets.replay.cache import ReplayCache, Rows
+from kd_assets.replay.cache import ReplayCache, Rows, Search
 from kd_assets.replay.index import Uint32Array
-from kd_assets.replay.requests import (
-    Limits,
-    require_answer_within,
-    require_known,
-    token_ids,
-    whole_number,
-)
+from kd_assets.replay.requests import Limits, require_answer_within, require_known, token_ids, whole_number
 from kd_assets.replay.tokens import Tokens
 
 LOWEST_LOGPROB = -9999.0
@@ -162,10 +158,11 @@ def answer_completions(
 ) -> tuple[bytes, int]:
     """The body of the answer, and how many positions it tells of. Raises as `ReplayCache.rows` does."""
     choices: list[str] = []
+    search = Search()
     n_positions = 0
     for number, ids_L in enumerate(request.prompts):
         k = max(request.prompt_logprobs, request.echo_logprobs or 0)
-        rows = cache.rows(ids_L, first=0, k=k, name=f"prompt {number}")
+        rows = cache.rows(ids_L, first=0, k=k, name=f"prompt {number}", search=search)
         n_positions += len(rows.tokens_M)
         choices.append(_choice(number, rows, request, tokens))
     n_tokens = sum(map(len, request.prompts))
@@ -202,18 +199,21 @@ def prompt_logprobs_json(rows: Rows, *, k: int, tokens: Tokens) -> str:
     own_ids = rows.ids_L[rows.tokens_M].tolist()
     top_ids = rows.topk_ids_Mk[:, : max(k, 1)].tolist()
     top_texts = float16_texts()[rows.topk_logprobs_Mk[:, : max(k, 1)].view(np.uint16)].tolist()
-    for token, own_id, own_text, rank, known, row_ids, row_texts in zip(
+    for token, own_id, own_text, rank, known, outside, row_ids, row_texts in zip(
         rows.tokens_M.tolist(),
         own_ids,
         own_logprob_texts(rows),
         rows.target_rank_M.tolist(),
         rows.target_in_topk_M.tolist(),
+        _outside_mass_fields(rows),
         top_ids,
         top_texts,
         strict=True,
     ):
         bound = "" if known else ',"rank_is_lower_bound":true'
-        entries = [f'"{own_id}":{{"logprob":{own_text},"rank":{rank}{bound},"decoded_token":{decoded(own_id)}}}']
+        entries = [
+            f'"{own_id}":{{"logprob":{own_text},"rank":{rank}{bound}{outside},"decoded_token":{decoded(own_id)}}}'
+        ]
         if k:
             entries += [
                 f'"{i}":{{"logprob":{text},"rank":{at},"decoded_token":{decoded(i)}}}'
@@ -222,6 +222,12 @@ def prompt_logprobs_json(rows: Rows, *, k: int, tokens: Tokens) -> str:
             ]
         elements[token] = f"{{{','.join(entries)}}}"
     return f"[{','.join(elements)}]"
+
+
+def _outside_mass_fields(rows: Rows) -> list[str]:
+    if rows.outside_mass_M is None:
+        return [""] * len(rows.tokens_M)
+    return [f',"outside_mass":{_number(mass)}' for mass in rows.outside_mass_M.tolist()]
 
 
 def own_logprob_texts(rows: Rows) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from kd_assets.replay.cache import NotKept, open_cache
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.serving import model_names
 from kd_assets.replay.tokens import Tokens
+from kd_assets.store import CacheReader
 from kd_assets_tests.export import made_up
 from kd_assets_tests.export.made_up import Truth
 
@@ -70,18 +72,41 @@ def asked(
 ) -> Asked:
     """Two partitions of `n` documents each. `kept`: the share of positions that the cache keeps; None: all. `cut`: its
     `max_length`."""
-    truths: list[Truth] = []
-    for key in KEYS:
-        documents = made_up.truths(seed, key, n=n, k=k, kept=1.0 if kept is None else kept)
+    documents = {key: made_up.truths(seed, key, n=n, k=k, kept=1.0 if kept is None else kept) for key in KEYS}
+    return asked_of(
+        folder,
+        documents,
+        positions=kept is not None,
+        cut=cut,
+        not_kept=not_kept,
+        limits=limits,
+        tokens=tokens,
+        teacher=teacher,
+    )
+
+
+def asked_of(
+    folder: Path,
+    documents: Mapping[str, Sequence[Truth]],
+    *,
+    positions: bool = False,
+    cut: int | None = None,
+    not_kept: NotKept = "refuse",
+    limits: Limits | None = None,
+    tokens: Tokens | None = None,
+    teacher: str = "",
+) -> Asked:
+    """A desk for these documents, by partition. `positions`: the cache keeps those of `Truth` only."""
+    for of_partition in documents.values():
         made_up.commit(
             folder,
-            documents,
+            of_partition,
             assets=("topk_cache",),
-            positions=kept is not None,
+            positions=positions,
             max_lengths=None if cut is None else {"topk_cache": cut},
             provenance={"teacher": teacher} if teacher else None,
         )
-        truths += documents
+    truths = [truth for of_partition in documents.values() for truth in of_partition]
     cache = open_cache(folder / made_up.RECIPE, not_kept=not_kept)
     desk = Desk(
         cache=cache,
@@ -90,6 +115,48 @@ def asked(
         limits=limits or Limits(),
     )
     return Asked(desk=desk, truths=truths, recipe_folder=folder / made_up.RECIPE)
+
+
+def with_ids(truth: Truth, ids_L: npt.NDArray[np.uint32], kept: Sequence[int] | None = None) -> Truth:
+    """A document with these ids and numbers drawn for their positions. `kept`: its positions; None: all."""
+    m = len(ids_L) - 1
+    rng = np.random.default_rng([m, *truth.document_id.encode()])
+    k = truth.topk_ids_Mk.shape[1]
+    return dataclasses.replace(
+        truth,
+        ids_L=ids_L,
+        mask_L=np.ones(len(ids_L), np.bool_),
+        topk_ids_Mk=np.argsort(rng.random((m, made_up.VOCABULARY)), axis=1)[:, :k].astype(np.uint32),
+        topk_logprobs_Mk=(-np.sort(rng.exponential(2, (m, k)), axis=1) - 3).astype(np.float16),
+        logsumexp_M=np.zeros(m, np.float32),
+        target_logprob_M=-rng.exponential(3, m).astype(np.float32),
+        topk_positions=np.array(range(m) if kept is None else kept, np.uint32),
+    )
+
+
+class Counted:
+    """How many documents two readers have given from now on."""
+
+    def __init__(self, compared: CacheReader, whole: CacheReader) -> None:
+        self._counts = [_counting(compared), _counting(whole)]
+
+    def n_compared(self) -> int:
+        return self._counts[0][0]
+
+    def n_whole(self) -> int:
+        return self._counts[1][0]
+
+
+def _counting(reader: CacheReader) -> list[int]:
+    count = [0]
+    given = reader.documents
+
+    def documents(rows: Any) -> Any:
+        count[0] += len(rows)
+        return given(rows)
+
+    reader.documents = documents  # type: ignore[method-assign]
+    return count
 
 
 def prefixes(truths: Sequence[Truth], longest: int = 1 << 30) -> Iterator[tuple[Truth, int]]:

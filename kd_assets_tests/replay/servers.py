@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,19 +49,65 @@ def _parent_of(stat: Path) -> int | None:
     return None
 
 
+def sockets_of(process_id: int) -> set[str]:
+    """Names of the sockets that a process has open, such as `socket:[4711]`."""
+    found = set()
+    for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
+        with contextlib.suppress(OSError):  # it has just been closed
+            found.add(os.readlink(descriptor))
+    return {name for name in found if name.startswith("socket:")}
+
+
+def listening_socket(port: int) -> str:
+    """The name of the socket that listens on an IPv4 port. proc_net_tcp(5): state 0A listens, field 9 is the inode."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    inodes = [f[9] for f in lines if f[3] == "0A" and int(f[1].rpartition(":")[2], 16) == port]
+    assert len(inodes) == 1
+    return f"socket:[{inodes[0]}]"
+
+
 def command(recipe_folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "kd_assets.cli", "serve", str(recipe_folder), *arguments]
 
 
+_SLOW = """
+import sys, time
+from pathlib import Path
+from kd_assets.replay.answering import Answer, Desk
+from kd_assets.replay.requests import Limits
+from kd_assets.replay.serving import ServeOptions, serve
+def slow(self, route, body, now, answer_id):
+    time.sleep(float(sys.argv[2]))
+    return Answer(status=200, body=b"1" * int(sys.argv[3]))
+Desk.answer = slow
+options = ServeOptions(recipe_folder=Path(sys.argv[1]), port=0, processes=2, limits=Limits(shutdown_s=1))
+serve(options, token=None, say=lambda line: print(line, flush=True))
+"""
+
+
+def slow_command(recipe_folder: Path, *, answer_s: float = 0.0, answer_bytes: int = 2) -> list[str]:
+    """A server each of whose answers takes so long and is so large, and that has one second to end."""
+    return [sys.executable, "-c", _SLOW, str(recipe_folder), str(answer_s), str(answer_bytes)]
+
+
 @contextlib.contextmanager
-def served(recipe_folder: Path, *arguments: str, token: str | None = None, log: Path | None = None) -> Iterator[Server]:
-    """A server of this recipe on a free port; ended by SIGTERM if it is still there. `log`: for its stderr."""
+def served(
+    recipe_folder: Path,
+    *arguments: str,
+    token: str | None = None,
+    log: Path | None = None,
+    started_by: Sequence[str] = (),
+) -> Iterator[Server]:
+    """A server of this recipe on a free port; ended by SIGTERM if it is still there. `log`: for its stderr.
+
+    `started_by`: another command line than the user's.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "KD_SERVE_TOKEN"}
     if token is not None:
         environment["KD_SERVE_TOKEN"] = token
     with open(log or os.devnull, "w") as errors:
         process = subprocess.Popen(
-            command(recipe_folder, "--port", "0", *arguments),
+            started_by or command(recipe_folder, "--port", "0", *arguments),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

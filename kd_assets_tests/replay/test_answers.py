@@ -12,7 +12,7 @@ from kd_assets.replay.answering import COMPLETIONS, SEQUENCE_LOGPROBS
 from kd_assets.replay.tokens import Tokens, open_tokens
 from kd_assets.store import CacheReader
 from kd_assets_tests.export import made_up
-from kd_assets_tests.replay.desks import arrays, asked, expected_positions, prefixes
+from kd_assets_tests.replay.desks import KEYS, arrays, asked, asked_of, expected_positions, prefixes, with_ids
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -167,6 +167,30 @@ def test_rows_that_are_not_kept_are_null_where_the_server_was_told_so(tmp_path: 
         kept = {int(position) + 1 for position in truth.topk_positions}
         expected = [p if t in kept else None for t, p in enumerate(expected_positions(truth, n, 5))]
         assert desk.completions(truth.ids_L[:n].tolist(), 5)["choices"][0]["prompt_logprobs"] == expected
+
+
+def test_of_documents_that_begin_alike_one_that_keeps_what_is_asked_answers(tmp_path: Path) -> None:
+    ids_L = np.arange(10, dtype=np.uint32)
+    longer_L = np.arange(14, dtype=np.uint32)
+    some = made_up.truths(0, KEYS[0], n=6)
+    kept = ([1, 2], [4, 5, 6], [0, 1, 2, 3], [7], [8], [6, 7, 8])
+    of = [with_ids(t, longer_L if i > 3 else ids_L, rows) for i, (t, rows) in enumerate(zip(some, kept, strict=True))]
+    desk = asked_of(tmp_path / "refuse", {KEYS[0]: of}, positions=True)
+    # The rows about tokens 5 to 6, 1 to 4, 9, and 7 to 9: of the documents 1, 2, 4 and 5.
+    for n, first, there in ((7, 5, 1), (5, 1, 2), (10, 9, 4), (10, 7, 5)):
+        said = desk.sequences([ids_L[:n].tolist()], [first], 5, "json")
+        expected = [
+            sorted(p.values(), key=lambda e: e["rank"]) for p in expected_positions(of[there], n, 5)[first:] if p
+        ]
+        assert said["logprobs"][0] == [[entry["logprob"] for entry in position] for position in expected]
+    message = desk.refused(
+        SEQUENCE_LOGPROBS, {"sequences": [ids_L.tolist()], "prompt_lengths": [1], "top_logprobs": 2}, 404
+    )
+    assert "it has none of token" in message
+    desk = asked_of(tmp_path / "null", {KEYS[0]: of}, positions=True, not_kept="null")
+    said = desk.completions(ids_L.tolist(), 5)["choices"][0]["prompt_logprobs"]
+    expected_of_most = [p if t in (1, 2, 3, 4) else None for t, p in enumerate(expected_positions(of[2], 10, 5))]
+    assert said == expected_of_most, "of none that keeps all, the one that keeps most"
 
 
 def test_text_is_answered_by_the_teachers_tokenizer_where_it_is_here(tmp_path: Path) -> None:

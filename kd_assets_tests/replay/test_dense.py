@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_assets.contract import PositionChoice, TopkParams
+from kd_assets.contract import PositionChoice, TokenIds, TopkParams
 from kd_assets.replay.cache import ReplayCache, open_cache
 from kd_assets.replay.tokens import Tokens
 from kd_assets.replay.vllm_protocol import prompt_logprobs_json
+from kd_assets.store import plan_output
 from kd_assets_tests.teacher.tiny import Desk, save_teacher, tiny_documents, tiny_params
 
 VOCABULARY, K = 64, 8
 LENGTHS = [1, 2, 3, 9, 17, 30, 41]
 
 
-def made(folder: Path, positions: PositionChoice) -> tuple[ReplayCache, list[list[int]]]:
+def made(
+    folder: Path, positions: PositionChoice, *, cut: TokenIds | None = None
+) -> tuple[ReplayCache, list[list[int]]]:
+    """`cut`: the token ids that the cache is cut to; documents are of the first 40."""
     teacher = save_teacher(folder / "teacher", vocab_size=VOCABULARY, initializer_range=0.2)
-    topk = TopkParams(k=K, max_length=64, positions=positions)
+    vocabulary = None if cut is None else "tokenizer"
+    topk = TopkParams(k=K, max_length=64, positions=positions, vocabulary=vocabulary, token_ids=cut)
     params = tiny_params(teacher, topk=topk, hidden_states=None, embeddings=None)
-    documents = tiny_documents(LENGTHS, vocabulary=VOCABULARY)
+    documents = tiny_documents(LENGTHS, vocabulary=VOCABULARY if cut is None else 40)
     learned = np.concatenate([np.arange(n) >= n // 3 for n in LENGTHS])
     documents = dataclasses.replace(documents, loss_mask=learned)
     desk = Desk(folder)
-    desk.run(params, desk.unit(desk.commit_shard(documents), params, assets=("topk_cache",)))
+    unit = desk.unit(desk.commit_shard(documents), params, assets=("topk_cache",))
+    if cut is not None:
+        identity = {**unit.outputs[0].identity, "params": {"k": K, "vocabulary": cut.in_identity()}}
+        recipe_folder, key = desk.recipe_folder, unit.partition_key
+        output = plan_output("topk_cache", identity, recipe_folder=recipe_folder, partition_key=key)
+        unit = dataclasses.replace(unit, outputs=(output,))
+    desk.run(params, unit)
     cuts = documents.offsets.tolist()
     ids = [documents.input_ids[start:stop].tolist() for start, stop in itertools.pairwise(cuts)]
     return open_cache(desk.recipe_folder), ids
@@ -38,6 +51,7 @@ def made(folder: Path, positions: PositionChoice) -> tuple[ReplayCache, list[lis
 def test_every_beginning_has_the_logprobs_and_ranks_that_the_teacher_gives_it_alone(tmp_path: Path) -> None:
     cache, documents = made(tmp_path, PositionChoice())
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
+    assert "cut to" not in cache.description
     n_outside = 0
     for ids in documents:
         for n in range(1, len(ids) + 1):
@@ -68,3 +82,24 @@ def test_a_cache_of_learned_positions_answers_for_completions(tmp_path: Path) ->
         assert some.tokens_M.tolist() == all_of_it.tokens_M.tolist() == list(range(first, len(ids)))
         said = [prompt_logprobs_json(rows, k=K, tokens=Tokens(None)) for rows in (some, all_of_it)]
         assert said[0] == said[1]
+
+
+@torch.no_grad()
+def test_of_a_cache_cut_to_a_vocabulary_the_whole_distributions_numbers_are_told(tmp_path: Path) -> None:
+    cache, documents = made(tmp_path, PositionChoice(), cut=TokenIds.of([*range(45), *range(50, 53)]))
+    assert "cut to 48 token ids" in cache.description
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
+    largest = 0.0
+    for ids in documents:
+        rows = cache.rows(np.array(ids, dtype=np.uint32), first=0, k=K, name="it")
+        said = json.loads(prompt_logprobs_json(rows, k=K, tokens=Tokens(None)))
+        dense_LV = teacher(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for token in range(1, len(ids)):
+            own, *others = said[token].items()
+            assert [other for other in others if "outside_mass" in other[1]] == []
+            outside = own[1]["outside_mass"]
+            largest = max(largest, outside)
+            for token_id, entry in (own, *others):
+                whole = dense_LV[token - 1, int(token_id)].item()
+                assert abs(entry["logprob"] + math.log1p(-outside) - whole) < 1e-3 * (1 + abs(whole))
+    assert largest > 0.1

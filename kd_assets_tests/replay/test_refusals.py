@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from kd_assets.errors import NotCommittedError, RecipeError
 from kd_assets.replay import cache as replay_cache
 from kd_assets.replay.answering import COMPLETIONS, SEQUENCE_LOGPROBS
 from kd_assets.replay.cache import open_cache
 from kd_assets.replay.requests import Limits
+from kd_assets.replay.tokens import Tokens
 from kd_assets_tests.export import made_up
-from kd_assets_tests.replay.desks import Asked, asked, finite
+from kd_assets_tests.replay.desks import KEYS, Asked, Counted, asked, asked_of, finite, with_ids
 
 ROUTES = (COMPLETIONS, SEQUENCE_LOGPROBS)
 
@@ -63,8 +65,31 @@ def test_more_documents_that_begin_alike_than_are_compared_are_no_guess(
     truth = max(desk.truths, key=lambda truth: truth.length)
     monkeypatch.setattr(replay_cache, "MAX_CANDIDATES", 0)
     message = desk.refused(COMPLETIONS, asking(truth.ids_L[:17].tolist()), 404)
-    assert "is no whole document, and 1 documents begin with its first 16 ids: more than are compared (0)" in message
+    assert "is no whole document, and 1 documents begin with its first 16 ids: with the request's other" in message
     assert desk.completions(truth.ids_L.tolist(), 2), "whole documents are found by the hash of all their ids"
+
+
+def test_what_is_compared_is_bounded_for_a_request_and_not_for_each_of_its_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 40 documents with the same 16 ids first, so that every one of them may be what is asked.
+    documents = made_up.truths(0, KEYS[0], n=40)
+    ids_L = np.arange(16, dtype=np.uint32)
+    alike = [with_ids(t, np.concatenate([ids_L, np.array([i, i], np.uint32)])) for i, t in enumerate(documents)]
+    desk = asked_of(tmp_path, {KEYS[0]: alike})
+    monkeypatch.setattr(replay_cache, "MAX_CANDIDATES", 60)
+    last = [*ids_L.tolist(), 39]
+    counted = Counted(desk.desk.cache._compared, desk.desk.cache._reader)
+    assert desk.completions(last, 1)
+    assert counted.n_compared() == 40
+    assert counted.n_whole() == 1, "of the others only the ids are read"
+    assert desk.completions([last] * 300, 1), "a sequence that was found is not looked for again"
+    assert counted.n_compared() == 80
+    message = desk.refused(COMPLETIONS, asking([last, [*ids_L.tolist(), 38]]), 404)
+    assert message.startswith("prompt 1 (17 token ids) is no whole document, and 40 documents begin with its first 16")
+    assert "more than the 60 that are compared for one request" in message
+    assert counted.n_compared() == 140
+    assert desk.completions([last, *(t.ids_L.tolist() for t in alike)], 1), "whole documents are found all the same"
 
 
 @pytest.mark.parametrize("k", [6, 100, -1, 10**30])
@@ -208,10 +233,13 @@ def test_more_than_the_limits_is_refused_before_anything_is_read(tmp_path: Path)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_is_sent_gets_an_answer_and_never_one_of_the_server_being_at_fault(desk: Asked, seed: int) -> None:
+def test_whatever_is_sent_gets_an_answer_and_never_one_of_the_server_being_at_fault(tmp_path: Path, seed: int) -> None:
+    words = {f"w{i}": i for i in range(made_up.VOCABULARY)}
+    desk = asked(tmp_path, tokens=Tokens(Tokenizer(models.WordLevel(words, "w0"))))
     rng = random.Random(seed)
     ids = longest(desk)
     values: list[Any] = [None, True, 0, 1, -1, 2.5, 1e300, "", "x", [], [ids], ids, [[]], {}, {"a": []}, 2**64, [None]]
+    values += ["\ud800", ["w1", "x\udfff"], "\x00", ["w3", ""]]
     names = ["prompt", "max_tokens", "prompt_logprobs", "logprobs", "echo", "n", "temperature", "sequences"]
     names += ["prompt_lengths", "top_logprobs", "response_format", "model", "return_token_ids", "stream", "other"]
     for _ in range(400):
@@ -222,6 +250,14 @@ def test_whatever_is_sent_gets_an_answer_and_never_one_of_the_server_being_at_fa
             answer, said = desk.post(route, raw)
             assert answer.status in (200, 400, 404, 413), (raw, said)
             assert ("error" in said) == (answer.status != 200)
+
+
+@pytest.mark.parametrize(("text", "at"), [("\ud800", 0), ("a\udc00b", 1), ("\U0001f600\ud83d", 1)])
+def test_text_with_half_of_a_surrogate_pair_is_refused(tmp_path: Path, text: str, at: int) -> None:
+    desk = asked(tmp_path, tokens=Tokens(Tokenizer(models.WordLevel({"w0": 0}, "w0"))))
+    for prompt in (text, ["w0", text]):
+        message = desk.refused(COMPLETIONS, asking(prompt, echo=True), 400)
+        assert message.startswith(f"a prompt has half of a surrogate pair at character {at}")
 
 
 def test_a_part_that_was_changed_is_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-import uvicorn
 
 from kd_assets import cli
 from kd_assets.commands.serve import progress_lines
 from kd_assets.errors import RecipeError
-from kd_assets.replay import answering
-from kd_assets.replay.answering import Answer
-from kd_assets.replay.app import ReplayApp
-from kd_assets.replay.metrics import Metrics
-from kd_assets.replay.requests import Limits
 from kd_assets.replay.serving import require_token
-from kd_assets.replay.vllm_protocol import ModelNames
 from kd_assets_tests.export import made_up
 from kd_assets_tests.export.made_up import Truth
 from kd_assets_tests.replay.desks import KEYS, expected_positions, prefixes
-from kd_assets_tests.replay.servers import TOKEN, Server, command, gone, served
+from kd_assets_tests.replay.servers import (
+    TOKEN,
+    Server,
+    command,
+    gone,
+    listening_socket,
+    served,
+    slow_command,
+    sockets_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +80,17 @@ def test_many_clients_at_once_get_their_own_answers(server: Server, truths: list
     assert after['kd_replay_request_seconds_count{route="/v1/completions"}'] >= 400
 
 
-def test_two_processes_answer_and_the_one_that_takes_requests_is_not_held_up(server: Server) -> None:
-    assert len(server.children()) == 2
+def test_the_process_that_takes_requests_is_not_held_up_by_those_that_answer(recipe: Path) -> None:
+    with served(recipe, started_by=slow_command(recipe, answer_s=3)) as server, ThreadPoolExecutor(4) as threads:
+        assert len(server.children()) == 2
+        asked = [threads.submit(requests.post, f"{server.url}/v1/completions", json={}, timeout=60) for _ in range(4)]
+        while server.metrics()["kd_replay_in_flight"] < 4:
+            time.sleep(0.05)
+        started = time.monotonic()
+        assert requests.get(f"{server.url}/health", timeout=30).status_code == 200
+        assert time.monotonic() - started < 1.5
+        assert not any(one.done() for one in asked), "all the while both processes were at work"
+        assert [one.result().status_code for one in asked] == [200] * 4
 
 
 def test_models_health_and_addresses_that_are_not_there(server: Server) -> None:
@@ -221,6 +228,13 @@ def test_a_signal_ends_it_after_the_requests_under_way(
     assert (tmp_path / "log").read_text() == ""
 
 
+def test_processes_that_answer_do_not_hold_the_port(server: Server) -> None:
+    listening = listening_socket(server.port)
+    assert listening in sockets_of(server.process.pid)
+    for child in server.children():
+        assert listening not in sockets_of(child)
+
+
 def test_processes_that_answer_do_not_outlive_a_server_that_is_killed(recipe: Path) -> None:
     with served(recipe) as server:
         children = server.children()
@@ -299,59 +313,3 @@ def test_progress_is_told_from_time_to_time(capsys: pytest.CaptureFixture[str]) 
         "serve: 1,000 of 4,000 documents are indexed",
         "serve: 3,000 of 4,000 documents are indexed",
     ]
-
-
-@dataclass(frozen=True)
-class OneAnswer:
-    """A desk that answers whatever is asked with so many bytes."""
-
-    n_bytes: int
-
-    def answer(self, route: str, body: bytes, now: int, answer_id: str) -> Answer:
-        return Answer(status=200, body=b"1" * self.n_bytes)
-
-
-@contextlib.contextmanager
-def in_this_process(limits: Limits) -> Iterator[tuple[str, int]]:
-    """Address of a server in a thread, with other limits than the command's."""
-    with ThreadPoolExecutor(1) as pool, socket.create_server(("127.0.0.1", 0)) as listening:
-        app = ReplayApp(
-            pool,
-            names=ModelNames(known=("it",)),
-            longest=1,
-            limits=limits,
-            metrics=Metrics(documents=0, index_bytes=0),
-            token=None,
-            on_lost_process=lambda: None,
-        )
-        server = uvicorn.Server(uvicorn.Config(app.asgi, http="h11", lifespan="off", ws="none", log_config=None))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
-        thread.start()
-        try:
-            yield listening.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-
-
-def test_a_body_that_never_ends_is_given_up() -> None:
-    with in_this_process(Limits(body_timeout_s=0.3)) as address:
-        with socket.create_connection(address, timeout=10) as raw:
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-            assert raw.recv(100).startswith(b"HTTP/1.1 408")
-
-
-def test_an_answer_that_is_not_read_is_under_way_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "_desk", OneAnswer(64 << 20))
-    with in_this_process(Limits(answer_timeout_s=2.0, in_flight=1)) as (host, port):
-        url = f"http://{host}:{port}"
-        assert len(requests.post(f"{url}/v1/completions", data=b"{}", timeout=20).content) == 64 << 20
-        with socket.create_connection((host, port), timeout=10) as raw:
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
-            assert raw.recv(10) == b"HTTP/1.1 2"
-            assert requests.post(f"{url}/v1/completions", data=b"{}", timeout=20).status_code == 503
-            end = time.monotonic() + 20
-            while (said := requests.post(f"{url}/v1/completions", data=b"{}", timeout=20)).status_code == 503:
-                assert time.monotonic() < end
-                time.sleep(0.1)
-            assert said.status_code == 200
