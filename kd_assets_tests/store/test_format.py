@@ -1482,6 +1482,11 @@ def test_index_is_written_anew_with_the_same_bytes_when_its_result_is_reused(sto
         lose(folder / "documents.index")
         set_head(folder)
         assert contents(folder) == written
+    (folder / ".lease").unlink()
+    (folder / "documents.index").unlink()
+    archived = contents(folder)
+    set_head(folder)
+    assert contents(folder) == archived
 
 
 def test_index_comes_before_the_manifest(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,14 +369,16 @@ def set_head(folder: Path, manifest: Manifest | None = None) -> bool:
     check never becomes it.
 
     Also does what a kill right after the commit left undone (see the module's docstring), unless its task is at it;
-    returns whether all is done. An index that is absent or damaged is written anew where that is possible; nothing
-    depends on it. `manifest` is that of `folder`, where the caller has just read it.
+    returns whether all is done. An index that is absent or damaged is written anew where that is possible, unless the
+    result is a copy that no writer has worked on in this place (there is no lease file); nothing depends on it.
+    `manifest` is that of `folder`, where the caller has just read it.
     """
     manifest = manifest or read_manifest(folder)
     if failed_check(manifest) is None:
         write_head(folder, manifest.fingerprint)
     is_finished = size_if_there(folder / JOURNAL_NAME) is None
-    if is_finished and not has_lost_index(folder, manifest):
+    is_made_here = size_if_there(folder / LEASE_NAME) is not None
+    if is_finished and not (is_made_here and has_lost_index(folder, manifest)):
         return True
     lease = Lease(folder / LEASE_NAME)
     try:
