@@ -192,7 +192,7 @@ def test_without_accounting_a_job_that_squeue_soon_forgets_is_submitted_again(
     make_cluster: MakeCluster, deploy: Deploy
 ) -> None:
     cluster = make_cluster(nodes=1, min_job_age_s=2)
-    deployment = deploy(cluster, n_tasks=1, told={"part_s": 0.5}, profile={"poll_interval_s": 8, "absence_grace_s": 4})
+    deployment = deploy(cluster, n_tasks=1, told={"part_s": 1.5}, profile={"poll_interval_s": 8, "absence_grace_s": 4})
     with Background(deployment, TWO) as run:
         run.wait_for_parts(KEYS[0])
         kill_script(run)
@@ -207,7 +207,7 @@ def test_accounting_explains_the_end_of_a_job_that_was_forgotten_before_anybody_
     make_cluster: MakeCluster, deploy: Deploy
 ) -> None:
     cluster = make_cluster(nodes=1, min_job_age_s=2, accounting=True)
-    deployment = deploy(cluster, n_tasks=1, told={"part_s": 0.5}, profile={"poll_interval_s": 8, "absence_grace_s": 4})
+    deployment = deploy(cluster, n_tasks=1, told={"part_s": 1.5}, profile={"poll_interval_s": 8, "absence_grace_s": 4})
     with Background(deployment, TWO) as run:
         run.wait_for_parts(KEYS[0])
         kill_script(run)
