@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import gc
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,15 @@ class Made:
 
 def first_quarter_is_not(n_tokens: int) -> npt.NDArray[np.bool_]:
     return np.arange(n_tokens) >= n_tokens // 4
+
+
+@pytest.fixture(autouse=True)
+def sockets_of_clients_are_let_go() -> Iterator[None]:
+    """TRL's client leaves its socket open, and Python tells of it in whichever test comes next."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="package")
