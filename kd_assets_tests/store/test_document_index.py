@@ -19,6 +19,7 @@ from kd_assets.store import CacheReader, Manifest, part_stats, read_manifest, se
 from kd_assets.store.document_index import DocumentRows, index_bytes, read_index
 from kd_assets.store.layout import INDEX_NAME, LEASE_NAME
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.writing import lost_index
 from kd_assets_tests.store import examples
 
 LENGTHS = [min(n, examples.MAX_LENGTH) for n in examples.LENGTHS]
@@ -274,3 +275,16 @@ def test_a_damaged_part_is_said_to_be_damaged_and_the_index_is_not(tmp_path: Pat
     examples.flip_byte(sorted(folder.glob("part-*"))[0])
     assert [problem.kind for problem in verify(folder).problems] == ["changed_part"]
     assert read_manifest(folder).n_documents == len(LENGTHS)
+
+
+def test_a_large_result_is_not_read_for_its_lost_index_when_it_is_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = examples.commit(tmp_path, "topk_cache")
+    (folder / INDEX_NAME).unlink()
+    monkeypatch.setattr(lost_index, "MOST_BYTES", manifest.n_bytes - 1)
+    assert set_head(folder)
+    assert not (folder / INDEX_NAME).exists()
+    monkeypatch.setattr(lost_index, "MOST_BYTES", manifest.n_bytes)
+    assert set_head(folder)
+    assert (folder / INDEX_NAME).exists()

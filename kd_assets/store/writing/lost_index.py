@@ -23,6 +23,9 @@ from kd_assets.store.schema import CONVENTIONS
 
 log = logging.getLogger(__name__)
 
+MOST_BYTES = 64 << 20
+"""Of a result whose index is made anew on reuse: the run that reuses thousands of results reads each of these whole."""
+
 
 def index_of(
     folder: Path, manifest: Manifest, *, rows: Mapping[int, DocumentRows], schema: pa.Schema | None
@@ -46,8 +49,9 @@ def index_of(
 
 
 def has_lost_index(folder: Path, manifest: Manifest) -> bool:
-    """Whether a committed result should have an index and has no sound one. Reads all of the index and no part."""
-    if not _has_index(manifest):
+    """Whether a committed result of up to `MOST_BYTES` should have an index and has no sound one. Reads all of the
+    index and no part."""
+    if not _has_index(manifest) or manifest.n_bytes > MOST_BYTES:
         return False
     try:
         index = read_index(folder, manifest)
