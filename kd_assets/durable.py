@@ -277,8 +277,9 @@ def prepare_folder(path: Path) -> None:
             sync_folder(folder.parent)
 
 
-_WRITE_BACK_BYTES = 32 << 20
+_WRITE_BACK_BYTES = 8 << 20
 """Of a file: the kernel is asked to write them before the sync at its end."""
+_PAGE_BYTES = 4_096
 
 _HASHED_BESIDE = 1 << 20
 """Bytes from which on a thread for hashing pays off."""
@@ -308,18 +309,22 @@ class HashingFile(io.RawIOBase):
         view = memoryview(data).cast("B")
         if len(view) < _HASHED_BESIDE:
             self._digest.update(view)
-            self._file.write(view)
-        else:  # hashing takes as long as writing, and holds no lock of the interpreter
+            self._write(view)
+        else:  # hashing takes three times as long as writing, and holds no lock of the interpreter
             hashing = threading.Thread(target=self._digest.update, args=(view,))
             hashing.start()
             try:
-                self._file.write(view)
+                for start in range(0, len(view), _WRITE_BACK_BYTES):
+                    self._write(view[start : start + _WRITE_BACK_BYTES])
             finally:
                 hashing.join()
+        return len(view)
+
+    def _write(self, view: memoryview) -> None:
+        self._file.write(view)
         self.n_bytes += len(view)
         if self.n_bytes - self._n_begun >= _WRITE_BACK_BYTES:
             self._begin_write_back()
-        return len(view)
 
     def _begin_write_back(self) -> None:
         """Have the kernel write to the disk what is new, so that the sync at the end does not wait for all of it.
@@ -327,10 +332,11 @@ class HashingFile(io.RawIOBase):
         posix_fadvise(2): POSIX_FADV_DONTNEED begins to write the dirty pages of a range, and waits for none.
         """
         if hasattr(os, "posix_fadvise"):
+            # whole pages: one that is on its way to the disk would have to be waited for to be filled
+            end = self.n_bytes - self.n_bytes % _PAGE_BYTES
             with contextlib.suppress(OSError):  # only time is saved by it
-                n_new = self.n_bytes - self._n_begun
-                os.posix_fadvise(self._file.fileno(), self._n_begun, n_new, os.POSIX_FADV_DONTNEED)
-        self._n_begun = self.n_bytes
+                os.posix_fadvise(self._file.fileno(), self._n_begun, end - self._n_begun, os.POSIX_FADV_DONTNEED)
+            self._n_begun = end
 
 
 @contextlib.contextmanager

@@ -152,6 +152,11 @@ class CodecRangeError(StoreError):
     """Numbers that a codec cannot hold; the message names document and row. Nothing of the part was written."""
 
 
+class NoSourceError(InputError):
+    """A result was to be recoded, and nothing is there that it can be made of; the message says what was looked for and
+    why what is there will not do."""
+
+
 class ResultBusyError(StoreError):
     """Another live task holds the lease of this result and is computing it."""
 
@@ -227,6 +232,11 @@ class SchedulerMisusedError(SchedulerError):
 class JobFilesUnavailableError(SchedulerUnreachableError):
     """The files of jobs cannot be read or written now: a full disk, a share that is away. Nothing follows from it
     either, and they are asked for again."""
+
+
+class DatabaseUnavailableError(KdAssetsError):
+    """Dagster's own database gives no answer, or refuses the login. What is committed is kept, and the next run records
+    it."""
 
 
 class NoProgressError(KdAssetsError):

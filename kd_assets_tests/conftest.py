@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,9 +25,14 @@ collect_ignore = (
     []
     if importlib.util.find_spec("dagster") is not None
     else [
+        "benchmarks/test_orchestration.py",
         "benchmarks/test_scheduler.py",
+        "benchmarks/test_worth.py",
+        "demo/test_inputs.py",
+        "demo/test_run.py",
         "diagnose",
         "golden/test_golden_deployment.py",
+        "library",
         "orchestration",
         "recipes",
         "scheduler/local/test_local.py",
@@ -37,6 +45,21 @@ collect_ignore = (
 # So is what needs a web server.
 if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "prometheus_client", "requests")):
     collect_ignore += ["replay", "benchmarks/test_replay.py", "consumers/test_replay.py"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-of-each", action="store_true", help="of each parametrized test its first case alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --one-of-each what is missing in an environment is found in each place, and nothing is computed twice."""
+    if not config.getoption("--one-of-each"):
+        return
+    of_each: dict[str, pytest.Item] = {}
+    for item in items:
+        of_each.setdefault(item.nodeid.partition("[")[0], item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in of_each.values()])
+    items[:] = of_each.values()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,3 +87,15 @@ def cuda_for_gpu_tests(request: pytest.FixtureRequest) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def no_definitions_state_of_an_instance_that_is_gone() -> Iterator[None]:
+    """Dagster keeps the storage of the instance that was entered last for all that is loaded after; one of a fixture of
+    a whole module may be the one that is left, when its folder is gone."""
+    if "dagster" not in sys.modules:
+        yield
+        return
+    base = importlib.import_module("dagster._core.storage.defs_state.base")
+    with base.set_defs_state_storage(None):
+        yield

@@ -13,6 +13,7 @@ import pytest
 
 from kd_assets import cli
 from kd_assets.errors import printable
+from kd_assets.recipes.project import PROJECT_FOLDER
 from kd_assets.store import ResultWriter, commit_file_result, part_stats, plan_output
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit_partition, write_plan
@@ -355,7 +356,7 @@ def test_preview_and_doctor_know_the_recipes_by_name(home: Path, capsys: pytest.
     for command in ("preview", "doctor"):
         status, out, err = run(capsys, command, "dmeo")
         assert (status, out) == (2, "")
-        assert err == "kd-assets: there is no recipe 'dmeo'; there are demo, llama31_70b\n"
+        assert err == f"kd-assets: there is no recipe 'dmeo'; there are demo, llama31_70b in {PROJECT_FOLDER}\n"
 
 
 def test_preview_without_a_plan_says_what_to_do(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,9 +378,12 @@ def test_doctor_ends_with_1_when_something_fails(home: Path, capsys: pytest.Capt
     assert (status, err) == (1, "")
     lines = out.splitlines()
     assert lines[:2] == ["ok   scheduler: local (KD_SCHEDULER)", f"ok   KD_HOME: {home} can be written"]
-    (failed,) = (line for line in lines if line.startswith("FAIL"))
-    assert failed.startswith(f"FAIL weights: no model folder at {home}/inputs/demo/teacher")
-    assert failed.endswith("→ materialize demo/teacher")
+    documents, chats, weights = (line for line in lines if line.startswith("FAIL"))
+    assert documents.startswith(f"FAIL sources: documents: source file {home}/inputs/demo/corpus/documents.jsonl")
+    assert documents.endswith("→ materialize demo/corpus")
+    assert chats.endswith("→ materialize demo/corpus")
+    assert weights.startswith(f"FAIL weights: no model folder at {home}/inputs/demo/teacher")
+    assert weights.endswith("→ materialize demo/teacher")
 
 
 HOSTILE = "id\x1b[2J\x9b31m\u202ereversed\u2066\nverify: all is well\udcff"

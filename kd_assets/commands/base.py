@@ -55,20 +55,25 @@ def _loaded(module: str, remedy: str) -> Any:
 def recipe_folder_of(recipe: str) -> Path:
     """A recipe's folder in a store: the path that was given, or that of the recipe of this name. Raises RecipeError or
     MissingInputError where there is none."""
+    return recipe_and_folder_of(recipe)[1]
+
+
+def recipe_and_folder_of(recipe: str) -> tuple[Any | None, Path]:
+    """The recipe, too: a `recipes.recipe.Recipe`, None where a path was given. Raises as `recipe_folder_of` does."""
     if "/" in recipe or Path(recipe).is_dir():
         folder = Path(recipe).absolute()
         if not (folder / AUDIT_NAME).is_file():
             raise MissingInputError(f"{folder} is no recipe's folder in a store: it has no {AUDIT_NAME}")
-        return folder
+        return None, folder
     try:
-        name = control_plane("kd_assets.components").load_recipe(recipe).name
+        named = control_plane("kd_assets.components").load_recipe(recipe)
     except MissingInputError as e:
         raise MissingInputError(f"{e}; or give the path of the recipe's folder in the store") from e
     platform = control_plane("kd_assets.orchestration.platform").Platform.from_environment()
-    named: Path = platform.recipe_folder(name)
-    if not (named / AUDIT_NAME).is_file():
-        raise MissingInputError(f"nothing of recipe {name} was made yet in {named}: is KD_HOME right?")
-    return named
+    of_recipe: Path = platform.recipe_folder(named.name)
+    if not (of_recipe / AUDIT_NAME).is_file():
+        raise MissingInputError(f"nothing of recipe {named.name} was made yet in {of_recipe}: is KD_HOME right?")
+    return named, of_recipe
 
 
 def selected_partitions(recipe_folder: Path, selection: str | None, assets: Sequence[Asset]) -> list[str] | None:
@@ -100,19 +105,3 @@ def count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is less than 0")
     return number
-
-
-def pairs(values: dict[str, Any]) -> str:
-    return "  ".join(f"{name}={short(value)}" for name, value in values.items())
-
-
-def short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, str) and len(value) == 64:  # a hash
-        return f"{value[:12]}…"
-    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
-
-
-def quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -1,15 +1,17 @@
-"""`kd-assets plan`, `preview` and `doctor`: what the control plane would do. It is loaded by name."""
+"""`kd-assets plan`, `preview`, `doctor`, `check` and `fields`: what the control plane would do, loaded by name."""
 
 from __future__ import annotations
 
 import argparse
+import warnings
+from pathlib import Path
 
 from kd_assets.commands.base import Subcommand, control_plane, count, show, show_json
-from kd_assets.errors import EXIT_FAILED
+from kd_assets.errors import EXIT_FAILED, MissingInputError
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a folder of kd_assets/defs")
+    parser.add_argument("recipe", help="of the dg project around the working directory")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -26,7 +28,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _preview_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a folder of kd_assets/defs")
+    parser.add_argument("recipe", help="of the dg project around the working directory")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--partitions", metavar="A..B", help="from shard A to shard B; or A,C; or one (default: all)")
     which.add_argument("--all", action="store_true", help="all shards of the current plan")
@@ -74,6 +76,33 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if ok else EXIT_FAILED
 
 
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, help="of recipes (default: of the dg project around here)")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Exit 1 when any recipe has something wrong, of which each is a line."""
+    checks = control_plane("kd_assets.diagnose.recipe_files")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what Dagster has in beta: its version is pinned
+        folder = (arguments.folder or checks.defs_folder()).absolute()
+        files, mistakes = checks.mistakes_below(folder)
+    if not files:
+        raise MissingInputError(f"there is no defs.yaml in {folder} or below it")
+    if mistakes:
+        show(*map(str, mistakes))
+        return EXIT_FAILED
+    names = ", ".join(file.parent.name for file in files)
+    show(f"{len(files)} {'recipe is' if len(files) == 1 else 'recipes are'} right: {names}")
+    return 0
+
+
+def _fields(_: argparse.Namespace) -> int:
+    page = control_plane("kd_assets.recipes.reference").reference(control_plane("kd_assets.components").TeacherCaches)
+    show(*page.splitlines())
+    return 0
+
+
 PLAN = Subcommand(
     name="plan",
     description="what the plan would be now and what it would cost; writes nothing; exit 1 when it does not fit",
@@ -91,4 +120,16 @@ DOCTOR = Subcommand(
     description="check what jobs need, the cluster included; exit 1 with the remedy named when something fails",
     add_arguments=_doctor_arguments,
     run=_doctor,
+)
+CHECK = Subcommand(
+    name="check",
+    description="look at the files of all recipes; each mistake is a line with file and line; exit 1 when there is one",
+    add_arguments=_check_arguments,
+    run=_check,
+)
+FIELDS = Subcommand(
+    name="fields",
+    description="every field of a recipe, in Markdown",
+    add_arguments=lambda _: None,
+    run=_fields,
 )

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kd_assets.commands.base import Subcommand, count, quoted, recipe_folder_of, show, show_json
-from kd_assets.commands.tokens import decoder_of
+from kd_assets.cards.tokens import decoder_of
+from kd_assets.cards.words import quoted
+from kd_assets.commands.base import Subcommand, count, recipe_folder_of, show, show_json
 from kd_assets.contract import CACHES
 from kd_assets.errors import EXIT_FAILED, MissingInputError
 from kd_assets.store import CacheReader

@@ -23,7 +23,7 @@ PROGRESS_EVERY_S = 2.0
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("format", choices=list(FORMATS), help="whose files are written")
-    parser.add_argument("recipe", help="a folder of kd_assets/defs, or the path of a recipe's folder in a store")
+    parser.add_argument("recipe", help="its name in the dg project around here, or its folder in a store")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with")
     parser.add_argument("--partitions", metavar="A..B", help="from shard A to shard B; or A,C; or one (default: all)")
     parser.add_argument("--assets", nargs="+", choices=CACHES, metavar="CACHE", help="only these caches")

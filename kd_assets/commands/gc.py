@@ -14,7 +14,7 @@ SHOWN = 5
 
 IN_WORDS = {
     "replaced": "results that a newer one of their partition has replaced",
-    "older variant": "results of a variant that was not made last",
+    "older variant": "results of a variant that is neither the recipe's nor the last one, where the recipe's is there",
     "not planned": "results of partitions that the plan does not name",
     "other shard": "results of a shard that is not the planned one",
     "failed check": "results that failed a check",
@@ -22,6 +22,8 @@ IN_WORDS = {
     "put aside": "results in quarantine",
     "old plan": "earlier shard plans",
 }
+
+ONLY_EXACT_COPY = "  (the only exact copy: what stays of these numbers is rounded, and is no source of another codec)"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +55,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _lines(words: str, items: Sequence[Superseded], n_shown: int) -> list[str]:
     lines = [f"{len(items)} {words}: {sum(item.disk_bytes for item in items):,} bytes on disk"]
-    lines += [f"  {item.disk_bytes:>16,}  {item.path}" for item in items[:n_shown]]
-    if len(items) > n_shown:
-        lines.append(f"  and {len(items) - n_shown} more (--all)")
+    # Each of these is named: who deletes one has nothing left to recode from.
+    shown = [item for n, item in enumerate(items) if n < n_shown or item.is_only_exact_copy]
+    lines += [
+        f"  {item.disk_bytes:>16,}  {item.path}{ONLY_EXACT_COPY if item.is_only_exact_copy else ''}" for item in shown
+    ]
+    if len(items) > len(shown):
+        lines.append(f"  and {len(items) - len(shown)} more (--all)")
     return lines
 
 

@@ -7,9 +7,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kd_assets.commands.base import Subcommand, count, pairs, quoted, show, show_json
-from kd_assets.commands.tokens import Decode, decoder_of
-from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, Position, inspect, view_documents
+from kd_assets.cards.documents import document_lines
+from kd_assets.cards.tokens import Decode, decoder_of
+from kd_assets.cards.words import pairs
+from kd_assets.commands.base import Subcommand, count, show, show_json
+from kd_assets.store.ragged_topk import mean_kept_tokens
+from kd_assets.store.reading.summary import CacheSummary, DocumentView, Inspection, inspect, view_documents
 from kd_assets.store.vocabulary import mean_outside_mass
 
 
@@ -32,7 +35,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             if why_not is not None:
                 show(f"  (token ids, no text: {why_not})")
             for view in view_documents(cache, arguments.documents):
-                show(*_document_lines(view, decode))
+                show(*document_lines(view, decode))
         show("")
     for folder, why in found.failed.items():
         show(f"{folder} is not current: {why}")
@@ -95,12 +98,18 @@ def _cache_lines(cache: CacheSummary) -> list[str]:
     if (outside := mean_outside_mass(cache.stats)) is not None:
         most = cache.stats["max_outside_mass"]
         rows.append(("outside mass", f"{outside:.6g} on average, {most:.6g} at most (of ids that no student has)"))
+    if (kept := mean_kept_tokens(cache.stats)) is not None:
+        rows.append(("tokens kept", f"{kept:.2f} of a position on average (top_p)"))
     teacher = cache.provenance.get("teacher")
     if teacher:
         rows.append(("teacher", teacher if isinstance(teacher, str) else pairs(teacher)))
+    recoded_from = cache.provenance.get("recoded_from")
+    if isinstance(recoded_from, dict):
+        rows.append(("recoded", f"from {recoded_from.get('codec')}, such as {recoded_from.get('folder')}"))
     for name, record in cache.checks.items():
-        others = {k: v for k, v in record.items() if k not in ("n_partitions", "n_passed")}
+        others = {k: v for k, v in record.items() if k not in ("n_partitions", "n_passed", "measured_on")}
         passed = f"passed in {record['n_passed']} of {record['n_partitions']} partitions"
+        passed += f", measured on {record['measured_on']}" if "measured_on" in record else ""
         rows.append((f"check {name}", f"{passed}  {pairs(others)}".rstrip()))
     rows.append(("committed", _period(cache)))
     width = max(len(label) for label, _ in rows)
@@ -114,31 +123,6 @@ def _period(cache: CacheSummary) -> str:
         made += f" to {cache.last_created_at}"
     host, commit = cache.provenance.get("host"), cache.provenance.get("code_commit")
     return made + (f" on {host}" if host else "") + (f" by code {str(commit)[:12]}" if commit else "")
-
-
-def _document_lines(view: DocumentView, decode: Decode | None) -> list[str]:
-    more = " …" if view.n_tokens > len(view.input_ids) else ""
-    shown = quoted(decode(view.input_ids)) if decode is not None else " ".join(map(str, view.input_ids))
-    extra = f"  {pairs(view.fields)}" if view.fields else ""
-    lines = [
-        f"  {view.document_id}  [{view.partition_key}]  {view.n_tokens} tokens, {view.n_loss_tokens} trained{extra}",
-        f"    {shown}{more}",
-    ]
-    lines += [_position_line(position, decode) for position in view.positions]
-    for name, vector in view.vectors.items():
-        shape = " × ".join(map(str, vector["shape"]))
-        values = ", ".join(f"{value:.4g}" for value in vector["first_values"])
-        lines.append(f"    {name}: {shape}, first vector [{values}, …] of norm {vector['first_norm']:.4g}")
-    return lines
-
-
-def _position_line(position: Position, decode: Decode | None) -> str:
-    def token(token_id: int) -> str:
-        return str(token_id) if decode is None else quoted(decode([token_id]))
-
-    top = ", ".join(f"{token(token_id)} {probability:.3f}" for token_id, probability in position.top[:5])
-    target = f"{token(position.target_id)} {position.target_probability:.3f}"
-    return f"    after {token(position.token_id)} (position {position.position}) came {target}; teacher: {top}"
 
 
 def _tokenizer_of(cache: CacheSummary) -> object:

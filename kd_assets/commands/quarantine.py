@@ -16,7 +16,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("partitions", nargs="+", metavar="PARTITION")
     parser.add_argument("--why", required=True, help="for the audit log, and for whoever finds it")
     parser.add_argument("--assets", nargs="+", metavar="NAME", help="such as topk_cache (default: all caches)")
-    parser.add_argument("--variant", help="where an asset has several")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--variant", help="where an asset has several")
+    which.add_argument("--all-variants", action="store_true", help="the results of all of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -27,7 +29,12 @@ def _run(arguments: argparse.Namespace) -> int:
         raise MissingInputError(f"{folder} has nothing of an asset {unknown[0]!r}; it has {', '.join(sorted(there))}")
     assets = arguments.assets or [asset for asset in CACHES if asset in there]
     moved = put_aside(
-        folder, list(dict.fromkeys(arguments.partitions)), assets, why=arguments.why, variant=arguments.variant
+        folder,
+        list(dict.fromkeys(arguments.partitions)),
+        assets,
+        why=arguments.why,
+        variant=arguments.variant,
+        all_variants=arguments.all_variants,
     )
     if arguments.json:
         show_json({"moved": [{name: str(getattr(result, name)) for name in result.__slots__} for result in moved]})

@@ -18,7 +18,7 @@ PROGRESS_EVERY_S = 5.0
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a folder of kd_assets/defs, or the path of a recipe's folder in a store")
+    parser.add_argument("recipe", help="its name in the dg project around here, or its folder in a store")
     parser.add_argument("--host", default="127.0.0.1", help=f"any other needs a token in {TOKEN_VARIABLE} (127.0.0.1)")
     parser.add_argument("--port", type=count, default=8000, help="0: one that is free (8000)")
     parser.add_argument("--partitions", metavar="A..B", help="from shard A to shard B; or A,C; or one (default: all)")

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_assets.commands.base import Subcommand, compute_plane, count, pairs, show, show_json
+from kd_assets.cards.words import pairs
+from kd_assets.commands.base import Subcommand, compute_plane, count, show, show_json
 from kd_assets.errors import EXIT_FAILED, MissingInputError
 from kd_assets.store.checking.report import VerifyReport
 from kd_assets.store.checking.verify import verify

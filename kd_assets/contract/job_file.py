@@ -19,7 +19,7 @@ from kd_assets.errors import ContractError
 
 CONTRACT_VERSION = 5
 
-JobKind = Literal["shards", "teacher", "student", "export"]
+JobKind = Literal["shards", "teacher", "student", "export", "recode"]
 
 ExportAsset = Literal[
     "export_axolotl",
@@ -169,6 +169,8 @@ class TopkParams:
     codec: TopkCodec = "plain"
     logsumexp: bool = True
     """Whether the logits' normaliser is kept; only a compact cache can do without, and logits cannot be had then."""
+    top_p: float | None = None
+    """Above 0 and below 1: each position keeps as many of its most likely tokens as have this mass, up to `k`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,7 +320,7 @@ class WorkUnit:
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Asset name → committed result folders. Kind `teacher`: {"shards_manifest": (folder,)}; kind `student`: every
     cache of every shard, the folders of all assets in the same shard order; kind `export`: the caches of the
-    partition."""
+    partition; kind `recode`: of each cache that is to be made the result that it is made of, and the shard."""
     outputs: tuple[Output, ...]
 
 

@@ -74,9 +74,14 @@ def split_documents(corpus: Path, tokenizer: Any, *, held_out_one_in: int) -> tu
         tokens.append((record["id"], tokenizer(text, add_special_tokens=False)["input_ids"]))
     split: tuple[list[list[int]], list[list[int]]] = ([], [])
     for document_id, ids in tokens:
-        digest = hashlib.sha256(passage_of(document_id).encode()).digest()
-        split[int.from_bytes(digest[:8], "big") % held_out_one_in == 0].append([*ids, tokenizer.eos_token_id])
+        split[is_held_out(document_id, one_in=held_out_one_in)].append([*ids, tokenizer.eos_token_id])
     return split
+
+
+def is_held_out(document_id: str, *, one_in: int) -> bool:
+    """Whether a document or chat is kept from training: one passage in so many is, with all that was made from it."""
+    digest = hashlib.sha256(passage_of(document_id).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % one_in == 0
 
 
 def corpus_bytes(corpus: Path, name: str) -> bytes:

@@ -31,7 +31,8 @@ def text_lines(bill: Bill) -> Iterator[str]:
     widths = [max(len(row[i]) for row in shown) for i in range(2)]
     yield from (_line(row, widths) for row in shown)
     yield from (f"note: {line}" for line in bill.said)
-    yield why_it_does_not_fit(bill) or "The caches fit."
+    all_known = all(line.n_bytes is not None for line in bill.caches)
+    yield why_it_does_not_fit(bill) or ("The caches fit." if all_known else "The caches whose size is known fit.")
 
 
 def _line(row: Row, widths: list[int]) -> str:

@@ -21,7 +21,7 @@ KINDS: tuple[JobKind, ...] = get_args(JobKind)
 NO_JOB, NO_NODE = "4000000000", "kd-doctor"
 """What no cluster has: an answer that they are unknown shows that the question was understood."""
 
-NOT_UNDERSTOOD = "this version of SLURM is not supported, see the README for those that are"
+NOT_UNDERSTOOD = "this version of SLURM is not supported, docs/slurm.md and docs/production.md say which are"
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "sacct")
 

@@ -6,14 +6,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from kd_assets.cards.words import bytes_in_words
 from kd_assets.diagnose.finding import Finding, fail, ok, warn
 from kd_assets.errors import InputError, MissingInputError, NotCommittedError
 from kd_assets.model_files.digests import DigestCache, hashed_sha256, known_sha256
+from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.reading import read_json
 from kd_assets.model_files.safetensors_file import stored_tensors
+from kd_assets.model_files.size import teacher_shape
+from kd_assets.model_files.vocabulary import token_table
 from kd_assets.model_files.weight_files import weights_read
-from kd_assets.orchestration.billing.space import bytes_in_words, bytes_needed
+from kd_assets.orchestration.billing.space import bytes_needed
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
@@ -127,6 +131,45 @@ def check_weights(recipe: Recipe, platform: Platform, *, verify: bool = False) -
         return
     size = bytes_in_words(sum(path.stat().st_size for path in files))
     yield ok("weights", f"{len(files)} files, {size}, complete in {folder}{' with the right hashes' if verify else ''}")
+
+
+def check_teacher(recipe: Recipe, platform: Platform) -> Iterator[Finding]:
+    """That what the recipe asks of the teacher is there: its tokenizer, the blocks, k ids; by its small files alone.
+
+    A job would say it, too: after its time in the queue, and after the weights are loaded.
+    """
+    try:
+        folder = teacher_folder(recipe, platform)
+    except MissingInputError:
+        return  # `weights` says it
+    tokenizer_fingerprint(folder, None)  # raises where there is none
+    try:
+        shape = teacher_shape(folder)
+    except InputError as e:  # a configuration of another form; the job asks the loaded model
+        yield warn("teacher", str(e))
+        return
+    said = f"{shape.n_blocks} blocks, a head of {shape.vocabulary:,} ids"
+    topk, states = recipe.topk, recipe.hidden_states
+    problems = []
+    if states is not None and (beyond := [b for b in states.blocks if b >= shape.n_blocks]):
+        blocks = ", ".join(map(str, beyond))
+        problems.append(f"hidden_states.blocks has {blocks}, and the teacher has blocks 0 to {shape.n_blocks - 1}")
+    if topk is not None and topk.k > shape.vocabulary:
+        problems.append(f"topk.k is {topk.k:,}, and its head has {shape.vocabulary:,} ids")
+    for problem in problems:
+        yield fail("teacher", f"{folder}: {problem}", "correct the recipe")
+    if problems:
+        return
+    if topk is not None and topk.vocabulary is None and topk.token_ids is None and recipe.exports:
+        n_tokens = 1 + max(token_table(folder), default=-1)
+        if n_tokens < shape.vocabulary:
+            yield warn(
+                "teacher",
+                f"{said}, and a tokenizer of {n_tokens:,}: exports refuse a top-k that holds an id beyond those",
+                "set `vocabulary: tokenizer` in caches.topk before caches are made",
+            )
+            return
+    yield ok("teacher", said)
 
 
 def header_problem(path: Path) -> str | None:

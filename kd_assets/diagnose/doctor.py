@@ -15,8 +15,9 @@ from pathlib import Path
 from kd_assets.contract import JobKind
 from kd_assets.diagnose.cluster import KINDS, check_commands, check_partitions, check_requests
 from kd_assets.diagnose.compute_python import check_local_python
-from kd_assets.diagnose.disk import check_space, check_weights
+from kd_assets.diagnose.disk import check_space, check_teacher, check_weights
 from kd_assets.diagnose.finding import Finding, Status, fail, ok, safely, warn
+from kd_assets.diagnose.inputs import check_disk, check_licences, check_sources, check_variables
 from kd_assets.diagnose.nodes import check_nodes
 from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import KdAssetsError, RecipeError, StorageUnavailableError
@@ -49,9 +50,15 @@ def examine(
     named = "local" if profile is None else f"slurm, profile {profile.name}"
     yield ok("scheduler", f"{named} (KD_SCHEDULER, KD_SLURM_PROFILE)" if profile else f"{named} (KD_SCHEDULER)")
     yield from safely("KD_HOME", lambda: check_home(platform))
-    if recipe is not None:
+    if recipe is None:
+        yield from safely("free space", lambda: check_disk(platform))
+    else:
+        yield from safely("variables", lambda: check_variables(recipe, platform))
+        yield from check_sources(recipe, platform)
+        yield from check_licences(recipe)
         yield from safely("free space", lambda: check_space(recipe, platform))
         yield from safely("weights", lambda: check_weights(recipe, platform, verify=verify_weights))
+        yield from safely("teacher", lambda: check_teacher(recipe, platform))
     yield from safely("secrets", lambda: check_secrets(profile or Profile(name="local"), platform))
     if profile is None:
         yield from safely("compute python", lambda: check_local_python(platform))
@@ -141,7 +148,9 @@ def check_cluster(
     yield from findings
     if any(f.status is Status.FAIL for f in findings):
         return
-    unused = set() if recipe is None else {kind for kind, is_used in _optional(recipe).items() if not is_used}
+    unused: set[JobKind] = {"recode"}  # asks for what exports or shards ask for
+    if recipe is not None:
+        unused |= {kind for kind, is_used in _optional(recipe).items() if not is_used}
     kinds = [kind for kind in KINDS if kind not in unused]
     wanted: dict[JobKind, Resources] = {}
     for kind in kinds:

@@ -13,16 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kd_assets.cards.words import counted
 from kd_assets.contract import Asset, JobKind, Output, WorkUnit, read_job
 from kd_assets.errors import NO_ANSWER, ContractError, MissingInputError, RecipeError
 from kd_assets.model_files.placement import Placement
 from kd_assets.orchestration.driving.following import described
 from kd_assets.orchestration.materialize import planner_of
-from kd_assets.orchestration.planned_exports import export_work
-from kd_assets.orchestration.planned_work import PlannedWork, Survey
-from kd_assets.orchestration.planner import Planner
+from kd_assets.orchestration.planning.planned_exports import export_work
+from kd_assets.orchestration.planning.planned_recoding import recode_work
+from kd_assets.orchestration.planning.planned_work import PlannedWork, Survey
+from kd_assets.orchestration.planning.planner import Planner
+from kd_assets.orchestration.planning.task_resources import task_resources
 from kd_assets.orchestration.platform import BATCH_SCRIPT, Platform, secrets_set
-from kd_assets.orchestration.task_resources import task_resources
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import (
     JobSpec,
@@ -185,7 +187,7 @@ class _Previewer:
         unreachable = [f"{kind}: nobody can tell whether it is there: {why}" for why in survey.unreachable.values()]
         self.notes += _shortened(unreachable, MOST_NOTES)
         if n_there := len({u.partition_key for u, _ in survey.committed} - {u.partition_key for u in missing.units}):
-            self.notes.append(f"{kind}: {_partitions(n_there)} committed already; reused")
+            self.notes.append(f"{kind}: {counted(n_there, 'partition')} committed already; reused")
         for submission in self.scheduler.live(self._recipe.name, kind) if missing.units else []:
             try:
                 units = read_job(submission.job_file).units
@@ -204,12 +206,13 @@ class _Previewer:
             self._planner.require_vocabulary()
         tokenised = [key for key in keys if key not in not_tokenised]
         weights = self._planner.known_weights() if tokenised else None
-        work = self._missing(self._planner.teacher_work(tokenised, caches, weights=weights or UNKNOWN_WEIGHTS))
+        work = self._planner.teacher_work(tokenised, caches, weights=weights or UNKNOWN_WEIGHTS)
+        work = self._recoded_first(self._missing(work))
         notes = []
         if not_tokenised:
             notes.append(
-                f"follows the shards job, in the run: {_partitions(len(not_tokenised))} not tokenised yet, their "
-                "tokens as the plan estimates them. The zeros stand for the key, which is made of their content"
+                f"follows the shards job, in the run: {counted(len(not_tokenised), 'partition')} not tokenised yet, "
+                "their tokens as the plan estimates them. The zeros stand for the key, which is made of their content"
             )
         if work.units and weights is None:
             notes.append(
@@ -222,9 +225,18 @@ class _Previewer:
         tokens = {u.partition_key: u.n_tokens for u in work.units} | dict(not_tokenised)
         self._add("teacher", UNKNOWN_KEY, {key: tokens[key] for key in keys if key in tokens}, *notes)
 
+    def _recoded_first(self, work: PlannedWork) -> PlannedWork:
+        """Add the job that recodes what can be of what is missing; returns what is left for the teacher."""
+        if not self._recipe.recode:
+            return work
+        recoding = recode_work(work.units, self.notes.append)
+        self._add_job(self._missing(recoding))
+        recoded = {output.path for unit in recoding.units for output in unit.outputs}
+        return work.only(lambda output: output.path not in recoded) if recoded else work
+
     def _add_exports(self, keys: Sequence[str], exports: Sequence[Asset]) -> None:
         """Of partitions whose caches a job before them makes it is not known yet of what content they are made."""
-        if any(job.spec.kind == "teacher" for job in self.jobs):
+        if any(job.spec.kind in ("teacher", "recode") for job in self.jobs):
             self.notes.append(f"export: {', '.join(exports)} follow, in the run, of what these jobs make")
         elif self._planner.planned_weights() is None and self._planner.known_weights() is None:
             self.notes.append("export: the teacher's weights are not hashed yet, which the run does first")
@@ -232,7 +244,7 @@ class _Previewer:
             self._add_job(self._missing(export_work(self._planner, self._recipe, keys, exports)))
 
     def _add_student(self) -> None:
-        if any(job.spec.kind == "teacher" for job in self.jobs):
+        if any(job.spec.kind in ("teacher", "recode") for job in self.jobs):
             self.notes.append(f"student: {STUDENT_SMOKE} is trained on what these jobs make, by a run after them")
             return
         try:
@@ -302,7 +314,7 @@ def local_commands(spec: JobSpec, submission: Submission, python: str) -> Iterat
 
 def text_lines(shown: Preview) -> Iterator[str]:
     """For people: one paragraph a job."""
-    yield f"recipe {shown.recipe}, {_partitions(shown.n_selected)} selected, scheduler {shown.scheduler}"
+    yield f"recipe {shown.recipe}, {counted(shown.n_selected, 'partition')} selected, scheduler {shown.scheduler}"
     yield from (f"  {note}" for note in shown.notes)
     for job in shown.jobs:
         yield ""
@@ -319,8 +331,8 @@ def text_lines(shown: Preview) -> Iterator[str]:
 def _job_lines(job: JobPreview) -> Iterator[str]:
     spec, estimated = job.spec, "about " if job.notes or job.spec.kind == "shards" else ""
     yield (
-        f"{spec.kind}: {_partitions(job.n_partitions)}, {estimated}{job.n_tokens:,} tokens, in {spec.n_tasks} tasks, "
-        f"at most {spec.concurrency} at once"
+        f"{spec.kind}: {counted(job.n_partitions, 'partition')}, {estimated}{job.n_tokens:,} tokens, "
+        f"in {spec.n_tasks} tasks, at most {spec.concurrency} at once"
     )
     yield from (f"  {note}" for note in job.notes)
     yield f"  {'task':>4}  {'partitions':>10}  {'tokens':>13}"
@@ -360,10 +372,6 @@ def resources_in_words(resources: Resources) -> str:
         said.append(f"{resources.n_processes} processes")
     said += ["the whole node"] if resources.exclusive else []
     return ", ".join([*said, *(resources.sbatch_options or ())]) or "what the site gives by default"
-
-
-def _partitions(n: int) -> str:
-    return f"{n:,} partition{'' if n == 1 else 's'}"
 
 
 def _range(keys: Sequence[str]) -> str:

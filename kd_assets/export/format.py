@@ -60,6 +60,8 @@ class Needs:
     """Of the hidden-state cache."""
     all_positions: bool = True
     """Whether a cache that keeps some positions only is refused."""
+    fixed_k: bool = True
+    """Whether a top-k cache whose positions keep different numbers of tokens (`top_p`) is refused."""
     min_tokens: int = 1
     """Documents with fewer are left out, counted and named: a format that needs a prediction says 2."""
     expansion: float = 1.0

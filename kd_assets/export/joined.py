@@ -26,8 +26,10 @@ from kd_assets.errors import CorruptPartError, NotCommittedError, VariantConflic
 from kd_assets.export.documents import Int64Array, JoinedDocument, StatesOfDocument, TopkOfDocument
 from kd_assets.store import CacheReader, Chosen, PartRecord
 from kd_assets.store.partfile import PartFile
+from kd_assets.store.ragged_topk import with_rows_of_k
 from kd_assets.store.reading.columns import Column, column_of
 from kd_assets.store.reading.parts import damage_named, require_unchanged
+from kd_assets.store.reading.shapes import require_shapes
 from kd_assets.store.schema import HiddenState, hidden_field
 
 BY_SIZE: tuple[Asset, ...] = ("hidden_state_cache", "topk_cache", "embedding_cache")
@@ -83,6 +85,8 @@ class JoinedPartition:
         self._states = tuple(states)
         self._readers = {asset: _reader(asset, chosen[asset]) for asset in caches}
         leading = self._readers[self._leading]
+        topk = chosen["topk_cache"].manifests if "topk_cache" in caches else ()
+        self._k = int(topk[0].params.get("k", 1)) if topk else 1
         self.partition_key = leading.partition_keys[0]
         self.document_ids = leading.document_ids
         self._rows = {asset: self._rows_in(asset) for asset in caches}
@@ -156,7 +160,7 @@ class JoinedPartition:
             document_id=self.document_ids[row],
             input_ids_L=tokens_L,
             loss_mask_L=leading["loss_mask"][:length],
-            topk=None if topk is None else _topk_of(topk, length),
+            topk=None if topk is None else _topk_of(topk, length, self._k),
             states=None if states is None else _states_of(states, self._states, length, self._let_go),
             mean_embedding_H=None if embedding is None else embedding["mean_embedding"],
             last_token_embedding_H=None if embedding is None else embedding["last_token_embedding"],
@@ -206,6 +210,9 @@ class _MappedPart:
             with open_file(path) as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
+        if not record.n_bytes:  # which cannot be mapped
+            raise CorruptPartError(f"{path} is empty, which no part file is")
+
         self._memory = read_patiently(mapped, path)
         # Every reader of the buffer protocol will do for Arrow; bytes are what the type names.
         self._file = PartFile(path, self._memory)  # type: ignore[arg-type]
@@ -219,7 +226,9 @@ class _MappedPart:
         if self._group is None or self._group[0] != group:
             table = self._file.read_group(group, self._names)
             with damage_named(self._path):
-                self._group = group, {name: column_of(table[name]) for name in self._names}
+                columns = {name: column_of(table[name]) for name in self._names}
+                require_shapes(self._path, columns, has_next=False)
+            self._group = group, columns
         local = row - int(self._file.first_rows[group])
         found = {name: column.row(local) for name, column in self._group[1].items()}
         self._touched += sum(value.nbytes for value in found.values() if isinstance(value, np.ndarray))
@@ -281,14 +290,15 @@ def _reader(asset: Asset, chosen: Chosen) -> CacheReader:
     return CacheReader.of(chosen, fields=fields, cache_bytes=_DECODED_BYTES)
 
 
-def _topk_of(document: Mapping[str, Any], length: int) -> TopkOfDocument:
+def _topk_of(document: Mapping[str, Any], length: int, k: int) -> TopkOfDocument:
+    rows = with_rows_of_k(document, k)
     positions_M = _positions(document, len(document["topk_ids"]))
     m = int(np.searchsorted(positions_M, length - 1))  # the last token predicts nothing
     sampled_ids, outside_mass = document.get("sampled_ids"), document.get("outside_mass")
     return TopkOfDocument(
         positions_M=positions_M[:m],
-        ids_Mk=document["topk_ids"][:m],
-        logprobs_Mk=document["topk_logprobs"][:m],
+        ids_Mk=rows["topk_ids"][:m],
+        logprobs_Mk=rows["topk_logprobs"][:m],
         logsumexp_M=document["logsumexp"][:m] if "logsumexp" in document else None,
         target_logprob_M=document["target_logprob"][:m],
         sampled_ids=None if sampled_ids is None else sampled_ids[:m],

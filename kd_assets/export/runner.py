@@ -45,6 +45,7 @@ from kd_assets.export.folder import (
 from kd_assets.export.format import ExportOptions
 from kd_assets.export.planning import TRAIN, VALIDATION
 from kd_assets.store import ResultWriter, WrittenFile, read_manifest
+from kd_assets.worker.output_progress import OutputProgress
 from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
 
@@ -53,7 +54,6 @@ log = logging.getLogger(__name__)
 DATA_FOLDER = "data"
 """In a result: the export, which nothing of the store's own lies in."""
 
-_PROGRESS_INTERVAL_S = 1.0
 _PASSED_ON = (InterruptedTaskError, ResultBusyError, StorageUnreachableError, MemoryError)
 """Errors that say when to come back, or of the machine, and nothing of a format."""
 
@@ -169,30 +169,24 @@ class _Progress:
     """Tells of an export's sections, and ends it between two of them when the task is to stop."""
 
     def __init__(self, unit: WorkUnit, params: ExportParams, report: Reporter, stop: StopFlag) -> None:
-        self._unit, self._params, self._report, self._stop = unit, params, report, stop
-        self._started = time.monotonic()
-        self._reported = -_PROGRESS_INTERVAL_S
+        self._asset, self._stop = params.asset, stop
+        self._progress = OutputProgress(report, partition_key=unit.partition_key, asset=params.asset)
 
     def section(self, progress: ExportProgress) -> None:
         """Raises InterruptedTaskError."""
-        now, is_last = time.monotonic() - self._started, progress.n_sections == progress.of_sections
-        if is_last or now - self._reported >= _PROGRESS_INTERVAL_S:
-            self._reported = now
-            self._report.emit(
-                "progress",
-                partition_key=self._unit.partition_key,
-                asset=self._params.asset,
-                n_documents=progress.of_documents,
-                done_documents=progress.n_documents,
-                n_tokens=progress.of_tokens,
-                done_tokens=progress.n_tokens,
-                tokens_per_s=round(progress.n_tokens / max(now, 1e-9), 1),
-                done_bytes=progress.n_bytes,
-            )
+        is_last = progress.n_sections == progress.of_sections
+        self._progress.tell(
+            done_documents=progress.n_documents,
+            n_documents=progress.of_documents,
+            done_tokens=progress.n_tokens,
+            n_tokens=progress.of_tokens,
+            done_bytes=progress.n_bytes,
+            is_last=is_last,
+        )
         if self._stop and not is_last:
             raise InterruptedTaskError(
                 f"stopped by {self._stop.signal_name} after {progress.n_sections} of {progress.of_sections} sections "
-                f"of {self._params.asset}"
+                f"of {self._asset}"
             )
 
 
@@ -279,11 +273,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _as_one(failed: Mapping[Asset, Exception]) -> Exception:
-    """The one error, or one that has the words of all."""
+    """The one error, or one that has the words of all, each once: one damaged cache fails all that are made of it."""
     if len(failed) == 1:
         return next(iter(failed.values()))
     kind = InputError if all(isinstance(e, InputError) for e in failed.values()) else KdAssetsError
-    return kind("; ".join(f"{asset}: {_words(e)}" for asset, e in failed.items()))
+    of_words: dict[str, list[Asset]] = {}
+    for asset, e in failed.items():
+        of_words.setdefault(_words(e), []).append(asset)
+    return kind("; ".join(f"{', '.join(assets)}: {words}" for words, assets in of_words.items()))
 
 
 def _words(e: Exception) -> str:

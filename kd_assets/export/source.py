@@ -33,6 +33,7 @@ from kd_assets.store import (
     read_manifest,
     variants_of,
 )
+from kd_assets.store.current_variants import chosen_variant
 from kd_assets.store.layout import is_variant_name
 from kd_assets.store.schema import HiddenState, hidden_size_of, hidden_state_of
 
@@ -56,6 +57,8 @@ class RecipeCaches:
         for asset in (SHARDS, *CACHES):
             variants = variants_of(self.recipe_folder / asset)
             wanted = (self.variants or {}).get(asset)
+            if wanted is None and len(variants) > 1:
+                wanted = chosen_variant(self.recipe_folder, asset, variants)
             current = {name: folders for name, folders in variants.items() if wanted in (None, name)}
             if len(current) == 1:
                 (folders,) = current.values()
@@ -115,6 +118,8 @@ def choose_needed(caches: RecipeCaches | FolderCaches, needs: Needs) -> dict[Ass
         _require_states(chosen["hidden_state_cache"], needs.states)
     if needs.all_positions:
         _require_all_positions(chosen)
+    if needs.fixed_k:
+        _require_fixed_k(chosen)
     return chosen
 
 
@@ -205,6 +210,16 @@ def _require_all_positions(chosen: Mapping[Asset, Chosen]) -> None:
             raise RecipeError(
                 f"{asset} of recipe {chosen[asset].manifests[0].recipe} keeps some positions only (positions: …), and "
                 "this format needs all of them: make it with `positions: all`"
+            )
+
+
+def _require_fixed_k(chosen: Mapping[Asset, Chosen]) -> None:
+    for manifest in chosen["topk_cache"].manifests if "topk_cache" in chosen else ():
+        if manifest.params.get("top_p") is not None:
+            raise RecipeError(
+                f"topk_cache of recipe {manifest.recipe} keeps as many tokens of a position as have a mass of "
+                f"{manifest.params['top_p']} (top_p), and this format needs k of each: make it without top_p, export "
+                "to axolotl, or train with kd_assets.student, which take it"
             )
 
 

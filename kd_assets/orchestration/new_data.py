@@ -19,7 +19,15 @@ from kd_assets.errors import ContractError, InputError, StoreError
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.recorder import latest_data_version
-from kd_assets.orchestration.schedules import LIVE, partitions_held_by_live_runs, ranges_of
+from kd_assets.orchestration.schedules import (
+    LIVE,
+    MISSING,
+    WHY_TAG,
+    assets_needed,
+    few_ranges,
+    partitions_held_by_live_runs,
+    planned_partitions,
+)
 from kd_assets.recipes.recipe import SHARD_PLAN, Recipe
 from kd_assets.sources.files.find import find_source
 from kd_assets.store.fingerprint import fingerprint
@@ -93,7 +101,7 @@ def planned_state(recipe: Recipe, platform: Platform) -> str | None:
 
 def requests_for_missing(instance: dg.DagsterInstance, recipe: Recipe) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """Runs of the partitions that lack an asset and that no live run holds. (What is stale is the nightly's.)"""
-    keys = list(instance.get_dynamic_partitions(str(recipe.partitions.name)))
+    keys = planned_partitions(instance, recipe)
     missing = assets_missing(instance, recipe, keys)
     held = partitions_held_by_live_runs(instance, recipe, keys)
     wanted = {key: assets for key, assets in missing.items() if key not in held}
@@ -105,12 +113,19 @@ def requests_for_missing(instance: dg.DagsterInstance, recipe: Recipe) -> Iterat
         )
         return
     plan = latest_data_version(instance, recipe.key(SHARD_PLAN)) or "no plan"
-    for found in ranges_of(keys, wanted):
+    # What is stale stays the nightly's, also where it lies between two that are missing.
+    for found in few_ranges(
+        recipe, keys, wanted, held=held, would_be_made=lambda: assets_needed(instance, recipe, keys)
+    ):
         yield dg.RunRequest(
             run_key=f"{plan[:16]} {found.first}..{found.last} {' '.join(found.assets)}",
             job_name=f"{recipe.name}_caches",
             asset_selection=[recipe.key(asset) for asset in found.assets],
-            tags={ASSET_PARTITION_RANGE_START_TAG: found.first, ASSET_PARTITION_RANGE_END_TAG: found.last},
+            tags={
+                ASSET_PARTITION_RANGE_START_TAG: found.first,
+                ASSET_PARTITION_RANGE_END_TAG: found.last,
+                WHY_TAG: f"{found.n_partitions:,} {MISSING}",
+            },
         )
 
 

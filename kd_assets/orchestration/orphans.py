@@ -23,13 +23,13 @@ from kd_assets.durable import prepare_folder, storage_errors
 from kd_assets.errors import ContractError
 from kd_assets.locks import is_locked, locked
 from kd_assets.orchestration.driving.following import FollowedJob, described
-from kd_assets.orchestration.schedules import is_of_recipe, partitions_held_by_live_runs, ranges_of
+from kd_assets.orchestration.schedules import assets_needed, few_ranges, is_of_recipe, partitions_held_by_live_runs
 from kd_assets.orchestration.termination import ENDED_ON_PURPOSE
 from kd_assets.recipes.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import followers, is_cancelled
 
-KINDS: tuple[JobKind, ...] = ("shards", "teacher", "export", "student")
+KINDS: tuple[JobKind, ...] = ("shards", "recode", "teacher", "export", "student")
 SETTLING_S = 60.0
 """A job younger than this may be about to get its run's lock."""
 
@@ -169,8 +169,15 @@ def requests_for(instance: dg.DagsterInstance, recipe: Recipe, orphan: Orphan) -
         return
     present = list(instance.get_dynamic_partitions(str(recipe.partitions.name)))
     wanted: dict[str, tuple[Asset, ...]] = dict.fromkeys(_partitions_of(orphan.job), tuple(assets))
-    still_there = wanted.keys() & set(present) - partitions_held_by_live_runs(instance, recipe, present)
-    for found in ranges_of(present, {k: a for k, a in wanted.items() if k in still_there}):
+    held = partitions_held_by_live_runs(instance, recipe, present)
+    still_there = wanted.keys() & set(present) - held
+    for found in few_ranges(
+        recipe,
+        present,
+        {k: a for k, a in wanted.items() if k in still_there},
+        held=held,
+        would_be_made=lambda: assets_needed(instance, recipe, present),
+    ):
         yield dg.RunRequest(
             run_key=f"{key}#{found.first}",
             asset_selection=[recipe.key(a) for a in found.assets],

@@ -11,6 +11,7 @@ import pwd
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,16 +23,23 @@ from kd_assets.durable import atomic_write
 from kd_assets.errors import RecipeError, SchedulerError, StorageUnavailableError
 from kd_assets.model_files.digests import DigestCache
 from kd_assets.recipes.cluster_profile import find_profile, read_profile
+from kd_assets.recipes.project import PROJECT_FOLDER, is_checkout, project_folder
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import LocalScheduler, Profile, Resources, Scheduler, SlurmScheduler
+from kd_assets.scheduler.shipped import BATCH_SCRIPT
 
-PROJECT_FOLDER = Path(__file__).resolve().parents[2]
-BATCH_SCRIPT = PROJECT_FOLDER / "slurm" / "task.sbatch"
+__all__ = ["BATCH_SCRIPT", "PROJECT_FOLDER", "SCHEDULERS", "Platform", "code_commit", "secrets_set"]
+
 SCHEDULERS = ("local", "slurm")
 
 
-class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """One deployment: `home` holds the store, the jobs and the digests of large files."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Platform:
+    """One deployment: `home` holds the store, the jobs and the digests of large files.
+
+    A plain object and no configurable resource of Dagster's: its fields are the deployment's, from the environment or
+    the project's code, and on no run's Launchpad, where whoever starts a run could set another store or Python.
+    """
 
     home: str
     scheduler: str = "local"
@@ -41,15 +49,24 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
     """The Python of the compute environment, as the cluster's nodes see it."""
 
     @staticmethod
-    def from_environment() -> Platform:
-        """KD_HOME (default: `var` in the checkout), KD_SCHEDULER (local), KD_SLURM_PROFILE (default), and
-        KD_COMPUTE_PYTHON (this Python)."""
-        return Platform(
-            home=str(Path(os.environ.get("KD_HOME") or PROJECT_FOLDER / "var").absolute()),
+    def from_environment(project: Path | None = None) -> Platform:
+        """KD_HOME (default: `var` in the dg project, found from the working directory where none is given),
+        KD_SCHEDULER (local), KD_SLURM_PROFILE (default), and KD_COMPUTE_PYTHON (this Python).
+
+        The same object for the same settings: definitions that several recipes bring are merged only then. Raises
+        MissingInputError without KD_HOME outside of any project.
+        """
+        return _platform(
+            home=str(Path(os.environ.get("KD_HOME") or (project or project_folder()) / "var").absolute()),
             scheduler=os.environ.get("KD_SCHEDULER") or "local",
             slurm_profile=os.environ.get("KD_SLURM_PROFILE") or "default",
             compute_python=os.environ.get("KD_COMPUTE_PYTHON") or sys.executable,
         )
+
+    def as_resource(self) -> dg.ResourceDefinition:
+        """What definitions give their assets as `kd_assets_platform`: it takes no config, and is the same object for
+        equal settings."""
+        return _resource(self)
 
     @property
     def home_folder(self) -> Path:
@@ -138,8 +155,27 @@ class Platform(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 @cache
+def _platform(*, home: str, scheduler: str, slurm_profile: str, compute_python: str) -> Platform:
+    return Platform(home=home, scheduler=scheduler, slurm_profile=slurm_profile, compute_python=compute_python)
+
+
+@cache
+def _resource(platform: Platform) -> dg.ResourceDefinition:
+    return dg.ResourceDefinition(
+        resource_fn=lambda context: platform,
+        config_schema={},
+        description=f"Store and jobs in {platform.home}; scheduler: {platform.scheduler}"
+        + (f", profile {platform.slurm_profile}" if platform.scheduler == "slurm" else "")
+        + f"; Python of the nodes: {platform.compute_python}. From the environment: KD_HOME, KD_SCHEDULER, "
+        "KD_SLURM_PROFILE, KD_COMPUTE_PYTHON.",
+    )
+
+
+@cache
 def code_commit() -> str:
     """The commit this code was checked out at, `-dirty` when files differ; the version where there is no checkout."""
+    if not is_checkout():  # git would answer for whatever repository the environment lies in
+        return f"kd-assets {version('kd-assets')}"
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],

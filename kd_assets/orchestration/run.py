@@ -5,40 +5,45 @@ Here driving meets Dagster: the run's log, its recorder, its tags, and how it is
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
-import sqlalchemy as sa
 
 from kd_assets.contract import Asset, JobFile, JobKind, Output, WorkUnit
-from kd_assets.dagster_internals import InterruptSignals, interrupt_signals
-from kd_assets.errors import NO_ANSWER, KdAssetsError, SchedulerError, StorageUnavailableError, printable
+from kd_assets.dagster_internals import InterruptSignals, database_errors, interrupt_signals
+from kd_assets.errors import NO_ANSWER, KdAssetsError, SchedulerError, StorageUnavailableError
 from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult
 from kd_assets.orchestration.driving.driver import Driver
 from kd_assets.orchestration.driving.following import FollowedJob, described
+from kd_assets.orchestration.driving.progress import EVERY_S, counts_in_words
 from kd_assets.orchestration.driving.results import FailedResult
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, Log, storage_waits
-from kd_assets.orchestration.planned_work import PlannedWork
-from kd_assets.orchestration.planner import Planner
+from kd_assets.orchestration.failure_report import failure_report
+from kd_assets.orchestration.planning.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planner import Planner
+from kd_assets.orchestration.planning.task_resources import task_resources
 from kd_assets.orchestration.platform import Platform, code_commit
+from kd_assets.orchestration.recording.earlier_jobs import EarlierJobs
 from kd_assets.orchestration.recording.job_table import failures_in_words, job_observation, task_facts
 from kd_assets.orchestration.recording.recorder import Recorder
 from kd_assets.orchestration.retries import Asked, FailureClass
-from kd_assets.orchestration.task_resources import task_resources
-from kd_assets.orchestration.termination import is_terminated
+from kd_assets.orchestration.termination import is_canceled, is_terminated
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
 from kd_assets.scheduler import JobSpec, Profile, Scheduler, Submission
 from kd_assets.store import Manifest, failed_check, set_head
+from kd_assets.store.current_variants import say_current
+from kd_assets.store.layout import recipe_folder_of
 
 FAILURES_TAG = "kd_assets/failures"
 """Of a run: what kept tasks from their results, by class, whether it was healed or not."""
+INTERRUPTS = (dg.DagsterExecutionInterruptedError, KeyboardInterrupt)
+"""How a run learns that its process is to end, terminated or not."""
 
 
 class Run:
@@ -58,7 +63,15 @@ class Run:
         self._context, self._recipe, self._platform = context, recipe, platform
         self._planner, self._recorder = planner, recorder
         self._clock, self._sleep = clock, sleep
+        self._started = clock()
+        self._made: set[str] = set()
+        """Partitions of which this run's jobs made a result."""
+        self._reused: set[str] = set()
+        """Partitions of which a result was there."""
+        self._recorded: dict[str, set[Asset]] = {}
+        """Partition → of which assets a result is recorded."""
         self.failed: list[FailedResult] = []
+        self._said_current: dict[Asset, str] = {}
         self.variants_made: dict[Asset, str] = {}
         """The variant of what this run's jobs made of an asset."""
         self._failed_checks: set[str] = set()
@@ -67,6 +80,7 @@ class Run:
         self._being_finished: list[CommittedResult] = []
         """Recorded while their task was between the manifest and the end of the commit: it may be killed there."""
         self._node_faults: list[str] = []
+        self._earlier_jobs = EarlierJobs(platform.jobs_folder)
 
     @cached_property
     def _profile(self) -> Profile | None:
@@ -97,19 +111,41 @@ class Run:
 
     def carry_out(self, work: PlannedWork) -> None:
         """See to it that every result of `work` is committed and recorded; what cannot be is added to `failed`."""
+        self.make(self.reused(work))
+
+    def reused(self, work: PlannedWork) -> PlannedWork:
+        """Record what is committed of `work`, and what cannot be asked for as failed; returns what is missing."""
+        next_line = self._clock() + EVERY_S
+        found = set[str]()
+
+        def reuse(unit: WorkUnit, output: Output, manifest: Manifest) -> None:
+            nonlocal next_line
+            self._record(CommittedResult(unit=unit, output=output, manifest=manifest))
+            found.add(unit.partition_key)
+            if self._clock() >= next_line:  # of thousands this takes minutes
+                next_line = self._clock() + EVERY_S
+                self.say(f"{work.kind}: {len(found):,} of {len(work.units):,} partitions found committed so far")
+
         with as_failure(), self._flushing():
             # Also the single caches that are there of a partition that lacks another.
-            survey = work.survey(self._reuse)
+            survey = work.survey(reuse)
         self._give_up_on(survey.impossible, work.kind)
+        if survey.missing.units and (n_whole := len(found - {unit.partition_key for unit in survey.missing.units})):
+            self.say(f"{work.kind}: {n_whole:,} of {len(work.units):,} partitions are committed")
         if not survey.missing.units:
             n_failed = len(
                 {unit.partition_key for unit, output in survey.committed if output.path in self._failed_checks}
             )
             but = f", but {n_failed} of them failed a check" if n_failed else ""
             self._context.log.info(f"{work.kind}: all {len(work.units)} partitions are committed{but}; nothing to run")
+        return survey.missing
+
+    def make(self, work: PlannedWork) -> None:
+        """Have results made that are missing, and record them; what cannot be is added to `failed`."""
+        if not work.units:
             return
         with as_failure(), interrupt_signals() as interrupts:
-            driver = self._driver(survey.missing, interrupts)
+            driver = self._driver(work, interrupts)
             try:
                 driver.run()
                 for result in self._being_finished:
@@ -153,7 +189,9 @@ class Run:
                 flush=self._flush,
                 observe=self._observe,
                 is_terminated=lambda: is_terminated(self._context.instance.get_run_by_id(run_id), interrupts.last),
-                interrupts=(KeyboardInterrupt, dg.DagsterExecutionInterruptedError),
+                is_canceled=lambda: is_canceled(self._context.instance, run_id),
+                interrupts=INTERRUPTS,
+                raise_lost_interrupt=interrupts.raise_again,
             ),
             asked=Asked(
                 resources=resources, token_budget=recipe.teacher.token_budget if work.kind == "teacher" else None
@@ -183,9 +221,6 @@ class Run:
 
     # ------------------------------------------------------------------ telling Dagster
 
-    def _reuse(self, unit: WorkUnit, output: Output, manifest: Manifest) -> None:
-        self._record(CommittedResult(unit=unit, output=output, manifest=manifest))
-
     def _check(self, unit: WorkUnit, output: Output, manifest: Manifest) -> None:
         assert self._recorder is not None
         set_head(Path(output.path), manifest)
@@ -193,6 +228,9 @@ class Run:
 
     def _record(self, result: CommittedResult) -> None:
         self._note_failed_check(result)
+        self._say_current(result.output)
+        (self._reused if result.job is None else self._made).add(result.unit.partition_key)
+        self._recorded.setdefault(result.unit.partition_key, set()).add(result.output.asset)
         if result.job is not None:
             self.variants_made[result.output.asset] = result.output.variant
         # Also of what a task has just committed: it may have been killed between its manifest and its head.
@@ -206,6 +244,12 @@ class Run:
                 reused=result.job is None,
                 facts=self._facts(result),
             )
+
+    def _say_current(self, output: Output) -> None:
+        """Once an asset and run: readers that name no variant follow the recipe."""
+        if self._said_current.get(output.asset) != output.variant:
+            say_current(recipe_folder_of(Path(output.path)), output.asset, output.variant)
+            self._said_current[output.asset] = output.variant
 
     def _note_failed_check(self, result: CommittedResult) -> None:
         """A result that failed a check is recorded for everyone to see, and fails this run and every later one, with
@@ -227,7 +271,7 @@ class Run:
     def _facts(self, result: CommittedResult) -> Mapping[str, Any]:
         """Which task made a result; nothing where that cannot be read: it informs."""
         if result.job is None or result.task is None:
-            return {}
+            return self._earlier_jobs.task_facts(result.manifest)
         try:
             return task_facts(self._scheduler, result.job, result.task)
         except (SchedulerError, *NO_ANSWER):
@@ -266,48 +310,49 @@ class Run:
         failed = {f.partition_key for f in self.failed}
         return [key for key in partition_keys if key not in failed]
 
+    def say(self, line: str) -> None:
+        """A line of the run's log."""
+        self._context.log.info(line)
+
+    def say_what_was_done(self) -> None:
+        """The run's last line: each partition that was asked for is counted once."""
+        failed = self._failed_partitions()
+        made, reused = self._made - failed, self._reused - self._made - failed
+        seconds = self._clock() - self._started
+        self.say(counts_in_words(len(made), len(reused), len(failed), seconds))
+
+    @contextmanager
+    def saying_how_far_it_came(self, partition_keys: Sequence[str], assets: Collection[Asset]) -> Iterator[None]:
+        """The last line of a run that is stopped within this block, where `say_what_was_done` is not reached: a
+        partition counts as made or reused only with all that was asked for of it."""
+        try:
+            yield
+        except INTERRUPTS:
+            failed = self._failed_partitions()
+            whole = {key for key in partition_keys if self._recorded.get(key, set()).issuperset(assets)} - failed
+            counts = counts_in_words(
+                len(whole & self._made), len(whole - self._made), len(failed), self._clock() - self._started
+            )
+            n_left = len(set(partition_keys) - whole - failed)
+            self.say(f"stopped: {counts}; {n_left:,} are left for the next run that asks for them")
+            raise
+
+    def _failed_partitions(self) -> set[str]:
+        """Those with a result that is not there, or that failed a check."""
+        failed = {f.partition_key for f in self.failed}
+        return failed if self._recorder is None else failed | self._recorder.failed_checks.keys()
+
     def raise_if_anything_failed(self) -> None:
         """Raise a Failure that names every partition that was asked for and is not there, or whose checks failed."""
-        checks = self._recorder.failed_checks if self._recorder is not None else {}
-        if not self.failed and not checks:
-            return
-        lines = failed_in_words(self.failed)
-        lines += [f"{key}: {message}" for key, messages in sorted(checks.items()) for message in messages]
-        failed_partitions = sorted({f.partition_key for f in self.failed} | set(checks))
-        metadata: dict[str, Any] = {
-            "failed_partitions": dg.MetadataValue.json(failed_partitions),
-            "causes": dg.MetadataValue.md("\n".join(f"- {as_markdown(line)}" for line in lines)),
-        }
-        if self._failures:
-            metadata["failures_by_class"] = failures_in_words(self._failures)
-        if self._node_faults:
-            metadata["nodes_at_fault"] = "; ".join(self._node_faults)
-        if logs := {str(f.log_file) for f in self.failed if f.log_file is not None}:
-            metadata["logs"] = dg.MetadataValue.json(sorted(logs))
-        raise dg.Failure(
-            description=f"{len(failed_partitions)} partitions not done in recipe {self._recipe.name}:\n"
-            + "\n".join(lines[:50]),
-            metadata=metadata,
+        failure = failure_report(
+            self._recipe.name,
+            self.failed,
+            checks=self._recorder.failed_checks if self._recorder is not None else {},
+            failures=self._failures,
+            node_faults=self._node_faults,
         )
-
-
-def failed_in_words(failed: Iterable[FailedResult]) -> list[str]:
-    """One line a cause, with the partitions and assets it kept from being done."""
-    grouped: dict[str, list[FailedResult]] = {}
-    for result in failed:
-        grouped.setdefault(result.cause, []).append(result)
-    lines = []
-    for cause, results in grouped.items():
-        keys = sorted({r.partition_key for r in results})
-        named = ", ".join(keys) if len(keys) <= 5 else f"{keys[0]} … {keys[-1]} ({len(keys)} partitions)"
-        safe_cause = "\n".join(map(printable, cause.splitlines()))
-        lines.append(f"{named} ({', '.join(dict.fromkeys(r.asset for r in results))}): {safe_cause}")
-    return lines
-
-
-def as_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: what a file says is no link, no picture and no HTML of ours."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+\-.!|~&$])", r"\\\1", text)
+        if failure is not None:
+            raise failure
 
 
 @contextmanager
@@ -317,9 +362,10 @@ def as_failure() -> Iterator[None]:
         yield
     except KdAssetsError as e:
         raise dg.Failure(description=f"{type(e).__name__}: {e}", allow_retries=False) from e
-    except sa.exc.OperationalError as e:
+    except database_errors() as e:
+        cause = getattr(e, "orig", None) or (f"{e} ({e.__cause__})" if e.__cause__ is not None else e)
         raise dg.Failure(
-            description=f"Dagster's own database does not do what it was asked: {e.orig}. See to the disk of "
+            description=f"Dagster's own database does not do what it was asked: {cause}. See to the disk of "
             "DAGSTER_HOME or the server of its `storage`, and materialize again: what is committed is kept, and is "
             "recorded then"
         ) from e

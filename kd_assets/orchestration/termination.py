@@ -14,6 +14,7 @@ from __future__ import annotations
 import signal
 
 import dagster as dg
+import sqlalchemy as sa
 
 ENDED_ON_PURPOSE = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
@@ -28,3 +29,17 @@ def is_terminated(run: dg.DagsterRun | None, interrupt: int | None) -> bool:
         return True
     was_launched = run is None or run.remote_job_origin is not None
     return not was_launched and interrupt != signal.SIGTERM
+
+
+def is_canceled(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Whether Dagster has a run for cancelled that goes on: a signal that was sent has not come, or none could be sent,
+    since the run's code server is gone and its termination was forced. No answer is no.
+
+    A run that is still being cancelled gets its signal in a moment, and one that was given up as failed may live: its
+    jobs go on, as the next run's.
+    """
+    try:
+        run = instance.get_run_by_id(run_id)
+    except sa.exc.SQLAlchemyError:  # it is asked again
+        return False
+    return run is not None and run.status is dg.DagsterRunStatus.CANCELED

@@ -21,9 +21,8 @@ from kd_assets.contract import JobKind
 from kd_assets.dagster_internals import parse_yamls_with_source_position
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.scheduler.job import Resources
+from kd_assets.scheduler.shipped import PROFILES_FOLDER
 from kd_assets.scheduler.slurm.profile import Profile
-
-PROFILES_FOLDER = Path(__file__).resolve().parents[2] / "slurm" / "profiles"
 
 Positive = Annotated[int, Field(gt=0)]
 VariableName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -343,6 +342,7 @@ class ProfileModel(ResourcesModel):
                 "teacher": self.kinds.teacher.to_resources(),
                 "student": self.kinds.student.to_resources(),
                 "export": (self.kinds.export or self.kinds.shards).to_resources(),
+                "recode": (self.kinds.export or self.kinds.shards).to_resources(),
             },
             array_concurrency=self.array_concurrency,
             setup=self.setup,
@@ -356,7 +356,7 @@ class ProfileModel(ResourcesModel):
 
 
 def find_profile(name_or_path: str, folder: Path = PROFILES_FOLDER) -> Path:
-    """The file of a profile: a name in `slurm/profiles`, or a path (with a slash or `.yaml`).
+    """The file of a profile: a name of those shipped (`slurm/profiles`), or a path (with a slash or `.yaml`).
 
     Raises MissingInputError, listing the profiles that there are.
     """

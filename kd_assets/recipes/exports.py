@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import dagster as dg
-from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
+from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema, field_validator
 
 from kd_assets.contract import (
     CACHES,
@@ -56,6 +56,9 @@ FINALS_REFUSED: Mapping[ExportAsset, tuple[FinalState, ...]] = {
 SOME_POSITIONS: frozenset[ExportAsset] = frozenset({"export_axolotl", "export_hf", "export_safetensors"})
 """Formats of which a position may be left out of the caches; the others need all."""
 
+DIFFERENT_K: frozenset[ExportAsset] = frozenset({"export_axolotl"})
+"""Formats of which a position may keep fewer than k tokens (`topk.top_p`)."""
+
 LEARNED_ONLY: frozenset[ExportAsset] = frozenset({"export_hf", "export_safetensors"})
 """Formats that can leave out positions themselves."""
 
@@ -64,6 +67,19 @@ PACKED: frozenset[ExportAsset] = frozenset({"export_distillkit"})
 
 TWO_TOKENS: frozenset[ExportAsset] = frozenset(CACHES_OF_FORMAT)
 """Formats that leave out documents of one token; `original` does where it has the top-k cache."""
+
+READER_OF_FORMAT: Mapping[str, str] = {
+    "axolotl": "axolotl's trainer (a prepared data set)",
+    "distillkit": "DistillKit's trainer",
+    "hf": "`datasets`",
+    "modelopt": "ModelOpt's offline trainer of draft heads",
+    "original": "the trainer of the scripts that this project replaces",
+    "safetensors": "the safetensors library",
+    "specforge": "SpecForge's offline trainer of EAGLE-3 heads",
+    "specforge_dflash": "SpecForge's offline trainer of DFlash heads",
+    "speculators": "vLLM's offline trainer of draft heads",
+}
+"""Format → who reads it."""
 
 _BLOCKS_OF_EAGLE3 = 3
 
@@ -145,13 +161,37 @@ def _name_or_mapping(schema: dict[str, Any]) -> None:
     schema["items"] = {"if": {"type": "string"}, "then": name, "else": mapping}
 
 
-Exports = Annotated[list[FormatName | ExportModel], Field(default_factory=list, json_schema_extra=_name_or_mapping)]
+def _resolved(context: dg.ResolutionContext, said: str | Sequence[str | BaseModel]) -> Any:
+    """Names as they are, mappings as `ExportModel`: by itself Dagster resolves a list of the one or of the other."""
+    whole = context.resolve_value(said) if isinstance(said, str) else said
+    return [
+        ExportModel.resolve_from_model(context, one) if isinstance(one, BaseModel) else context.resolve_value(one)
+        for one in whole
+    ]
+
+
+Exports = Annotated[
+    list[FormatName | ExportModel],
+    Field(default_factory=list, json_schema_extra=_name_or_mapping),
+    dg.Resolver(_resolved, model_field_type=list[FormatName | ExportModel.model()]),  # type: ignore[misc]
+]
 
 
 def export_params(said: Sequence[str | ExportModel]) -> tuple[ExportParams, ...]:
     """In the order of EXPORTS, so that the order in a recipe decides nothing."""
     found = [(ExportModel(format=one) if isinstance(one, str) else one).to_params() for one in said]
     return tuple(sorted(found, key=lambda params: EXPORTS.index(params.asset)))
+
+
+def export_in_words(params: ExportParams, caches: Sequence[Asset]) -> str:
+    """What the web UI says of an export: of what and for whom it is, and the options that a recipe gives."""
+    options = {name: value for name, value in params.content().items() if name not in ("format", "assets")}
+    said = "".join(f" {name}: {_in_words(value)}." for name, value in options.items())
+    return f"{', '.join(caches)} in files for {READER_OF_FORMAT[params.format_name]}.{said}"
+
+
+def _in_words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def caches_of_export(params: ExportParams, caches: Sequence[Asset]) -> tuple[Asset, ...]:
@@ -218,6 +258,12 @@ def _check_positions(
                 f"{what} needs all positions of {asset}, and the recipe keeps some only: set positions: all in "
                 f"{_WORD_OF[asset]}, or leave the export out"
             )
+    ragged = topk is not None and topk.top_p is not None
+    if ragged and "topk_cache" in caches and params.asset not in DIFFERENT_K:
+        raise RecipeError(
+            f"{what} needs k tokens of each position, and with top_p there are fewer: leave top_p out of topk, or the "
+            "export"
+        )
 
 
 def _check_states(

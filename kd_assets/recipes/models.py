@@ -8,7 +8,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from kd_assets.contract import (
     STUDENT_HEAD_SIZE,
@@ -28,6 +28,51 @@ FINAL_STATES: tuple[FinalState, ...] = ("before_norm", "after_norm")
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
+_AN_OWNER = "an address (ann@example.org) or a team (team:language)"
+_A_TAG = "a tag: letters, digits, _, - and . (63 at most); before a name may stand another one and a /"
+_TAG_VALUE = "letters, digits, _, - and . (63 at most)"
+_WORD = "[A-Za-z0-9_.-]"
+
+
+def _owner(said: str) -> str:
+    try:
+        dg.AssetSpec("asset", owners=[said])
+    except dg.DagsterInvalidDefinitionError as e:
+        raise ValueError(f"{said!r} is no owner: expected {_AN_OWNER}") from e
+    return said
+
+
+def _tags(said: dict[str, str]) -> dict[str, str]:
+    for name, value in said.items():
+        try:
+            dg.AssetSpec("asset", tags={name: value})
+        except (dg.DagsterInvalidDefinitionError, dg.DagsterInvariantViolationError) as e:
+            raise ValueError(f"{name}: {value} is no tag of Dagster's: {e}") from e
+    return said
+
+
+Owners = list[
+    Annotated[
+        str,
+        AfterValidator(_owner),
+        Field(
+            json_schema_extra=refused(
+                {"not": {"pattern": r"^(team:.+|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7})$"}}, _AN_OWNER
+            )
+        ),
+    ]
+]
+Tags = Annotated[
+    dict[str, Annotated[str, Field(json_schema_extra=refused({"not": {"pattern": f"^{_WORD}{{0,63}}$"}}, _TAG_VALUE))]],
+    AfterValidator(_tags),
+    Field(
+        json_schema_extra={
+            "propertyNames": refused({"not": {"pattern": f"^({_WORD}{{1,63}}/)?{_WORD}{{1,63}}$"}}, _A_TAG)
+        }
+    ),
+]
+
+
 class DatasetModel(dg.Model, dg.Resolvable):
     """A data set that Hugging Face's `datasets` loads."""
 
@@ -44,6 +89,7 @@ class SourceModel(dg.Model, dg.Resolvable):
     them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Of its own among the sources; a part of document ids where records have none."""
     path: str | None = None
     """A file, a folder, a pattern (`data/*.jsonl.gz`) or a URL (`s3://bucket/part-*.parquet`); `$NAME` stands for an
     environment variable, looked up when the shard plan is made."""
@@ -62,7 +108,9 @@ class SourceModel(dg.Model, dg.Resolvable):
     ]
     """The source's own words for roles: `{narrator: system}`."""
     text_field: str = "text"
+    """The field of texts: a short form of `fields: {text: …}`."""
     messages_field: str = "messages"
+    """The field of chats."""
     id_field: str = "id"
     """A record without it is named after the source and its number."""
     ignore_fields: Annotated[list[str], Field(default_factory=list)]
@@ -77,6 +125,7 @@ class SourceModel(dg.Model, dg.Resolvable):
     licence_accepted: str | None = None
     """Why it may be used though its licence is unknown or not allowed; recorded in the plan."""
     revision: str | None = None
+    """A word of yours for the version of these files, recorded with the plan."""
     made_by: str | None = None
     """Key of the asset that writes this file, for the lineage (`demo/corpus`)."""
 
@@ -109,13 +158,15 @@ class TeacherSizeModel(dg.Model, dg.Resolvable):
     """All of them: `70_600_000_000` or `7.06e+10` (YAML takes `70.6e9` for a word)."""
     hidden_size: Positive
     n_blocks: Positive
+    """Decoder blocks."""
     vocabulary: Positive
+    """Rows of the head."""
     tied_embeddings: bool = False
     """Whether the head is the table of embeddings."""
 
 
 class TeacherModel(dg.Model, dg.Resolvable):
-    """The model that is run. (`model_id` and not `model`: dagster's Resolvable has a method of that name.)"""
+    """The model that is run."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -126,10 +177,12 @@ class TeacherModel(dg.Model, dg.Resolvable):
         }
     )
 
-    model_id: str
+    model_id: str  # not `model`: dagster's Resolvable has a method of that name
     """A hub id, or a folder when it starts with `/`, `.`, `~` or `$`."""
     revision: str | None = None
+    """Of the hub's model: a branch, a tag or a commit, which must be in the local cache; left out: `main`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the pass; logits are always reduced in float32."""
     token_budget: Positive | None = None
     """Tokens of a batch, padding included; left out: found from the memory that is free once the teacher is loaded."""
     trust_remote_code: bool = False
@@ -141,9 +194,13 @@ class TeacherModel(dg.Model, dg.Resolvable):
     n_devices: Positive | None = None
     """GPUs that one teacher is spread over."""
     compile: Literal["auto", "always", "never"] = "auto"
+    """Whether blocks go through `torch.compile`; auto: on a GPU, where that is proved to compute the same."""
     recompute_documents: Annotated[int, Field(ge=1)] = 2
+    """Documents of each partition that the check `recomputed` computes again."""
     seed: int = 0
+    """Chooses these documents, and draws where there are draws."""
     made_by: str | None = None
+    """Key of the asset that writes the model's folder, for the lineage (`demo/teacher`)."""
     size: TeacherSizeModel | None = None
     """Where the teacher's files are not on the machine that plans: what its bill is made from."""
 
@@ -187,6 +244,11 @@ def _one_schema(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": ["integer", "string"], "minimum": 1, "pattern": r"\S"}, {"type": "null"}]
 
 
+def _a_share(schema: dict[str, Any]) -> None:
+    """One alternative, as of `_one_schema`."""
+    schema["anyOf"] = [{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, {"type": "null"}]
+
+
 class TopkModel(dg.Model, dg.Resolvable):
     model_config = ConfigDict(
         json_schema_extra={
@@ -210,6 +272,8 @@ class TopkModel(dg.Model, dg.Resolvable):
     """plain: columns that every reader understands; compact: about two thirds of the bytes, decoded by kd_assets."""
     logsumexp: bool = True
     """Left out of a compact cache where false: it saves a byte and more a token, and logits can then not be had."""
+    top_p: Annotated[float | None, Field(json_schema_extra=_a_share)] = None
+    """Each position keeps the fewest most likely tokens whose probabilities add up to this: at least 1, at most k."""
 
     @field_validator("vocabulary", mode="before")
     @classmethod
@@ -224,6 +288,13 @@ class TopkModel(dg.Model, dg.Resolvable):
             raise ValueError("it is empty: name a tokenizer, or leave vocabulary out")
         return said
 
+    @field_validator("top_p")
+    @classmethod
+    def _is_a_share(cls, said: float | None) -> float | None:
+        if said is not None and not 0 < said < 1:
+            raise ValueError(f"it is {said}: give a mass above 0 and below 1, or leave top_p out to keep k tokens")
+        return said
+
     @model_validator(mode="after")
     def _k_ids(self) -> "TopkModel":
         if isinstance(self.vocabulary, int) and self.k > self.vocabulary:
@@ -234,6 +305,12 @@ class TopkModel(dg.Model, dg.Resolvable):
     def _only_compact_leaves_out(self) -> "TopkModel":
         if not self.logsumexp and self.codec != "compact":
             raise ValueError(_ONLY_COMPACT)
+        return self
+
+    @model_validator(mode="after")
+    def _counted_by_two_bytes(self) -> "TopkModel":
+        if self.top_p is not None and self.k > 65_535:
+            raise ValueError(f"k is {self.k}, and with top_p it is 65,535 at most: lower k, or leave top_p out")
         return self
 
     def to_params(self) -> TopkParams:
@@ -248,13 +325,17 @@ class TopkModel(dg.Model, dg.Resolvable):
             token_ids=TokenIds.below(said) if isinstance(said, int) else None,
             codec=self.codec,
             logsumexp=self.logsumexp,
+            top_p=self.top_p,
         )
 
 
 class HiddenStatesModel(dg.Model, dg.Resolvable):
+    """Hidden states of every token of a document."""
+
     blocks: list[Annotated[int, Field(ge=0)]]
     """Decoder blocks, counted from 0; may be empty where `final` is given."""
     max_length: Positive
+    """Tokens of a document at most."""
     final: Literal["before_norm", "after_norm", "both"] | None = None
     """States at the decoder's end besides: what goes into its final norm, what comes out of it and goes into the head,
     or both."""
@@ -281,7 +362,10 @@ class HiddenStatesModel(dg.Model, dg.Resolvable):
 
 
 class EmbeddingsModel(dg.Model, dg.Resolvable):
+    """The final hidden states of a document, pooled: their mean, and that of its last token."""
+
     max_length: Positive
+    """Tokens of a document at most."""
 
 
 class CachesModel(dg.Model, dg.Resolvable):
@@ -301,13 +385,17 @@ class CachesModel(dg.Model, dg.Resolvable):
 
 
 class StudentModel(dg.Model, dg.Resolvable):
+    """A small student that is trained from the caches to show that they teach: `student_smoke`."""
+
     steps: Positive = 60
     batch_documents: Positive = 8
     max_length: Positive = 256
+    """Tokens of a document at most."""
     hidden_size: Annotated[int, Field(gt=0, le=65_536, multiple_of=STUDENT_HEAD_SIZE)] = 128
     n_layers: Positive = 2
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Of the response loss."""
     seed: int = 0
 
 
@@ -341,4 +429,6 @@ class NightlyModel(dg.Model, dg.Resolvable):
     """Cron lines of the two nightly schedules."""
 
     plan: str = "30 1 * * *"
+    """When the sources are looked at."""
     caches: str = "0 2 * * *"
+    """When what is missing or stale is made."""

@@ -34,7 +34,7 @@ from kd_assets.store import FORMAT_VERSION, fingerprint
 from kd_assets.store.codecs.codec import PLAIN
 from kd_assets.store.codecs.state_codec import RAW
 from kd_assets.store.computing_versions import computing_versions
-from kd_assets.store.positions import choice_in_identity
+from kd_assets.store.params_in_identity import params_in_identity
 
 SHARD_PLAN = "shard_plan"
 SHARDS_MANIFEST: Asset = "shards_manifest"
@@ -106,6 +106,8 @@ class Recipe:
     embeddings: EmbeddingParams | None = None
     student: StudentParams | None = None
     exports: tuple[ExportParams, ...] = ()
+    recode: bool = True
+    """Whether results of another codec are made into those of this one. In no code version: the bytes are the same."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     part_documents: int = 256
     part_tokens: int = 131072
@@ -115,9 +117,20 @@ class Recipe:
     """Licences of sources that may be used; None: every one that is known."""
     when_space_is_short: Literal["refuse", "warn"] = "refuse"
     """What becomes of a plan whose caches do not fit on the disk. In no code version: it decides nothing about them."""
+    fresh_within_hours: int | None = None
+    """How old the last look at the sources may be; None: of any age. In no code version."""
     tasks: Mapping[JobKind, Tasks] = field(default_factory=dict)
     nightly_plan_cron: str = "30 1 * * *"
     nightly_caches_cron: str = "0 2 * * *"
+    automation: Literal["schedule", "condition"] = "schedule"
+    """What asks for partitions that are missing or stale."""
+    description: str | None = None
+    """Shown with the recipe; nothing depends on it."""
+    owners: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Shown with each asset, and found by; in no identity, like the owners."""
+    project: str | None = None
+    """The package of the dg project that it stands in, where somebody said so. In no identity."""
 
     def __post_init__(self) -> None:
         if not self.caches:
@@ -141,6 +154,14 @@ class Recipe:
                 f"recipe {self.name}: chat_template_kwargs has {ours[0]!r}, which is not its to say: "
                 + ("set tools of the recipe" if ours[0] == "tools" else "it comes from each record")
             )
+        for field_name, line in (("plan", self.nightly_plan_cron), ("caches", self.nightly_caches_cron)):
+            try:
+                dg.ScheduleDefinition(name="any", job_name="any", cron_schedule=line)
+            except dg.DagsterInvalidDefinitionError as e:
+                raise RecipeError(
+                    f"recipe {self.name}: nightly.{field_name} is {line!r}, which is no cron line: say minute, hour, "
+                    "day, month and weekday, as in '30 1 * * *'"
+                ) from e
 
     @property
     def rebuilt_from(self) -> tuple[Asset, ...]:
@@ -230,7 +251,7 @@ class Recipe:
         if (exported := {str(a): p for a, p in self.export_params.items()}.get(asset)) is not None:
             made_of = self.caches_of([exported.asset])
             return {"params": exported.content(), "caches": made_of, **computing_versions(asset, {})}
-        params = content_of({str(a): p for a, p in self.cache_params.items()}[asset], seed=self.teacher.seed)
+        params = params_in_identity({str(a): p for a, p in self.cache_params.items()}[asset], seed=self.teacher.seed)
         return {
             **computing_versions(asset, params),
             "model": self.teacher.model,
@@ -246,35 +267,3 @@ def used(settings: Sharding | Tokenising) -> dict[str, object]:
     """The settings that are not their defaults."""
     defaults = dataclasses.asdict(type(settings)())
     return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
-
-
-_LATER_DEFAULTS: tuple[tuple[str, object], ...] = (
-    ("final", ()),
-    ("positions", "all"),
-    ("vocabulary", None),
-    ("codec", PLAIN),
-    ("codec", RAW),
-    ("logsumexp", True),
-)
-
-
-def content_of(params: TopkParams | HiddenStateParams | EmbeddingParams, *, seed: int) -> dict[str, object]:
-    """A cache's parameters as they enter its identity, with the seed where something is drawn with it. One that came
-    later is left out where it is not used, so that what was made before it stays what it is. A student's vocabulary is
-    its set of ids, wherever that was found; before it is looked up it is the recipe's word for it."""
-    content: dict[str, object] = dataclasses.asdict(params)
-    if "positions" in content:
-        content["positions"] = choice_in_identity(params.positions)  # type: ignore[union-attr]
-    if isinstance(params, TopkParams):
-        del content["token_ids"]
-        if params.token_ids is not None:
-            content["vocabulary"] = params.token_ids.in_identity()
-    for later, default in _LATER_DEFAULTS:
-        if later in content and content[later] == default:
-            del content[later]
-    if isinstance(params, TopkParams):
-        if params.draws:
-            content["seed"] = seed
-        else:
-            del content["draws"]
-    return content

@@ -6,7 +6,7 @@ first rows. The invariant: rows are given of a document whose ids are those that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from kd_assets.errors import NotCommittedError, NotInCacheError, RecipeError, RefusedRequestError
 from kd_assets.replay.index import Int64Array, PrefixIndex, Uint32Array, documents_of
-from kd_assets.store import CacheReader, Chosen, choose
+from kd_assets.store import CacheReader, Chosen, Ragged, choose
+from kd_assets.store.ragged_topk import with_rows_of_k
+from kd_assets.store.schema import k_of, top_p_of
 from kd_assets.store.vocabulary import vocabulary_of
 
 NotKept = Literal["refuse", "null"]
@@ -32,6 +34,8 @@ MAX_CANDIDATES = 2_048
 
 _FIELDS = ("input_ids", "topk_ids", "topk_logprobs", "target_logprob", "outside_mass", "positions")
 _COMPARED_FIELDS = ("input_ids", "positions")
+_NO_ID = np.iinfo(np.uint32).max
+"""Behind what a row keeps."""
 _CACHE_BYTES = 128 << 20
 """Decoded, of each process."""
 _COMPARED_CACHE_BYTES = 32 << 20
@@ -51,7 +55,10 @@ class Rows:
     target_logprob_M: npt.NDArray[np.float32]
     """Of the sequence's own tokens."""
     target_rank_M: npt.NDArray[np.int64]
-    """Of the sequence's own tokens, from 1; k + 1 where it is not among the top k: then it may be any from there on."""
+    """Of the sequence's own tokens, from 1; one more than are kept where it is not among these: then it may be any from
+    there on."""
+    n_kept_M: npt.NDArray[np.int64]
+    """How many tokens a row has: k, or fewer, behind which stand no ids and -inf."""
     outside_mass_M: npt.NDArray[np.float32] | None
     """Of a cache that is cut to a vocabulary: the teacher's probability of all other ids, which is in no other number
     here."""
@@ -59,7 +66,7 @@ class Rows:
     @property
     def target_in_topk_M(self) -> npt.NDArray[np.bool_]:
         """Whether the rank of the sequence's own token is known."""
-        in_topk: npt.NDArray[np.bool_] = self.target_rank_M <= self.topk_ids_Mk.shape[1]
+        in_topk: npt.NDArray[np.bool_] = self.target_rank_M <= self.n_kept_M
         return in_topk
 
 
@@ -82,7 +89,9 @@ class ReplayCache:
         if not n_documents:
             raise NotCommittedError(f"the top-k cache in {chosen.folders[0]} has no documents to answer from")
         schema = CacheReader.of(chosen).schema
-        self.k = int(schema.field("topk_ids").type.value_type.list_size)
+        self.k = k_of(schema)
+        """Of each position, or at most where the cache has `top_p`."""
+        self.top_p = top_p_of(schema)
         self.keeps_all = "positions" not in schema.names
         self._not_kept = not_kept
         fields, compared = ([n for n in names if n in schema.names] for names in (_FIELDS, _COMPARED_FIELDS))
@@ -106,9 +115,10 @@ class ReplayCache:
     def description(self) -> str:
         """What is served, in a line."""
         cut = "" if self.cut_to is None else f"cut to {self.cut_to:,} token ids, "
+        mass = "" if self.top_p is None else f" at most, as many as have a mass of {self.top_p}"
         return (
             f"recipe {self.recipe}, topk_cache {self.variant}, {len(self.index):,} documents of {self.n_partitions:,} "
-            f"partitions, k = {self.k}, {cut}an index of {self.index.n_bytes / 2**20:,.1f} MiB"
+            f"partitions, k = {self.k}{mass}, {cut}an index of {self.index.n_bytes / 2**20:,.1f} MiB"
         )
 
     def rows(self, ids_L: Uint32Array, *, first: int, k: int, name: str, search: Search | None = None) -> Rows:
@@ -136,6 +146,8 @@ class ReplayCache:
                     "the tokens that are learned, make the cache with `positions: all`, or start the server with "
                     "`--not-kept null` where what is asked besides is not used"
                 )
+        n_kept_M = self._kept(document, at, kept, k=k, name=name)
+        document = with_rows_of_k(document, self.k, _NO_ID)
         topk_ids_Mk = document["topk_ids"][at]
         is_target_Mk = topk_ids_Mk == ids_L[kept][:, None]
         found_M = is_target_Mk.any(axis=1)
@@ -145,9 +157,32 @@ class ReplayCache:
             topk_ids_Mk=topk_ids_Mk,
             topk_logprobs_Mk=document["topk_logprobs"][at],
             target_logprob_M=document["target_logprob"][at],
-            target_rank_M=np.where(found_M, is_target_Mk.argmax(axis=1), self.k) + 1,
+            target_rank_M=np.where(found_M, is_target_Mk.argmax(axis=1), n_kept_M) + 1,
+            n_kept_M=n_kept_M,
             outside_mass_M=None if self.cut_to is None else document["outside_mass"][at],
         )
+
+    def _kept(
+        self,
+        document: Mapping[str, Any],
+        at: npt.NDArray[np.int64],
+        tokens_M: npt.NDArray[np.int64],
+        *,
+        k: int,
+        name: str,
+    ) -> npt.NDArray[np.int64]:
+        """int64 [M]: how many tokens these rows keep. Raises RefusedRequestError for a `k` above it."""
+        ids = document["topk_ids"]
+        if not isinstance(ids, Ragged):
+            return np.full(len(at), self.k, dtype=np.int64)
+        n_M: npt.NDArray[np.int64] = ids.lengths[at].astype(np.int64)
+        if (fewer := np.flatnonzero(n_M < k)).size:
+            raise RefusedRequestError(
+                f"the {k} most probable tokens are asked for, and the cache of recipe {self.recipe} keeps as many as "
+                f"have a mass of {self.top_p} (top_p): of token {tokens_M[fewer[0]]} of {name} (counted from 0) "
+                f"{n_M[fewer[0]]}. Ask for 1, or make the cache without top_p"
+            )
+        return n_M
 
     def require_k(self, k: int) -> None:
         """Raise RefusedRequestError unless the cache has this many log-probabilities of a position."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.model_files.reading import reads_folder
+from kd_assets.model_files.reading import read_json, reads_folder
 from kd_assets.model_files.vocabulary import is_tiktoken
 
 Encode = Callable[[str], Sequence[int]]
@@ -59,10 +59,28 @@ def prove(tokenizer: Any, folder: Path) -> None:
         raise InputError(
             f"the tokenizer in {folder} is not what its own {name} says. Of {probe!r} {kind} of transformers makes "
             f"{len(found)} tokens, {_shown(tokenizer, found)}; {name} itself makes {len(expected)}, "
-            f"{_shown(tokenizer, expected)}. transformers chose {kind} by model_type in config.json and "
-            'tokenizer_class in tokenizer_config.json: mend them ("tokenizer_class": "TokenizersBackend" takes '
-            "tokenizer.json as it is)"
+            f"{_shown(tokenizer, expected)}. {_remedy(kind, folder)}"
         )
+
+
+def _remedy(kind: str, folder: Path) -> str:
+    """What may be done where transformers reads a folder with a class (`kind`) that makes something else of it."""
+    asked_for = "TokenizersBackend"
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, "its tokenizer_class is wanted") if path.is_file() else {}
+    said = config.get("tokenizer_class") if isinstance(config, dict) else None
+    if said != asked_for:
+        return (
+            f"transformers chose {kind} by model_type in config.json and tokenizer_class in tokenizer_config.json: "
+            f'mend them ("tokenizer_class": "{asked_for}" takes tokenizer.json as it is)'
+        )
+    # Of some model types (qwen2 is one) it takes the class of its own table, whatever a folder asks for.
+    return (
+        f"tokenizer_config.json asks for {asked_for}, and transformers takes {kind} all the same, by model_type in "
+        f"config.json. If the teacher was trained on what {kind} makes, have its files written anew "
+        "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder)); otherwise this version of transformers has "
+        "no right tokenizer for it: try another"
+    )
 
 
 @reads_folder

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.errors import VariantConflictError
+from kd_assets.store.ragged_topk import fixed_logprobs, is_kept
+from kd_assets.store.reading.columns import Ragged
 from kd_assets.store.reading.reader import CacheReader
 from kd_assets.store.schema import hidden_state_of
 
@@ -154,17 +156,19 @@ def topk_numbers(one: Document, other: Document) -> dict[str, Float64Array]:
     """`kl` (of the first from the second, in nats), `top1_differs` (0 or 1), `ids_differ` (share of the smaller k), and
     the differences of log-probabilities of ids that both kept, of the target's and, where both have it, of logsumexp:
     float64 a position."""
+    (one, n_M), (other, other_n_M) = _fixed_rows(one, -1), _fixed_rows(other, -2)
     rows, other_rows = _common_rows(one, other, len(one["topk_ids"]), len(other["topk_ids"]))
+    smaller_M = np.minimum(n_M[rows], other_n_M[other_rows])
     ids, other_ids = one["topk_ids"][rows].astype(np.int64), other["topk_ids"][other_rows].astype(np.int64)
     logprobs = one["topk_logprobs"][rows].astype(np.float64)
     other_logprobs = other["topk_logprobs"][other_rows].astype(np.float64)
     in_both_Mk, at_Mk = _where_in(ids, other_ids)
     other_at_Mk = np.take_along_axis(other_logprobs, at_Mk, axis=1)
-    differences = np.where(in_both_Mk, np.abs(logprobs - other_at_Mk), 0.0)
+    differences = np.abs(np.where(in_both_Mk, logprobs - other_at_Mk, 0.0))
     return {
         "kl": _bucketed_kl(logprobs, other_at_Mk, in_both_Mk),
         "top1_differs": (ids[:, 0] != other_ids[:, 0]).astype(np.float64),
-        "ids_differ": 1.0 - in_both_Mk.sum(axis=1) / max(1, min(ids.shape[1], other_ids.shape[1])),
+        "ids_differ": 1.0 - in_both_Mk.sum(axis=1) / np.maximum(smaller_M, 1),
         "logprob": differences.max(axis=1, initial=0.0),
         **{
             name: _apart(one[name][rows], other[name][other_rows])
@@ -172,6 +176,18 @@ def topk_numbers(one: Document, other: Document) -> dict[str, Float64Array]:
             if name in one and name in other
         },
     }
+
+
+def _fixed_rows(document: Document, no_id: int) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+    """The document with rows of one length, `no_id` and -inf behind what a position keeps, and how many each keeps."""
+    ids, logprobs = document["topk_ids"], document["topk_logprobs"]
+    if not isinstance(ids, Ragged):
+        return dict(document), np.full(len(ids), ids.shape[1], dtype=np.int64)
+    k = int(ids.lengths.max(initial=1))
+    wide_Mk = np.full((len(ids), k), no_id, dtype=np.int64)
+    wide_Mk[is_kept(ids.lengths, k)] = ids.values
+    fixed = {**document, "topk_ids": wide_Mk, "topk_logprobs": fixed_logprobs(logprobs, k)}
+    return fixed, ids.lengths.astype(np.int64)
 
 
 def state_numbers(one: Document, other: Document, states: list[str]) -> dict[str, Float64Array]:

@@ -27,6 +27,9 @@ PASS_VERSION = 1
 DRAWS_VERSION = 1
 """The random draws of a top-k cache: `kd_assets.teacher.batch.sampling`. Caches without draws do not have it."""
 
+DRAWS_CODEC_VERSION = 2
+"""How the codec compact stores random draws: 1, as lists of ids and counts, which readers still know; 2, coded. Caches
+that have not both do not have it."""
 
 EXPORT_VERSION = 1
 """Of every export: `kd_assets.export` without its formats, and what stands in `export.json`."""
@@ -47,6 +50,8 @@ def computing_versions(asset: str, params: Mapping[str, Any]) -> dict[str, int]:
         versions["pass_version"] = PASS_VERSION
     if asset == "topk_cache" and params.get("draws"):
         versions["draws_version"] = DRAWS_VERSION
+        if params.get("codec") == "compact":
+            versions["draws_codec_version"] = DRAWS_CODEC_VERSION
     if asset in EXPORTS:
         versions |= {"export_version": EXPORT_VERSION, "export_format_version": FORMAT_VERSIONS.get(asset, 1)}
     return {name: version for name, version in versions.items() if version != 1}
@@ -54,7 +59,10 @@ def computing_versions(asset: str, params: Mapping[str, Any]) -> dict[str, int]:
 
 def require_same_versions(output: Output) -> None:
     """Raise ContractError where a result was planned by code of another version than this, which is to compute it."""
-    names = ("tokenising_version", "pass_version", "draws_version", "export_version", "export_format_version")
+    names = (
+        *("tokenising_version", "pass_version", "draws_version", "draws_codec_version"),
+        *("export_version", "export_format_version"),
+    )
     planned = {name: output.identity[name] for name in names if name in output.identity}
     here = computing_versions(output.asset, output.identity.get("params") or {})
     if planned != here:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from kd_assets.contract import parse_json
 from kd_assets.durable import open_file, read_patiently, size_if_there
 from kd_assets.errors import CorruptIndexError, ObstructedError
+from kd_assets.store.arrays import flat
 from kd_assets.store.fingerprint import canonical_json, fingerprint
 from kd_assets.store.layout import INDEX_NAME
 from kd_assets.store.manifest import Manifest
@@ -31,8 +32,8 @@ SECTIONS = ("schema", "n_tokens", "document_ids")
 _SELF_HASH = "index_sha256"
 _LONGEST_HEADER = 1 << 16
 REMEDY = (
-    "materialize its partition again, which writes it anew, or remove this file: readers then take from the parts what "
-    "it says, only slower"
+    "kd-assets index RECIPE writes it anew, and so does materializing its partition again (of up to 64 MiB); or remove "
+    "this file: readers then take from the parts what it says, only slower"
 )
 
 Int32Array = npt.NDArray[np.int32]
@@ -51,7 +52,7 @@ class DocumentRows:
         ids = table["document_id"].combine_chunks().cast(pa.large_string())
         if isinstance(ids, pa.ChunkedArray):
             ids = ids.chunk(0) if ids.num_chunks else pa.array([], pa.large_string())
-        return cls(document_ids=ids, n_tokens_D=table["n_tokens"].to_numpy().astype(np.int32))
+        return cls(document_ids=ids, n_tokens_D=flat(table["n_tokens"]).astype(np.int32))
 
 
 def together(rows: list[DocumentRows]) -> DocumentRows:
@@ -117,6 +118,8 @@ class IndexFile:
         lengths = np.frombuffer(self._section("n_tokens"), dtype="<i4").astype(np.int32)
         if len(lengths) != self._header["n_documents"]:
             raise _corrupt(self._path, f"it has the lengths of {len(lengths)} documents")
+        if (lengths < 1).any():
+            raise _corrupt(self._path, "it has a document without tokens")
         return lengths
 
     def document_ids(self) -> pa.LargeStringArray:
@@ -124,8 +127,8 @@ class IndexFile:
         n_bytes = 8 * (n + 1)
         if data.size < n_bytes:
             raise _corrupt(self._path, f"it has no room for the ids of {n} documents")
-        ids = pa.LargeStringArray.from_buffers(n, data.slice(0, n_bytes), data.slice(n_bytes))
         try:
+            ids = pa.LargeStringArray.from_buffers(n, data.slice(0, n_bytes), data.slice(n_bytes))
             ids.validate(full=True)
         except pa.ArrowException as e:
             raise _corrupt(self._path, f"its ids are no text ({e})") from e

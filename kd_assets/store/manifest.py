@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kd_assets.contract import decode, parse_json
 from kd_assets.durable import append_line, open_file, read_if_there, read_patiently, replace_file, size_if_there
@@ -26,6 +26,8 @@ from kd_assets.store.layout import (
     is_file_name,
     recipe_folder_of,
 )
+
+T = TypeVar("T")
 
 _SELF_HASH = "manifest_sha256"
 FILES_FACT = "files"
@@ -277,9 +279,15 @@ def audited_commits(recipe_folder: Path, *, mentioning: str = "") -> list[dict[s
 def audited_events(recipe_folder: Path, *, mentioning: str = "") -> list[dict[str, Any]]:
     """The lines of the audit log that mention this text (ASCII), each with `event`, `path` and `time`; what is no such
     line, torn ones among them, is passed over."""
+    return audited(recipe_folder, lambda record: record, mentioning=mentioning)
+
+
+def audited(recipe_folder: Path, take: Callable[[dict[str, Any]], T | None], *, mentioning: str = "") -> list[T]:
+    """What `take` makes of each line that `audited_events` gives, without those of which it makes None: so that little
+    of a long log is in memory."""
     path = recipe_folder / AUDIT_NAME
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> list[T]:
         found = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), open_file(path) as lines:
             for line in lines:
@@ -287,10 +295,12 @@ def audited_events(recipe_folder: Path, *, mentioning: str = "") -> list[dict[st
                     continue
                 try:
                     record = parse_json(line)
-                    if all(isinstance(record[name], str) for name in ("event", "path", "time")):
-                        found.append(record)
+                    if not all(isinstance(record[name], str) for name in ("event", "path", "time")):
+                        continue
                 except (ValueError, LookupError, TypeError):
                     continue
+                if (taken := take(record)) is not None:
+                    found.append(taken)
         return found
 
     return read_patiently(read, path)

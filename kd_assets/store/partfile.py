@@ -124,13 +124,21 @@ class PartFile:
     def read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group of rows. Of an Arrow file without a codec these are views of the mapped file."""
 
-        def read(names: Sequence[str]) -> pa.Table:
-            if self.path.suffix == ARROW_SUFFIX:
-                return pa.Table.from_batches([self._arrow.get_batch(group)]).select(names)
-            # one thread: a process that was forked off must not wait for threads that it does not have
-            return self._parquet.read_row_group(group, columns=list(names), use_threads=False).select(names)
+        return self._patiently(lambda: self._decoded(lambda names: self._stored(group, names), columns))
 
-        return self._patiently(lambda: self._decoded(read, columns))
+    def stored_group(self, group: int) -> pa.Table:
+        """All columns of the file, as they are in it, of one group of rows."""
+        return self._patiently(lambda: self._stored(group, self.stored_schema.names))
+
+    def decoded(self, stored: pa.Table) -> pa.Table:
+        """All columns that are read, of some rows of a `stored_group`."""
+        return self._patiently(lambda: self._decoded(stored.select, self.names))
+
+    def _stored(self, group: int, names: Sequence[str]) -> pa.Table:
+        if self.path.suffix == ARROW_SUFFIX:
+            return pa.Table.from_batches([self._arrow.get_batch(group)]).select(names)
+        # one thread: a process that was forked off must not wait for threads that it does not have
+        return self._parquet.read_row_group(group, columns=list(names), use_threads=False).select(names)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """These columns of all rows."""
@@ -144,6 +152,15 @@ class PartFile:
         schema = pa.schema([self.schema.field(name) for name in columns], metadata=self.schema.metadata)
         groups = [self.read_group(group, columns) for group in range(self.n_groups)]
         return pa.concat_tables(groups) if groups else schema.empty_table()
+
+    def read_stored(self) -> pa.Table:
+        """All columns of all rows as they are in the file, whatever the codec."""
+
+        def read() -> pa.Table:
+            is_arrow = self.path.suffix == ARROW_SUFFIX
+            return self._arrow.read_all() if is_arrow else self._parquet.read(use_threads=False)
+
+        return self._patiently(read)
 
     def _decoded(self, read: Callable[[Sequence[str]], pa.Table], columns: Sequence[str]) -> pa.Table:
         """These columns, made of those that `read` gives of the file."""

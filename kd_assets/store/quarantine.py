@@ -35,7 +35,7 @@ from kd_assets.store.manifest import (
     head_fingerprint,
     read_manifest,
 )
-from kd_assets.store.recorded_checks import failed_check
+from kd_assets.store.recorded_checks import codec_name, failed_check
 from kd_assets.store.writing.writer import lease_holder, utc_now
 
 
@@ -58,19 +58,23 @@ def put_aside(
     *,
     why: str,
     variant: str | None = None,
+    all_variants: bool = False,
     clock: Callable[[], datetime.datetime] = utc_now,
 ) -> list[Quarantined]:
     """Put the results of these partitions aside: of each asset the current one, those that failed a check, and, where
     there is no current one, all that are committed.
 
     All is looked at before anything is moved. Raises NotCommittedError for a partition that has none of the assets,
-    VariantConflictError where an asset has results of several variants and none is named, InputError for what is no
+    VariantConflictError where an asset has results of several variants and none is named, unless all are asked for
+    (`all_variants`), InputError for what is no
     partition's name, ResultBusyError for a result that a live task is computing.
     """
     found: list[Path] = []
     for key in partition_keys:
         check_partition_key(key)
-        of_partition = [folder for asset in assets for folder in _to_move(recipe_folder / asset, key, variant)]
+        of_partition = [
+            folder for asset in assets for folder in _to_move(recipe_folder / asset, key, variant, all_variants)
+        ]
         if not of_partition:
             raise NotCommittedError(
                 f"partition {key!r} of {recipe_folder} has no committed result of {', '.join(assets)} to put aside; "
@@ -79,6 +83,16 @@ def put_aside(
         found += of_partition
     now = clock()
     return [_moved(recipe_folder, folder, now, why) for folder in found]
+
+
+def put_result_aside(
+    recipe_folder: Path, folder: Path, *, why: str, clock: Callable[[], datetime.datetime] = utc_now
+) -> Quarantined:
+    """Put one result aside, whichever variant it is of and whether it is current or not.
+
+    Raises ResultBusyError where a live task is computing it.
+    """
+    return _moved(recipe_folder, folder, clock(), why)
 
 
 def still_put_aside(recipe_folder: Path) -> dict[str, set[str]]:
@@ -102,7 +116,7 @@ def _is_there(folder: Path) -> bool:
     return MANIFEST_NAME in listing(folder)
 
 
-def _to_move(asset_folder: Path, partition_key: str, variant: str | None) -> list[Path]:
+def _to_move(asset_folder: Path, partition_key: str, variant: str | None, all_variants: bool) -> list[Path]:
     by_variant = {
         name: folders
         for name in listing(asset_folder)
@@ -110,12 +124,23 @@ def _to_move(asset_folder: Path, partition_key: str, variant: str | None) -> lis
         and variant in (None, name)
         and (folders := _of_partition(asset_folder / name / partition_key))
     }
-    if len(by_variant) > 1:
+    if len(by_variant) > 1 and not all_variants:
+        named = "; ".join(f"{name}, {_in_words(folders[0])}" for name, folders in sorted(by_variant.items()))
         raise VariantConflictError(
-            f"{asset_folder} has results of partition {partition_key!r} in several variants "
-            f"({', '.join(sorted(by_variant))}): name one"
+            f"{asset_folder} has results of partition {partition_key!r} in several variants ({named}): name one with "
+            "--variant VARIANT and its asset with --assets, or put all of them aside with --all-variants"
         )
     return [folder for folders in by_variant.values() for folder in folders]
+
+
+def _in_words(folder: Path) -> str:
+    """The codec of a result, and what it was recoded from, as far as its manifest can be read."""
+    try:
+        manifest = read_manifest(folder)
+    except StoreError:
+        return "damaged"
+    source = manifest.provenance.get("recoded_from")
+    return codec_name(manifest) + (f" recoded from {source.get('codec')}" if isinstance(source, dict) else "")
 
 
 def _of_partition(partition_folder: Path) -> list[Path]:

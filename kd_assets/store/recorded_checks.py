@@ -12,8 +12,8 @@ import math
 from kd_assets.contract import CACHES
 from kd_assets.store.codecs.codec import PLAIN, require_known
 from kd_assets.store.codecs.state_codec import CODED, RAW, largest_error
-from kd_assets.store.codecs.topk_columns import COMPACT
 from kd_assets.store.codecs.topk_compact import divergence_limit
+from kd_assets.store.codecs.topk_schema import COMPACT
 from kd_assets.store.manifest import Manifest
 
 PROBABILITY_TOLERANCE = 4e-3
@@ -29,10 +29,9 @@ def failed_check(manifest: Manifest) -> str | None:
         return f"check finite failed: {why}"
     if "recomputed" in manifest.checks and (why := recomputed_failure(manifest)):
         return f"check recomputed failed: {why}"
-    if why := codec_failure(manifest):
-        return f"check codec failed: {why}"
-    if why := rebuilt_failure(manifest):
-        return f"check rebuilt failed: {why}"
+    for name, failure in (("codec", codec_failure), ("rebuilt", rebuilt_failure), ("recoded", recoded_failure)):
+        if why := failure(manifest):
+            return f"check {name} failed: {why}"
     return None
 
 
@@ -95,6 +94,35 @@ def rebuilt_failure(manifest: Manifest) -> str | None:
     return None
 
 
+def recoded_failure(manifest: Manifest) -> str | None:
+    """Why a result that was made of another one is not what its source says; None where it is, and for one that the
+    teacher's pass made."""
+    record = manifest.checks.get("recoded")
+    if record is None:
+        return None
+    if not isinstance(record, dict):
+        return f"its record is {record!r:.40}"
+    if (record.get("n_parts"), record.get("n_documents")) != (len(manifest.parts), manifest.n_documents):
+        return f"{record.get('n_parts')} parts with {record.get('n_documents')} documents were compared"
+    if record.get("passed") is not True:
+        return f"decoded again, it is not its source: {record.get('difference', 'no difference is recorded')}"
+    return None
+
+
+def measured_on(manifest: Manifest, name: str) -> str | None:
+    """The form of the result that a recorded check measured, where that is another one than this: of a recoded result,
+    what it was made of. None where it is the result itself."""
+    record, source = manifest.checks.get(name), manifest.provenance.get("recoded_from")
+    of_result = record.get("of_result") if isinstance(record, dict) else None
+    if of_result in (None, manifest.fingerprint):
+        return None
+    while isinstance(source, dict):
+        if source.get("fingerprint") == of_result:
+            return str(source.get("codec"))
+        source = source.get("recoded_from")
+    return f"result {of_result}"
+
+
 def codec_failure(manifest: Manifest) -> str | None:
     """The first part that its codec has changed by more than it may, by what was measured when it was written; None
     where there is none, and for a result without a codec."""
@@ -128,7 +156,9 @@ def vocabulary_size_of(manifest: Manifest) -> int | None:
 
 def require_readable(manifest: Manifest) -> None:
     """Raise UnknownCodecError for a result whose codec this version of kd_assets does not know."""
-    require_known(manifest.asset, codec_name(manifest), made_by=manifest.provenance.get("kd_assets"))
+    recoded_by = manifest.provenance.get("recoded_by")
+    wrote_it = recoded_by if isinstance(recoded_by, dict) else manifest.provenance
+    require_known(manifest.asset, codec_name(manifest), made_by=wrote_it.get("kd_assets"))
 
 
 def not_made_of(record: object) -> str | None:
@@ -141,3 +171,9 @@ def not_made_of(record: object) -> str | None:
 def draws_of(manifest: Manifest) -> int:
     """Token ids that a cache holds of each position as random draws: 0 for one without, and for other assets."""
     return int(manifest.params.get("draws", 0))
+
+
+def top_p_of(manifest: Manifest) -> float | None:
+    """Of a top-k cache whose positions keep as many tokens as have this mass; None where all keep k."""
+    found = manifest.params.get("top_p")
+    return None if found is None else float(found)

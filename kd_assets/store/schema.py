@@ -49,6 +49,11 @@ CUT_DRAWS_CONVENTION = _DRAWS_CONVENTION.replace(
     "<the distribution>", "the distribution over the ids of a student's vocabulary"
 )
 
+RAGGED_CONVENTION = (
+    "of each position the fewest most likely tokens whose probabilities add up to top_p, at least 1 and at most k; "
+    "what they leave of 1 is the mass of all others"
+)
+
 POSITIONS_CONVENTION = (
     "which positions of the document are kept, ascending: element j of every list over positions is that of position "
     "positions[j]"
@@ -102,14 +107,26 @@ def shard_schema() -> pa.Schema:
 
 
 def topk_schema(
-    k: int, draws: int = 0, *, is_cut: bool = False, positions: bool = False, logsumexp: bool = True
+    k: int,
+    draws: int = 0,
+    *,
+    is_cut: bool = False,
+    positions: bool = False,
+    logsumexp: bool = True,
+    top_p: float | None = None,
 ) -> pa.Schema:
     """`draws` of a position, of random-sampling KD: two more columns where there are any. `is_cut`: of a cache that is
     cut to a student's vocabulary; `positions`: of one that keeps some of the positions: one more column each. Without
-    `logsumexp` that is left out."""
+    `logsumexp` that is left out. `top_p`: of one whose positions keep as many tokens as have this mass, up to k."""
+    if top_p is None:
+        topk = [list_of(vector_of(pa.uint32(), k)), list_of(vector_of(pa.float16(), k))]
+        of_topk = {}
+    else:
+        topk = [list_of(list_of(pa.uint32())), list_of(list_of(pa.float16()))]
+        of_topk = {"k": str(k), "top_p": repr(top_p), "convention": RAGGED_CONVENTION}
     columns = [
-        column("topk_ids", list_of(vector_of(pa.uint32(), k))),
-        column("topk_logprobs", list_of(vector_of(pa.float16(), k))),
+        column("topk_ids", topk[0], **of_topk),
+        column("topk_logprobs", topk[1], **of_topk),
         *([column("logsumexp", list_of(pa.float32()))] if logsumexp else []),
         column("target_logprob", list_of(pa.float32())),
     ]
@@ -122,6 +139,27 @@ def topk_schema(
     if is_cut:
         columns.append(column("outside_mass", list_of(pa.float32()), convention=OUTSIDE_CONVENTION))
     return table_schema("topk_cache", [*columns, *([positions_column()] if positions else [])], topk_convention(is_cut))
+
+
+def k_of(topk: pa.Schema) -> int:
+    """k of a top-k cache by the columns that a reader gets, where they have top-k ids. Raises ValueError where they do
+    not say it."""
+    field = topk.field("topk_ids")
+    if pa.types.is_fixed_size_list(field.type.value_type):
+        return int(field.type.value_type.list_size)
+    return int((field.metadata or {}).get(b"k", b"").decode(errors="backslashreplace"))
+
+
+def is_ragged(topk: pa.Schema) -> bool:
+    """Whether positions of this top-k cache keep different numbers of tokens."""
+    return "topk_ids" in topk.names and pa.types.is_list(topk.field("topk_ids").type.value_type)
+
+
+def top_p_of(topk: pa.Schema) -> float | None:
+    """Of a cache whose positions keep as many tokens as have this mass. Raises ValueError where it does not say it."""
+    if not is_ragged(topk):
+        return None
+    return float((topk.field("topk_ids").metadata or {}).get(b"top_p", b"").decode(errors="backslashreplace"))
 
 
 def topk_convention(is_cut: bool) -> str:

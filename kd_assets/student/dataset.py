@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import NotCommittedError, RecipeError, UnknownFieldError, VariantConflictError
 from kd_assets.store import CacheReader, Chosen, Missing, Ragged, choose
-from kd_assets.store.schema import hidden_state_of
+from kd_assets.store.ragged_topk import with_rows_of_k
+from kd_assets.store.schema import hidden_state_of, k_of
 from kd_assets.student.fields import (
     KEY_FIELDS,
     POSITIONS_FIELDS,
@@ -51,7 +52,8 @@ class TeacherCacheDataset(Dataset[Sample]):
     A sample has `partition_key`, `document_id`, `input_ids` int64 [L], `loss_mask` bool [L], and of the caches that
     are given:
 
-    - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: read as float16), `logsumexp`
+    - topk_cache: `topk_ids` int64 [L-1, k], `topk_logprobs` float32 [L-1, k] (exact: read as float16; -inf, and the
+      first id again, behind what a position of a cache with `top_p` keeps, which the losses leave out), `logsumexp`
       (unless the cache leaves it out) and `target_logprob` float32 [L-1]. Row i is about token i + 1. With random
       draws also `sampled_ids` and `sampled_counts` int64 [L-1, s]: the different ids that were drawn and how often; a
       count of 0 is padding. Of a cache that is cut to a student's vocabulary also `outside_mass` float32 [L-1]: the
@@ -78,6 +80,7 @@ class TeacherCacheDataset(Dataset[Sample]):
             raise RecipeError(f"max_length is {max_length}: a document needs at least one token")
         self._readers = dict(readers)
         self._max_length = max_length
+        self._k: dict[Asset, int] = {}
         for asset, reader in self._readers.items():
             if absent := [name for name in TOKEN_FIELDS if name not in reader.fields]:
                 raise UnknownFieldError(f"the reader of {asset} leaves out {absent[0]!r}: a student needs it")
@@ -125,16 +128,25 @@ class TeacherCacheDataset(Dataset[Sample]):
         max_length: int | None = None,
         missing: Missing = "refuse",
         allow_failed: bool = False,
+        variants: Mapping[Asset, str] | None = None,
     ) -> TeacherCacheDataset:
         """The dataset over the partitions that the current plan of a recipe in a store names.
 
         A partition is missing when one of its caches is: not committed, made of another shard than the one that is
         planned now, or recorded to have failed a check (unless `allow_failed`). Raises NotCommittedError or
-        FailedCheckError for the first; with `missing="skip"` they are left out and named in `left_out`.
+        FailedCheckError for the first; with `missing="skip"` they are left out and named in `left_out`. Of caches with
+        several variants `variants` names one; else it is that of the recipe's last run.
         """
         keys = None if partition_keys is None else tuple(partition_keys)
         chosen = {
-            asset: choose(recipe_folder, asset, partition_keys=keys, missing=missing, allow_failed=allow_failed)
+            asset: choose(
+                recipe_folder,
+                asset,
+                variant=(variants or {}).get(asset),
+                partition_keys=keys,
+                missing=missing,
+                allow_failed=allow_failed,
+            )
             for asset in assets
         }
         if missing == "skip":
@@ -145,7 +157,10 @@ class TeacherCacheDataset(Dataset[Sample]):
         return len(next(iter(self._rows.values())))
 
     def __getitem__(self, i: int) -> Sample:
-        documents = {asset: reader[int(self._rows[asset][i])] for asset, reader in self._readers.items()}
+        documents = {
+            asset: self._with_rows_of_k(asset, reader[int(self._rows[asset][i])])
+            for asset, reader in self._readers.items()
+        }
         longest = max(documents.values(), key=lambda document: len(document["input_ids"]))
         sample: Sample = {name: longest[name] for name in KEY_FIELDS}
         sample["input_ids"] = torch.from_numpy(longest["input_ids"].astype(np.int64))
@@ -157,14 +172,25 @@ class TeacherCacheDataset(Dataset[Sample]):
     def documents(self, indices: Sequence[int] | Rows) -> list[dict[str, Any]]:
         """These samples as numpy arrays, most of them views of what is read: what batches are made of.
 
-        Fields are those of a sample, with the store's dtypes (bfloat16 as uint16, lists of draws as `Ragged`).
+        Fields are those of a sample, with the store's dtypes (bfloat16 as uint16, lists of draws as `Ragged`; top-k
+        lists of different lengths are filled up to k).
         """
         chosen = np.asarray(indices, dtype=np.int64)
-        of_assets = {asset: reader.documents(self._rows[asset][chosen]) for asset, reader in self._readers.items()}
+        of_assets = {
+            asset: [self._with_rows_of_k(asset, document) for document in reader.documents(self._rows[asset][chosen])]
+            for asset, reader in self._readers.items()
+        }
         return [
             self._joined_document({asset: documents[i] for asset, documents in of_assets.items()})
             for i in range(len(chosen))
         ]
+
+    def _with_rows_of_k(self, asset: Asset, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not any(isinstance(document.get(name), Ragged) for name in ("topk_ids", "topk_logprobs")):
+            return document
+        if asset not in self._k:
+            self._k[asset] = k_of(self._readers[asset].schema)
+        return with_rows_of_k(document, self._k[asset])
 
     def _joined_document(self, documents: Mapping[Asset, Mapping[str, Any]]) -> dict[str, Any]:
         longest = max(documents.values(), key=lambda document: len(document["input_ids"]))
@@ -189,11 +215,17 @@ class TeacherCacheDataset(Dataset[Sample]):
         return next(iter(self._readers.values())).ids_sha256()
 
     def keep_decoded(self, *, tokens: int, per_stored_byte: int) -> None:
-        """Let a process keep so many tokens of each cache decoded, at so many bytes for each one on disk; of each cache
-        1 GiB at most."""
+        """Let a process keep so many tokens of each cache decoded, at so many bytes for each one on disk; of all caches
+        together 1 GiB at most, of which those that take less have theirs first, and what their readers keep anyway."""
+        wanted = []
         for reader in self._readers.values():
             n_bytes, n_tokens = (sum(getattr(m, name) for m in reader.manifests) for name in ("n_bytes", "n_tokens"))
-            reader.keep_decoded(min(tokens * per_stored_byte * n_bytes // max(n_tokens, 1), _MOST_DECODED_BYTES))
+            wanted.append((tokens * per_stored_byte * n_bytes // max(n_tokens, 1), reader))
+        left = _MOST_DECODED_BYTES
+        for i, (n_bytes, reader) in enumerate(sorted(wanted, key=lambda of_cache: of_cache[0])):
+            given = min(n_bytes, left // (len(wanted) - i))
+            reader.keep_decoded(given)
+            left -= given
 
     @property
     def keys(self) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from kd_assets.contract import CACHES, STUDENT_HEAD_SIZE, JobFile, Output, Reporter, StudentParams, WorkUnit
 from kd_assets.errors import ContractError, InterruptedTaskError, RecipeError, StudentDidNotLearnError
-from kd_assets.store import CacheReader, ResultWriter
+from kd_assets.store import CacheReader, Ragged, ResultWriter
 from kd_assets.store.schema import hidden_state_of
 from kd_assets.student.dataset import (
     TeacherCacheDataset,
@@ -307,7 +307,8 @@ def vocabulary_of(dataset: TeacherCacheDataset) -> int:
         ids_only = CacheReader.from_folders(reader.folders, fields=names, allow_failed=True)  # as the dataset was
         for i in range(len(ids_only)):
             document = ids_only[i]
-            largest = max(largest, *(int(document[name].max(initial=0)) for name in names))
+            ids = (document[name].values if isinstance(document[name], Ragged) else document[name] for name in names)
+            largest = max(largest, *(int(of.max(initial=0)) for of in ids))
     return largest + 1
 
 

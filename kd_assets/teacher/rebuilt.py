@@ -42,6 +42,7 @@ from kd_assets.teacher.recompute import (
     FLOAT16_RTOL,
     LOG_ATOL,
     LOGIT_RTOL,
+    NOT_KEPT,
     REROUTED_SHARE,
     Int64Array,
     Row,
@@ -201,15 +202,17 @@ class RebuiltComparison:
         n_stored = len(topk["logsumexp" if "logsumexp" in topk else "target_logprob"])
         ids_Pk = torch.from_numpy(topk["topk_ids"].reshape(n_stored, -1)[at_P].astype(np.int64))
         stored_Pk = torch.from_numpy(topk["topk_logprobs"].reshape(n_stored, -1)[at_P].astype(np.float32))
+        is_kept_Pk = ~stored_Pk.isneginf()  # behind what a position keeps its first id stands again
         found, size_P = self._rebuilt(states_PH, state, ids_Pk)
+        rebuilt_Pk = found.logprobs_Pk.masked_fill(~is_kept_Pk, NOT_KEPT)
         deviation_Pk, deviation_P = self._deviations(states_PH, state, ids_Pk, found)
         computing_Pk, computing_P = self._computing(found.logits_Pk, size_P)
-        probability_Pk = found.logprobs_Pk.exp()
+        probability_Pk = rebuilt_Pk.exp()
         # A logsumexp moves by the average of what its logits do: of those that are not kept, by as much as the largest.
         rest_P = (1 - probability_Pk.sum(dim=1)).clamp(min=0.0)
         summed_P = (probability_Pk * computing_Pk).sum(dim=1) + rest_P * computing_P
-        rounding_Pk = storing_tolerance(found.logprobs_Pk, self.codec)
-        logprob_Pk = (stored_Pk - found.logprobs_Pk).abs()
+        rounding_Pk = storing_tolerance(rebuilt_Pk, self.codec)
+        logprob_Pk = (stored_Pk - rebuilt_Pk).abs().masked_fill(~is_kept_Pk, 0.0)
         together_Pk = deviation_Pk + deviation_P.unsqueeze(1)
         ratio_Pk = logprob_Pk / (
             computing_Pk + summed_P.unsqueeze(1) + rounding_Pk + DEVIATIONS * together_Pk + LOG_ATOL
@@ -218,6 +221,7 @@ class RebuiltComparison:
         if "logsumexp" in topk:
             logsumexp_P = torch.from_numpy(topk["logsumexp"][at_P].astype(np.float32))
             logit_Pk = (stored_Pk + logsumexp_P.unsqueeze(1) - found.logits_Pk).abs()
+            logit_Pk = logit_Pk.masked_fill(~is_kept_Pk, 0.0)
             of_sum_P = torch.zeros_like(logsumexp_P)
             if self.codec != PLAIN:
                 of_sum_P = FLOAT16_RTOL * logsumexp_P.abs() + FLOAT16_ATOL
@@ -233,7 +237,7 @@ class RebuiltComparison:
             ).amax(dim=0)
             self._keep("max_abs_logsumexp_difference", sum_P)
         self.ratios.append(ratio_P.double())
-        self.divergences.append(divergence(stored_Pk, found.logprobs_Pk))
+        self.divergences.append(divergence(stored_Pk.masked_fill(~is_kept_Pk, NOT_KEPT), rebuilt_Pk))
         self._keep("max_abs_logprob_difference", logprob_Pk)
 
     def _rebuilt(self, states_PH: Tensor, state: FinalState, ids_Pk: Tensor) -> tuple[Kept, Tensor]:

@@ -39,7 +39,9 @@ from kd_assets.store.codecs.codec import PLAIN
 from kd_assets.store.codecs.state_codec import largest_error
 from kd_assets.store.codecs.topk_compact import logprob_tolerance
 from kd_assets.store.partfile import PartFile
-from kd_assets.store.schema import HiddenState, hidden_field
+from kd_assets.store.ragged_topk import with_rows_of_k
+from kd_assets.store.reading.columns import column_of
+from kd_assets.store.schema import HiddenState, hidden_field, is_ragged, k_of
 from kd_assets.teacher.batch.outside import masked
 from kd_assets.teacher.batch.sampling import cdf_distance, uniforms
 from kd_assets.teacher.model.anatomy import tapped
@@ -75,6 +77,11 @@ positions may be beyond tolerance; how many are is recorded. In float32 such tie
 
 MOST_POSITIONS = 256
 """Positions of a document whose logits are compared: 131 MB in float32 with a vocabulary of 128,256."""
+
+_TOPK_LISTS = ("topk_ids", "topk_logprobs")
+
+NOT_KEPT = -60.0
+"""The logarithm of what no token's probability adds to a sum, in the place of those that a position does not keep."""
 
 Row = dict[str, npt.NDArray[Any]]
 Int64Array = npt.NDArray[np.int64]
@@ -152,12 +159,17 @@ def sampled_documents(n_documents: int, n_sampled: int, *, seed: int, partition_
 
 
 def stored_row(path: Path, row: int) -> Row:
-    """Row `row` of a part file as arrays: what a reader of the cache would get."""
+    """Row `row` of a part file as arrays: what a reader of the cache would get. Top-k lists of different lengths are
+    filled up to k, as `ragged_topk.with_rows_of_k` says."""
     with PartFile(path) as part:
         group = part.group_of(row)
         columns = [name for name in part.schema.names if name != "n_tokens"]
         table = part.read_group(group, columns).slice(row - int(part.first_rows[group]), 1)
-        return {name: flat(table[name]) for name in columns}
+        found = {name: flat(table[name]) for name in columns}
+        if is_ragged(table.schema):
+            lists: dict[str, Any] = {name: column_of(table[name]).values for name in columns if name in _TOPK_LISTS}
+            found |= {name: of.reshape(-1) for name, of in with_rows_of_k(lists, k_of(table.schema)).items()}
+        return found
 
 
 def positions_of(row: Row, n_positions: int) -> Int64Array:
@@ -181,6 +193,8 @@ class Comparison:
     """The ids that a top-k cache is cut to; None: all."""
     routed: bool = False
     """Whether the teacher routes tokens to experts: in 16 bits `REROUTED_SHARE` of them may be beyond tolerance."""
+    top_p: float | None = None
+    """Of a top-k cache whose positions keep as many tokens as have this mass."""
     codec: str = PLAIN
     """Of the cache: what its coding may change widens the tolerances."""
     largest: dict[str, float] = field(default_factory=dict)
@@ -251,11 +265,16 @@ class Comparison:
         stored_Pk = _on(row["topk_logprobs"].reshape(n_stored, -1)[at_P], device)
         targets_P = torch.from_numpy(row["input_ids"][kept_M[at_P] + 1].astype(np.int64)).to(device)
 
-        at_ids_Pk = logprobs_PV.gather(1, ids_Pk)
-        largest_Pk = logprobs_PV.topk(ids_Pk.shape[1], dim=1).values
+        is_kept_Pk = ~stored_Pk.isneginf() if self.top_p is not None else torch.ones_like(ids_Pk, dtype=torch.bool)
+        at_ids_Pk = logprobs_PV.gather(1, ids_Pk).masked_fill(~is_kept_Pk, NOT_KEPT)
+        ordered_Pk = logprobs_PV.topk(ids_Pk.shape[1], dim=1).values
+        largest_Pk = ordered_Pk.masked_fill(~is_kept_Pk, NOT_KEPT)
         for plain_Pk in (at_ids_Pk, largest_Pk):
             tolerance_Pk = computing_P1 + storing_tolerance(plain_Pk, self.codec)
-            self._note("max_abs_logprob_difference", (stored_Pk - plain_Pk).abs(), tolerance_Pk)
+            difference_Pk = (stored_Pk - plain_Pk).abs().masked_fill(~is_kept_Pk, 0.0)
+            self._note("max_abs_logprob_difference", difference_Pk, tolerance_Pk)
+        if self.top_p is not None:
+            self._add_kept_mass(ordered_Pk, is_kept_Pk, computing_P1.squeeze(1), self.top_p)
         target_P1 = logprobs_PV.gather(1, targets_P.unsqueeze(1))
         sum_P, computing_P = logits_PV.logsumexp(dim=1), computing_P1.squeeze(1)
         of_target_P, of_sum_P = 2 * computing_P, computing_P
@@ -271,10 +290,24 @@ class Comparison:
             (_on(row["target_logprob"][at_P], device) - target_P1.squeeze(1)).abs(),
             of_target_P,
         )
-        n_repeated = int((ids_Pk.sort(dim=1).values.diff(dim=1) == 0).sum())
+        different_Pk = torch.where(is_kept_Pk, ids_Pk, -1 - torch.arange(ids_Pk.shape[1], device=device))
+        n_repeated = int((different_Pk.sort(dim=1).values.diff(dim=1) == 0).sum())
         self._note("n_repeated_topk_ids", torch.tensor([float(n_repeated)]), torch.tensor([0.5]))
         if "sampled_ids" in row:
             self._add_draws(row, at_P, logits_PV, computing_P1.squeeze(1))
+
+    def _add_kept_mass(self, ordered_Pk: Tensor, is_kept_Pk: Tensor, computing_P: Tensor, top_p: float) -> None:
+        """How far the mass of the tokens that are kept is below `top_p`, where there could be more, and that of all but
+        the last above it. Logits that each move by d at most move a mass by tanh(d / 2) at most, and storing rounds
+        log-probabilities."""
+        p_Pk = ordered_Pk.double().exp() * is_kept_Pk
+        mass_P, n_P = p_Pk.sum(dim=1), is_kept_Pk.sum(dim=1)
+        of_last_P = p_Pk.gather(1, (n_P - 1).unsqueeze(1)).squeeze(1)
+        below_P = torch.where(n_P < is_kept_Pk.shape[1], top_p - mass_P, 0.0)
+        above_P = torch.where(n_P > 1, mass_P - of_last_P - top_p, 0.0)
+        storing_P = (p_Pk * (FLOAT16_RTOL * ordered_Pk.double().abs())).sum(dim=1)
+        tolerance_P = (computing_P.double() / 2).tanh() + storing_P + FLOAT16_ATOL
+        self._note("max_kept_mass_difference", torch.maximum(below_P, above_P).clamp(min=0.0), tolerance_P)
 
     def _add_outside_mass(
         self, stored_P: npt.NDArray[np.float32], logits_PV: Tensor, computing_P: Tensor, token_ids: TokenIds

@@ -19,7 +19,7 @@ import torch
 from kd_assets.contract import CACHES, Asset, EmbeddingParams, HiddenStateParams, TeacherParams
 from kd_assets.errors import MissingInputError, RecipeError
 from kd_assets.store import Manifest, read_manifest
-from kd_assets.store.recorded_checks import codec_name
+from kd_assets.store.recorded_checks import codec_name, top_p_of
 from kd_assets.store.schema import FINAL_CONVENTIONS
 from kd_assets.store.vocabulary import vocabulary_of
 from kd_assets.teacher.model.load import Teacher, load_teacher
@@ -117,6 +117,7 @@ def _recomputed(teacher: Teacher, folder: Path, manifest: Manifest, *, n_documen
         token_ids=vocabulary_of(manifest, folder),
         routed=teacher.routed,
         codec=codec_name(manifest),
+        top_p=top_p_of(manifest),
     )
     firsts = np.cumsum([0, *(part.n_documents for part in manifest.parts)])
     sample = sampled_documents(manifest.n_documents, n_documents, seed=seed, partition_key=manifest.partition_key)

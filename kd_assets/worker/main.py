@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def sampler_of(kind: JobKind) -> Sampler | None:
     """A sampler of the task's GPUs and processors, for kinds of job that run a model."""
-    if kind in ("shards", "export"):
+    if kind in ("shards", "export", "recode"):
         return None
     from kd_assets.worker.telemetry.sampler import Sampler
 

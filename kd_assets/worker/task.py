@@ -1,7 +1,8 @@
 """One task of a job: works through its partitions, and reports.
 
 Owns the order of events of a task and its exit status; what a partition needs is the business of the kind's runner
-(`sources.shards`, `teacher.runner`, `student.runner`, `export.runner`), which is loaded only when something is missing.
+(`sources.shards`, `teacher.runner`, `student.runner`, `export.runner`, `recode_runner`), which is loaded only when
+something is missing.
 The invariant: `committed` is reported exactly for results whose manifest is on disk, and one partition's failure never
 keeps another from its turn.
 """
@@ -91,6 +92,10 @@ def runner_for(
             from kd_assets.export.runner import ExportRunner
 
             return ExportRunner(job, report, stop)
+        case "recode":
+            from kd_assets.worker.recode_runner import RecodeRunner
+
+            return RecodeRunner(job, report, stop)
 
 
 class Task:

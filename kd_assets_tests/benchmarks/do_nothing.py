@@ -80,12 +80,12 @@ def make_runner(job: JobFile, report: Reporter, stop: StopFlag) -> Runner:
     return DoNothingTeacher(job, report)
 
 
-def write_python(path: Path) -> None:
-    """A program to be named as the compute Python: `-m kd_assets.worker` becomes this module."""
-    python, this_module = shlex.quote(sys.executable), "kd_assets_tests.benchmarks.do_nothing"
+def write_python(path: Path, *, module: str = "kd_assets_tests.benchmarks.do_nothing") -> None:
+    """A program to be named as the compute Python: `-m kd_assets.worker` becomes this module, or another."""
+    python = shlex.quote(sys.executable)
     path.write_text(
         "#!/bin/bash\n"
-        f'if [ "$2" = kd_assets.worker ]; then shift 2; exec {python} -m {this_module} "$@"; fi\n'
+        f'if [ "$2" = kd_assets.worker ]; then shift 2; exec {python} -m {module} "$@"; fi\n'
         f'exec {python} "$@"\n'
     )
     path.chmod(0o755)

@@ -9,11 +9,15 @@ dependence between neighbours that a compressor could use. Three of four targets
 - `topk_bytes_per_token` of the files without the column `input_ids`, which is the same in every cache; all else counts;
 - `topk_kl`, `topk_max_kl`: KL of the coding alone at temperature 1, over the k and all others as one; `topk_kl_t2`: at
   temperature 2 of the kept tokens, scaled to 1, as losses without a tail have them;
-- `compact_draws_bytes_per_token`: what the two columns of 50 random draws of a position take in such a file;
+- `compact_draws_bytes_per_token`: what the columns of 50 random draws of a position take in such a file;
+  `plain_draws_…`: the two of a plain one; `compact_draws_4096_…`: of rows that are made in the same way of 4,096 ids;
+- `topk_top_p_…`: of the same rows with `top_p` = 0.95, plain and compact, and how many tokens a position keeps then;
 - `topk_write_speedup`, `topk_read_speedup`: tokens a second over those of the scripts that this project replaces,
-  written anew: lists of numbers made of arrays and given to pyarrow, and lists from pyarrow made into tensors. Ours
-  includes the measurement of the error and the statistics when written, and gives arrays of six columns for their four.
-  All in seconds of one core; `topk_encode_tokens_per_s` is of the bytes alone, without error, statistics and file;
+  written anew: tensors made into lists, a dict a document, 128 of them into a table and that into a file; and lists
+  from pyarrow made into tensors. Ours includes the measurement of the error and the statistics when written, and gives
+  arrays of six columns for their four. All in processor time; `topk_encode_tokens_per_s` is of the bytes alone,
+  without error, statistics and file, and `topk_file_share` is what Parquet and zstd take of all of our writing: the
+  bytes are those of zstd, so that no faster codec would bring the speedup above `topk_write_speedup_of_file`;
 - `demo_…`: of the demo's plain cache, coded; `demo_wide_…`: its ids spread over 128,256, which adds 5 bits to each.
 """
 
@@ -38,8 +42,8 @@ import pyarrow.parquet as pq
 
 from kd_assets.store import CacheReader, Documents, coded, encode_topk, part_stats
 from kd_assets.store.arrays import flat
-from kd_assets.store.codecs.topk_columns import list_offsets
 from kd_assets.store.codecs.topk_compact import bands, decode_ids, decode_logprobs, divergence, encode
+from kd_assets.store.codecs.topk_rows import list_offsets
 from kd_assets.store.partfile import PartFile, write_table
 from kd_assets.store.reading.columns import column_of
 from kd_assets.store.writing.documents import offsets_of
@@ -50,21 +54,25 @@ CANDIDATES = 96
 DRAWS, TOKENS_WITH_DRAWS = 50, 16_384
 READ = ["input_ids", "loss_mask", "topk_ids", "topk_logprobs", "logsumexp", "target_logprob"]
 ORIGINAL = ("input_ids", "attn_mask", "topk_ids", "topk_logprobs")
+LISTED = 128
+"""Documents of a file of the script that this project replaces."""
 Floats = npt.NDArray[np.float64]
+TensorRows = tuple[list[Any], list[Any], list[Any], list[Any]]
+"""By `ORIGINAL`: a tensor for each document."""
 
 
-def zipf(rng: np.random.Generator, size: int | tuple[int, ...]) -> npt.NDArray[np.int64]:
+def zipf(rng: np.random.Generator, size: int | tuple[int, ...], vocabulary: int = VOCABULARY) -> npt.NDArray[np.int64]:
     """Ids by Zipf's law, their ranks."""
-    ranks: npt.NDArray[np.int64] = np.exp(rng.random(size) * np.log(VOCABULARY + 1)).astype(np.int64)
-    return ranks.clip(1, VOCABULARY) - 1
+    ranks: npt.NDArray[np.int64] = np.exp(rng.random(size) * np.log(vocabulary + 1)).astype(np.int64)
+    return ranks.clip(1, vocabulary) - 1
 
 
-def made_up_rows(m: int, *, k: int = K, seed: int = 0) -> tuple[npt.NDArray[np.uint32], Floats]:
+def made_up_rows(m: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> tuple[npt.NDArray[np.uint32], Floats]:
     """Ids uint32 [m, CANDIDATES] and log-probabilities float64 [m, CANDIDATES], most likely first; see the module."""
     rng = np.random.default_rng(seed)
-    ids = np.sort(zipf(rng, (m, CANDIDATES)), axis=1)
+    ids = np.sort(zipf(rng, (m, CANDIDATES), vocabulary), axis=1)
     while (repeated := np.diff(ids, axis=1, prepend=-1) == 0).any():
-        ids[repeated] = zipf(rng, int(repeated.sum()))
+        ids[repeated] = zipf(rng, int(repeated.sum()), vocabulary)
         ids.sort(axis=1)
     ids = rng.permuted(ids, axis=1)
     power = np.exp(rng.normal(0.4, 0.45, (m, 1)))
@@ -76,10 +84,12 @@ def made_up_rows(m: int, *, k: int = K, seed: int = 0) -> tuple[npt.NDArray[np.u
     return np.take_along_axis(ids, order, axis=1).astype(np.uint32), np.take_along_axis(logprobs, order, axis=1)
 
 
-def made_up_draws(ids: npt.NDArray[np.uint32], logprobs: Floats) -> npt.NDArray[np.uint32]:
+def made_up_draws(
+    ids: npt.NDArray[np.uint32], logprobs: Floats, vocabulary: int = VOCABULARY
+) -> npt.NDArray[np.uint32]:
     """uint32 [m, DRAWS] of rows as `made_up_rows` makes them; what is beyond the candidates is drawn by Zipf's law."""
     rng = np.random.default_rng(2)
-    drawn = zipf(rng, (len(ids), DRAWS)).astype(np.uint32)
+    drawn = zipf(rng, (len(ids), DRAWS), vocabulary).astype(np.uint32)
     cumulative = np.exp(logprobs).cumsum(axis=1)
     for row, (ids_of_row, edges) in enumerate(zip(ids, cumulative, strict=True)):
         slots = np.searchsorted(edges, rng.random(DRAWS), side="right")
@@ -87,15 +97,15 @@ def made_up_draws(ids: npt.NDArray[np.uint32], logprobs: Floats) -> npt.NDArray[
     return drawn
 
 
-def made_up_table(n_tokens: int, *, draws: bool = False) -> pa.Table:
+def made_up_table(n_tokens: int, *, draws: bool = False, vocabulary: int = VOCABULARY) -> pa.Table:
     """A plain top-k table of documents of `DOCUMENT_TOKENS`."""
     rng = np.random.default_rng(1)
     n = max(n_tokens // DOCUMENT_TOKENS, 1)
     m = n * (DOCUMENT_TOKENS - 1)
-    ids, logprobs = made_up_rows(m)
+    ids, logprobs = made_up_rows(m, vocabulary=vocabulary)
     # A target among the first ones, and else the candidates that are not kept.
     slots = np.where(rng.random(m) < 0.75, rng.geometric(0.35, m).clip(max=K) - 1, rng.integers(K, CANDIDATES, m))
-    input_ids = rng.integers(0, VOCABULARY, n * DOCUMENT_TOKENS, dtype=np.uint32).reshape(n, DOCUMENT_TOKENS)
+    input_ids = rng.integers(0, vocabulary, n * DOCUMENT_TOKENS, dtype=np.uint32).reshape(n, DOCUMENT_TOKENS)
     input_ids[:, 1:] = ids[np.arange(m), slots].reshape(n, -1)
     documents = Documents(
         document_ids=[f"document-{i}" for i in range(n)],
@@ -109,7 +119,7 @@ def made_up_table(n_tokens: int, *, draws: bool = False) -> pa.Table:
         topk_logprobs_Mk=logprobs[:, :K].astype(np.float16),
         logsumexp_M=rng.normal(20, 2, m).astype(np.float32),
         target_logprob_M=logprobs[np.arange(m), slots].astype(np.float32),
-        sampled_ids_Md=made_up_draws(ids, logprobs) if draws else None,
+        sampled_ids_Md=made_up_draws(ids, logprobs, vocabulary) if draws else None,
     )
 
 
@@ -118,14 +128,19 @@ def measure(*, n_tokens: int = 131_072, rounds: int = 3, layouts: bool = False) 
     n = int(flat(plain["n_tokens"]).sum())
     figures: dict[str, Any] = {"topk_tokens": n, "topk_vocabulary": VOCABULARY, "topk_k": K}
     figures |= coding_figures("topk", plain)
-    figures["compact_draws_bytes_per_token"] = draws_bytes_per_token(min(n_tokens, TOKENS_WITH_DRAWS))
+    figures |= top_p_figures(plain, 0.95)
+    with_draws = min(n_tokens, TOKENS_WITH_DRAWS)
+    figures["compact_draws_bytes_per_token"] = draws_bytes_per_token(with_draws)
+    figures["plain_draws_bytes_per_token"] = draws_bytes_per_token(with_draws, codec="plain")
+    figures["compact_draws_4096_bytes_per_token"] = draws_bytes_per_token(with_draws, vocabulary=4_096)
     with tempfile.TemporaryDirectory(prefix="kd-assets-store-") as folder:
         path = Path(folder) / "part.parquet"
-        lists, plain_path = Path(folder) / "lists.parquet", Path(folder) / "plain.parquet"
+        lists, plain_path = Path(folder) / "lists", Path(folder) / "plain.parquet"
+        tensors = tensor_rows(plain)
         for name, write, read in (
             ("compact", lambda: write_part(plain, path, "compact"), lambda: read_part(path)),
             ("plain", lambda: write_part(plain, plain_path, "plain"), lambda: read_part(plain_path)),
-            ("lists", lambda: write_lists(plain, lists), lambda: read_lists(lists)),
+            ("lists", lambda: write_lists(tensors, lists), lambda: read_lists(lists)),
         ):
             # Lists take so long that one round of them is as certain as three of the others.
             n_rounds = rounds if name != "lists" else 1
@@ -140,6 +155,10 @@ def measure(*, n_tokens: int = 131_072, rounds: int = 3, layouts: bool = False) 
         decode_logprobs(bytes_of_rows.codes, bytes_of_rows.tails_M)
 
     figures["topk_decode_tokens_per_s"] = round(n / seconds_of(decode, rounds))
+    stored = coded(plain, "compact").stored
+    file_s = seconds_of(lambda: write_table(stored, ".parquet", io.BytesIO()), rounds)
+    figures["topk_file_share"] = round(file_s * figures["topk_compact_write_tokens_per_s"] / n, 2)
+    figures["topk_write_speedup_of_file"] = round(n / file_s / figures["topk_lists_write_tokens_per_s"], 1)
     for way in ("write", "read"):
         ours, theirs = (figures[f"topk_{name}_{way}_tokens_per_s"] for name in ("compact", "lists"))
         figures[f"topk_{way}_speedup"] = round(ours / theirs, 1)
@@ -163,9 +182,35 @@ def coding_figures(name: str, plain: pa.Table) -> dict[str, Any]:
     }
 
 
-def draws_bytes_per_token(n_tokens: int) -> float:
-    """Of the columns of the draws in a compact part file."""
-    table = coded(made_up_table(n_tokens, draws=True), "compact").stored
+def top_p_figures(plain: pa.Table, top_p: float) -> dict[str, Any]:
+    """Of the table with as many tokens of a position as have this mass."""
+    n, k = int(flat(plain["n_tokens"]).sum()), plain.schema.field("topk_ids").type.value_type.list_size
+    documents = Documents(
+        document_ids=plain["document_id"].to_pylist(),
+        offsets=list_offsets(plain["input_ids"]),
+        input_ids=flat(plain["input_ids"]),
+        loss_mask=flat(plain["loss_mask"]),
+    )
+    ragged = encode_topk(
+        documents,
+        topk_ids_Mk=flat(plain["topk_ids"]).reshape(-1, k),
+        topk_logprobs_Mk=flat(plain["topk_logprobs"]).reshape(-1, k),
+        logsumexp_M=flat(plain["logsumexp"]),
+        target_logprob_M=flat(plain["target_logprob"]),
+        top_p=top_p,
+    )
+    compact = coded(ragged, "compact")
+    return {
+        "topk_top_p_mean_kept": round(len(flat(ragged["topk_ids"])) / len(flat(ragged["target_logprob"])), 2),
+        "topk_top_p_plain_bytes_per_token": round(bytes_of(ragged) / n, 2),
+        "topk_top_p_bytes_per_token": round(bytes_of(compact.stored) / n, 2),
+        "topk_top_p_kl": compact.error["max_codec_mean_kl"],
+    }
+
+
+def draws_bytes_per_token(n_tokens: int, *, codec: str = "compact", vocabulary: int = VOCABULARY) -> float:
+    """Of the columns of the draws in a part file."""
+    table = coded(made_up_table(n_tokens, draws=True, vocabulary=vocabulary), codec).stored
     _, of_columns = bytes_by_column(table)
     n_bytes = sum(n for name, n in of_columns.items() if name.startswith("sampled_"))
     return round(n_bytes / int(flat(table["n_tokens"]).sum()), 2)
@@ -228,23 +273,43 @@ def read_part(path: Path) -> None:
                 column_of(table[name])
 
 
-def write_lists(plain: pa.Table, path: Path) -> None:
-    """Document after document as lists, then a table of them, as they come: of whole numbers and of floats."""
-    k = plain.schema.field("topk_ids").type.value_type.list_size
-    ids_Mk = flat(plain["topk_ids"]).reshape(-1, k).astype(np.int64)
-    logprobs_Mk, input_ids = flat(plain["topk_logprobs"]).reshape(-1, k), flat(plain["input_ids"])
-    rows: dict[str, list[Any]] = {name: [] for name in ORIGINAL}
-    for start, stop in itertools.pairwise(list_offsets(plain["input_ids"]).tolist()):
-        rows["input_ids"].append(input_ids[start:stop].tolist())
-        rows["attn_mask"].append([1] * (stop - start))
-    for start, stop in itertools.pairwise(list_offsets(plain["topk_ids"]).tolist()):
-        rows["topk_ids"].append(ids_Mk[start:stop].tolist())
-        rows["topk_logprobs"].append(logprobs_Mk[start:stop].tolist())
-    pq.write_table(pa.table(rows), path)
+def write_lists(rows: TensorRows, path: Path) -> None:
+    """As that script does with what its teacher gave: a dict of lists for each document, a table of `LISTED` of them,
+    and zstd, which it asks for (by a misspelt name; so it never wrote a file, and what it meant is measured)."""
+    for first in range(0, len(rows[0]), LISTED):
+        listed = []
+        for input_ids, attn_mask, topk_ids, topk_logprobs in zip(
+            *(of[first : first + LISTED] for of in rows), strict=True
+        ):
+            n = int(attn_mask.sum().item())
+            values = (input_ids[:n], attn_mask[:n], topk_ids[: n - 1], topk_logprobs[: n - 1])
+            listed.append({name: value.tolist() for name, value in zip(ORIGINAL, values, strict=True)})
+        pq.write_table(pa.Table.from_pylist(listed), path.with_suffix(f".{first}.parquet"), compression="zstd")
+
+
+def tensor_rows(plain: pa.Table) -> TensorRows:
+    """Of each document what a teacher in bfloat16 leaves: ids and mask int64, and log-probabilities bfloat16."""
+    torch = importlib.import_module("torch")
+    ids_Mk = flat(plain["topk_ids"]).reshape(-1, K).astype(np.int64)
+    logprobs_Mk = flat(plain["topk_logprobs"]).reshape(-1, K).astype(np.float32)
+    input_ids = flat(plain["input_ids"]).astype(np.int64)
+    tokens, positions = (itertools.pairwise(list_offsets(plain[name]).tolist()) for name in ("input_ids", "topk_ids"))
+    rows: TensorRows = ([], [], [], [])
+    for (start, stop), (first, last) in zip(tokens, positions, strict=True):
+        rows[0].append(torch.from_numpy(input_ids[start:stop]))
+        rows[1].append(torch.ones(stop - start, dtype=torch.int64))
+        rows[2].append(torch.from_numpy(ids_Mk[first:last]))
+        rows[3].append(torch.from_numpy(logprobs_Mk[first:last]).to(torch.bfloat16))
+    return rows
 
 
 def read_lists(path: Path) -> None:
     """A group of rows as lists, and of each row tensors, as its trainer has them."""
+    for written in sorted(path.parent.glob(f"{path.stem}.*.parquet")):
+        _read_lists(written)
+
+
+def _read_lists(path: Path) -> None:
     torch = importlib.import_module("torch")
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
@@ -314,6 +379,8 @@ def other_layouts(plain: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 def demo_figures(recipe_folder: Path) -> dict[str, Any]:
     """Of a plain cache with k = 16 on this machine, as it is and with its ids spread over `VOCABULARY`."""
     reader = CacheReader(recipe_folder, "topk_cache")
+    if reader.manifests[0].params.get("codec", "plain") != "plain":
+        raise SystemExit(f"{recipe_folder} has a coded cache: what is rounded already says nothing of a codec")
     tables = [
         PartFile(folder / record.name).read(reader.schema.names)
         for folder, manifest in zip(reader.folders, reader.manifests, strict=True)

@@ -16,6 +16,7 @@ def test_every_format_has_its_figures_or_the_reason_why_not(tmp_path: Path) -> N
         for prefix in (name, f"{name}_topk"):
             assert figures[f"{prefix}_mb_per_s"] > 0
             assert figures[f"{prefix}_share_of_copy"] > 0
+            assert figures[f"{prefix}_cpu_s_per_gb"] > 0
             assert figures[f"{prefix}_peak_rss_mb"] > 10
     assert set(FORMATS) >= {"hf", "safetensors", "original"}
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from kd_assets.store.arrays import flat
-from kd_assets.store.codecs.topk_columns import list_offsets
+from kd_assets.store.codecs.topk_rows import list_offsets
 from kd_assets.store.writing.encode import list_array, vector_array
 from kd_assets_tests.benchmarks import loader, store, store_states, store_topk
 
@@ -66,9 +66,14 @@ def test_draws_are_those_of_the_distribution_that_they_lie_beside() -> None:
 def test_the_codec_of_top_k_caches_has_its_figures_and_is_within_its_targets() -> None:
     figures = store_topk.measure(n_tokens=8192, rounds=1, layouts=True)
     assert figures["topk_bytes_per_token"] <= 42
+    assert figures["compact_draws_4096_bytes_per_token"] < figures["compact_draws_bytes_per_token"] <= 32
+    assert figures["compact_draws_bytes_per_token"] < 0.6 * figures["plain_draws_bytes_per_token"]
     assert figures["topk_bytes_per_token_without_logsumexp"] < figures["topk_bytes_per_token"]
     assert figures["topk_bytes_per_token"] < 0.7 * figures["topk_plain_bytes_per_token"]
     assert figures["topk_kl"] <= 3e-5
+    assert 1 < figures["topk_top_p_mean_kept"] < 16
+    assert figures["topk_top_p_bytes_per_token"] < figures["topk_bytes_per_token"]
+    assert figures["topk_top_p_kl"] <= 3e-5
     assert figures["topk_kl_t2"] <= 3e-5
     assert figures["topk_kl_without_tail_byte"] > 3 * figures["topk_kl"]
     assert figures["layout_binary_bytes_per_token"] <= figures["layout_uint_lists_bytes_per_token"]

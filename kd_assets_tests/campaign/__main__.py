@@ -1,9 +1,9 @@
 """Disturbs a production for so many minutes, and says what came of it:
 
-    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages|services|cluster]
+    python -m kd_assets_tests.campaign --folder F --minutes M [--seed S] [--only kills|damages|services|cluster|codecs]
 
-`services` (a daemon, a web server, runs and jobs as processes of their own) and `cluster` (a real SLURM) are done only
-where they are named.
+`services` (a daemon, a web server, runs and jobs as processes of their own), `cluster` (a real SLURM) and `codecs`
+(2,000 damages to the files of each codec; then it is over) are done only where they are named.
 
 The folder keeps what was done: started again, a campaign that was ended or killed goes on until its minutes are
 used up, and one that is over says its summary once more. `--round N`, with `--only`, does one round and says what it
@@ -26,21 +26,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from kd_assets_tests.campaign.cluster_rounds import ClusterRounds
+from kd_assets_tests.campaign.codecs.rounds import CodecRounds
 from kd_assets_tests.campaign.damage_rounds import DamageRounds
 from kd_assets_tests.campaign.kill_rounds import KillRounds
 from kd_assets_tests.campaign.ledger import Ledger
 from kd_assets_tests.campaign.production import warm_up
 from kd_assets_tests.campaign.service_rounds import ServiceRounds
 
-Rounds = DamageRounds | KillRounds | ServiceRounds | ClusterRounds
+Rounds = DamageRounds | KillRounds | ServiceRounds | ClusterRounds | CodecRounds
 CAMPAIGNS: dict[str, type[Rounds]] = {
     "damages": DamageRounds,
     "kills": KillRounds,
     "services": ServiceRounds,
     "cluster": ClusterRounds,
+    "codecs": CodecRounds,
 }
 BY_DEFAULT = ("damages", "kills")
-SHARES = {"damages": 0.35, "kills": 0.65, "services": 1.0, "cluster": 1.0}
+SHARES = {"damages": 0.35, "kills": 0.65, "services": 1.0, "cluster": 1.0, "codecs": 1.0}
 """Of the time."""
 N_TURNS = 3
 """How often each campaign has its turn, so that one that is ended early has something of each."""
@@ -76,17 +78,18 @@ def main() -> int:
 
 
 def _turn(ledger: Ledger, campaign: Rounds, budget_s: float) -> bool:
-    """Rounds of one campaign until its turn or its time is over; returns whether it has time left."""
+    """Rounds of one campaign until its turn, its time or the campaign itself is over; returns whether it may go on."""
     left_s = budget_s - ledger.used_s(campaign.name)
     if left_s <= 0:
         return False
-    until = time.monotonic() + min(left_s, budget_s / N_TURNS)
+    until, is_over = time.monotonic() + min(left_s, budget_s / N_TURNS), True
     with contextlib.closing(campaign.rounds(ledger.next_rounds(campaign.name))) as rounds:
         for record in rounds:
             ledger.add(record)
             if time.monotonic() > until:
+                is_over = False
                 break
-    return True
+    return not is_over
 
 
 if __name__ == "__main__":

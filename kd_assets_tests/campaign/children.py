@@ -50,7 +50,7 @@ def in_children(
     left = list(items)
     while left:
         reading, writing = os.pipe()
-        child = fork(partial(_work_off, left[:n_a_child], work, writing), log=log)
+        child = fork(partial(_work_off, left[:n_a_child], work, reading, writing), log=log)
         os.close(writing)
         try:
             for item in left[:n_a_child]:
@@ -113,13 +113,14 @@ def wait(child: int, timeout_s: float) -> int | None:
         pause_s = min(pause_s * 1.5, 0.02)
 
 
-def _work_off(items: Sequence[int], work: Callable[[int, Say], dict[str, Any]], writing: int) -> None:
+def _work_off(items: Sequence[int], work: Callable[[int, Say], dict[str, Any]], reading: int, writing: int) -> None:
     def tell(kind: str, value: Any) -> None:
         line = json.dumps([kind, value]).encode() + b"\n"
         while line:
             line = line[os.write(writing, line) :]
 
     os.setsid()
+    os.close(reading)  # held open here, a write would wait for ever for a parent that was killed
     for item in items:
         tell("done", work(item, lambda words, patience_s: tell("at", [words, patience_s])))
 

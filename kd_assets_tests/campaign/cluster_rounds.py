@@ -34,6 +34,8 @@ from kd_assets_tests.slurm.fakes import put_first
 RUN_S = 150.0
 """How long a run may take from its last disturbance on; undisturbed it takes fifteen seconds."""
 MOST_RUNS = 4
+CODED_EVERY = 4
+"""Every so many rounds are of coded caches: the fourth, which a minute does not reach."""
 PART_S = 0.15
 """What the stub takes for a part: a run of 36 parts in three tasks is at work for some seconds."""
 
@@ -53,12 +55,17 @@ class ClusterRounds:
         if not teacher.exists():
             make_tiny_teacher(teacher)
         with SlurmCluster(self._folder / "slurm") as cluster:
-            expected = ClusterRound(self._folder / "undisturbed", cluster, teacher).undisturbed()
+            expected: dict[bool, dict[str, bytes]] = {}
             for number in numbers:
+                is_coded = number % CODED_EVERY == CODED_EVERY - 1
+                if is_coded not in expected:
+                    undisturbed = ClusterRound(self._folder / "undisturbed", cluster, teacher, is_coded=is_coded)
+                    expected[is_coded] = undisturbed.undisturbed()
                 began = time.monotonic()
                 rng = random.Random(f"{self._seed}/{self.name}/{number}")
                 names = rng.choices(sorted(DISTURBANCES), k=rng.randrange(1, 4))
-                record = ClusterRound(self._folder / "home", cluster, teacher).disturbed(rng, names, expected)
+                round_ = ClusterRound(self._folder / "home", cluster, teacher, is_coded=is_coded)
+                record = round_.disturbed(rng, names, expected[is_coded])
                 _heal(cluster)
                 yield {
                     "campaign": self.name,
@@ -72,8 +79,10 @@ class ClusterRounds:
 class ClusterRound:
     """A deployment of its own on the cluster, new."""
 
-    def __init__(self, folder: Path, cluster: SlurmCluster, teacher: Path) -> None:
+    def __init__(self, folder: Path, cluster: SlurmCluster, teacher: Path, *, is_coded: bool = False) -> None:
+        """`is_coded`: of a recipe whose top-k is compact."""
         self._folder, self.cluster, self._teacher = folder, cluster, teacher
+        self._caches = {"topk": {"k": 4, "max_length": 64, "codec": "compact"}} if is_coded else None
         self.process: subprocess.Popen[str] | None = None
         self.run_was_killed = False
         self.fakes = folder / "fakes"
@@ -98,6 +107,7 @@ class ClusterRound:
                 self.cluster,
                 told={"part_s": PART_S},
                 profile={"setup": sick},
+                caches=self._caches,
             )
             yield deployment, CommandLine(deployment)
 

@@ -87,7 +87,7 @@ class CampaignDeployment(Deployment):
         self.platform = WithScheduler(home=str(home.folder))
         self.definitions = dg.Definitions.merge(
             recipe_definitions(self.recipe),
-            dg.Definitions(resources={"platform": self.platform}, executor=dg.in_process_executor),
+            dg.Definitions(resources={"kd_assets_platform": self.platform}, executor=dg.in_process_executor),
         )
 
 

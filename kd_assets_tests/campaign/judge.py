@@ -154,17 +154,17 @@ def _answer(question: Callable[[], Answer], timeout_s: float) -> Answer:
         # Dagster takes whatever is raised in an asset for that asset's failure.
         return Answer(kind="hung", words=f"no answer after {timeout_s:g} s") if is_late else answer
     except _TooLateError as e:
-        return Answer(kind="hung", words=f"no answer after {timeout_s:g} s at {_place(e)}")
+        return Answer(kind="hung", words=f"no answer after {timeout_s:g} s at {place_of(e)}")
     except KdAssetsError as e:
         return Answer(kind="named", words=f"{type(e).__name__}: {e}")
     except Exception as e:  # noqa: BLE001 - which exceptions there are is what is asked
-        return Answer(kind="bare", words=f"{type(e).__name__} at {_place(e)}: {e}"[:300])
+        return Answer(kind="bare", words=f"{type(e).__name__} at {place_of(e)}: {e}"[:300])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _place(e: BaseException) -> str:
-    """The innermost line of ours."""
+def place_of(e: BaseException) -> str:
+    """The innermost line of ours that an exception came through."""
     frames = traceback.extract_tb(e.__traceback__)
     ours = [f for f in frames if "/kd_assets/" in f.filename] or frames
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"

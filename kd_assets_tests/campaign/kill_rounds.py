@@ -24,7 +24,7 @@ import dagster as dg
 
 from kd_assets import errors
 from kd_assets.contract import Event, JobFile, read_events
-from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planned_work import PlannedWork
 from kd_assets.scheduler import JobSpec, Submission
 from kd_assets.store import set_head
 from kd_assets.worker.main import main as worker

@@ -23,8 +23,8 @@ from kd_assets.components import TeacherCaches
 from kd_assets.contract import CACHES, JobFile, Output, Reporter, WorkUnit
 from kd_assets.durable import atomic_write
 from kd_assets.model_files.digests import SETTLED_NS, DigestCache
-from kd_assets.orchestration.planned_work import PlannedWork
-from kd_assets.orchestration.planner import Planner
+from kd_assets.orchestration.planning.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planner import Planner
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.store import ResultWriter, read_manifest, read_shard
 from kd_assets.store.document_index import DocumentRows, index_bytes, together

@@ -1,7 +1,8 @@
 """The campaign at services: a daemon, a web server, runs, supervisors and workers, killed at random moments.
 
-A round launches a run over everything, kills some of what is there, starts killed services again as systemd would, and
-then nobody helps. The scheduler is the local one and the teacher a tiny real one.
+A round launches a run over everything, of a recipe whose caches are plain or coded in turn, kills some of what is
+there, starts killed services again as systemd would, and then nobody helps. The scheduler is the local one and the
+teacher a tiny real one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -33,6 +35,12 @@ from kd_assets_tests.orchestration.machine import Machine, everything_is_recorde
 ROUND_S = 300.0
 """How long it may take until all is done and recorded; undisturbed it takes half a minute."""
 JOB = "tiny_caches"
+CODED_CACHES = {
+    "topk": {"k": 4, "max_length": 64, "codec": "compact"},
+    "hidden_states": {"blocks": [1], "max_length": 8, "codec": "split"},
+    "embeddings": {"max_length": 64},
+}
+"""Of every second round."""
 
 
 class ServiceRounds:
@@ -48,12 +56,17 @@ class ServiceRounds:
         teacher = self._folder / "teacher"
         if not teacher.exists():
             make_tiny_teacher(teacher)
-        expected = ServiceRound(self._folder / "home", teacher).undisturbed()
+        expected: dict[bool, dict[str, str]] = {}
         for number in numbers:
+            is_coded = number % 2 == 1
+            if is_coded not in expected:
+                expected[is_coded] = ServiceRound(self._folder / "home", teacher, is_coded=is_coded).undisturbed()
             began = time.monotonic()
             rng = random.Random(f"{self._seed}/{self.name}/{number}")
             names = rng.choices(sorted(DISTURBANCES), k=rng.randrange(1, 4))
-            record = ServiceRound(self._folder / "home", teacher).disturbed(rng, names, expected)
+            round_ = ServiceRound(self._folder / "home", teacher, is_coded=is_coded)
+            record = round_.disturbed(rng, names, expected[is_coded])
+            record["what"] = f"{'coded' if is_coded else 'plain'}: {record['what']}"
             wall_s = round(time.monotonic() - began, 4)
             yield {"campaign": self.name, "round": number, "wall_s": wall_s, "class": names[0], **record}
 
@@ -61,8 +74,10 @@ class ServiceRounds:
 class ServiceRound:
     """A deployment of its own, new; always in one folder, so that all results have the same names."""
 
-    def __init__(self, folder: Path, teacher: Path) -> None:
+    def __init__(self, folder: Path, teacher: Path, *, is_coded: bool = False) -> None:
+        """`is_coded`: of a recipe whose caches are of codecs."""
         self._folder, self._teacher = folder, teacher
+        self._changes: dict[str, Any] = {"caches": CODED_CACHES} if is_coded else {}
 
     @contextlib.contextmanager
     def deployed(self) -> Iterator[None]:
@@ -70,7 +85,7 @@ class ServiceRound:
         for name in ("instance", "home"):
             (self._folder / name).mkdir(parents=True)
         with dg.DagsterInstance.local_temp(str(self._folder / "instance")) as instance:
-            self.deployment = Deployment(self._folder / "home", self._teacher, instance)
+            self.deployment = Deployment(self._folder / "home", self._teacher, instance, **self._changes)
             self.deployment.plan()
             self.machine = Machine(CommandLine(self.deployment))
             try:

@@ -31,6 +31,31 @@ def test_an_item_that_hangs_or_crashes_is_told_and_the_others_are_done(tmp_path:
     assert outcomes[3] == Lost(hung=False, at="at 3", words="killed by SIGKILL")
 
 
+def test_a_child_whose_parent_was_killed_does_not_wait_for_somebody_to_hear_it(tmp_path: Path) -> None:
+    started, log = tmp_path / "started", tmp_path / "log"
+
+    def work(item: int, say: Say) -> dict[str, Any]:
+        parent = os.getppid()
+        started.with_suffix(".tmp").write_text(str(os.getpid()))
+        started.with_suffix(".tmp").rename(started)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        say("more than a pipe holds" * 10_000, 60)
+        return {}
+
+    parent = children.fork(lambda: list(in_children([0], work, log=log)), log=log)
+    until = time.monotonic() + 30
+    while not started.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    children.end(parent)
+    try:
+        while "BrokenPipeError" not in log.read_text() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert "BrokenPipeError" in log.read_text()
+    finally:
+        children.end(int(started.read_text()), group=True)
+
+
 def test_an_exception_in_a_child_is_in_the_log_and_never_in_its_parent(tmp_path: Path) -> None:
     def body() -> None:
         raise ValueError("of the child")

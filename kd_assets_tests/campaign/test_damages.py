@@ -144,7 +144,7 @@ def test_checks_that_pass_whatever_the_bytes_are_silent(
 def test_a_planner_that_asks_for_other_results_is_silent(
     home: Home, before: Undamaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd_assets.orchestration.planner.weights_fingerprint", lambda *_, **__: "f" * 64)
+    monkeypatch.setattr("kd_assets.orchestration.planning.planner.weights_fingerprint", lambda *_, **__: "f" * 64)
     assert "planner" in judged(home, before).silent_by
 
 
@@ -152,7 +152,7 @@ def test_a_planner_that_does_not_see_another_teacher_is_silent(
     home: Home, before: Undamaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, _ = before.fingerprints
-    monkeypatch.setattr("kd_assets.orchestration.planner.weights_fingerprint", lambda *_, **__: weights)
+    monkeypatch.setattr("kd_assets.orchestration.planning.planner.weights_fingerprint", lambda *_, **__: weights)
     file = home.folder / "teacher" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
     assert "planner" in judged(home, before).silent_by

@@ -110,7 +110,7 @@ def test_a_round_of_each_class_leaves_everything_as_if_undisturbed(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_writer_that_forgets_its_parts_makes_them_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Journal, "read", lambda self: ([], True))
+    monkeypatch.setattr(Journal, "read", lambda self: ([], True, []))
     assert total(do(tmp_path, "worker, exact kill", n=8), "made_twice")
 
 

@@ -193,6 +193,12 @@ def test_the_size_of_the_teacher_and_what_short_space_does_are_in_no_code_versio
         assert one.recipe.code_version(asset) == other.recipe.code_version(asset)
 
 
+def test_caches_of_a_teacher_that_is_not_here_are_not_said_to_fit(deploy: Callable[..., Deployment]) -> None:
+    found = bill(deploy(teacher=ABSENT))
+    assert None in [line.n_bytes for line in found.caches]
+    assert text(found).endswith("The caches whose size is known fit.")
+
+
 def test_a_task_whose_share_takes_longer_than_its_time_is_told(deploy: Callable[..., Deployment]) -> None:
     jobs = {"teacher": {"n_tasks": 1, "slurm": {"time": "00:01:00"}}}
     deployment = deploy(teacher={**ABSENT, "size": {**SIZE, "parameters": 1e18}}, jobs=jobs)

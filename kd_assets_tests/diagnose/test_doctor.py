@@ -11,15 +11,16 @@ import sys
 from collections import namedtuple
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kd_assets.diagnose import doctor
 from kd_assets.diagnose.cluster import gpus_of, misfits_of
 from kd_assets.diagnose.compute_python import check_local_python
-from kd_assets.diagnose.disk import check_space, check_weights
+from kd_assets.diagnose.disk import check_space, check_teacher, check_weights
 from kd_assets.diagnose.doctor import examine
-from kd_assets.diagnose.finding import Finding, Status
+from kd_assets.diagnose.finding import Finding, Status, safely
 from kd_assets.diagnose.node_probe import Probe, probe_argv, read_answer
 from kd_assets.diagnose.nodes import probe_findings
 from kd_assets.model_files import digests
@@ -50,8 +51,12 @@ def test_a_sound_deployment_is_ok(deployment: Deployment) -> None:
     assert [f.what for f in found] == [
         "scheduler",
         "KD_HOME",
+        "variables",
+        "sources",
+        "licences",
         "free space",
         "weights",
+        "teacher",
         "secrets",
         "compute python",
         "GPU",
@@ -195,6 +200,45 @@ def test_weights_that_are_nowhere_fail(deployment: Deployment, tmp_path: Path) -
     finding = one(check_weights(nowhere.recipe, nowhere.platform))
     assert finding.status is Status.FAIL
     assert "no model folder at" in finding.found
+
+
+def asking(deployment: Deployment, folder: Path, **changes: Any) -> Deployment:
+    """The same deployment with another teacher's folder and other fields of the recipe."""
+    return Deployment(deployment.home, folder, deployment.instance, **changes)
+
+
+def test_blocks_and_ids_that_the_teacher_does_not_have_are_found_before_a_job_loads_it(deployment: Deployment) -> None:
+    teacher = Path(deployment.attributes["teacher"]["model_id"])
+    caches = {"topk": {"k": 999, "max_length": 8}, "hidden_states": {"blocks": [1, 7], "max_length": 8}}
+    changed = asking(deployment, teacher, caches=caches, student=None)
+    found = list(check_teacher(changed.recipe, changed.platform))
+    assert [f.status for f in found] == [Status.FAIL, Status.FAIL]
+    assert "hidden_states.blocks has 7, and the teacher has blocks 0 to 2" in found[0].found
+    assert "topk.k is 999, and its head has 300 ids" in found[1].found
+
+
+def test_a_teacher_without_a_tokenizer_is_found_before_a_run(deployment: Deployment, tmp_path: Path) -> None:
+    changed = with_teacher(deployment, tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    finding = one(safely("teacher", lambda: check_teacher(changed.recipe, changed.platform)))
+    assert finding.status is Status.FAIL
+    assert "holds no tokenizer" in finding.found
+
+
+def test_a_head_longer_than_the_tokenizer_is_said_before_caches_that_no_export_takes(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = Path(deployment.attributes["teacher"]["model_id"])
+    monkeypatch.setattr("kd_assets.diagnose.disk.token_table", lambda folder: {0: "a", 289: "b"})
+    caches = {"topk": {"k": 4, "max_length": 8}}
+    changed = asking(deployment, teacher, caches=caches, student=None, exports=["hf"])
+    finding = one(check_teacher(changed.recipe, changed.platform))
+    assert finding.status is Status.WARN
+    assert "a head of 300 ids, and a tokenizer of 290" in finding.found
+    assert "`vocabulary: tokenizer`" in finding.fix
+    cut = asking(deployment, teacher, caches={"topk": caches["topk"] | {"vocabulary": "tokenizer"}}, student=None)
+    assert one(check_teacher(cut.recipe, cut.platform)).status is Status.OK
 
 
 def test_a_secret_in_a_file_is_found_and_not_shown(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:

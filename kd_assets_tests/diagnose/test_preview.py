@@ -21,8 +21,8 @@ from kd_assets.diagnose.preview import (
 from kd_assets.errors import MissingInputError, RecipeError, StorageUnavailableError
 from kd_assets.locks import locked
 from kd_assets.model_files import digests
-from kd_assets.orchestration import planned_work
 from kd_assets.orchestration.materialize import planner_of
+from kd_assets.orchestration.planning import planned_work
 from kd_assets.scheduler import Resources, Submission
 from kd_assets.scheduler.submissions import read_spec
 from kd_assets.store.reading.selection import select_partitions

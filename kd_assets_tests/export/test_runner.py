@@ -406,6 +406,16 @@ def test_two_formats_that_cannot_be_made_are_both_named(tmp_path: Path, folders:
     assert "export_specforge: " in str(failed["message"])
 
 
+def test_what_fails_two_formats_in_the_same_way_is_said_once(tmp_path: Path, folders: dict[Asset, Path]) -> None:
+    job = exported.job_of(tmp_path, folders, [HF, ExportParams(asset="export_original")])
+    examples.flip_byte(folders["hidden_state_cache"] / "part-00000.arrow")
+    assert exported.run(job, tmp_path / "events.jsonl") == 1
+    (failed,) = events_of(tmp_path / "events.jsonl", "partition_failed")
+    message = str(failed["message"])
+    assert message.startswith("export_hf, export_original: ")
+    assert message.count("part-00000.arrow was changed after its commit") == 1
+
+
 def test_a_damaged_cache_is_named_and_nothing_is_committed(tmp_path: Path, folders: dict[Asset, Path]) -> None:
     job = exported.job_of(tmp_path, folders)
     examples.flip_byte(folders["topk_cache"] / "part-00000.parquet")

@@ -43,8 +43,8 @@ class GoldenDeployment(Deployment):
         self.platform = Platform(home=str(home))
         self.recipe = load_recipe(RECIPE, project)
         self.definitions = dg.Definitions.merge(
-            dg.ComponentTree.for_project(project).build_defs(),
-            dg.Definitions(resources={"platform": self.platform}, executor=dg.in_process_executor),
+            recipe_definitions(self.recipe),
+            dg.Definitions(resources={"kd_assets_platform": self.platform}, executor=dg.in_process_executor),
         )
 
     def say_what_went_without_saying(self) -> None:
@@ -60,7 +60,7 @@ class GoldenDeployment(Deployment):
         self.recipe = dataclasses.replace(self.recipe, sources=sources)
         self.definitions = dg.Definitions.merge(
             recipe_definitions(self.recipe),
-            dg.Definitions(resources={"platform": self.platform}, executor=dg.in_process_executor),
+            dg.Definitions(resources={"kd_assets_platform": self.platform}, executor=dg.in_process_executor),
         )
 
     @property

@@ -3,6 +3,7 @@ sqlite, the local scheduler with the real batch script and the real worker."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from kd_assets.components import TeacherCaches
 from kd_assets.contract import Event, read_events
 from kd_assets.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 from kd_assets.orchestration.assets import recipe_definitions
+from kd_assets.orchestration.card_asset import CACHE_CARD
 from kd_assets.orchestration.platform import Platform
 
 SHARDS = ("tiny-00000", "tiny-00001", "tiny-00002")
@@ -93,7 +95,9 @@ class Deployment:
         self.recipe = TeacherCaches(**self.attributes).to_recipe()
         self.definitions = dg.Definitions.merge(
             recipe_definitions(self.recipe),
-            dg.Definitions(resources={"platform": self.platform}, executor=dg.in_process_executor),
+            dg.Definitions(
+                resources={"kd_assets_platform": self.platform.as_resource()}, executor=dg.in_process_executor
+            ),
         )
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
@@ -109,8 +113,11 @@ class Deployment:
         partition: str | None = None,
         partition_range: tuple[str, str] | None = None,
         tags: dict[str, str] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> dg.ExecuteInProcessResult:
-        """Materialize in one run, in this process; jobs run in processes of their own. Does not raise on failure."""
+        """Materialize in one run, in this process; jobs run in processes of their own. Does not raise on failure.
+
+        `settings`: what the Launchpad would have of the caches."""
         all_tags = dict(tags or {})
         if partition_range is not None:
             all_tags |= dict(
@@ -122,8 +129,13 @@ class Deployment:
             asset_selection=[self.recipe.key(a) for a in assets],
             partition_key=partition,
             tags=all_tags,
+            run_config=None if settings is None else {"ops": {"tiny__teacher_caches": {"config": settings}}},
             raise_on_error=False,
         )
+
+    def log_lines(self, run_id: str) -> list[str]:
+        """What a run has said in its log."""
+        return [entry.user_message for entry in self.instance.all_logs(run_id) if entry.dagster_event is None]
 
     def plan(self) -> None:
         assert self.run("shard_plan").success
@@ -131,7 +143,8 @@ class Deployment:
     def materializations(
         self, run_id: str, asset: str | None = None
     ) -> dict[tuple[str, str | None], list[dg.AssetMaterialization]]:
-        """(asset, partition) → what that run recorded of it, whether it failed or not."""
+        """(asset, partition) → what that run recorded of it, whether it failed or not; of the card, which every run
+        makes anew, only where `asset` asks for it."""
         found: dict[tuple[str, str | None], list[dg.AssetMaterialization]] = {}
         for record in self.instance.get_records_for_run(
             run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
@@ -139,15 +152,16 @@ class Deployment:
             materialization = record.asset_materialization
             assert materialization is not None
             name = materialization.asset_key.path[-1]
-            if asset in (None, name):
+            if asset == name or (asset is None and name != CACHE_CARD):
                 found.setdefault((name, materialization.partition), []).append(materialization)
         return found
 
-    def checks(self, run_id: str) -> list[dg.AssetCheckEvaluation]:
-        """What that run recorded of checks, whether it failed or not."""
+    def checks(self, run_id: str, *, of_partitions: bool = True) -> list[dg.AssetCheckEvaluation]:
+        """What that run recorded of the checks of partitions, or of assets as a whole, whether it failed or not."""
         records = self.instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
         events = [r.event_log_entry.dagster_event for r in records]
-        return [e.asset_check_evaluation_data for e in events if e is not None]
+        evaluations = [e.asset_check_evaluation_data for e in events if e is not None]
+        return [e for e in evaluations if (e.partition is not None) == of_partitions]
 
     def job_events(self, event_type: str) -> list[Event]:
         """Events of this type of all jobs so far."""
@@ -179,7 +193,9 @@ from kd_assets.orchestration.platform import Platform
 
 defs = dg.Definitions.merge(
     recipe_definitions(TeacherCaches(**{attributes}).to_recipe()),
-    dg.Definitions(resources={{"platform": Platform(**{platform})}}, executor=dg.in_process_executor),
+    dg.Definitions(
+        resources={{"kd_assets_platform": Platform(**{platform}).as_resource()}}, executor=dg.in_process_executor
+    ),
 )
 """
 
@@ -187,6 +203,7 @@ defs = dg.Definitions.merge(
 def write_definitions(deployment: Deployment) -> Path:
     """The deployment as a file that the dagster command line can load."""
     path = deployment.home / "tiny_definitions.py"
-    settings = {name: getattr(deployment.platform, name) for name in type(deployment.platform).model_fields}
-    path.write_text(DEFINITIONS.format(attributes=deployment.attributes, platform=settings))
+    path.write_text(
+        DEFINITIONS.format(attributes=deployment.attributes, platform=dataclasses.asdict(deployment.platform))
+    )
     return path

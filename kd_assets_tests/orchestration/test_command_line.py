@@ -84,12 +84,14 @@ def test_what_a_killed_run_had_committed_does_not_hide_its_job_from_the_next_run
     assert command_line.deployment.n_teacher_loads() == 1
 
 
-def test_a_plan_that_dagster_will_forget_says_so_with_the_cure(command_line: CommandLine) -> None:
-    status, said = command_line.run("shard_plan", has_dagster_home=False)
-    assert (status, "DAGSTER_HOME is not set" in said) == (0, True), said
+def test_what_dagster_would_forget_is_not_made_and_the_cure_is_named(command_line: CommandLine) -> None:
+    recipe_folder = command_line.deployment.platform.recipe_folder("tiny")
+    before = sorted(recipe_folder.rglob("*"))
+    status, said = command_line.run("shard_plan", "student_smoke", has_dagster_home=False)
+    assert status == 1, said
+    assert "DAGSTER_HOME is not set" in said
     assert "export DAGSTER_HOME=" in said
-    status, said = command_line.run("shard_plan")
-    assert (status, "DAGSTER_HOME is not set" in said) == (0, False), said
+    assert sorted(recipe_folder.rglob("*")) == before
 
 
 def test_a_reversed_range_fails_instead_of_doing_nothing(command_line: CommandLine) -> None:

@@ -22,6 +22,7 @@ from kd_assets.orchestration.platform import PROJECT_FOLDER, Platform
 from kd_assets.recipes.recipe import Recipe, Source, Tasks, TeacherSettings
 from kd_assets.scheduler import LocalScheduler, Resources, SlurmScheduler
 from kd_assets.sources.spec import Sharding, SourceSpec
+from kd_assets_tests.library.environments import NO_TELEMETRY
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def test_definitions_load_without_files_weights_or_torch(tmp_path: Path) -> None
 
 def test_every_asset_key_starts_with_its_recipe() -> None:
     keys = {k.to_user_string() for k in defs().resolve_asset_graph().get_all_asset_keys()}
-    expected = {"shard_plan", "shards_manifest", "topk_cache", "hidden_state_cache", "embedding_cache", "student_smoke"}
+    caches = {"shards_manifest", "topk_cache", "hidden_state_cache", "embedding_cache"}
+    expected = {"shard_plan", *caches, "student_smoke", "cache_card"}
     assert {k.removeprefix("llama31_70b/") for k in keys if k.startswith("llama31_70b/")} == expected
     assert {k.removeprefix("demo/") for k in keys if k.startswith("demo/")} == expected | {"corpus", "teacher"}
     assert all(k.startswith(("demo/", "llama31_70b/")) for k in keys)
@@ -68,9 +70,21 @@ def test_llama31_70b_has_the_parameters_of_the_scripts_it_replaces(recipes: dict
 
 
 DG = str(Path(sys.executable).parent / "dg")
+
+
+@pytest.fixture
+def quiet_dg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dg` calls home, unless the dagster.yaml of DAGSTER_HOME says no."""
+    instance = tmp_path / "dagster"
+    instance.mkdir()
+    (instance / "dagster.yaml").write_text(NO_TELEMETRY)
+    monkeypatch.setenv("DAGSTER_HOME", str(instance))
+
+
 RECIPE_FOLDERS = sorted(p.parent.name for p in (PROJECT_FOLDER / "kd_assets" / "defs").glob("*/defs.yaml"))
 
 
+@pytest.mark.usefixtures("quiet_dg")
 @pytest.mark.parametrize("recipe_name", RECIPE_FOLDERS)
 def test_a_wrong_field_of_a_recipe_is_named_with_file_and_line(tmp_path: Path, recipe_name: str) -> None:
     """With the recipe's folder as argument: without one, dg 1.13.27 checks a single file of each component type."""
@@ -97,6 +111,7 @@ def test_a_wrong_field_of_a_recipe_is_named_with_file_and_line(tmp_path: Path, r
     assert "documents_per_shrd" in run.stdout + run.stderr
 
 
+@pytest.mark.usefixtures("quiet_dg")
 @pytest.mark.parametrize("recipe_name", RECIPE_FOLDERS)
 def test_the_shipped_recipes_pass_the_check(recipe_name: str) -> None:
     command = [DG, "check", "yaml", f"kd_assets/defs/{recipe_name}"]
@@ -148,6 +163,7 @@ WRONG_LINES = {
 }
 
 
+@pytest.mark.usefixtures("quiet_dg")
 def test_every_wrong_field_of_the_jobs_is_named_with_its_own_line(tmp_path: Path) -> None:
     project = tmp_path / "a project"
     project.mkdir()

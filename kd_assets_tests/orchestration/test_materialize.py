@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+from dagster_postgres.utils import DagsterPostgresException
 from safetensors.torch import load_file, save_file
 
 from kd_assets.dagster_internals import (
@@ -23,17 +25,24 @@ from kd_assets.dagster_internals import (
     input_data_version_tag,
 )
 from kd_assets.errors import NotCommittedError
-from kd_assets.orchestration import planner as planner_module
+from kd_assets.orchestration import materialize as materialize_module
 from kd_assets.orchestration import platform as platform_module
-from kd_assets.orchestration.driving.listening import progress_in_words
+from kd_assets.orchestration.driving import driver as driver_module
 from kd_assets.orchestration.driving.results import FailedResult
+from kd_assets.orchestration.failure_report import (
+    as_markdown,
+    failed_in_words,
+    failure_report,
+    log_tails_markdown,
+)
 from kd_assets.orchestration.materialize import PLAN_TAG, planner_of, register_partitions
-from kd_assets.orchestration.planned_work import PlannedWork
-from kd_assets.orchestration.planner import Planner
+from kd_assets.orchestration.planning import planner as planner_module
+from kd_assets.orchestration.planning.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.retries import FailureClass
-from kd_assets.orchestration.run import as_failure, as_markdown, failed_in_words
-from kd_assets.scheduler import LocalScheduler
+from kd_assets.orchestration.run import as_failure
+from kd_assets.scheduler import LocalScheduler, Submission
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.store import CacheReader, read_manifest, verify
 from kd_assets.store import manifest as manifest_module
@@ -77,6 +86,23 @@ def test_everything_in_one_run_over_all_partitions_records_each_partition_once(f
     assert deployment.n_teacher_loads() == 1
 
 
+def test_a_runs_last_line_counts_what_was_made_reused_and_failed(full_run: FullRun) -> None:
+    deployment, result = full_run
+    assert [
+        line for line in deployment.log_lines(result.run_id) if re.fullmatch(r"3 made, 0 reused, 0 failed, \d+ s", line)
+    ]
+
+
+def test_what_a_run_shows_of_files_is_text_since_a_browser_opens_none(full_run: FullRun) -> None:
+    deployment, result = full_run
+    of_type = {dg.DagsterEventType.ASSET_OBSERVATION, dg.DagsterEventType.ASSET_MATERIALIZATION}
+    records = deployment.instance.all_logs(result.run_id, of_type=of_type)
+    shown = [r.asset_observation or r.asset_materialization for r in records]
+    metadata = [value for s in shown if s is not None for value in s.metadata.values()]
+    assert any(isinstance(value, dg.PathMetadataValue) for value in metadata)
+    assert not [value for value in metadata if isinstance(value, dg.UrlMetadataValue)]
+
+
 def test_each_partition_has_its_own_metadata_and_versions(full_run: FullRun) -> None:
     deployment, result = full_run
     partitioned = {k: v for k, v in deployment.materializations(result.run_id).items() if k[1] is not None}
@@ -87,13 +113,33 @@ def test_each_partition_has_its_own_metadata_and_versions(full_run: FullRun) -> 
         assert (manifest.asset, manifest.partition_key) == (asset, key)
         assert tags[DATA_VERSION_TAG] == manifest.data_version
         assert tags[CODE_VERSION_TAG] == deployment.recipe.code_version(asset)
-        assert materialization.metadata["documents"].value == 4
+        assert str(materialization.metadata["contents"].value).startswith("4 documents, ")
+        assert materialization.metadata["dagster/size_bytes"].value == manifest.n_bytes
         assert materialization.metadata["provenance"].value["dagster_run_id"] == result.run_id  # type: ignore[call-overload,index]
         if asset in CACHES:
             shard = found["shards_manifest", key].tags or {}
             assert tags[input_data_version_tag(deployment.recipe.key("shards_manifest"))] == shard[DATA_VERSION_TAG]
     versions = {(m.tags or {})[DATA_VERSION_TAG] for m in found.values()}
     assert len(versions) == len(found), "every partition of every asset has content of its own"
+
+
+def test_the_page_of_an_asset_has_a_dozen_rows_and_no_number_that_is_always_the_same(full_run: FullRun) -> None:
+    deployment, result = full_run
+    recorded = deployment.materializations(result.run_id) | deployment.materializations(result.run_id, "cache_card")
+    assert {asset for asset, _ in recorded} == {*deployment.everything, "cache_card"}
+    for (asset, _), (materialization,) in recorded.items():
+        assert len(materialization.metadata) <= 12, (asset, list(materialization.metadata))
+        assert not any(isinstance(value, dg.NullMetadataValue) for value in materialization.metadata.values())
+        assert "slurm" not in str(materialization.metadata), "there is no SLURM"
+    picture = recorded["cache_card", None][0].metadata["shards"].value
+    assert str(picture).startswith("![tokens/s, largest difference, kept probability of each shard]")
+    shown = [recorded["topk_cache", key][0].metadata for key in SHARDS]
+    numbers = {name for name, value in shown[0].items() if isinstance(value.value, int | float)} - {"reused"}
+    assert numbers == {
+        *("dagster/size_bytes", "bytes_per_token", "largest_logprob_difference_nats", "kept_mass", "tokens_per_s"),
+    }
+    for name in numbers:
+        assert len({metadata[name].value for metadata in shown}) > 1, name
 
 
 def test_a_run_that_made_shards_shows_the_lengths_of_all_of_them_once(full_run: FullRun) -> None:
@@ -166,6 +212,9 @@ def test_what_is_committed_is_recorded_again_and_never_computed_again(full_run: 
     for key, (materialization,) in after.items():
         assert materialization.metadata["reused"].value is True
         assert (materialization.tags or {})[DATA_VERSION_TAG] == (before[key][0].tags or {})[DATA_VERSION_TAG]
+        assert materialization.metadata["made_by"] == before[key][0].metadata["made_by"], "its log, job and node"
+        log = str(materialization.metadata["made_by"].value).rpartition("log ")[2]
+        assert Path(log).is_file()
 
 
 def test_a_third_cache_is_added_to_two_by_one_more_pass_that_makes_only_it(deployment: Deployment) -> None:
@@ -207,7 +256,11 @@ def test_re_execution_after_a_failure_does_only_what_is_missing(deployment: Depl
     lines[5] = "not json"
     deployment.corpus.write_text("\n".join(lines) + "\n")
     deployment.plan()
-    assert not deployment.run("shards_manifest", *CACHES, partition_range=ALL).success
+    failed = deployment.run("shards_manifest", *CACHES, partition_range=ALL)
+    assert not failed.success
+    assert {key for _, key in deployment.materializations(failed.run_id)} == {SHARDS[0], SHARDS[2]}, failure_text(
+        failed
+    )
     deployment.corpus.write_text(good)
     deployment.plan()
     result = deployment.run("shards_manifest", *CACHES, partition_range=ALL)
@@ -215,6 +268,28 @@ def test_re_execution_after_a_failure_does_only_what_is_missing(deployment: Depl
     reused = {k: m[0].metadata["reused"].value for k, m in deployment.materializations(result.run_id).items()}
     assert {key for (_, key), value in reused.items() if not value} == {SHARDS[1]}
     assert len(reused) == len(SHARDS) * 4
+
+
+def test_a_run_that_dagster_was_made_to_call_cancelled_ends_and_cancels_its_job(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As "force termination" does, where the run's code server is gone: no signal comes."""
+    monkeypatch.setattr(driver_module, "CANCELED_INTERVAL_S", 0.0)
+    submit = LocalScheduler.submit
+
+    def submit_and_cancel_the_run(*arguments: Any) -> Submission:
+        submission = submit(*arguments)
+        (run,) = deployment.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+        deployment.instance.report_run_canceled(run)
+        return submission
+
+    monkeypatch.setattr(LocalScheduler, "submit", submit_and_cancel_the_run)
+    result = deployment.run("shards_manifest", partition_range=ALL)
+    (run,) = deployment.instance.get_runs(limit=1)
+    assert run.status is dg.DagsterRunStatus.CANCELED, failure_text(result)
+    lines = deployment.log_lines(run.run_id)
+    assert [line for line in lines if line.startswith("terminated: cancelling")]
+    assert [line for line in lines if line.startswith("nothing runs any more of")]
 
 
 def test_a_partition_outside_the_plan_fails_by_name(deployment: Deployment) -> None:
@@ -238,8 +313,8 @@ def test_skipped_bad_records_are_counted_in_the_metadata(deploy: Callable[..., D
     result = deployment.run("shards_manifest", partition="tiny-00003")
     assert result.success, failure_text(result)
     ((record,),) = deployment.materializations(result.run_id).values()
-    assert record.metadata["n_bad_records"].value == 1
-    assert record.metadata["documents"].value == 1
+    assert record.metadata["records"].value == "left out as bad: 1"
+    assert str(record.metadata["contents"].value).startswith("1 document, ")
 
 
 def test_a_shard_of_skipped_records_alone_is_empty_all_the_way_to_the_student(
@@ -320,6 +395,7 @@ def test_the_checks_of_every_partition_are_recorded_with_their_numbers(full_run:
         for name in ("complete", "schema", "finite", "recomputed")
     }
     assert all(e.passed and e.target_materialization_data is not None for e in evaluations)
+    assert all(str(e.description).startswith(f"{e.partition}: ") for e in evaluations)
     recomputed = next(e for e in evaluations if (e.check_name, e.asset_key.path[-1]) == ("recomputed", "topk_cache"))
     assert 0 < recomputed.metadata["max_abs_logprob_difference"].value < 0.05  # type: ignore[operator]
 
@@ -401,7 +477,9 @@ def test_checks_can_be_executed_alone_and_compute_nothing(full_run: FullRun) -> 
     )
     jobs_before = len(deployment.job_events("task_started"))
     result = (
-        dg.Definitions(assets=deployment.definitions.assets, jobs=[job], resources={"platform": deployment.platform})
+        dg.Definitions(
+            assets=deployment.definitions.assets, jobs=[job], resources={"kd_assets_platform": deployment.platform}
+        )
         .resolve_job_def("only_checks")
         .execute_in_process(instance=deployment.instance, raise_on_error=False)
     )
@@ -501,6 +579,8 @@ def test_a_run_reads_its_plan_its_profile_and_each_manifest_that_it_reuses_once(
     )
     n_profiles = counted(monkeypatch, platform_module, "read_profile", lambda path: "profile")
     n_plans = counted(monkeypatch, planner_module, "read_plan", lambda path: "plan")
+    # The card reads them all again, as often as it is worth it.
+    monkeypatch.setattr(materialize_module, "refresh_card", lambda *_: None)
     n_manifests = counted(monkeypatch, manifest_module, "parse_manifest", lambda data, path: str(path.parent))
     on_slurm = Deployment(deployment.home, Path("unused"), deployment.instance, platform=slurm, **deployment.attributes)
     assert on_slurm.run("shards_manifest", *CACHES, partition_range=ALL).success
@@ -638,15 +718,38 @@ def test_a_full_disk_of_dagsters_own_is_said_to_be_that() -> None:
         raise sa.exc.OperationalError("INSERT", {}, full)
 
 
-def test_progress_is_told_in_words() -> None:
-    teacher = {"partition_key": "p3", "n_documents": 1900, "done_documents": 1027, "tokens_per_s": 5374.2}
-    assert progress_in_words(teacher) == "p3: 1,027 of 1,900 documents, 5,374 tokens/s"
-    student = {
-        "partition_key": "all",
-        "n_documents": 60,
-        "done_documents": 6,
-        "n_steps": 10,
-        "done_steps": 1,
-        "loss": 3.81,
-    }
-    assert progress_in_words(student) == "all: 6 of 60 documents, step 1 of 10, loss 3.810"
+def test_a_postgresql_that_takes_no_connections_is_said_to_be_that() -> None:
+    with pytest.raises(dg.Failure, match=r"too many retries.*the server of its `storage`"), as_failure():
+        raise DagsterPostgresException("too many retries for DB connection")
+
+
+def test_the_end_of_a_log_is_shown_as_it_is_whatever_it_holds() -> None:
+    shown = log_tails_markdown({"/jobs/0.log": "first\n```\n\x1b[31m<b>red</b>", "/jobs/1.log": "second"})
+    first, second = shown.split("\n\n/jobs/1")
+    assert first == "/jobs/0\\.log\n\n````text\nfirst\n```\n\\x1b[31m<b>red</b>\n````"
+    assert second == "\\.log\n\n```text\nsecond\n```"
+    assert log_tails_markdown({f"/{n}": "x" for n in range(7)}).endswith("and 2 more")
+    assert log_tails_markdown({"/0": "a `word`\n\n<img src=x>"}) == "/0\n\n```text\na `word`\n\n<img src=x>\n```"
+
+
+def test_a_failure_holds_the_end_of_each_log_and_its_path_as_text() -> None:
+    failed = [
+        FailedResult(
+            partition_key=key,
+            asset="topk_cache",
+            failure=FailureClass.WORK,
+            cause="it broke",
+            log_file=Path("/jobs/0.log"),
+            log_tail="Traceback\nBoom",
+        )
+        for key in ("a", "b")
+    ]
+    failure = failure_report("tiny", failed, checks={}, failures={FailureClass.WORK: 1}, node_faults=[])
+    assert failure is not None
+    assert str(failure.description).startswith("2 partitions not done in recipe tiny:")
+    assert failure.metadata["logs"] == dg.MetadataValue.json(["/jobs/0.log"])
+    assert "Traceback\nBoom" in str(failure.metadata["log_tails"].value)
+    assert failure_report("tiny", [], checks={}, failures={}, node_faults=[]) is None
+    one = failure_report("tiny", failed[:1], checks={}, failures={}, node_faults=[])
+    assert one is not None
+    assert str(one.description).startswith("1 partition not done in recipe tiny:")

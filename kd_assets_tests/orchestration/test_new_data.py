@@ -9,8 +9,10 @@ import dagster as dg
 import pytest
 
 from kd_assets.orchestration.assets import new_data_sensor, recipe_jobs
-from kd_assets.orchestration.new_data import look_for_new_data
+from kd_assets.orchestration.new_data import look_for_new_data, requests_for_missing
+from kd_assets.orchestration.schedules import MOST_RANGES
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents
+from kd_assets_tests.orchestration.test_schedules import Night
 
 EVERYTHING = {"shards_manifest", *CACHES}
 
@@ -147,7 +149,7 @@ def test_the_sensor_is_off_by_default_and_its_ticks_start_the_recipes_jobs(deplo
     assert sensor.minimum_interval_seconds == 300
     context = dg.build_sensor_context(
         instance=deployment.instance,
-        resources={"platform": deployment.platform},
+        resources={"kd_assets_platform": deployment.platform},
         repository_def=deployment.definitions.get_repository_def(),
     )
     (request,) = sensor.evaluate_tick(context).run_requests or ()
@@ -172,3 +174,25 @@ def test_the_runs_that_the_sensor_asks_for_make_what_was_added(deployment: Deplo
 def test_its_jobs_are_those_of_the_recipe(deployment: Deployment) -> None:
     jobs = recipe_jobs(deployment.recipe)
     assert [job.name for job in new_data_sensor(deployment.recipe, jobs[:2]).jobs] == ["tiny_plan", "tiny_caches"]
+
+
+def test_what_is_missing_between_fresh_partitions_is_few_runs_and_what_is_stale_there_stays_the_nightlys(
+    deploy: Callable[..., Deployment],
+) -> None:
+    history = Night(deploy())
+    keys = [*SHARDS, *(f"tiny-{i:05d}" for i in range(len(SHARDS), 2 * MOST_RANGES + 2))]
+    history.instance.add_dynamic_partitions("tiny_shards", keys[len(SHARDS) :])
+    for key in keys[::2]:
+        history.shard(key)
+        for asset in CACHES:
+            history.cache(asset, key)
+
+    def asked() -> list[dg.RunRequest]:
+        found = requests_for_missing(history.instance, history.recipe)
+        return [request for request in found if isinstance(request, dg.RunRequest)]
+
+    (request,) = asked()
+    assert ranges([request]) == [(keys[1], keys[-1], EVERYTHING)]
+    assert request.tags["kd_assets/why"] == f"{MOST_RANGES + 1} missing"
+    history.plan("plan2")
+    assert ranges(asked()) == [(key, key, EVERYTHING) for key in keys[1::2]]

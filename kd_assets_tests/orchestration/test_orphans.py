@@ -126,7 +126,9 @@ def test_the_sensor_writes_no_secrets(deployment: Deployment, tmp_path: Path, mo
 
     monkeypatch.setattr(Platform, "make_scheduler", remember)
     sensor = orphan_sensor(deployment.recipe)
-    context = dg.build_sensor_context(instance=deployment.instance, resources={"platform": deployment.platform})
+    context = dg.build_sensor_context(
+        instance=deployment.instance, resources={"kd_assets_platform": deployment.platform}
+    )
     (reason,) = cast(Iterator[dg.SkipReason], sensor(context))
     assert "every live job of tiny has its run" in str(reason.skip_message)
     assert made == [False]
@@ -203,7 +205,9 @@ def test_the_nightly_schedule_does_not_wait_for_a_run_without_a_process(deployme
     schedule = caches_schedule(deployment.recipe)
 
     def asked_for() -> list[type]:
-        context = dg.build_schedule_context(instance=deployment.instance, resources={"platform": deployment.platform})
+        context = dg.build_schedule_context(
+            instance=deployment.instance, resources={"kd_assets_platform": deployment.platform}
+        )
         return [type(request) for request in cast(Iterator[object], schedule(context))]
 
     with alive(deployment.platform.jobs_folder, run.run_id):

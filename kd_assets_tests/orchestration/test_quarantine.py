@@ -11,7 +11,9 @@ from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
 
 
 def requests_of_the_night(deployment: Deployment) -> list[tuple[str, set[str]]]:
-    context = dg.build_schedule_context(instance=deployment.instance, resources={"platform": deployment.platform})
+    context = dg.build_schedule_context(
+        instance=deployment.instance, resources={"kd_assets_platform": deployment.platform}
+    )
     found = caches_schedule(deployment.recipe).evaluate_tick(context).run_requests or ()
     return [
         (request.tags[ASSET_PARTITION_RANGE_START_TAG], {key.path[-1] for key in request.asset_selection or ()})

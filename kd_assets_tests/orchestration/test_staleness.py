@@ -6,13 +6,18 @@ The verdict is computed by the resolver behind the web UI's "stale" marks, which
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 
+from kd_assets.orchestration import card_asset
+from kd_assets.orchestration.staleness.latest_tags import latest_tags
 from kd_assets_tests.orchestration.deployment import SHARDS, Deployment, documents, failure_text
+from kd_assets_tests.orchestration.test_schedules import CountedInstance
 
 
-def status(deployment: Deployment, asset: str, partition: str) -> StaleStatus:
+def status(deployment: Deployment, asset: str, partition: str | None = None) -> StaleStatus:
     from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
     from dagster._core.loader import LoadingContextForTest
 
@@ -51,3 +56,36 @@ def test_equal_content_stays_fresh_and_changed_content_turns_stale(deploy: Calla
     assert deployment.n_teacher_loads() == loads + 1
     old_and_new = list(deployment.platform.recipe_folder("tiny").glob(f"embedding_cache/*/{SHARDS[1]}/*/manifest.json"))
     assert len(old_and_new) == 2, "the old result is still there"
+
+
+def test_what_a_run_records_is_not_read_again_to_see_what_is_stale(
+    deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(caches={"embeddings": {"max_length": 64}}, student=None)
+    deployment.plan()
+    run(deployment, "shards_manifest", "embedding_cache")
+    key, counted = deployment.recipe.key("embedding_cache"), CountedInstance(deployment.instance)
+    known = latest_tags(counted, key, SHARDS)  # type: ignore[arg-type]
+    assert counted.n_records == 1, "the last one, to see that it is there as it was"
+    monkeypatch.setattr("kd_assets.orchestration.staleness.latest_tags.FILE", Path("another.sqlite"))
+    assert latest_tags(counted, key, SHARDS) == known  # type: ignore[arg-type]
+    assert counted.n_records == 1 + 2
+    assert len(known) == 2
+
+
+def test_a_card_is_fresh_until_a_partition_is_made_after_it_whatever_is_not_made_yet(
+    deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(caches={"embeddings": {"max_length": 64}}, student=None)
+    deployment.plan()
+    assert status(deployment, "cache_card") is StaleStatus.MISSING
+    run(deployment, "shards_manifest")
+    assert status(deployment, "cache_card") is StaleStatus.FRESH, (
+        "caches of which nothing is made are none of its inputs"
+    )
+
+    monkeypatch.setattr(card_asset, "why_not_yet", lambda *_: "it was made a moment ago")
+    run(deployment, "embedding_cache")
+    assert status(deployment, "cache_card") is StaleStatus.STALE
+    assert deployment.run("cache_card").success
+    assert status(deployment, "cache_card") is StaleStatus.FRESH

@@ -13,8 +13,8 @@ from kd_assets.diagnose.preview import preview, text_lines
 from kd_assets.errors import RecipeError
 from kd_assets.model_files.size import teacher_size
 from kd_assets.orchestration.materialize import planner_of
+from kd_assets.orchestration.planning.task_resources import TaskResources, task_resources
 from kd_assets.orchestration.platform import Platform
-from kd_assets.orchestration.task_resources import TaskResources, task_resources
 from kd_assets_tests.orchestration.deployment import Deployment
 
 Deploy = Callable[..., Deployment]

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 from dagster._core.errors import raise_execution_interrupts
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from kd_assets.dagster_internals import interrupt_signals, interrupts_held_back
-from kd_assets.orchestration.termination import is_terminated
+from kd_assets.orchestration.termination import is_canceled, is_terminated
 
 STARTED, CANCELING, CANCELED, FAILURE = (
     dg.DagsterRunStatus.STARTED,
@@ -54,6 +55,25 @@ def test_a_run_is_terminated_when_dagster_says_so_or_somebody_presses_ctrl_c(
 @pytest.mark.parametrize("interrupt", [INT, TERM, None])
 def test_a_run_that_was_deleted_from_dagster_is_not_terminated(interrupt: int | None) -> None:
     assert not is_terminated(None, interrupt)
+
+
+def test_a_run_that_is_cancelled_already_is_so_whatever_signal_has_come_and_a_failed_one_is_not() -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        for status in (STARTED, CANCELING, CANCELED, FAILURE):
+            run = dg.DagsterRun(job_name="job", status=status)
+            instance.add_run(run)
+            assert is_canceled(instance, run.run_id) is (status is CANCELED)
+        assert not is_canceled(instance, "of no run")
+
+
+def test_a_database_that_does_not_answer_cancels_nothing() -> None:
+    class Away(dg.DagsterInstance):
+        def __init__(self) -> None: ...
+
+        def get_run_by_id(self, run_id: str) -> dg.DagsterRun | None:
+            raise sa.exc.OperationalError("SELECT 1", None, Exception("the server is away"))
+
+    assert not is_canceled(Away(), "run")
 
 
 @pytest.mark.parametrize("sent", [INT, TERM])

@@ -9,8 +9,9 @@ import pytest
 
 from kd_assets.contract import JobKind
 from kd_assets.errors import MissingInputError, RecipeError
-from kd_assets.recipes.cluster_profile import PROFILES_FOLDER, ResourcesModel, find_profile, minutes_of, read_profile
+from kd_assets.recipes.cluster_profile import ResourcesModel, find_profile, minutes_of, read_profile
 from kd_assets.scheduler import Profile, Resources
+from kd_assets.scheduler.shipped import PROFILES_FOLDER
 
 NO_WORD: dict[JobKind, Resources] = {kind: Resources() for kind in get_args(JobKind)}
 

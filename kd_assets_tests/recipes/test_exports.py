@@ -15,12 +15,15 @@ from kd_assets.export.format import ExportOptions
 from kd_assets.export.formats import FORMATS
 from kd_assets.export.planning import require_can_pack
 from kd_assets.export.source import FolderCaches, source_of
+from kd_assets.orchestration.assets import caches_specs
 from kd_assets.recipes.exports import (
     CACHES_OF_FORMAT,
+    DIFFERENT_K,
     FINAL_OF_FORMAT,
     FINALS_REFUSED,
     LEARNED_ONLY,
     PACKED,
+    READER_OF_FORMAT,
     SOME_POSITIONS,
     TWO_TOKENS,
     ExportModel,
@@ -49,6 +52,42 @@ def recipe(exports: list[Any], caches: dict[str, Any] = ALL_CACHES, **more: Any)
     return TeacherCaches(**attributes | more).to_recipe()
 
 
+def test_names_and_mappings_stand_beside_each_other_in_yaml() -> None:
+    said = """
+    recipe: tiny
+    sources: [{name: corpus, path: corpus.jsonl}]
+    teacher: {model_id: nobody/teacher}
+    caches: {topk: {k: 4, max_length: 64}, hidden_states: {blocks: [1, 2, 4], final: after_norm, max_length: 8}}
+    exports:
+      - hf
+      - {format: specforge, states: [1, 2, 4]}
+      - safetensors
+      - format: distillkit
+        pack_to: 64
+    """
+    made = TeacherCaches.resolve_from_yaml(said).to_recipe()
+    assert (
+        made.export_params
+        == recipe(
+            ["hf", {"format": "specforge", "states": [1, 2, 4]}, "safetensors", {"format": "distillkit", "pack_to": 64}]
+        ).export_params
+    )
+    with pytest.raises(ValidationError, match="there is no export format 'hv'"):
+        TeacherCaches.resolve_from_yaml(said.replace("- hf", "- hv"))
+    with pytest.raises(ValidationError, match="packto"):
+        TeacherCaches.resolve_from_yaml(said.replace("pack_to", "packto"))
+
+
+def test_an_export_is_described_by_its_caches_its_reader_and_its_options() -> None:
+    made = recipe(["hf", {"format": "specforge", "states": [1, 2, 4], "max_length": 8}])
+    described = {spec.key.path[-1]: spec.description for spec in caches_specs(made)}
+    assert described["export_hf"] == "topk_cache, hidden_state_cache, embedding_cache in files for `datasets`."
+    assert described["export_specforge"] == (
+        "hidden_state_cache in files for SpecForge's offline trainer of EAGLE-3 heads. max_length: 8. states: 1, 2, 4."
+    )
+    assert set(READER_OF_FORMAT) == set(FORMATS)
+
+
 def test_the_contract_has_an_asset_for_every_format_and_no_other() -> None:
     assert set(EXPORTS) == {f"export_{name}" for name in FORMATS}
 
@@ -65,6 +104,7 @@ def test_what_the_recipe_believes_of_a_format_is_what_the_format_says(tmp_path: 
     needs = FORMATS[name].needs(source, ExportOptions(states=blocks))
     assert needs.assets == (fixed or CACHES)
     assert needs.all_positions == (asset not in SOME_POSITIONS)
+    assert needs.fixed_k == (asset not in DIFFERENT_K)
     assert (needs.min_tokens == 2) == (asset in TWO_TOKENS or asset == "export_original")
     if fixed == ("hidden_state_cache",):
         final = [state for state in needs.states if not isinstance(state, int)]
@@ -164,6 +204,10 @@ LEARNED = {"positions": "learned"}
         (["specforge"], {"hidden_states": {"final": None}}, "takes the state after_norm"),
         (["modelopt"], {"hidden_states": {"final": "before_norm"}}, "takes the state after_norm"),
         ([{"format": "modelopt", "states": [1, "before_norm"]}], {}, "not before_norm"),
+        *(
+            ([name], {"topk": {"top_p": 0.9}}, "leave top_p out of topk")
+            for name in ("hf", "distillkit", "safetensors")
+        ),
         (["distillkit"], {"topk": LEARNED}, "needs all positions of topk_cache"),
         (["original"], {"topk": LEARNED}, "needs all positions of topk_cache"),
         (["original"], {"hidden_states": LEARNED}, "needs all positions of hidden_state_cache"),
@@ -192,6 +236,7 @@ def test_what_is_known_of_a_format_when_a_recipe_is_loaded_is_refused_there(
     [
         (["axolotl", "hf", "safetensors"], {"topk": LEARNED, "hidden_states": LEARNED}),
         (["specforge"], {"topk": LEARNED}),
+        (["axolotl", "specforge"], {"topk": {"top_p": 0.9}}),
         (["speculators", "specforge", "modelopt"], {"hidden_states": {"final": "both"}}),
         ([{"format": "modelopt", "states": [1, "before_norm"]}], {"hidden_states": {"final": "both"}}),
         ([{"format": "original", "assets": ["hidden_state_cache"], "max_length": 1}], {"topk": LEARNED}),

@@ -111,6 +111,23 @@ def test_only_a_compact_cache_leaves_logsumexp_out() -> None:
         TopkModel(k=2, max_length=8, codec="zip")  # type: ignore[arg-type]
 
 
+def test_top_p_is_a_mass_and_left_out_where_all_positions_keep_k() -> None:
+    assert TopkModel(k=2, max_length=8).to_params().top_p is None
+    assert TopkModel(k=2, max_length=8, top_p=0.95).to_params().top_p == 0.95
+
+
+@pytest.mark.parametrize("said", [0, 1, -0.5, 95, "most", float("nan"), [0.9]])
+def test_what_is_no_mass_is_refused_by_the_fields_name(said: Any) -> None:
+    with pytest.raises(ValidationError, match="top_p"):
+        TopkModel(k=2, max_length=8, top_p=said)
+
+
+def test_how_many_tokens_a_position_keeps_is_counted_by_two_bytes() -> None:
+    assert TopkModel(k=65_536, max_length=8).to_params().k == 65_536
+    with pytest.raises(ValidationError, match="k is 65536, and with top_p it is 65,535 at most"):
+        TopkModel(k=65_536, max_length=8, top_p=0.9)
+
+
 @pytest.mark.parametrize("codec", ["raw", "split", "fp8", "int8_32", "int8_128"])
 def test_a_codec_of_hidden_states_is_a_word(codec: StateCodec) -> None:
     assert HiddenStatesModel(blocks=[1], max_length=8, codec=codec).to_params().codec == codec

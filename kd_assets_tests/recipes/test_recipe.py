@@ -8,9 +8,10 @@ import pytest
 
 from kd_assets.contract import Asset, EmbeddingParams, HiddenStateParams, PositionChoice, TokenIds, TopkParams
 from kd_assets.errors import RecipeError
-from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising, content_of
+from kd_assets.recipes.recipe import Recipe, Source, TeacherSettings, Tokenising
 from kd_assets.sources.spec import Sharding, SourceSpec
 from kd_assets.store.codecs.state_codec import CODED
+from kd_assets.store.params_in_identity import params_in_identity
 
 
 def a_recipe(*, draws: int = 0, seed: int = 0) -> Recipe:
@@ -48,18 +49,20 @@ def test_draws_change_the_topk_cache_and_no_other() -> None:
 def test_final_states_are_of_the_identity_of_a_cache_that_keeps_them_alone() -> None:
     """[F61]"""
     plain = HiddenStateParams(blocks=(0,), max_length=6)
-    assert content_of(plain, seed=0) == {"blocks": (0,), "max_length": 6}
-    assert content_of(dataclasses.replace(plain, final=("after_norm",)), seed=0)["final"] == ("after_norm",)
+    assert params_in_identity(plain, seed=0) == {"blocks": (0,), "max_length": 6}
+    assert params_in_identity(dataclasses.replace(plain, final=("after_norm",)), seed=0)["final"] == ("after_norm",)
 
 
 def test_a_codec_changes_the_cache_that_has_it_and_no_other_and_plain_is_no_codec() -> None:
     plain = TopkParams(k=4, max_length=100)
-    assert content_of(plain, seed=0) == content_of(dataclasses.replace(plain, codec="plain", logsumexp=True), seed=0)
-    assert content_of(plain, seed=0) == {"k": 4, "max_length": 100}
+    assert params_in_identity(plain, seed=0) == params_in_identity(
+        dataclasses.replace(plain, codec="plain", logsumexp=True), seed=0
+    )
+    assert params_in_identity(plain, seed=0) == {"k": 4, "max_length": 100}
     compact = dataclasses.replace(plain, codec="compact")
-    assert content_of(compact, seed=0) == {"k": 4, "max_length": 100, "codec": "compact"}
+    assert params_in_identity(compact, seed=0) == {"k": 4, "max_length": 100, "codec": "compact"}
     without = dataclasses.replace(compact, logsumexp=False)
-    assert content_of(without, seed=0) == {"k": 4, "max_length": 100, "codec": "compact", "logsumexp": False}
+    assert params_in_identity(without, seed=0) == {"k": 4, "max_length": 100, "codec": "compact", "logsumexp": False}
 
 
 def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
@@ -72,8 +75,8 @@ def test_positions_change_the_cache_that_keeps_them_and_no_other() -> None:
     assert len(versions) == 3
     changed = dataclasses.replace(every, topk=learned)
     assert changed.code_version("hidden_state_cache") == every.code_version("hidden_state_cache")
-    assert content_of(learned, seed=0) == {"k": 4, "max_length": 100, "positions": "learned"}
-    assert content_of(share, seed=0)["positions"] == {"share": 0.5, "seed": 0}
+    assert params_in_identity(learned, seed=0) == {"k": 4, "max_length": 100, "positions": "learned"}
+    assert params_in_identity(share, seed=0)["positions"] == {"share": 0.5, "seed": 0}
 
 
 def test_a_vocabulary_changes_the_cache_that_is_cut_to_it_and_is_the_ids_that_were_found() -> None:
@@ -91,13 +94,27 @@ def test_a_vocabulary_changes_the_cache_that_is_cut_to_it_and_is_the_ids_that_we
     assert len({recipe.code_version("topk_cache") for recipe in recipes}) == 4
     assert len({recipe.code_version("hidden_state_cache") for recipe in recipes}) == 1
     of_plain = {"k": 4, "max_length": 100}
-    assert content_of(plain, seed=0) == of_plain
-    assert content_of(asked, seed=0) == of_plain | {"vocabulary": "tokenizer"}
+    assert params_in_identity(plain, seed=0) == of_plain
+    assert params_in_identity(asked, seed=0) == of_plain | {"vocabulary": "tokenizer"}
     found = TokenIds.below(9)
     for said in (asked, dataclasses.replace(asked, vocabulary="/models/student"), plain):
-        assert content_of(dataclasses.replace(said, token_ids=found), seed=0) == of_plain | {"vocabulary": 9}
-        of_holes = content_of(dataclasses.replace(said, token_ids=holes), seed=0)
+        assert params_in_identity(dataclasses.replace(said, token_ids=found), seed=0) == of_plain | {"vocabulary": 9}
+        of_holes = params_in_identity(dataclasses.replace(said, token_ids=holes), seed=0)
         assert of_holes == of_plain | {"vocabulary": {"n_ids": 3, "sha256": holes.sha256}}
+
+
+def test_top_p_changes_the_top_k_cache_that_has_it_and_no_other() -> None:
+    every = a_recipe()
+    plain = TopkParams(k=4, max_length=100)
+    recipes = [dataclasses.replace(every, topk=dataclasses.replace(plain, top_p=p)) for p in (None, 0.9, 0.95)]
+    assert len({recipe.code_version("topk_cache") for recipe in recipes}) == 3
+    assert len({recipe.code_version("hidden_state_cache") for recipe in recipes}) == 1
+    assert params_in_identity(plain, seed=0) == {"k": 4, "max_length": 100}
+    assert params_in_identity(dataclasses.replace(plain, top_p=0.9), seed=0) == {
+        "k": 4,
+        "max_length": 100,
+        "top_p": 0.9,
+    }
 
 
 def test_a_codec_changes_the_hidden_state_cache_that_has_it_and_no_other() -> None:
@@ -111,11 +128,13 @@ def test_a_codec_changes_the_hidden_state_cache_that_has_it_and_no_other() -> No
         assert recipe.code_version("topk_cache") == raw.code_version("topk_cache")
         assert recipe.coded == ("hidden_state_cache",)
     assert raw.coded == ()
-    assert content_of(HiddenStateParams(blocks=(1,), max_length=50, codec="raw"), seed=0) == {
+    assert params_in_identity(HiddenStateParams(blocks=(1,), max_length=50, codec="raw"), seed=0) == {
         "blocks": (1,),
         "max_length": 50,
     }
-    assert content_of(HiddenStateParams(blocks=(1,), max_length=50, codec="int8_32"), seed=0)["codec"] == "int8_32"
+    assert (
+        params_in_identity(HiddenStateParams(blocks=(1,), max_length=50, codec="int8_32"), seed=0)["codec"] == "int8_32"
+    )
 
 
 def test_seed_is_of_a_caches_identity_where_something_is_drawn_with_it() -> None:

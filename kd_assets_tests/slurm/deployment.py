@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,28 @@ def one_token_a_word(texts: Mapping[str, str]) -> Documents:
         input_ids=input_ids,
         loss_mask=np.ones(len(input_ids), dtype=np.bool_),
     )
+
+
+def commit_shards(deployment: Deployment, keys: Sequence[str] | None = None) -> None:
+    """Commit shards of the plan, all of them by default, with a token for each word: no tokenizer is loaded."""
+    planner = planner_of(deployment.recipe, deployment.platform)
+    texts = [json.loads(line)["text"] for line in deployment.corpus.read_text().splitlines()]
+    plan, provenance = planner.current_plan(), planner.provenance("shards")
+    for unit in planner.shards_work(list(keys or plan.keys)).units:
+        (records,), (output,) = unit.records, unit.outputs
+        rows = range(records.first_record, records.first_record + records.n_records)
+        shard = one_token_a_word({f"d{i}": texts[i] for i in rows})
+        table = encode_shard(shard, ["corpus"] * len(rows), np.array(rows, dtype=np.int64))
+        with ResultWriter(
+            output,
+            recipe=deployment.recipe.name,
+            recipe_folder=planner.recipe_folder,
+            partition_key=unit.partition_key,
+        ) as result:
+            stats = part_stats(output.asset, table)
+            result.write_part(0, table, n_tokens=shard.n_tokens, stats=stats)
+            facts = {"n_documents": shard.n_documents, "n_tokens": shard.n_tokens}
+            result.commit(parts=1, checks={}, provenance=provenance, facts=facts)
 
 
 def _written_at(submission: Submission) -> float:
@@ -121,22 +143,8 @@ class SlurmDeployment(Deployment):
             assert self.run("shards_manifest", partition_range=(KEYS[0], key(n_shards - 1))).success
 
     def commit_shards(self) -> None:
-        """Every shard of the plan, with a token for each word: no tokenizer is loaded."""
-        planner = planner_of(self.recipe, self.platform)
-        texts = [json.loads(line)["text"] for line in self.corpus.read_text().splitlines()]
-        plan, provenance = planner.current_plan(), planner.provenance("shards")
-        for unit in planner.shards_work([s.partition_key for s in plan.shards]).units:
-            (records,), (output,) = unit.records, unit.outputs
-            rows = range(records.first_record, records.first_record + records.n_records)
-            shard = one_token_a_word({f"d{i}": texts[i] for i in rows})
-            table = encode_shard(shard, ["corpus"] * len(rows), np.array(rows, dtype=np.int64))
-            with ResultWriter(
-                output, recipe=self.recipe.name, recipe_folder=planner.recipe_folder, partition_key=unit.partition_key
-            ) as result:
-                stats = part_stats(output.asset, table)
-                result.write_part(0, table, n_tokens=shard.n_tokens, stats=stats)
-                facts = {"n_documents": shard.n_documents, "n_tokens": shard.n_tokens}
-                result.commit(parts=1, checks={}, provenance=provenance, facts=facts)
+        """Every shard of the plan."""
+        commit_shards(self)
 
     def tell(self, told: dict[str, Any]) -> None:
         """What the stub teacher is to do from now on, see `stub_teacher`."""
@@ -193,3 +201,9 @@ class SlurmDeployment(Deployment):
             for line in self.cluster.run("squeue", "--noheader", *options).stdout.splitlines()
         )
         return [first.split() for first, folder in lines if folder.startswith(f"{self.home}/")]
+
+
+def log_of(materialization: dg.AssetMaterialization) -> str:
+    """Of the task that made it."""
+    provenance: Any = materialization.metadata["provenance"].value
+    return str(provenance["job"]["log"])

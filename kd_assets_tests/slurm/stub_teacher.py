@@ -1,8 +1,8 @@
 """The worker with a stub in the teacher's place: real tasks, leases, events, parts and commits, and no model.
 
-It says so: it is a fake, for what happens to jobs and not to numbers. It writes real part files of top-k caches whose
-every token is equally likely, two documents a part, slowly if asked to, and fails as told. What it is told stands in
-`KD_HOME/stub.json`:
+It says so: it is a fake, for what happens to jobs and not to numbers. It writes real part files of top-k caches, coded
+where the recipe asks for it, whose every token is equally likely, two documents a part, slowly if asked to, and fails
+as told. What it is told stands in `KD_HOME/stub.json`:
 
     {"part_s": 0.2, "units": {"tiny-00001": "fail" | "host_memory" | "device_memory" | "take_memory" | "hang"}}
 
@@ -25,8 +25,9 @@ import pyarrow as pa
 
 from kd_assets.contract import JobFile, Reporter, WorkUnit
 from kd_assets.errors import InterruptedTaskError, OutOfDeviceMemoryError, OutOfHostMemoryError, TeacherError
-from kd_assets.store import Documents, ResultWriter, encode_topk, part_stats, plan_parts, read_shard
+from kd_assets.store import Documents, ResultWriter, coded, encode_topk, part_stats, plan_parts, read_shard
 from kd_assets.worker.main import main
+from kd_assets.worker.provenance import task_provenance
 from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.task import Runner, runner_for
 from kd_assets_tests.store.examples import RECOMPUTED
@@ -69,11 +70,12 @@ class StubTeacher:
                     if plan.index not in result.finished:
                         self._pause(unit.partition_key)
                         part = shard.slice(plan.first_document, plan.n_documents)
-                        rows = evenly_likely(part, k=int(output.identity["params"]["k"]))
-                        result.write_part(
-                            plan.index, rows, n_tokens=part.n_tokens, stats=part_stats(output.asset, rows)
-                        )
-                result.commit(parts=len(plans), checks={"recomputed": RECOMPUTED}, provenance=self._job.provenance)
+                        params = output.identity["params"]
+                        made = coded(evenly_likely(part, k=int(params["k"])), params.get("codec", "plain"))
+                        stats = part_stats(output.asset, made.decoded) | made.error
+                        result.write_part(plan.index, made.stored, n_tokens=part.n_tokens, stats=stats)
+                where = self._job.provenance | task_provenance()
+                result.commit(parts=len(plans), checks={"recomputed": RECOMPUTED}, provenance=where)
         return {"partition_key": unit.partition_key}
 
     def close(self) -> None:

@@ -55,7 +55,9 @@ def test_daemons_and_commands_are_of_one_slurm_the_one_that_was_asked_for(slurm:
     for daemon in ("munged", "slurmctld", "slurmd", "slurmstepd"):
         program, libraries = programs(slurm)[daemon]
         if folder is not None:
-            assert {program.parent, *(library.parent for library in libraries)} <= {
+            # nsswitch.conf names modules, and those that the folder has not are this machine's (mdns, sss, …).
+            own = {library for library in libraries if not library.name.startswith("libnss_")}
+            assert {program.parent, *(library.parent for library in own)} <= {
                 folder / "bin",
                 folder / "lib",
                 folder / "lib/slurm-wlm",

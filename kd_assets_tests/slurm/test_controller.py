@@ -196,7 +196,7 @@ def test_a_task_that_a_restarted_controller_takes_for_running_and_runs_again_mak
 def test_the_run_after_one_that_was_killed_finds_its_job_and_records_what_it_had_done(
     slurm: SlurmCluster, deploy: Deploy
 ) -> None:
-    deployment = deploy(slurm, told={"part_s": 0.6})
+    deployment = deploy(slurm, told={"part_s": 1.5})
     cache = deployment.recipe.key("topk_cache")
     first = CommandLine(deployment).start("topk_cache", partition=("--partition-range", f"{ALL[0]}...{ALL[1]}"))
     try:

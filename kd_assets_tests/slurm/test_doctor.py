@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -142,7 +143,7 @@ def test_memory_that_does_not_suffice_for_the_imports_fails(slurm: SlurmCluster,
 
 def test_a_node_without_the_compute_python_fails(slurm: SlurmCluster, site: Callable[..., Platform]) -> None:
     platform = site(slurm, kinds={})
-    wrong = Platform(**{**platform.model_dump(), "compute_python": "/nowhere/bin/python"})
+    wrong = dataclasses.replace(platform, compute_python="/nowhere/bin/python")
     assert that_say(lines_of(wrong), "/nowhere/bin/python: ").startswith("FAIL node for shards, teacher, student")
 
 
@@ -197,7 +198,7 @@ def test_preview_prints_the_very_command_lines_that_are_submitted(
         deployment = Deployment(home, tiny_teacher, instance, jobs=jobs)
         deployment.plan()
     platform = site(cluster, kinds={"shards": {"partition": "high"}}, setup="module() { :; }\n")
-    platform = Platform(**{**platform.model_dump(), "home": str(deployment.home)})
+    platform = dataclasses.replace(platform, home=str(deployment.home))
     shown = preview(deployment.recipe, platform, partitions=None, assets=["shards_manifest"])
     (job,) = shown.jobs
     assert cluster.run("squeue", "--noheader").stdout == "", "nothing was submitted"

@@ -24,7 +24,7 @@ from kd_assets_tests.orchestration.deployment import failure_text
 from kd_assets_tests.slurm.background import Background
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.conftest import SshLogin
-from kd_assets_tests.slurm.deployment import KEYS, SlurmDeployment
+from kd_assets_tests.slurm.deployment import KEYS, SlurmDeployment, log_of
 from kd_assets_tests.slurm.fakes import COMMANDS, put_first
 
 Deploy = Callable[..., SlurmDeployment]
@@ -60,7 +60,7 @@ def test_a_home_with_any_printable_name_works(home: str, slurm: SlurmCluster, de
     assert result.success, failure_text(result)
     assert deployment.recorded(result.run_id) == list(TWO)
     made = deployment.materializations(result.run_id, "topk_cache")
-    assert all(Path(str(m.metadata["log"].value)).stat().st_size for (m,) in made.values())
+    assert all(Path(log_of(m)).stat().st_size for (m,) in made.values())
     assert {p.name for p in tmp_path.iterdir()} == {"instance", Path(home).parts[0]}
     assert not list(tmp_path.rglob("pwned"))
     assert {p.name for p in Path.cwd().iterdir()} == before

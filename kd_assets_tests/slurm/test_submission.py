@@ -20,7 +20,7 @@ from kd_assets_tests.orchestration.deployment import failure_text
 from kd_assets_tests.slurm.background import Background
 from kd_assets_tests.slurm.cluster import SlurmCluster
 from kd_assets_tests.slurm.conftest import SshLogin
-from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment, key
+from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment, key, log_of
 from kd_assets_tests.slurm.fakes import count_calls
 
 Deploy = Callable[..., SlurmDeployment]
@@ -140,9 +140,13 @@ def test_more_tasks_than_an_array_may_have_become_several_with_each_its_own_part
     assert deployment.n_teacher_loads() == 12
     assert deployment.most_at_once() <= 6
     made = deployment.materializations(result.run_id, "topk_cache")
-    logs = {str(m.metadata["log"].value) for (m,) in made.values()}
+    logs = {log_of(m) for (m,) in made.values()}
     assert len(logs) == 12
     assert all(Path(log).is_file() for log in logs)
+    again = deployment.run("topk_cache", partition=KEYS[7])
+    ((reused,),) = deployment.materializations(again.run_id, "topk_cache").values()
+    for name in ("made_by", "queue_wait_s"):
+        assert reused.metadata[name] == made["topk_cache", KEYS[7]][0].metadata[name], "of the run that made it"
 
 
 def test_a_site_that_takes_few_jobs_gets_them_in_smaller_arrays_as_room_appears(

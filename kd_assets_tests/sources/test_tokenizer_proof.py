@@ -62,6 +62,17 @@ def test_a_class_that_splits_digits_otherwise_is_refused_with_both_answers(tmp_p
     assert "tokenizer_class" in str(refusal.value)
 
 
+def test_a_class_that_overrules_the_one_that_the_folder_asks_for_has_another_remedy(tmp_path: Path) -> None:
+    folder = save(tmp_path / "own", byte_level(), tokenizer_class="TokenizersBackend", model_type="qwen2")
+    with pytest.raises(
+        InputError, match="asks for TokenizersBackend, and transformers takes Qwen2Tokenizer"
+    ) as refusal:
+        prove(loaded(folder), folder)
+    assert "mend them" not in str(refusal.value)
+    loaded(folder).save_pretrained(folder)
+    prove(loaded(folder), folder)  # the remedy that is named
+
+
 @pytest.mark.parametrize(
     "change",
     [

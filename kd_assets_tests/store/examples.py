@@ -29,6 +29,7 @@ from kd_assets.store import (
     plan_output,
     plan_parts,
 )
+from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.schema import HiddenState
 from kd_assets.store.writing.documents import offsets_of
 
@@ -100,9 +101,16 @@ def sampled_ids(docs: Documents, draws: int = DRAWS) -> npt.NDArray[np.uint32]:
     return drawn.clip(max=VOCABULARY - 1).astype(np.uint32)
 
 
-def table(asset: Asset, docs: Documents, *, draws: int = 0, states: Sequence[HiddenState] = BLOCKS) -> pa.Table:
-    """The rows of an asset for these documents, from the made-up teacher; a top-k cache with `draws` a position, a
-    hidden-state cache with these `states`."""
+def table(
+    asset: Asset,
+    docs: Documents,
+    *,
+    draws: int = 0,
+    top_p: float | None = None,
+    states: Sequence[HiddenState] = BLOCKS,
+) -> pa.Table:
+    """The rows of an asset for these documents, from the made-up teacher; a top-k cache with `draws` a position and
+    tokens of the mass `top_p`, a hidden-state cache with these `states`."""
     if asset == "shards_manifest":
         return encode_shard(docs, ["corpus"] * docs.n_documents, np.arange(docs.n_documents, dtype=np.int64))
     rng = np.random.default_rng(int(docs.input_ids.sum()))
@@ -124,6 +132,7 @@ def table(asset: Asset, docs: Documents, *, draws: int = 0, states: Sequence[Hid
         logsumexp_M=logsumexp,
         target_logprob_M=np.take_along_axis(logprobs, targets(docs)[:, None], axis=1)[:, 0],
         sampled_ids_Md=sampled_ids(docs, draws) if draws else None,
+        top_p=top_p,
     )
 
 
@@ -137,10 +146,12 @@ def targets(docs: Documents) -> npt.NDArray[np.int64]:
 def output(
     store: Path, asset: Asset, *, params: Mapping[str, Any] | None = None, partition_key: str = PARTITION
 ) -> Output:
+    of_params = dict(PARAMS[asset] if params is None else params)
     identity = {
         "asset": asset,
         "format_version": FORMAT_VERSION,
-        "params": dict(PARAMS[asset] if params is None else params),
+        **computing_versions(asset, of_params),
+        "params": of_params,
         "weights_fingerprint": "0" * 64,
         "input": f"shard of {partition_key}",
     }
@@ -176,7 +187,7 @@ def commit(
         plans = plan_parts(kept.n_tokens_D, max_documents=max_documents, max_tokens=10**9)
         for plan in plans:
             part = kept.slice(plan.first_document, plan.n_documents)
-            rows = table(asset, part, draws=draws, states=states)
+            rows = table(asset, part, draws=draws, top_p=(params or {}).get("top_p"), states=states)
             if not (params or {}).get("logsumexp", True):
                 rows = rows.drop_columns(["logsumexp"])
             made = coded(rows, (params or {}).get("codec", "plain"))

@@ -12,6 +12,7 @@ import pytest
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import CorruptPlanError, FailedCheckError, NotCommittedError, VariantConflictError
 from kd_assets.store import CacheReader, choose, planned_partitions
+from kd_assets.store.current_variants import CURRENT_NAME, say_current
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit, commit_partition, hash_of, write_plan
 
@@ -164,3 +165,25 @@ def test_a_variant_of_failed_results_alone_keeps_nobody_from_the_other(store: Pa
     examples.commit(store, "topk_cache", params=other | {"max_length": 8})
     with pytest.raises(VariantConflictError):
         CacheReader(recipe_folder, "topk_cache")
+
+
+def test_of_several_variants_a_reader_gets_that_of_the_last_run(tmp_path: Path) -> None:
+    _, plain = examples.commit(tmp_path, "topk_cache")
+    _, compact = examples.commit(tmp_path, "topk_cache", params=examples.COMPACT)
+    folder = tmp_path / examples.RECIPE
+    with pytest.raises(VariantConflictError, match="several variants"):
+        choose(folder, "topk_cache")
+    say_current(folder, "topk_cache", compact.variant)
+    assert [m.variant for m in choose(folder, "topk_cache").manifests] == [compact.variant]
+    assert [m.variant for m in choose(folder, "topk_cache", variant=plain.variant).manifests] == [plain.variant]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b'{"topk_cache": "../../elsewhere"}', b'{"topk_cache": "0123456789ab"}']
+)
+def test_what_is_no_choice_among_the_variants_is_not_believed(tmp_path: Path, damage: bytes) -> None:
+    examples.commit(tmp_path, "topk_cache")
+    examples.commit(tmp_path, "topk_cache", params=examples.COMPACT)
+    (tmp_path / examples.RECIPE / CURRENT_NAME).write_bytes(damage)
+    with pytest.raises(VariantConflictError, match="several variants"):
+        choose(tmp_path / examples.RECIPE, "topk_cache")

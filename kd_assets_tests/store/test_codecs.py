@@ -39,12 +39,12 @@ FORMAT_FILE = Path(__file__).parents[2] / "FORMAT.md"
 Rows = tuple[npt.NDArray[np.uint32], npt.NDArray[np.float16]]
 
 
-def decoder_to_copy() -> Any:
-    """`decode_compact` as it stands in FORMAT.md."""
+def decoder_to_copy(name: str = "decode_compact") -> Any:
+    """A function as it stands in FORMAT.md."""
     (source,) = re.findall(r"^```python\n(.*?)^```", FORMAT_FILE.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     exec(source, names)
-    return names["decode_compact"]
+    return names[name]
 
 
 def random_rows(m: int, k: int, vocabulary: int, *, spread: float, seed: int) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from kd_assets_tests.store.examples import VOCABULARY
 RNG = np.random.default_rng(0)
 
 
-def committed(store: Path, asset: Asset, table: Any, n_tokens: int, *, name: int) -> CacheReader:
+def committed(
+    store: Path, asset: Asset, table: Any, n_tokens: int, *, name: int, params: Mapping[str, Any] | None = None
+) -> CacheReader:
     """A result of this table, of a variant of its own."""
-    out = examples.output(store, asset, params={**examples.PARAMS[asset], "max_length": 100 + name})
+    out = examples.output(store, asset, params={**examples.PARAMS[asset], **(params or {}), "max_length": 100 + name})
     with examples.writer(store, out) as writer:
         writer.write_part(0, table, n_tokens=n_tokens, stats=part_stats(asset, table))
         writer.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
@@ -124,7 +127,14 @@ def test_the_document_that_was_spoiled_is_the_worst(store: Path) -> None:
     spoiled[5:13] *= 1.5
     bits = [(x.view(np.uint32) >> 16).astype(np.uint16) for x in (states, spoiled)]
     readers = [
-        committed(store, "hidden_state_cache", encode_hidden_states(docs, {2: b}), docs.n_tokens, name=n)
+        committed(
+            store,
+            "hidden_state_cache",
+            encode_hidden_states(docs, {2: b}),
+            docs.n_tokens,
+            name=n,
+            params={"blocks": [2]},
+        )
         for n, b in enumerate(bits)
     ]
     found = compare(*readers)
@@ -140,7 +150,14 @@ def test_numbers_that_are_none_are_counted_and_their_document_is_the_worst(store
     broken = bits.copy()
     broken[4, 0] = 0x7FC0  # NaN
     readers = [
-        committed(store, "hidden_state_cache", encode_hidden_states(docs, {2: b}), docs.n_tokens, name=n)
+        committed(
+            store,
+            "hidden_state_cache",
+            encode_hidden_states(docs, {2: b}),
+            docs.n_tokens,
+            name=n,
+            params={"blocks": [2]},
+        )
         for n, b in enumerate((bits, broken))
     ]
     found = compare(*readers)

@@ -183,4 +183,5 @@ def test_documents_of_one_token_have_no_positions() -> None:
     docs = examples.documents((1, 1))
     rows = examples.table("topk_cache", docs)
     assert rows["topk_ids"].to_pylist() == [[], []]
-    assert part_stats("topk_cache", rows) == {"n_non_finite": 0, "n_positions": 0, "max_probability_sum": 0}
+    nothing = {"n_non_finite": 0, "n_positions": 0, "max_probability_sum": 0, "n_kept_mass": 0}
+    assert part_stats("topk_cache", rows) == nothing

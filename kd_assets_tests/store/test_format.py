@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd_assets.contract import CACHES, Asset, FinalState, PositionChoice, TokenIds
+from kd_assets.contract import CACHES, Asset, FinalState, Output, PositionChoice, TokenIds
 from kd_assets.durable import append_line, atomic_file, atomic_write
 from kd_assets.errors import (
     CodecRangeError,
@@ -35,6 +35,7 @@ from kd_assets.errors import (
     InputError,
     NotCommittedError,
     ResultBusyError,
+    UnknownCodecError,
     VariantConflictError,
 )
 from kd_assets.store import (
@@ -56,6 +57,7 @@ from kd_assets.store import (
     failed_check,
     fingerprint,
     part_stats,
+    plain_table,
     plan_output,
     plan_parts,
     planned_partitions,
@@ -72,6 +74,9 @@ from kd_assets.store.manifest import merge_stats
 from kd_assets.store.partfile import PartFile, part_suffix, write_table
 from kd_assets.store.positions import kept_positions
 from kd_assets.store.positions import uniforms as position_uniforms
+from kd_assets.store.recoding.recode import recode
+from kd_assets.store.recoding.sources import find_source
+from kd_assets.store.recorded_checks import require_readable
 from kd_assets.store.vocabulary import mean_outside_mass, vocabulary_of
 from kd_assets.store.writing.documents import offsets_of
 from kd_assets.teacher.batch.sampling import drawn_ids, uniforms
@@ -1263,6 +1268,9 @@ def test_versions_of_what_computes_are_in_an_identity_once_they_are_raised(monke
         *((cache, {}) for cache in CACHES),
         ("student_smoke", {}),
     ]
+    coded = {"draws": 3, "codec": "compact"}
+    assert computing_versions.computing_versions("topk_cache", coded) == {"draws_codec_version": 2}
+    assert computing_versions.computing_versions("topk_cache", {"codec": "compact"}) == {}
     versions = ("TOKENISING_VERSION", "PASS_VERSION", "DRAWS_VERSION")
     for name in versions:
         monkeypatch.setattr(computing_versions, name, 1)
@@ -1430,6 +1438,72 @@ def test_coded_rows_come_in_groups_of_512_tokens_or_one_longer_document(store: P
         assert part.first_rows.tolist() == [0, 2, 3, 4, 5]
 
 
+def recoded_result(store: Path, wanted: Output) -> tuple[Path, Manifest]:
+    source = find_source(wanted).source
+    assert source is not None
+    return Path(wanted.path), recode(source, wanted, made_by={"kd_assets": "9"}, clock=examples.fixed_clock)
+
+
+def test_a_recoded_result_is_what_the_teachers_pass_gives(store: Path) -> None:
+    """[F103] Every codec, and what is refused, in the tests of recoding."""
+    examples.commit(store / "recoded", "topk_cache")
+    for form in (examples.COMPACT, examples.COMPACT | {"logsumexp": False}):
+        expected, by_teacher = examples.commit(store / "teacher", "topk_cache", params=form)
+        folder, manifest = recoded_result(
+            store / "recoded", examples.output(store / "recoded", "topk_cache", params=form)
+        )
+        assert (manifest.identity, manifest.parts, manifest.stats) == (
+            by_teacher.identity,
+            by_teacher.parts,
+            by_teacher.stats,
+        )
+        for name in (*(part.name for part in manifest.parts), "documents.index"):
+            assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    rounded = store / "rounded"
+    examples.commit(rounded, "topk_cache", params=examples.COMPACT | {"logsumexp": False})
+    for form in (examples.COMPACT, examples.PARAMS["topk_cache"]):
+        assert find_source(examples.output(rounded, "topk_cache", params=form)).source is None
+
+
+def test_a_recoded_result_keeps_its_sources_provenance_and_says_its_own(store: Path) -> None:
+    """[F104]"""
+    source, before = examples.commit(store, "topk_cache")
+    _, manifest = recoded_result(store, examples.output(store, "topk_cache", params=examples.COMPACT))
+    assert (manifest.facts, manifest.provenance["host"]) == (before.facts, before.provenance["host"])
+    assert manifest.provenance["recoded_from"] == {
+        "codec": "plain",
+        "fingerprint": before.fingerprint,
+        "data_version": before.data_version,
+        "folder": str(source.relative_to(store / examples.RECIPE)),
+        "n_bytes": before.n_bytes,
+        "created_at": before.created_at,
+    }
+    assert manifest.provenance["recoded_by"]["kd_assets"] == "9"
+    compact = {**manifest.identity, "params": {**manifest.params, "codec": "later"}}
+    with pytest.raises(UnknownCodecError, match="kd_assets 9 and later read it"):
+        require_readable(dataclasses.replace(manifest, identity=compact))
+
+
+def test_a_recoded_result_is_compared_with_its_source(store: Path) -> None:
+    """[F105]"""
+    _, before = examples.commit(store, "topk_cache")
+    _, manifest = recoded_result(store, examples.output(store, "topk_cache", params=examples.COMPACT))
+    assert manifest.checks["recomputed"] == {**examples.RECOMPUTED, "of_result": before.fingerprint}
+    record = manifest.checks["recoded"]
+    assert record == {
+        "max_kl": pytest.approx(manifest.stats["max_codec_kl"], abs=1e-7),
+        "passed": True,
+        "is_exact": False,
+        "n_parts": len(manifest.parts),
+        "n_documents": manifest.n_documents,
+        "source_data_version": before.data_version,
+    }
+    assert failed_check(manifest) is None
+    for change in ({"passed": False}, {"n_parts": 0}, {"n_documents": 0}):
+        changed = dataclasses.replace(manifest, checks=manifest.checks | {"recoded": {**record, **change}})
+        assert (failed_check(changed) or "").startswith("check recoded failed")
+
+
 def test_golden_manifest_and_names_of_a_tiny_result(store: Path) -> None:
     """To the byte. Part bytes depend on the version of pyarrow, so this result is one of plain files."""
     out = plan_output(
@@ -1557,8 +1631,8 @@ def test_index_of_another_commit_is_named_and_nothing_of_it_is_read(
 
 def test_coded_part_names_its_codec_and_has_planes_of_bytes_in_the_place_of_its_columns(store: Path) -> None:
     """[F76] [F77]"""
-    plain, _ = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
-    folder, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT | {"draws": 20, "seed": 0})
+    plain, _ = examples.commit(store, "topk_cache")
+    folder, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT)
     assert manifest.params["codec"] == "compact"
     schema, of_plain = (next(part_tables(found)).schema for found in (folder, plain))
     assert (schema.metadata[b"kd_assets.codec"], schema.metadata[b"kd_assets.codec_since"]) == (b"compact", b"0.1.0")
@@ -1568,11 +1642,11 @@ def test_coded_part_names_its_codec_and_has_planes_of_bytes_in_the_place_of_its_
         *("topk_codes_0", "topk_codes_1", "topk_codes_2_3"),
         *("topk_tail", "target_logprob_outside", "logsumexp_float16"),
     ]
-    assert schema.names == [*schema.names[:4], *coded_names, "sampled_ids", "sampled_counts"]
+    assert schema.names == [*schema.names[:4], *coded_names]
     for name in coded_names:
         assert schema.field(name).type == pa.binary()
         assert schema.field(name).metadata == {b"k": b"4"}
-    for name in (*schema.names[:4], "sampled_ids", "sampled_counts"):
+    for name in schema.names[:4]:
         assert schema.field(name).equals(of_plain.field(name), check_metadata=True)
 
 
@@ -1730,3 +1804,185 @@ def part_tables(folder: Path) -> Iterator[pa.Table]:
             yield pq.ParquetFile(path).read()
         else:
             yield pa.ipc.open_file(path).read_all()
+
+
+# ------------------------------------------------------------------------------------------------ coded random draws
+
+
+def test_draws_of_a_coded_cache_are_planes_of_bytes_and_its_identity_says_so(store: Path) -> None:
+    """[F94] That those without it are read as they were is in the tests of coded draws."""
+    folder, manifest = examples.commit(store, "topk_cache", params=examples.COMPACT | {"draws": 20, "seed": 0})
+    plain, _ = examples.commit(store, "topk_cache", params=examples.WITH_DRAWS)
+    assert manifest.identity["draws_codec_version"] == 2
+    schema = next(part_tables(folder)).schema
+    assert (schema.metadata[b"kd_assets.codec"], schema.metadata[b"kd_assets.codec_since"]) == (b"compact_2", b"0.2.0")
+    names = [
+        *("sampled_slots_0", "sampled_slots_1", "sampled_slots_2_3"),
+        *(f"sampled_outside_byte_{n}" for n in range(3)),
+    ]
+    assert schema.names[-len(names) :] == names
+    for name in names:
+        assert schema.field(name).type == pa.binary()
+        assert schema.field(name).metadata == {b"k": b"4", b"draws": b"20"}
+    for found, expected in zip(*(CacheReader.from_folders([of]) for of in (folder, plain)), strict=True):
+        for name in ("sampled_ids", "sampled_counts"):
+            np.testing.assert_array_equal(found[name].values, expected[name].values)
+            np.testing.assert_array_equal(found[name].offsets, expected[name].offsets)
+
+
+@pytest.mark.parametrize("draws", [20, 300])
+def test_slots_have_counts_and_all_other_draws_are_gaps_between_their_ids(draws: int) -> None:
+    """[F95] [F96] By the decoder in FORMAT.md."""
+    rows = examples.table("topk_cache", examples.documents(), draws=draws)
+    n_outside = 0
+    made = coded(rows, "compact").stored
+    assert ("sampled_slots_2_3_high" in made.schema.names) == (draws > 255)
+    for row, plain in zip(made.to_pylist(), rows.to_pylist(), strict=True):
+        ids = decoder_to_copy()(row, examples.K)[0]
+        found = decoder_to_copy("decode_draws")(row, ids, draws)
+        assert [drawn.tolist() for drawn, _ in found] == plain["sampled_ids"]
+        assert [counts.tolist() for _, counts in found] == plain["sampled_counts"]
+        n_outside += len(row["sampled_outside_byte_0"])
+    assert n_outside
+
+
+def test_draws_that_cannot_be_are_refused_by_the_encoder_and_the_reader(store: Path) -> None:
+    """[F97] Each other case is among the tests of coded draws."""
+    docs = examples.documents((5,))
+    rows = examples.table("topk_cache", docs, draws=3)
+    field = rows.schema.field("sampled_ids")
+    more = rows.set_column(
+        rows.schema.get_field_index("sampled_ids"), field.with_metadata({b"draws": b"4"}), rows["sampled_ids"]
+    )
+    with pytest.raises(CodecRangeError, match="row 0 of document 'document-0' has 3 draws, not 4"):
+        coded(more, "compact")
+    stored = coded(rows, "compact").stored
+    at = stored.schema.get_field_index("sampled_slots_0")
+    changed = stored.set_column(at, stored.schema.field(at), pa.array([b"\x04" * 4], pa.binary()))
+    with pytest.raises(ValueError, match="row 0 of document 0 of the rows has counts of its slots that add up to"):
+        plain_table(changed)
+
+
+# ---------------------------------------------------------------------------------------- as many tokens as have a mass
+
+MASS = {"top_p": 0.8}
+
+
+def test_a_position_keeps_the_fewest_tokens_whose_float16_probabilities_have_the_mass(store: Path) -> None:
+    """[F98]"""
+    params = examples.PARAMS["topk_cache"]
+    every = CacheReader.from_folders([examples.commit(store, "topk_cache", params=params)[0]])
+    folder, manifest = examples.commit(store, "topk_cache", params=params | MASS)
+    assert "top_p" not in every.manifests[0].params
+    assert manifest.params["top_p"] == 0.8
+    reader, found = CacheReader.from_folders([folder]), set()
+    for i in range(len(reader)):
+        ids, logprobs = reader[i]["topk_ids"], reader[i]["topk_logprobs"]
+        for at, of_k in enumerate(every[i]["topk_logprobs"]):
+            n, mass = 0, 0.0
+            while n < examples.K and (n == 0 or mass < 0.8):
+                mass += math.exp(float(of_k[n]))
+                n += 1
+            assert logprobs[at].tolist() == of_k[:n].tolist()
+            assert ids[at].tolist() == every[i]["topk_ids"][at][:n].tolist()
+            found.add(n)
+    assert found == {1, 2, 3, 4}
+
+
+def test_lists_of_what_a_position_keeps_have_different_lengths_and_are_counted(store: Path) -> None:
+    """[F99]"""
+    folder, manifest = examples.commit(store, "topk_cache", params=examples.PARAMS["topk_cache"] | MASS)
+    n = 0
+    for part in part_tables(folder):
+        for name, leaf in (("topk_ids", pa.uint32()), ("topk_logprobs", pa.float16())):
+            field = part.schema.field(name)
+            assert field.type.value_type.value_type == leaf
+            assert pa.types.is_list(field.type.value_type)
+            assert (field.metadata[b"k"], field.metadata[b"top_p"]) == (b"4", b"0.8")
+            assert b"the mass of all others" in field.metadata[b"convention"]
+        for row in part.to_pylist():
+            assert len(row["topk_ids"]) == len(row["topk_logprobs"]) == row["n_tokens"] - 1
+            lengths = [len(ids) for ids in row["topk_ids"]]
+            assert lengths == [len(logprobs) for logprobs in row["topk_logprobs"]]
+            n += sum(lengths)
+    assert manifest.stats["n_kept_ids"] == n
+
+
+@pytest.mark.parametrize("changes", [{}, MASS, {"codec": "compact"}, MASS | {"codec": "compact"}])
+def test_the_probability_that_is_kept_is_counted(store: Path, changes: dict[str, Any]) -> None:
+    """[F100]"""
+    folder, manifest = examples.commit(store, "topk_cache", params=examples.PARAMS["topk_cache"] | changes)
+    reader = CacheReader.from_folders([folder])
+    mass = 0.0
+    for document in (reader[i] for i in range(len(reader))):
+        mass += sum(math.exp(float(logprob)) for row in document["topk_logprobs"] for logprob in row)
+    assert manifest.stats["n_kept_mass"] == pytest.approx(mass, rel=1e-6)
+    assert manifest.stats["n_kept_mass"] == sum(part.stats["n_kept_mass"] for part in manifest.parts)
+
+
+def test_coded_positions_have_the_bytes_of_a_cache_of_as_many_as_they_keep() -> None:
+    """[F101] That the decoders in FORMAT.md read them is in the tests of ragged top-k."""
+    docs = examples.documents((25,))
+    stored = coded(examples.table("topk_cache", docs, draws=20, top_p=0.8), "compact").stored
+    assert stored.schema.metadata[b"kd_assets.codec"] == b"compact_2"
+    assert stored.schema.names[4] == "topk_kept"
+    assert stored.schema.field("topk_kept").metadata == {b"k": b"4", b"top_p": b"0.8"}
+    row = stored.to_pylist()[0]
+    kept = list(row["topk_kept"])
+    assert set(kept) == {1, 2, 3, 4}
+    bands = {"0": (0, 1), "1": (1, 2), "2_3": (2, 4)}
+    for n in range(1, examples.K + 1):
+        whole = examples.table("topk_cache", docs, draws=20)
+        ids, logprobs = (flat(whole[name]).reshape(-1, examples.K)[:, :n] for name in ("topk_ids", "topk_logprobs"))
+        of_n = coded(
+            encode_topk(
+                docs,
+                topk_ids_Mk=np.ascontiguousarray(ids),
+                topk_logprobs_Mk=np.ascontiguousarray(logprobs),
+                logsumexp_M=flat(whole["logsumexp"]),
+                target_logprob_M=flat(whole["target_logprob"]),
+                sampled_ids_Md=examples.sampled_ids(docs),
+            ),
+            "compact",
+        ).stored.to_pylist()[0]
+        for at in (at for at, m in enumerate(kept) if m == n):
+            assert row["topk_tail"][at] == of_n["topk_tail"][at]
+            for name in (f"topk_ids_byte_{b}" for b in range(3)):
+                assert row[name][sum(kept[:at]) :][:n] == of_n[name][at * n :][:n]
+            for stem in ("topk_codes", "sampled_slots"):
+                for band, (first, stop) in bands.items():
+                    before = sum(min(max(m - first, 0), stop - first) for m in kept[:at])
+                    width = min(max(n - first, 0), stop - first)
+                    if width:
+                        short = band if width == stop - first else str(first)
+                        expected = of_n[f"{stem}_{short}"][at * width :][:width]
+                        assert row[f"{stem}_{band}"][before:][:width] == expected
+
+
+def test_a_number_of_kept_tokens_that_cannot_be_is_refused_and_named(store: Path) -> None:
+    """[F102] Each other case is among the tests of ragged top-k."""
+    docs = examples.documents((3, 4))
+    stored = coded(examples.table("topk_cache", docs, top_p=0.8), "compact").stored
+    field = stored.schema.field("topk_kept")
+    changed = stored.set_column(4, field, pa.array([b"\x01\x05", b"\x01\x01\x01"], pa.binary()))
+    with pytest.raises(ValueError, match="row 1 of document 0 of the rows keeps 5 tokens, and it must be 1 to 4"):
+        plain_table(changed)
+    out = examples.output(store, "topk_cache", params=examples.PARAMS["topk_cache"] | MASS)
+    rows = examples.table("topk_cache", docs, top_p=0.3)
+    for name in ("topk_ids", "topk_logprobs"):
+        at, of_list = rows.schema.get_field_index(name), rows.schema.field(name)
+        said = of_list.with_metadata({**of_list.metadata, b"top_p": b"0.8"})
+        rows = rows.set_column(at, said, rows[name])
+    with examples.writer(store, out) as result:
+        result.write_part(0, rows, n_tokens=docs.n_tokens, stats=part_stats("topk_cache", rows))
+        result.commit(parts=1, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    assert [problem.kind for problem in verify(store).problems] == ["wrong_kept"]
+
+
+def test_of_several_variants_a_reader_gets_the_recipes(store: Path) -> None:
+    """[F106] What is not believed of it is among the tests of what is chosen."""
+    _, one = examples.commit(store, "topk_cache")
+    _, other = examples.commit(store, "topk_cache", params={"k": examples.K, "max_length": 99})
+    for manifest in (one, other):
+        (store / "tiny" / "current_variants.json").write_text(json.dumps({"topk_cache": manifest.variant}))
+        assert CacheReader(store / "tiny", "topk_cache").manifests == (manifest,)

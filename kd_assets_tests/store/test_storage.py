@@ -43,9 +43,9 @@ try:
     test_kill.write_everything(store)
 except StorageUnavailableError as e:
     print(e)
+large.unlink()
 with examples.writer(store, examples.output(store, "topk_cache")) as result:
     print(len(result.finished), result.forgotten)
-large.unlink()
 print(test_kill.write_everything(store).data_version)
 """
     done = run_in_mount_namespace(script, str(tmp_path))

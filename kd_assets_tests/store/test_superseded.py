@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from kd_assets import cli
-from kd_assets.store import commit_file_result, put_aside
+from kd_assets.store import Manifest, commit_file_result, plan_output, put_aside, read_manifest
+from kd_assets.store.current_variants import say_current
+from kd_assets.store.recoding.recode import recode
+from kd_assets.store.recoding.sources import find_source
 from kd_assets.store.superseded import superseded
 from kd_assets_tests.store import examples
 from kd_assets_tests.store.planned import commit, commit_partition, hash_of, write_plan
@@ -79,6 +82,51 @@ def test_a_variant_that_was_not_made_last_is_listed(store: Path) -> None:
         )
     (item,) = superseded(store / examples.RECIPE)
     assert (item.why, item.path) == ("older variant", Path(two.path))
+
+
+def recode_compact(store: Path, key: str, source: Manifest) -> Manifest:
+    """The compact cache of a partition, a second later than the plain one."""
+    identity = {**source.identity, "params": {**source.params, "codec": "compact"}}
+    wanted = plan_output("topk_cache", identity, recipe_folder=store / examples.RECIPE, partition_key=key)
+    found = find_source(wanted).source
+    assert found is not None
+    later = examples.fixed_clock() + datetime.timedelta(seconds=1)
+    return recode(found, wanted, made_by={}, clock=lambda: later)
+
+
+def test_a_variant_that_was_recoded_of_one_partition_replaces_nothing_of_the_others(
+    store: Path, recipe_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = recipe_folder / "topk_cache"
+    plain = [read_manifest(path.parent) for path in sorted(source.glob("*/*/*/manifest.json"))]
+    recode_compact(store, KEYS[0], plain[0])
+    (item,) = superseded(recipe_folder)
+    assert (item.why, item.partition_key, item.variant) == ("older variant", KEYS[0], plain[0].variant)
+    assert item.is_only_exact_copy
+    assert cli.main(["gc", str(recipe_folder), "--dry-run"]) == 0
+    assert f"{item.path}  (the only exact copy" in capsys.readouterr().out
+
+
+def test_the_variant_that_readers_get_is_not_listed_whatever_was_recoded_since(
+    store: Path, recipe_folder: Path
+) -> None:
+    source = recipe_folder / "topk_cache"
+    plain = [read_manifest(path.parent) for path in sorted(source.glob("*/*/*/manifest.json"))]
+    made = recode_compact(store, KEYS[0], plain[0])
+    say_current(recipe_folder, "topk_cache", plain[0].variant)
+    assert superseded(recipe_folder) == []
+    say_current(recipe_folder, "topk_cache", made.variant)
+    assert [item.variant for item in superseded(recipe_folder)] == [plain[0].variant]
+
+
+def test_what_the_newest_variant_has_of_another_shard_replaces_nothing(store: Path, recipe_folder: Path) -> None:
+    source = recipe_folder / "topk_cache"
+    plain = [read_manifest(path.parent) for path in sorted(source.glob("*/*/*/manifest.json"))]
+    recode_compact(store, KEYS[0], plain[0])
+    write_plan(recipe_folder, {KEYS[0]: "other", KEYS[1]: "content"})
+    commit_partition(store, KEYS[0], "other")
+    found = {(item.why, item.variant): item.is_only_exact_copy for item in superseded(recipe_folder)}
+    assert ("older variant", plain[0].variant) not in found
 
 
 def test_what_failed_a_check_is_unfinished_or_put_aside_is_listed_as_that(store: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -268,6 +269,15 @@ def test_a_batch_is_padded_on_the_right_and_its_masks_leave_padding_out(dataset:
         assert batch["topk_mask"][i].tolist() == asked
         assert not batch["input_ids"][i, n:].any()
         assert not batch["topk_logprobs"][i, n - 1 :].any()
+
+
+def test_the_page_on_training_has_every_field_of_a_batch(
+    dataset: TeacherCacheDataset, drawn: TeacherCacheDataset
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    listed = {name for row in re.findall(r"^\| (`.*)$", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    fields = {re.sub(r"^hidden_block_\d+$", "hidden_block_22", name) for name in collate([dataset[0]])}
+    assert fields | set(collate([drawn[0]])) <= listed
 
 
 def test_documents_are_cut_with_the_rows_about_their_first_tokens(store: Path) -> None:

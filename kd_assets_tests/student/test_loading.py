@@ -415,3 +415,21 @@ def test_a_bit_that_flipped_is_named_and_no_batch_has_it(tmp_path: Path, num_wor
 def taken_before(loader: TrainingLoader) -> int:
     """The steps that a loader's state has."""
     return sum(segment["n_steps"] for segment in loader.state_dict()["segments"])
+
+
+def test_all_caches_together_are_kept_decoded_within_a_bound_and_small_ones_have_what_they_want(
+    dataset: TeacherCacheDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, int] = {}
+    for asset, reader in dataset.readers.items():
+        monkeypatch.setattr(reader, "keep_decoded", lambda n_bytes, asset=asset: given.update({asset: n_bytes}))
+
+    wanted = {
+        asset: 1000 * sum(m.n_bytes for m in reader.manifests) // sum(m.n_tokens for m in reader.manifests)
+        for asset, reader in dataset.readers.items()
+    }
+    dataset.keep_decoded(tokens=1000, per_stored_byte=1)
+    assert given == wanted, "far below the bound each has all it wants"
+    dataset.keep_decoded(tokens=1 << 40, per_stored_byte=1)
+    assert sum(given.values()) <= 1 << 30
+    assert min(given.values()) >= (1 << 30) // 3

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from kd_assets import cli
 from kd_assets.contract import Asset, HiddenStateParams, PositionChoice, TeacherParams, TopkParams, WorkUnit
 from kd_assets.durable import atomic_file
 from kd_assets.store import plan_output
+from kd_assets.store.params_in_identity import params_in_identity
 from kd_assets.store.partfile import PartFile, part_suffix, write_table
 from kd_assets_tests.store.test_verify import adopt_files
 from kd_assets_tests.teacher.tiny import Desk, save_teacher, tiny_documents, tiny_params
@@ -50,10 +50,13 @@ def params_of(folder: Path) -> TeacherParams:
 def unit_of(desk: Desk, params: TeacherParams) -> WorkUnit:
     """With identities as the planner makes them."""
     unit = desk.unit(desk.commit_shard(tiny_documents((3, 20, 64, 9, 30, 2))), params, assets=ASSETS)
-    words: dict[str, dict[str, Any]] = {
-        "topk_cache": {"k": 4, "max_length": 64, "draws": 5, "seed": params.seed, "positions": "learned"},
-        "hidden_state_cache": {"blocks": [1], "max_length": 20, "final": ["before_norm", "after_norm"]},
-        "embedding_cache": {"max_length": 64},
+    assert params.topk is not None
+    assert params.hidden_states is not None
+    assert params.embeddings is not None
+    words = {
+        "topk_cache": params_in_identity(params.topk, seed=params.seed),
+        "hidden_state_cache": params_in_identity(params.hidden_states, seed=params.seed),
+        "embedding_cache": params_in_identity(params.embeddings, seed=params.seed),
     }
     common = {"weights_fingerprint": params.weights_fingerprint, "dtype": "float32"}
     outputs = [

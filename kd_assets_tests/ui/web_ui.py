@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,70 @@ from selenium.common.exceptions import (
     ElementNotInteractableException,
     StaleElementReferenceException,
 )
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from kd_assets_tests.orchestration.deployment import Deployment, write_definitions
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+SCREENSHOTS = Path(__file__).parent / "screenshots"
+"""What the tests saw, for a person's eyes; git ignores it."""
+
+
+@contextmanager
+def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium whose profile is this folder."""
+    assert BROWSER is not None
+    assert DRIVER is not None, "no Chromium: apt-get install chromium chromium-driver"
+    options = Options()
+    options.binary_location = BROWSER
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1600,1100",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "SEVERE"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def keep_screenshot(browser: webdriver.Chrome, name: str) -> None:
+    SCREENSHOTS.mkdir(exist_ok=True)
+    browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+
+
+def page_text(browser: webdriver.Chrome) -> str:
+    """What a person reads on the page, in one line."""
+    return " ".join(str(browser.execute_script("return document.body.innerText")).split())
+
+
+def wait_for_text(browser: webdriver.Chrome, *texts: str, limit_s: float = 120) -> None:
+    """Wait until the page has all these texts."""
+    missing: list[str] = list(texts)
+
+    def shown() -> bool:
+        text = page_text(browser)
+        missing[:] = [words for words in texts if words not in text]
+        return not missing
+
+    try:
+        wait_for(shown, "the page", limit_s)
+    except AssertionError:
+        raise AssertionError(f"{browser.current_url} does not show {missing}, but: {page_text(browser)}") from None
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 120) -> Any:
@@ -37,16 +96,37 @@ def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 120) -> A
     return value
 
 
+@dataclass(frozen=True)
+class Server:
+    """A web UI with its daemon, which may still be starting."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def wait(self) -> str:
+        """Returns the address once it answers there."""
+        wait_for(self._answers, "the web server")
+        return self.url
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-2000:]
+        try:
+            return bool(urllib.request.urlopen(f"{self.url}/server_info", timeout=2).status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
 @contextmanager
-def dagster_dev(
-    deployment: Deployment, dagster_home: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[str]:
-    """Runs the web UI of the deployment with its daemon; gives the address where it answers."""
+def start_dagster_dev(
+    definitions: Path, dagster_home: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Runs `dagster dev` over a file of definitions; it ends with the block."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    definitions = write_definitions(deployment)
-    with (dagster_home / "ui.log").open("w") as log:
+    log = dagster_home / "ui.log"
+    with log.open("w") as output:
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -60,32 +140,32 @@ def dagster_dev(
                 "--port",
                 str(port),
             ],
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             env={**os.environ, **(environment or {}), "DAGSTER_HOME": str(dagster_home)},
         )
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert process.poll() is None, (dagster_home / "ui.log").read_text()[-2000:]
-        try:
-            return bool(urllib.request.urlopen(f"{url}/server_info", timeout=2).status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
     try:
-        wait_for(answers, "the web server")
-        yield url
+        yield Server(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
         process.wait(60)
 
 
-def click(browser: webdriver.Chrome, text: str) -> None:
-    """Click the first enabled button with this text, once there is one; React may replace it meanwhile."""
+@contextmanager
+def dagster_dev(
+    deployment: Deployment, dagster_home: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Runs the web UI of the deployment with its daemon; gives the address where it answers."""
+    with start_dagster_dev(write_definitions(deployment), dagster_home, environment) as server:
+        yield server.wait()
+
+
+def click(browser: webdriver.Chrome, text: str, *, within: str = "") -> None:
+    """Click the first enabled button with this text, once there is one; React may replace it meanwhile. `within`: an
+    XPath."""
 
     def clicked(driver: webdriver.Chrome) -> bool:
-        for button in driver.find_elements(By.XPATH, f"//button[contains(., '{text}')]"):
+        for button in driver.find_elements(By.XPATH, f"{within}//button[contains(., '{text}')]"):
             if button.is_enabled():
                 button.click()
                 return True

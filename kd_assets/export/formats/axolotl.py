@@ -58,7 +58,9 @@ class Axolotl:
                 f"{self.name}: axolotl packs documents itself and numbers them as it does (sample_packing: true): "
                 "pack_to is not for it"
             )
-        return Needs(assets=("topk_cache",), all_positions=False, min_tokens=2, expansion=_BYTES_PER_BYTE)
+        return Needs(
+            assets=("topk_cache",), all_positions=False, fixed_k=False, min_tokens=2, expansion=_BYTES_PER_BYTE
+        )
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
         return _Writer(folder)
@@ -93,11 +95,12 @@ def _row(document: JoinedDocument) -> dict[str, npt.NDArray[Any]]:
     labels_L = labels_of(document)
     shape = (len(labels_L), topk.ids_Mk.shape[1])
     logprobs_Lk = np.full(shape, NOTHING_PREDICTED, dtype=np.float32)
-    logprobs_Lk[topk.positions_M] = topk.logprobs_Mk
+    is_kept_Mk = ~np.isneginf(topk.logprobs_Mk)  # of a cache with top_p a row may have fewer than k
+    logprobs_Lk[topk.positions_M] = np.where(is_kept_Mk, topk.logprobs_Mk.astype(np.float32), NOTHING_PREDICTED)
     ids_Lk = np.zeros(shape, dtype=np.int32)
     ids_Lk[topk.positions_M] = topk.ids_Mk
     mask_Lk = np.zeros(shape, dtype=np.int8)
-    mask_Lk[topk.positions_M] = (labels_L[topk.positions_M + 1] != IGNORED)[:, None]
+    mask_Lk[topk.positions_M] = (labels_L[topk.positions_M + 1] != IGNORED)[:, None] & is_kept_Mk
     return {
         "input_ids": document.input_ids_L.astype(np.int32),
         "attention_mask": np.ones(len(labels_L), dtype=np.int8),

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
+from kd_assets.cards.front_matter import front_matter, source_line
 from kd_assets.export.format import ExportOptions, Source
 from kd_assets.export.identity import options_as_json
 from kd_assets.store import fingerprint
 from kd_assets.store.schema import BLOCK_CONVENTION, FINAL_CONVENTIONS, hidden_state_of
 
 CARD_NAME = "README.md"
-
-_HUB_LICENCES = (
-    *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
-    *("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "odc-by", "odbl", "pddl", "gpl-3.0", "lgpl-3.0", "unlicense"),
-)
-"""Those names of the hub for licences that are SPDX's in lower case."""
 
 _MEANINGS = {
     "partition_key": "the shard of the recipe that the document is in",
@@ -67,7 +61,7 @@ def dataset_card(source: Source, schema: pa.Schema, options: ExportOptions, *, n
             "",
             "## Sources",
             "",
-            *(_source_line(raw) for raw in _sources(source)),
+            *(source_line(raw) for raw in _sources(source)),
             "",
         ]
     )
@@ -81,30 +75,7 @@ def _config_name(source: Source, options: ExportOptions) -> str:
 
 
 def _front_matter(source: Source, n_documents: int, config_name: str) -> list[str]:
-    licences = sorted({str(raw.get("licence")) for raw in _sources(source) if raw.get("licence")})
-    known = len(licences) == 1 and licences[0].lower() in _HUB_LICENCES
-    lines = ["---", f"license: {licences[0].lower() if known else 'other'}"]
-    if not known:
-        lines.append(f"license_name: {json.dumps(', '.join(licences) or 'not stated by the sources')}")
-    return [
-        *lines,
-        "tags:",
-        "- knowledge-distillation",
-        "- teacher-cache",
-        "size_categories:",
-        f"- {_size_category(n_documents)}",
-        "configs:",
-        f"- config_name: {config_name}",
-        "  data_files:",
-        "  - split: train",
-        "    path: data/part-*.parquet",
-        "---",
-    ]
-
-
-def _size_category(n_documents: int) -> str:
-    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
-    return next((label for limit, label in limits.items() if n_documents < limit), "n>1M")
+    return front_matter(_sources(source), n_documents=n_documents, configs={config_name: "data/part-*.parquet"})
 
 
 def _how_to_load(source: Source, states: list[str]) -> list[str]:
@@ -148,8 +119,3 @@ def _teacher(source: Source) -> str:
 def _sources(source: Source) -> list[Mapping[str, Any]]:
     found = source.provenance.get("sources")
     return [raw for raw in found if isinstance(raw, dict)] if isinstance(found, list) else []
-
-
-def _source_line(raw: Mapping[str, Any]) -> str:
-    licence = raw.get("licence") or raw.get("licence_accepted") or "no licence stated"
-    return f"- {raw.get('name')}: {licence}" + (f", revision {raw['revision']}" if raw.get("revision") else "")

@@ -18,8 +18,6 @@ are left out, and `left_out/<section>.json` names them.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +28,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_assets.durable import atomic_write, prepare_folder
+from kd_assets.durable import atomic_write
 from kd_assets.errors import NothingToExportError, RecipeError
 from kd_assets.export.aside import export_file
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, Packing, SectionFiles, Source
 from kd_assets.export.formats.topk_targets import IGNORED, labels_of, require_topk_alone
+from kd_assets.export.left_out import write_left_out
 from kd_assets.export.packing import first_fit
 from kd_assets.export.saved_dataset import (
     Rows,
@@ -47,9 +46,9 @@ from kd_assets.export.saved_dataset import (
 )
 from kd_assets.store import fingerprint
 
-log = logging.getLogger(__name__)
-
 CONFIG_NAME, CARD_NAME = "compression_config.yaml", "README.md"
+
+_WHY_LEFT_OUT = "nothing of them is learned"
 
 _LARGEST_VOCABULARY = 1 << 20
 """Its reader takes the logarithm in float32, which is exact enough up to here."""
@@ -152,9 +151,12 @@ class _Writer:
             partition_key=partition_key,
             n_documents=n_documents,
             n_tokens=n_tokens,
-            names=(name, *self._name_left_out(index, partition_key, left_out)),
+            names=(
+                name,
+                *write_left_out(self._folder, index, partition_key, left_out, _WHY_LEFT_OUT, ensure_ascii=True),
+            ),
             sha256={name: file.sha256},
-            left_out={"nothing of them is learned": left_out} if left_out else {},
+            left_out={_WHY_LEFT_OUT: left_out} if left_out else {},
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
@@ -174,22 +176,6 @@ class _Writer:
             atomic_write(self._folder / CARD_NAME, card(sections).encode())
             return [CONFIG_NAME, CARD_NAME]
         return [CONFIG_NAME, *finish_saved_dataset(self._folder, _PACKED_SCHEMA, sections)]
-
-    def _name_left_out(self, index: int, partition_key: str, document_ids: Sequence[str]) -> list[str]:
-        """Write which documents of a section are left out; returns the file's name, where there are any."""
-        if not document_ids:
-            return []
-        log.warning(
-            "%d documents of partition %s are left out: nothing of them is learned (%s)",
-            len(document_ids),
-            partition_key,
-            ", ".join(document_ids[:3]),
-        )
-        name = f"left_out/{index:06d}.json"
-        prepare_folder((self._folder / name).parent)
-        said = {"partition_key": partition_key, "document_ids": list(document_ids)}
-        atomic_write(self._folder / name, json.dumps(said, indent=1).encode() + b"\n")
-        return [name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

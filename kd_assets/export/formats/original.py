@@ -11,7 +11,7 @@ Its loss compares `hidden_L<block>` with the student's `hidden_states[index]`, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 from kd_assets.contract import CACHES, Asset
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import RecipeError
-from kd_assets.export.aside import export_file
+from kd_assets.export.aside import FileAside, FilesAside
 from kd_assets.export.documents import Float32Array, JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
+from kd_assets.export.formats.alike_files import FileOutline, NotedFile
 from kd_assets.export.source import needs_of_chosen
-from kd_assets.store.arrays import arrow_numbers
+from kd_assets.store.arrays import arrow_numbers, flat
 
 _GROUP_BYTES = 8 << 20
 """Of a group of rows: the trainer makes Python lists of a whole group at a time."""
@@ -68,39 +69,87 @@ class _Writer:
         self._memory = _Float32Memory()
 
     def section(self, index: int, partition_key: str, documents: Iterable[JoinedDocument]) -> SectionFiles:
-        """Goes through the documents once for each kind of file, so that one group of rows is held at a time."""
-        n_documents = n_tokens = 0
-        sha256: dict[str, str] = {}
-        for kind in self._kinds:
-            name = f"{kind.stem}_{index:06d}.parquet"
-            prepare_folder((self._folder / name).parent)
-            n_documents = n_tokens = 0
-            with export_file(self._folder / name) as file, _Rows(file, self._memory) as rows:
-                for document in documents:
-                    rows.add(_columns(document, kind, self._memory))
-                    n_documents, n_tokens = n_documents + 1, n_tokens + len(document.input_ids_L)
-            sha256[name] = file.sha256
+        """Goes through the documents once for each kind of file, so that one group of rows is held at a time.
+
+        The files of all blocks are alike but for their states: pyarrow encodes the first.
+        """
+        names: list[str] = []
+        outline: FileOutline | None = None
+        counted = _Counted(documents)
+        with FilesAside() as files:
+            for kind in self._kinds:
+                names.append(f"{kind.stem}_{index:06d}.parquet")
+                path = self._folder / names[-1]
+                prepare_folder(path.parent)
+                counted = _Counted(documents)
+                with files.file(path) as file:
+                    if kind.block is None:
+                        self._encode(file, counted, kind)
+                    elif outline is None:
+                        outline = self._encode(file, counted, kind)
+                    else:
+                        outline.write(file, kind.column, self._states(counted, kind.block))
+        sha256 = {name: files.sha256[self._folder / name] for name in names}
         return SectionFiles(
             index=index,
             partition_key=partition_key,
-            n_documents=n_documents,
-            n_tokens=n_tokens,
-            names=tuple(sha256),
+            n_documents=counted.n_documents,
+            n_tokens=counted.n_tokens,
+            names=tuple(names),
             sha256=sha256,
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
         return []
 
+    def _encode(self, file: FileAside, documents: Iterable[JoinedDocument], kind: _Kind) -> FileOutline | None:
+        """By pyarrow. Returns the outline of a file of states."""
+        noted = None if kind.block is None else NotedFile(file)
+        with _Rows(noted or file, self._memory) as rows:
+            for document in documents:
+                columns = _columns(document, kind, self._memory)
+                if noted is not None:
+                    noted.expect(flat(columns[kind.column]))
+                rows.add(columns)
+        if noted is None or rows.written is None:
+            return None
+        return noted.outline(*rows.written)
+
+    def _states(self, documents: Iterable[JoinedDocument], block: int) -> Iterator[Float32Array]:
+        """The states of all documents, a few tokens at a time: each array until the next is asked for."""
+        for document in documents:
+            assert document.states is not None
+            bits_NH = document.states.bits_NH[block]
+            step = max(_GROUP_BYTES // max(4 * bits_NH.shape[1], 1), 1)
+            for first in range(0, len(bits_NH), step):
+                yield self._memory.float32_of(bits_NH[first : first + step])
+                self._memory.take_back()
+            document.states.let_go()
+
+
+class _Counted:
+    """Documents, counted as they go by."""
+
+    def __init__(self, documents: Iterable[JoinedDocument]) -> None:
+        self._documents = documents
+        self.n_documents = self.n_tokens = 0
+
+    def __iter__(self) -> Iterator[JoinedDocument]:
+        for document in self._documents:
+            self.n_documents, self.n_tokens = self.n_documents + 1, self.n_tokens + len(document.input_ids_L)
+            yield document
+
 
 class _Rows:
     """Rows on their way into a Parquet file, a group at a time."""
 
-    def __init__(self, file: Any, memory: _Float32Memory) -> None:
+    def __init__(self, file: FileAside | NotedFile, memory: _Float32Memory) -> None:
         self._file, self._memory = file, memory
         self._writer: pq.ParquetWriter | None = None
         self._held: list[pa.RecordBatch] = []
         self._n_bytes = 0
+        self.written: tuple[pa.Schema, pq.FileMetaData] | None = None
+        """What was written, after the block; None: there was no row."""
 
     def __enter__(self) -> _Rows:
         return self
@@ -110,6 +159,7 @@ class _Rows:
             self._flush()
         if self._writer is not None:
             self._writer.close()
+            self.written = self._writer.schema, self._writer.writer.metadata
 
     def add(self, columns: Mapping[str, pa.Array]) -> None:
         batch = pa.record_batch(list(columns.values()), names=list(columns))
@@ -168,6 +218,11 @@ class _Kind:
     asset: Asset
     block: int | None = None
 
+    @property
+    def column(self) -> str:
+        """The last column of a file of states."""
+        return f"hidden_L{self.block}"
+
 
 def _kinds(source: Source, needs: Needs) -> list[_Kind]:
     kinds = []
@@ -197,7 +252,7 @@ def _columns(document: JoinedDocument, kind: _Kind, memory: _Float32Memory) -> d
         columns["topk_logprobs"] = _row(document.topk.logprobs_Mk.astype(np.float32))
     elif kind.block is not None:
         assert document.states is not None
-        columns[f"hidden_L{kind.block}"] = _row(memory.float32_of(document.states.bits_NH[kind.block]))
+        columns[kind.column] = _row(memory.float32_of(document.states.bits_NH[kind.block]))
         document.states.let_go()
     else:
         assert document.mean_embedding_H is not None

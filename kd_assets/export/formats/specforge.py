@@ -18,8 +18,7 @@ SpecForge takes the head, `lm_head.weight`, from the teacher's own folder, and w
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_assets.contract import Asset
-from kd_assets.durable import atomic_write, prepare_folder
+from kd_assets.durable import atomic_write
 from kd_assets.errors import NothingToExportError, RecipeError
 from kd_assets.export.aside import FilesAside
 from kd_assets.export.documents import JoinedDocument
@@ -47,13 +46,14 @@ from kd_assets.export.formats.draft_states import (
     save_aside,
     share_of_states,
 )
+from kd_assets.export.left_out import write_left_out
 from kd_assets.store.schema import HiddenState
-
-log = logging.getLogger(__name__)
 
 FILES_A_FOLDER = 2000
 VOCABULARY_NAME = "vocab_mapping/vocab_mapping.pt"
 LAYERS_NAME = "layers.json"
+
+_WHY_LEFT_OUT = "no two tokens side by side are learned"
 
 Draft = Literal["eagle3", "dflash"]
 
@@ -175,24 +175,14 @@ class _Writer:
                 save_aside(files, self._folder / file_name(document.number), self._kind.content(document))
                 n_tokens += len(document.input_ids_L)
         hashes = {path.relative_to(self._folder).as_posix(): sha256 for path, sha256 in files.sha256.items()}
-        names = list(hashes)
-        if left_out:
-            log.warning(
-                "%d documents of partition %s are left out: no two tokens side by side are learned (%s)",
-                len(left_out),
-                partition_key,
-                ", ".join(left_out[:3]),
-            )
-            names.append(f"left_out/{index:06d}.json")
-            self._write_json(names[-1], {"partition_key": partition_key, "document_ids": left_out})
         return SectionFiles(
             index=index,
             partition_key=partition_key,
             n_documents=len(hashes),
             n_tokens=n_tokens,
-            names=tuple(names),
+            names=(*hashes, *write_left_out(self._folder, index, partition_key, left_out, _WHY_LEFT_OUT)),
             sha256=hashes,
-            left_out={"no two tokens side by side are learned": left_out} if left_out else {},
+            left_out={_WHY_LEFT_OUT: left_out} if left_out else {},
         )
 
     def finish(self, sections: Sequence[SectionFiles]) -> Sequence[str]:
@@ -200,7 +190,8 @@ class _Writer:
             raise NothingToExportError(
                 "there is no document with two learned tokens side by side: DFlash learns from none"
             )
-        self._write_json(LAYERS_NAME, self._kind.layers())
+        layers = json.dumps(self._kind.layers(), indent=1, ensure_ascii=False)
+        atomic_write(self._folder / LAYERS_NAME, layers.encode() + b"\n")
         if self._vocabulary is None:
             return [LAYERS_NAME]
         import torch
@@ -211,10 +202,6 @@ class _Writer:
         }
         save(self._folder / VOCABULARY_NAME, maps)
         return [LAYERS_NAME, VOCABULARY_NAME]
-
-    def _write_json(self, name: str, raw: Mapping[str, Any]) -> None:
-        prepare_folder((self._folder / name).parent)
-        atomic_write(self._folder / name, json.dumps(raw, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def file_name(number: int) -> str:

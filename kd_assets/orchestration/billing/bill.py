@@ -17,14 +17,15 @@ from kd_assets.errors import InputError, KdAssetsError, StoreError
 from kd_assets.model_files.size import TeacherShape, teacher_shape
 from kd_assets.orchestration.billing.measured import Committed, Speed, committed_results, speed_of
 from kd_assets.orchestration.billing.space import Amount, bytes_at_most, free_bytes, in_windows, tokens_kept
-from kd_assets.orchestration.planner import Planner
+from kd_assets.orchestration.planning.planner import Planner
 from kd_assets.orchestration.platform import Platform
-from kd_assets.recipes.recipe import Recipe, content_of
+from kd_assets.recipes.recipe import Recipe
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
 from kd_assets.store import Manifest
 from kd_assets.store.codecs.sizes import decoded_per_byte
 from kd_assets.store.codecs.state_codec import require_groups
+from kd_assets.store.params_in_identity import params_in_identity
 
 UTILISATION = 0.4
 STATED_GPU = "H100"
@@ -253,7 +254,7 @@ def export_lines(
 
 
 def _decoded_per_byte(recipe: Recipe, cache: Asset, committed: Committed, hidden_size: int | None) -> float:
-    params = content_of(recipe.cache_params[cache], seed=recipe.teacher.seed)
+    params = params_in_identity(recipe.cache_params[cache], seed=recipe.teacher.seed)
     if params.get("codec") == "split" and committed.bytes_per_token is None:
         return 1.0  # what is at most is of raw states
     return decoded_per_byte(cache, params, hidden_size)

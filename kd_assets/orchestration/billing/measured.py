@@ -15,10 +15,11 @@ from typing import Any
 from kd_assets.contract import Asset
 from kd_assets.durable import storage_errors
 from kd_assets.errors import NotCommittedError, StoreError
-from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe, content_of
+from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
 from kd_assets.store import Manifest, read_manifest
 from kd_assets.store.layout import HEAD_NAME, is_variant_name
 from kd_assets.store.manifest import read_head
+from kd_assets.store.params_in_identity import params_in_identity
 
 MOST_READ = 64
 """Manifests of an asset."""
@@ -108,7 +109,7 @@ def is_of(
             return False
         wanted["params"] = recipe.export_params[asset].content()
     else:
-        params = content_of(recipe.cache_params[asset], seed=recipe.teacher.seed)
+        params = params_in_identity(recipe.cache_params[asset], seed=recipe.teacher.seed)
         if isinstance(params.get("vocabulary"), str):  # its ids stand in those files
             if (known := manifest.params.get("vocabulary")) is None:
                 return False

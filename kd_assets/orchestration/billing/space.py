@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kd_assets.contract import Asset, PositionChoice
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
-from kd_assets.store.codecs.sizes import bytes_a_topk
+from kd_assets.store.codecs.sizes import bytes_a_draw, bytes_a_number, bytes_a_topk
 from kd_assets.store.codecs.state_codec import bytes_a_state
 
 
@@ -62,8 +62,10 @@ def bytes_needed(recipe: Recipe, n_tokens: int, n_documents: int, hidden_size: i
     if (topk := recipe.topk) is not None:
         # What every position has; ids and counts of the draws; what is outside of a student's vocabulary.
         is_cut = topk.vocabulary is not None or topk.token_ids is not None
+        # Of a cache with `top_p` k is the most: how many tokens have that mass is known once the teacher has run.
         of_k = bytes_a_topk(topk.codec, topk.k, logsumexp=topk.logsumexp)
-        a_position = of_k + topk.draws * (4 + 2) + (4 if is_cut else 0)
+        of_k += 0 if topk.top_p is None else bytes_a_number(topk.codec)
+        a_position = of_k + bytes_a_draw(topk.codec, topk.draws, topk.k) + (4 if is_cut else 0)
         per_token["topk_cache"] = 5 + _of_positions(a_position, topk.positions)
         kept["topk_cache"] = topk.max_length
     if (hidden := recipe.hidden_states) is not None:
@@ -94,11 +96,3 @@ def free_bytes(folder: Path) -> int:
     """Free for this user on the disk where `folder` lies or will lie. Raises OSError."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(there).free
-
-
-def bytes_in_words(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from kd_assets.cards.words import bytes_in_words, counted, energy, number
 from kd_assets.contract import EXPORTS
 from kd_assets.orchestration.billing.bill import Bill, CacheLine, SourceLine, TasksLine
-from kd_assets.orchestration.billing.space import bytes_in_words
 
 Row = tuple[str, str, str]
 """What, how much, and what that rests on."""
@@ -17,7 +17,8 @@ def rows(bill: Bill) -> list[Row]:
     return [
         (
             "plan",
-            f"{_n(bill.n_shards, 'shard')}, {_n(bill.n_documents, 'document')}, about {bill.n_tokens:,} tokens",
+            f"{counted(bill.n_shards, 'shard')}, {counted(bill.n_documents, 'document')}, "
+            f"about {bill.n_tokens:,} tokens",
             "",
         ),
         *(_cache_row(line) for line in bill.caches),
@@ -35,7 +36,7 @@ def source_row(line: SourceLine) -> Row:
     facts = [rate, f"licence {line.licence}", *([f"revision {line.revision}"] if line.revision else []), *left]
     return (
         f"source {line.name}",
-        f"{_n(line.n_documents, 'document')}, about {line.n_tokens:,} tokens",
+        f"{counted(line.n_documents, 'document')}, about {line.n_tokens:,} tokens",
         "; ".join([*facts, line.path]),
     )
 
@@ -68,21 +69,12 @@ def why_it_does_not_fit(bill: Bill) -> str | None:
 
 
 def bytes_rest_on(line: CacheLine) -> str:
-    there = f"; {_n(line.n_there, 'partition')} there, {bytes_in_words(line.bytes_there)}" if line.n_there else ""
+    there = f"; {counted(line.n_there, 'partition')} there, {bytes_in_words(line.bytes_there)}" if line.n_there else ""
     return f"{line.n_tokens:,} tokens; {line.rests_on}{there}"
-
-
-def energy(joules: float) -> str:
-    kwh = joules / 3.6e6
-    return f"{number(kwh)} kWh" if kwh >= 0.1 else f"{number(joules / 1000)} kJ"
 
 
 def flops_in_words(flops: float | None) -> str:
     return "FLOPs not known" if flops is None else f"{flops:.3g} FLOPs"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"
 
 
 def _cache_row(line: CacheLine) -> Row:
@@ -90,11 +82,7 @@ def _cache_row(line: CacheLine) -> Row:
 
 
 def _tasks_row(line: TasksLine) -> Row:
-    words = f"{_n(line.n_tasks, 'task')}, at most {line.concurrency:,} at once"
+    words = f"{counted(line.n_tasks, 'task')}, at most {line.concurrency:,} at once"
     words += f", each about {number(line.task_hours)} hours" if line.task_hours is not None else ""
     limit = f"limit {line.limit_hours:,.1f} hours each" if line.limit_hours is not None else "no limit of time"
     return f"{line.kind} job", words, line.warning or limit
-
-
-def _n(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"

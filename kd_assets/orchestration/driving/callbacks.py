@@ -41,5 +41,10 @@ class Callbacks:
     """Called for each followed job at the end, with why partitions were left without a result by its tasks."""
     is_terminated: Callable[[], bool]
     """Whether an interrupt of this process means the run, and so its jobs."""
+    is_canceled: Callable[[], bool] = lambda: False
+    """Whether the run is cancelled already, of which no interrupt may have reached this process."""
     interrupts: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
-    """How an interrupt shows. Any other end of this process leaves its jobs running, to be found again."""
+    """How an interrupt shows, first as it is raised here. Any other end of this process leaves its jobs running, to be
+    found again."""
+    raise_lost_interrupt: Callable[[], None] = lambda: None
+    """Called in each look: raises an interrupt that has come and was not seen."""

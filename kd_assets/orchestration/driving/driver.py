@@ -22,16 +22,19 @@ from kd_assets.orchestration.driving.callbacks import Callbacks
 from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.joining import FollowerMarks, Joiner, MakeJobFile
 from kd_assets.orchestration.driving.listening import Listener
+from kd_assets.orchestration.driving.progress import Progress
 from kd_assets.orchestration.driving.results import FailedResult, Results
 from kd_assets.orchestration.driving.settling import Settler
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, Storage, scheduler_waits
-from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planned_work import PlannedWork
 from kd_assets.orchestration.retries import Asked, FailureClass, NodeFaults
 from kd_assets.scheduler import Scheduler, Submission
 from kd_assets.scheduler.submissions import followers
 
 EVENT_INTERVAL_S = 0.5
 """How often event files are read; the scheduler is asked at its own interval."""
+CANCELED_INTERVAL_S = 30.0
+"""How often it is asked whether the run is cancelled, of which a signal may not have come."""
 LAST_WORDS_WAIT_S = 5.0
 """How long tasks whose results are all there may take to say what they used."""
 
@@ -64,7 +67,8 @@ class Driver:
         self.node_faults = NodeFaults()
         """Which nodes were at fault."""
         storage = Storage(log, clock, patience_s=storage_patience_s)
-        self._results = Results(work, callbacks.record, storage)
+        self._progress = Progress(work, log=log, clock=clock)
+        self._results = Results(work, callbacks.record, storage, self._progress)
         self._marks = FollowerMarks(callbacks.run_id, storage)
         self._joiner = Joiner(
             work,
@@ -79,12 +83,15 @@ class Driver:
             storage=storage,
             clock=clock,
         )
-        self._listener = Listener(scheduler, self._results, self.failures, log=log, storage=storage, clock=clock)
+        self._listener = Listener(
+            scheduler, self._results, self._progress, self.failures, log=log, storage=storage, clock=clock
+        )
         self._settler = Settler(
             scheduler, self._results, self.failures, self.node_faults, log=log, storage=storage, clock=clock
         )
         self._polling = scheduler_waits(scheduler.poll_interval_s)
         self._next_poll = 0.0
+        self._next_canceled = clock() + CANCELED_INTERVAL_S
         self._queue_words: dict[Submission, str] = {}
         """The last thing that was logged of each job's queueing."""
 
@@ -105,6 +112,7 @@ class Driver:
                 while self._results.are_open():
                     if self._look() and self._results.are_open():
                         self._sleep(min(EVENT_INTERVAL_S, self._scheduler.poll_interval_s))
+                    self._end_if_canceled()
                 self._hear_last_words()
                 self._listener.pass_on_logs(at_once=True)
             except self._callbacks.interrupts:
@@ -117,6 +125,7 @@ class Driver:
 
     def _look(self) -> bool:
         """One round over all jobs; returns whether it took in all there was to read."""
+        self._callbacks.raise_lost_interrupt()
         if self._joiner.try_due():
             self._next_poll = 0.0
         if self._clock() >= self._next_poll:
@@ -129,10 +138,20 @@ class Driver:
                 has_read_all = False  # what its tasks have said last may not have been read yet
         self._listener.record_announced()
         self._callbacks.flush()
+        self._progress.tell()
         self._listener.pass_on_logs()
         for asked, to_retry in self._settler.take_retries().items():
             self._joiner.add(to_retry.paths, asked, to_retry.n_tasks)
         return has_read_all
+
+    def _end_if_canceled(self) -> None:
+        """As an interrupt would: whoever marks a run as cancelled whose code server is gone sends none."""
+        if self._clock() < self._next_canceled:
+            return
+        self._next_canceled = self._clock() + CANCELED_INTERVAL_S
+        if self._callbacks.is_canceled():
+            self._log.warning("this run was cancelled, and nothing else has told its process")
+            raise self._callbacks.interrupts[0]
 
     def _poll(self) -> None:
         """Ask the scheduler what it knows of the jobs that are to make open results."""

@@ -24,7 +24,7 @@ from kd_assets.orchestration.driving.following import FollowedJob, described
 from kd_assets.orchestration.driving.results import Look, Results
 from kd_assets.orchestration.driving.settling import left_out_in_words, n_durable_files
 from kd_assets.orchestration.driving.waiting import Log, Storage, Waits, scheduler_waits, storage_waits
-from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planned_work import PlannedWork
 from kd_assets.orchestration.retries import Asked, FailureClass, NodeFaults
 from kd_assets.scheduler import JobSpec, Scheduler, Submission, spread, submission_key
 from kd_assets.scheduler.submissions import followed_by, is_cancelled

@@ -15,8 +15,9 @@ from kd_assets.contract import Output, WorkUnit
 from kd_assets.errors import NO_ANSWER, StoreError
 from kd_assets.orchestration.driving.callbacks import CommittedResult
 from kd_assets.orchestration.driving.following import FollowedJob
+from kd_assets.orchestration.driving.progress import Progress
 from kd_assets.orchestration.driving.waiting import Storage
-from kd_assets.orchestration.planned_work import PlannedWork, damaged_in_words
+from kd_assets.orchestration.planning.planned_work import PlannedWork, damaged_in_words
 from kd_assets.orchestration.retries import FailureClass
 from kd_assets.scheduler import Submission
 from kd_assets.store import committed
@@ -31,6 +32,8 @@ class FailedResult:
     failure: FailureClass
     cause: str
     log_file: Path | None = None
+    log_tail: str = ""
+    """Its last lines when the task had ended."""
 
 
 class Look(enum.Enum):
@@ -45,8 +48,10 @@ class Look(enum.Enum):
 class Results:
     """Wanted results by the folder that each lies in (`path`)."""
 
-    def __init__(self, work: PlannedWork, record: Callable[[CommittedResult], None], storage: Storage) -> None:
-        self._record, self._storage = record, storage
+    def __init__(
+        self, work: PlannedWork, record: Callable[[CommittedResult], None], storage: Storage, progress: Progress
+    ) -> None:
+        self._record, self._storage, self._progress = record, storage, progress
         self._open: dict[str, tuple[WorkUnit, Output]] = {o.path: (u, o) for u in work.units for o in u.outputs}
         self._hands: dict[str, tuple[Submission, int]] = {}
         """Open result → the job that is to make it, and the task."""
@@ -115,23 +120,31 @@ class Results:
         self._storage.reached(path)
         if manifest is None:
             return Look.MISSING
-        self._close(path)
+        self._close(path, is_made=True)
         return Look.RECORDED
 
-    def give_up(self, path: str, failure: FailureClass, cause: str, log_file: Path | None = None) -> None:
+    def give_up(
+        self, path: str, failure: FailureClass, cause: str, *, log_file: Path | None = None, log_tail: str = ""
+    ) -> None:
         unit, output = self._open[path]
         self.failed.append(
             FailedResult(
-                partition_key=unit.partition_key, asset=output.asset, failure=failure, cause=cause, log_file=log_file
+                partition_key=unit.partition_key,
+                asset=output.asset,
+                failure=failure,
+                cause=cause,
+                log_file=log_file,
+                log_tail=log_tail,
             )
         )
-        self._close(path)
+        self._close(path, is_made=False)
 
     def give_up_all(self, paths: Iterable[str], failure: FailureClass, cause: str) -> None:
         for path in paths:
             self.give_up(path, failure, cause)
 
-    def _close(self, path: str) -> None:
-        del self._open[path]
+    def _close(self, path: str, *, is_made: bool) -> None:
+        unit, output = self._open.pop(path)
+        self._progress.on_closed(unit, output, is_made=is_made)
         self.let_go(path)
         self._storage.forget(path)

@@ -204,7 +204,13 @@ class Settler:
                 why += left_out_in_words(asked.excluded_nodes | self._node_faults.sick_nodes, self._node_faults)
             self._log.error(f"{partition_key}: {failure.value}: {words}{on_node}{why}\n{ended.log_tail}")
             for path in paths:
-                self._results.give_up(path, failure, f"{words}{on_node}{why} (log: {ended.log_file})", ended.log_file)
+                self._results.give_up(
+                    path,
+                    failure,
+                    f"{words}{on_node}{why} (log: {ended.log_file})",
+                    log_file=ended.log_file,
+                    log_tail=ended.log_tail,
+                )
         return failure
 
     def _note_fault(self, ended: _Ended, node: str, failure: FailureClass, words: str) -> None:

@@ -21,21 +21,18 @@ USAGE = ("cpu_efficiency", "max_rss_gib", "gpu_utilisation_percent", "gpu_memory
 
 
 def task_facts(scheduler: Scheduler, job: FollowedJob, task: int) -> dict[str, Any]:
-    """Metadata of a materialization: which task made it, where, and what that has cost so far."""
+    """Which task made a result, where, and what that has cost so far: JSON, for a materialization's metadata."""
     report, state = job.reports[task], job.state(task)
-    log_file = scheduler.log_file(job.submission, task)
     facts: dict[str, Any] = {
         "job_id": state.task_id or report.task_id,
-        "job_folder": dg.MetadataValue.path(str(job.submission.folder)),
-        "log": dg.MetadataValue.path(str(log_file)),
-        "log_link": dg.MetadataValue.url(log_file.absolute().as_uri()),
+        "job_folder": str(job.submission.folder),
+        "log": str(scheduler.log_file(job.submission, task)),
         "node": state.node or report.node,
         "restarts": max(report.attempt, 0),
+        "queue_wait_s": queue_wait_s(scheduler, job, task),
+        **{f"task_{name}": report.usage.get(name) for name in USAGE},
     }
-    if (wait_s := queue_wait_s(scheduler, job, task)) is not None:
-        facts["queue_wait_s"] = wait_s
-    facts |= {f"task_{name}": report.usage[name] for name in USAGE if report.usage.get(name) is not None}
-    return {name: value for name, value in facts.items() if value != ""}
+    return {name: value for name, value in facts.items() if value not in ("", None)}
 
 
 def queue_wait_s(scheduler: Scheduler, job: FollowedJob, task: int) -> float | None:
@@ -65,7 +62,7 @@ def job_observation(
             "failures": failures_in_words(failures) or "none",
             "nodes_at_fault": ", ".join(f"{node} × {n}" for node, n in sorted(job.faulty_nodes.items())) or "none",
             "job_folder": dg.MetadataValue.path(str(job.submission.folder)),
-            "logs": dg.MetadataValue.url(job.submission.log_folder.absolute().as_uri()),
+            "logs": dg.MetadataValue.path(str(job.submission.log_folder)),
         },
     )
 

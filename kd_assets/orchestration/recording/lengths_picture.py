@@ -6,8 +6,6 @@ says how many shards it stands for.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,15 +17,13 @@ import dagster as dg
 from kd_assets.durable import listing
 from kd_assets.errors import NO_ANSWER, StoreError
 from kd_assets.orchestration.driving.waiting import Log
+from kd_assets.orchestration.recording.figures import BLUE, INK, as_markdown, in_ink, new_figure
 from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
 from kd_assets.store import read_head, read_manifest
 
 MOST_SHARDS = 500
 """Manifests that are read for a picture, evenly spread over all: 0.3 s or so. A run of one shard among 100,000 must not
 cost what all of them do."""
-
-INK, BARS = "#7d8590", "#4c8dd6"
-"""Readable on white and on black: the ground is the page's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,12 +101,7 @@ def merged(facts: Iterable[Mapping[str, Any]], *, n_shards_there: int) -> Length
 
 def lengths_picture_markdown(lengths: Lengths) -> str:
     """Documents by their lengths and by their learned shares, as Markdown that holds a PNG."""
-    # The object interface: pyplot keeps global state, and picks a GUI where there is one.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.2, 3.0), dpi=110, layout="constrained")
-    figure.patch.set_alpha(0)
+    figure = new_figure(8.2, 3.0)
     figure.suptitle(lengths.in_words, color=INK, fontsize=10)
     by_length, by_share = figure.subplots(1, 2, width_ratios=[3, 2])
     first = next(i for i, n in enumerate(lengths.length_histogram) if n)
@@ -121,23 +112,14 @@ def lengths_picture_markdown(lengths: Lengths) -> str:
     tenths = list(range(len(lengths.learned_histogram)))
     _bars(by_share, tenths, lengths.learned_histogram, xlabel="learned share of a document")
     by_share.set_xticks(range(0, len(tenths) + 1, 2), [f"{10 * tenth} %" for tenth in range(0, len(tenths) + 1, 2)])
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    return f"![lengths and learned shares](data:image/png;base64,{base64.b64encode(png.getvalue()).decode()})"
+    return as_markdown(figure, "lengths and learned shares")
 
 
 def _bars(axes: Any, left: Sequence[int], counts: Sequence[int], *, xlabel: str) -> None:
-    axes.patch.set_alpha(0)
-    axes.bar(left, counts, width=0.92, align="edge", color=BARS)
-    axes.set_xlabel(xlabel, color=INK)
-    axes.set_ylabel("documents", color=INK)
+    axes.bar(left, counts, width=0.92, align="edge", color=BLUE)
+    in_ink(axes, xlabel=xlabel, ylabel="documents")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: _short(int(value)))
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.grid(visible=True, axis="y", color=INK, alpha=0.25)
-    axes.set_axisbelow(True)
 
 
 def _short(n: int) -> str:

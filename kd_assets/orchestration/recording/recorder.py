@@ -21,36 +21,20 @@ from kd_assets.dagster_internals import (
     input_tags,
     interrupts_held_back,
     latest_storage_ids,
-    one_transaction,
+    record_events,
 )
 from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, storage_waits
-from kd_assets.orchestration.planned_exports import cache_versions
-from kd_assets.orchestration.recording.metadata import result_metadata
+from kd_assets.orchestration.planning.planned_exports import cache_versions
+from kd_assets.orchestration.recording.check_specs import UP_TO_DATE
+from kd_assets.orchestration.recording.metadata import check_metadata, result_metadata
+from kd_assets.orchestration.staleness.latest_tags import remember
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
 from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all, check_files
 from kd_assets.store.fingerprint import INPUT_KEY
 
-CHECKS: dict[str, str] = {
-    "complete": "Documents and tokens of the part files equal those of the shards manifest.",
-    "schema": "Every part file has exactly the schema of FORMAT.md.",
-    "finite": "No stored number is NaN or infinite; kept probabilities add up to at most 1.",
-    "recomputed": "A seeded sample of documents, computed again one at a time with a plain log_softmax, agrees.",
-}
-
-REBUILT = (
-    "Log-probabilities that the teacher's head makes of a seeded sample of the final states equal those of the top-k "
-    "cache. Evaluated with the cache that is made last, where the teacher's head is proven."
-)
-
-FILES = "Every file of the export has the size and the hash that were written."
-CODEC = (
-    "Coding has changed no stored distribution and no state by more than the codec can cost: measured when the parts "
-    "were written."
-)
-
 COLLECT_RESULTS = 50
-"""Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile: 0.4 s or so."""
+"""Results that are written together at most. Whoever else writes to Dagster's sqlite waits meanwhile."""
 
 COLLECT_TOKENS = 1_000_000
 """Tokens of the results that are collected: their checks read them, and delay what comes after."""
@@ -63,6 +47,7 @@ class _Collected:
     unit: WorkUnit
     output: Output
     manifest: Manifest
+    reused: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,9 +62,9 @@ class _Collected:
 class Recorder:
     """Records each result at most once in a run, and remembers which checks failed.
 
-    Results are collected for up to `collect_s` and then written together, which takes less than half the time of
-    writing each alone. Call `flush` while waiting and at a bad end, and `finish` at a good one. What was collected and
-    is not written is lost to this run only: it is committed, and the next run records it.
+    Results are collected for up to `collect_s` and then written together, which takes less than writing each alone.
+    Call `flush` while waiting and at a bad end, and `finish` at a good one. What was collected and is not written is
+    lost to this run only: it is committed, and the next run records it.
     """
 
     def __init__(
@@ -101,6 +86,8 @@ class Recorder:
         self._recorded: set[tuple[str, Asset]] = set()
         self._to_record: list[_Collected] = []
         self._to_check: list[_Collected] = []
+        self._stored: dict[tuple[Asset, str], CheckTarget] = {}
+        """Where the materializations of this run are."""
         self._collecting_since = 0.0
         self._checking = storage_waits()
         self.failed_checks: dict[str, list[str]] = {}
@@ -111,14 +98,12 @@ class Recorder:
     ) -> None:
         """Record the materialization and the checks of one committed output, unless this run already has.
 
-        `facts` are metadata of this run rather than of the result: where the log is, for instance.
+        `facts` are of the task that made it rather than of the result: where the log is, for instance.
         """
         if (unit.partition_key, output.asset) in self._recorded:
             return
         self._begin_collecting()
-        self._to_record.append(
-            _Collected(unit=unit, output=output, manifest=manifest, facts={"reused": reused} | dict(facts))
-        )
+        self._to_record.append(_Collected(unit=unit, output=output, manifest=manifest, reused=reused, facts=facts))
         self._recorded.add((unit.partition_key, output.asset))
         self._flush_if_due()
 
@@ -131,19 +116,17 @@ class Recorder:
     def flush(self) -> None:
         """Write what was collected: first all materializations, then, once they are computed, all checks.
 
-        Either is written wholly or, on an exception, not at all, and is tried again by the next flush; a termination
-        that comes during a write takes effect after it. When this returns all is in the web UI, but for the checks of
+        Materializations are written a kind at a time (shards, caches, exports), and each of these and the checks wholly
+        or, on an exception, not at all, and are tried again by the next flush; a termination that comes during a write
+        takes effect after it. When this returns all is in the web UI, but for the checks of
         results whose files cannot be reached at the moment.
         """
         if self._to_record:
             with interrupts_held_back():
-                with one_transaction(self._context.instance, self._context.run.run_id):
-                    # In the order they are made: the materializations of caches point to those of their shards, and
-                    # those of exports to those of their caches.
-                    for made_of in ({SHARDS_MANIFEST}, CACHES, EXPORTS):
-                        self._log_materializations([c for c in self._to_record if c.asset in made_of])
-                self._to_check += [c for c in self._to_record if c.asset != SHARDS_MANIFEST]
-                self._to_record.clear()
+                # In the order they are made: the materializations of caches point to those of their shards, and those
+                # of exports to those of their caches.
+                for made_of in ({SHARDS_MANIFEST}, CACHES, EXPORTS):
+                    self._record_materializations([c for c in self._to_record if c.asset in made_of])
         if self._to_check and self._checking.is_due(self._clock()):
             self._write_checks()
 
@@ -174,8 +157,7 @@ class Recorder:
                 results += [(collected, self._failed_by(collected, why)) for collected in unreachable]
                 unreachable.clear()
         with interrupts_held_back():
-            with one_transaction(self._context.instance, self._context.run.run_id):
-                self._log_checks(results)
+            self._record_checks(results)
             self._remember_failed(results)
             self._to_check = unreachable
 
@@ -201,10 +183,14 @@ class Recorder:
 
     # ------------------------------------------------------------------ materializations
 
-    def _log_materializations(self, results: Sequence[_Collected]) -> None:
+    def _record_materializations(self, results: Sequence[_Collected]) -> None:
+        """Together, and take them from what is to be recorded to what is to be checked."""
+        if not results:
+            return
         inputs = [self._upstream_versions(c) for c in results]
         partition_keys = [c.partition_key for c in results]
         pointers = {key: self._event_pointers(key, partition_keys) for key in {key for i in inputs for key in i}}
+        events = []
         for collected, versions in zip(results, inputs, strict=True):
             manifest = collected.manifest
             tags = {
@@ -213,14 +199,22 @@ class Recorder:
             }
             for upstream, data_version in versions.items():
                 tags |= input_tags(upstream, data_version, pointers[upstream].get(collected.partition_key))
-            self._context.log_event(
+            events.append(
                 dg.AssetMaterialization(
                     self._recipe.key(collected.asset),
                     partition=collected.partition_key,
-                    metadata=result_metadata(manifest, Path(collected.output.path)) | dict(collected.facts),
+                    metadata=result_metadata(
+                        manifest, Path(collected.output.path), job=collected.facts, reused=collected.reused
+                    ),
                     tags=tags,
                 )
             )
+        stored = record_events(self._context, events)
+        remember(self._context.instance, list(zip(events, stored, strict=False)))
+        self._stored |= {(c.asset, c.partition_key): at for c, at in zip(results, stored, strict=False)}
+        self._to_check += [c for c in results if c.asset != SHARDS_MANIFEST]
+        recorded = set(map(id, results))
+        self._to_record = [c for c in self._to_record if id(c) not in recorded]
 
     def _upstream_versions(self, collected: _Collected) -> dict[dg.AssetKey, str]:
         """The inputs a result stands for, with their data versions. A reused shard stands for today's plan, whichever
@@ -239,8 +233,11 @@ class Recorder:
     def _event_pointers(self, upstream: dg.AssetKey, partition_keys: Sequence[str]) -> Mapping[str, int]:
         """Partition → storage id of the last materialization of `upstream` for it; without those that have none."""
         instance = self._context.instance
-        if upstream in map(self._recipe.key, self._recipe.partitioned):
-            return latest_storage_ids(instance, upstream, partition_keys)
+        for asset in self._recipe.partitioned:
+            if upstream == self._recipe.key(asset):
+                mine = {k: self._stored[asset, k].storage_id for k in partition_keys if (asset, k) in self._stored}
+                others = [key for key in partition_keys if key not in mine]
+                return {**mine, **latest_storage_ids(instance, upstream, others)}
         records = instance.fetch_materializations(upstream, limit=1).records
         return dict.fromkeys(partition_keys, records[0].storage_id) if records else {}
 
@@ -266,39 +263,43 @@ class Recorder:
 
     def _selected_checks(self, asset: Asset) -> set[str]:
         key = self._recipe.key(asset)
-        return {check.name for check in self._context.selected_asset_check_keys if check.asset_key == key}
+        selected = self._context.selected_asset_check_keys
+        return {check.name for check in selected if check.asset_key == key and check.name != UP_TO_DATE}
 
-    def _log_checks(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:
+    def _record_checks(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:
         partitions: dict[Asset, list[str]] = {}
         for collected, results in checked:
             if results:
                 partitions.setdefault(collected.asset, []).append(collected.partition_key)
         targets = {asset: self._check_targets(asset, keys) for asset, keys in partitions.items()}
-        for collected, results in checked:
-            for result in results:
-                self._context.log_event(
-                    dg.AssetCheckEvaluation(
-                        asset_key=self._recipe.key(collected.asset),
-                        check_name=result.name,
-                        passed=result.passed,
-                        partition=collected.partition_key,
-                        description=result.description,
-                        metadata=dict(result.numbers),
-                        # Without the target Dagster shows no status at the partition.
-                        target_materialization_data=targets[collected.asset].get(collected.partition_key),
-                    )
-                )
+        events = [
+            dg.AssetCheckEvaluation(
+                asset_key=self._recipe.key(collected.asset),
+                check_name=result.name,
+                passed=result.passed,
+                partition=collected.partition_key,
+                # Dagster's own text names asset and check only: in a run's log they would all be alike.
+                description=f"{collected.partition_key}: {result.description}",
+                metadata=check_metadata(collected.partition_key, result),
+                # Without the target Dagster shows no status at the partition.
+                target_materialization_data=targets[collected.asset].get(collected.partition_key),
+            )
+            for collected, results in checked
+            for result in results
+        ]
+        record_events(self._context, events)
 
     def _check_targets(self, asset: Asset, partition_keys: Sequence[str]) -> dict[str, CheckTarget]:
-        """Partition → its last materialization; without those that have none."""
+        """Partition → its last materialization; without those that have none. What this run has recorded is known."""
+        mine = {k: self._stored[asset, k] for k in partition_keys if (asset, k) in self._stored}
         instance, key = self._context.instance, self._recipe.key(asset)
-        ids = latest_storage_ids(instance, key, partition_keys)
+        ids = latest_storage_ids(instance, key, [k for k in partition_keys if k not in mine])
         if not ids:
-            return {}
+            return mine
         records = instance.fetch_materializations(
             dg.AssetRecordsFilter(asset_key=key, storage_ids=list(ids.values())), limit=len(ids)
         ).records
-        return {
+        return mine | {
             str(r.partition_key): CheckTarget(run_id=r.run_id, storage_id=r.storage_id, timestamp=r.timestamp)
             for r in records
         }
@@ -310,17 +311,6 @@ class Recorder:
                     self.failed_checks.setdefault(collected.partition_key, []).append(
                         f"{collected.asset}: check {result.name} failed: {result.description}"
                     )
-
-
-def check_specs(recipe: Recipe, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetCheckSpec]:
-    described = [(asset, name, CHECKS[name]) for asset in recipe.caches for name in CHECKS]
-    described += [(asset, "codec", CODEC) for asset in recipe.coded]
-    described += [(asset, "rebuilt", REBUILT) for asset in recipe.rebuilt_from]
-    described += [(asset, "files", FILES) for asset in recipe.export_params]
-    return [
-        dg.AssetCheckSpec(name, asset=recipe.key(asset), description=description, partitions_def=partitions)
-        for asset, name, description in described
-    ]
 
 
 def latest_data_version(instance: dg.DagsterInstance, key: dg.AssetKey) -> str | None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kd_assets.orchestration.recording.figures import BLUE, GREEN, INK, ORANGE, PURPLE
+
 WIDTH, PLOT_HEIGHT = 520, 64
 LEFT, RIGHT, TITLE, GAP, BOTTOM = 52, 12, 24, 6, 34
 """Room for the numbers of the vertical axis, right of the plot, above each panel, between two, and below the last."""
@@ -22,7 +24,7 @@ MOST_POINTS = 120
 UNITS_OF_HEIGHT = 160
 """Of an axis: less than half a pixel each."""
 
-INK, PALE, GRID = "#30363d", "#6e7781", "#e4e8ec"
+GRID_OPACITY = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +46,17 @@ class Panel:
     """The axis reaches at least this."""
 
 
-POWER = Panel(title="power of all GPUs (W)", lines=(Line(name="total_gpu_power_watts", label="", colour="#c9510c"),))
+POWER = Panel(title="power of all GPUs (W)", lines=(Line(name="total_gpu_power_watts", label="", colour=ORANGE),))
 UTILISATION = Panel(
     title="utilisation (%)",
     lines=(
-        Line(name="gpu_utilisation_percent", label="GPU", colour="#1a7f37"),
-        Line(name="cpu_utilisation_percent", label="CPU", colour="#8250df"),
+        Line(name="gpu_utilisation_percent", label="GPU", colour=GREEN),
+        Line(name="cpu_utilisation_percent", label="CPU", colour=PURPLE),
     ),
     least_top=100.0,
 )
-MEMORY = Panel(title="memory of the process (GiB)", lines=(Line(name="host_memory_gib", label="", colour="#57606a"),))
-SPEED = Panel(title="tokens/s", lines=(Line(name="tokens_per_s", label="", colour="#0969da"),))
+MEMORY = Panel(title="memory of the process (GiB)", lines=(Line(name="host_memory_gib", label="", colour=INK),))
+SPEED = Panel(title="tokens/s", lines=(Line(name="tokens_per_s", label="", colour=BLUE),))
 
 
 def telemetry_picture_markdown(telemetry: Mapping[str, Any] | None) -> str | None:
@@ -80,8 +82,7 @@ def _svg(panels: Sequence[Panel], known: Mapping[str, Sequence[float | None]], i
     height = len(panels) * (TITLE + PLOT_HEIGHT + GAP) - GAP + BOTTOM
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
-        f'font-family="system-ui,sans-serif" font-size="11" fill="{PALE}">'
-        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>'
+        f'font-family="system-ui,sans-serif" font-size="11" fill="{INK}">'
     ]
     ticks, unit = time_ticks(n_points * interval_s)
     for number, panel in enumerate(panels):
@@ -101,9 +102,10 @@ def _panel(
     largest = max(v for line in lines for v in known[line.name] if v is not None)
     axis_top = nice_top(max(largest, panel.least_top))
     base = top + PLOT_HEIGHT
-    drawn = [f'<path stroke="{GRID}" d="' + "".join(f"M{_x(t):.0f} {top}V{base}" for t in time_at)]
+    drawn = [f'<path stroke="{INK}" stroke-opacity="{GRID_OPACITY}" d="']
+    drawn.append("".join(f"M{_x(t):.0f} {top}V{base}" for t in time_at))
     drawn.append("".join(f"M{LEFT} {y}H{WIDTH - RIGHT}" for y in (top, top + PLOT_HEIGHT // 2)) + '"/>')
-    drawn.append(f'<path stroke="{PALE}" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>')
+    drawn.append(f'<path stroke="{INK}" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>')
     drawn.append('<g text-anchor="end">')
     for share in (0.0, 0.5, 1.0):
         y = base - share * PLOT_HEIGHT + 4
@@ -113,7 +115,7 @@ def _panel(
         for i, line in enumerate(lines)
     )
     drawn.append(f'<text x="{WIDTH - RIGHT}" y="{top - 8}">{means}</text></g>')
-    drawn.append(f'<text x="{LEFT}" y="{top - 8}" fill="{INK}" font-weight="600">{panel.title}</text>')
+    drawn.append(f'<text x="{LEFT}" y="{top - 8}" font-weight="600">{panel.title}</text>')
     drawn.append('<g fill="none" stroke-width="1.5" stroke-linejoin="round">')
     for line in lines:
         values = thinned(known[line.name])

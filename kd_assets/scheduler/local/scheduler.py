@@ -77,7 +77,7 @@ class LocalScheduler:
     def submit(self, spec: JobSpec, write_job_file: Callable[[Submission], object]) -> Submission:
         """Start a job in a folder of its own."""
         if not self._script.is_file():
-            raise SchedulerError(f"the batch script {self._script} is missing: run from a checkout that has slurm/")
+            raise SchedulerError(f"the batch script {self._script} is missing: install kd-assets anew")
         with ExitStack() as held:
             locks: list[int] = []
 

@@ -111,7 +111,7 @@ class SlurmScheduler:
         Raises SchedulerError with SLURM's own words for a request that can never be granted.
         """
         if not self._script.is_file():
-            raise SchedulerError(f"the batch script {self._script} is missing: run from a checkout that has slurm/")
+            raise SchedulerError(f"the batch script {self._script} is missing: install kd-assets anew")
         self.preview(spec)  # raises what sbatch could not be asked, while nothing is written
 
         def prepare(new: Submission) -> None:

@@ -19,7 +19,14 @@ from typing import Any, Literal
 from kd_assets.contract import Compression, FileFormat
 from kd_assets.durable import storage_errors
 from kd_assets.errors import InputError, MissingInputError
-from kd_assets.sources.files.formats import SAVED_SPLITS, SAVED_STATE, compression_of, format_of_content, format_of_name
+from kd_assets.sources.files.formats import (
+    KNOWN_SUFFIXES,
+    SAVED_SPLITS,
+    SAVED_STATE,
+    compression_of,
+    format_of_content,
+    format_of_name,
+)
 from kd_assets.sources.files.storage import (
     changed_of,
     file_system,
@@ -29,6 +36,9 @@ from kd_assets.sources.files.storage import (
     remote_info,
 )
 from kd_assets.sources.spec import SourceSpec, absolute_path, with_variables
+
+PLAIN_TEXT = (".txt", ".md", ".rst")
+"""What people have their texts in, and no format of records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,9 +214,14 @@ def _found(candidates: _Candidates, wanted: FileFormat | Literal["auto"], where:
     unknown = [c.name for c in kept if formats[c.path] is None and is_folder]
     if unknown:
         shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
+        others = f"Name the others by a pattern (such as {where.rstrip('/')}/**/*.jsonl)"
+        if len(unknown) == len(kept):
+            others = f"Names of data end in {', '.join(KNOWN_SUFFIXES)}"
+        if any(name.endswith(PLAIN_TEXT) for name in unknown):
+            others += '. Plain texts are not read: write each as a line of JSON, {"text": …}'
         raise InputError(
-            f"source {where} has files of no known format: {shown}. Name the others by a pattern (such as "
-            f"{where.rstrip('/')}/**/*.jsonl), or set the source's format"
+            f"source {where} has files of no known format: {shown}. {others}; where names do not tell it, set the "
+            "source's format"
         )
     if not kept:
         what = {"pattern": "no file matches", "folder": "no data file is in", "file": "there is no"}[candidates.kind]

@@ -22,6 +22,7 @@ _FORMATS: dict[str, FileFormat] = {
     "parquet": "parquet",
     "arrow": "arrow",
 }
+KNOWN_SUFFIXES = tuple(f".{suffix}" for suffix in _FORMATS)
 _COMPRESSIONS: dict[str, Compression] = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd"}
 
 SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"

@@ -27,8 +27,10 @@ from kd_assets.store.recorded_checks import (
     codec_failure,
     codec_name,
     finite_failure,
+    measured_on,
     not_made_of,
     rebuilt_failure,
+    recoded_failure,
     recomputed_failure,
     require_readable,
 )
@@ -99,11 +101,12 @@ class ResultFiles:
 
 
 def check_all(cache: ResultFiles, shard: ResultFiles) -> list[CheckResult]:
-    """The checks of a cache's partition: complete, schema, finite, recomputed; codec where it has one, and rebuilt
-    where that was made. Each
-    file is read once for all, and the shard's once for all the caches that are checked with the same `shard`."""
+    """The checks of a cache's partition: complete, schema, finite, recomputed; codec where it has one, rebuilt where
+    that was made, and recoded where it was made of another result. Each file is read once for all, and the shard's once
+    for all the caches that are checked with the same `shard`."""
     results = [check_complete(cache, shard), check_schema(cache), check_finite(cache), check_recomputed(cache)]
-    results += [found for check in (check_codec, check_rebuilt) if (found := check(cache)) is not None]
+    others = (check_codec, check_rebuilt, check_recoded)
+    results += [found for check in others if (found := check(cache)) is not None]
     return results
 
 
@@ -212,7 +215,7 @@ def check_recomputed(result: ResultFiles) -> CheckResult:
             numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         if why := recomputed_failure(manifest):
             raise _FailedError(f"{result.folder}: {why}")
-        return f"{numbers.get('n_documents', 0)} documents recomputed"
+        return f"{numbers.get('n_documents', 0)} documents recomputed{_of_source(manifest, 'recomputed')}"
 
     return _run("recomputed", check)
 
@@ -253,9 +256,37 @@ def check_rebuilt(result: ResultFiles) -> CheckResult | None:
             numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         if why := rebuilt_failure(manifest):
             raise _FailedError(f"{result.folder}: {why}")
-        return f"{numbers.get('n_positions', 0)} positions of {numbers.get('n_documents', 0)} documents rebuilt"
+        n_documents, of_source = numbers.get("n_documents", 0), _of_source(manifest, "rebuilt")
+        return f"{numbers.get('n_positions', 0)} positions of {n_documents} documents rebuilt{of_source}"
 
     return _run("rebuilt", check)
+
+
+def _of_source(manifest: Manifest, name: str) -> str:
+    form = measured_on(manifest, name)
+    return "" if form is None else f", measured on {form}, of which this was made"
+
+
+def check_recoded(result: ResultFiles) -> CheckResult | None:
+    """Every part of a result that was made of another one was decoded from the disk again, and is what its source says;
+    None for a result of the teacher's pass."""
+    try:
+        record = result.manifest.checks.get("recoded")
+    except StoreError:  # of which every other check tells
+        return None
+    if record is None:
+        return None
+
+    def check(numbers: dict[str, Number]) -> str:
+        manifest = result.require_committed()
+        if isinstance(record, dict):
+            numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        if why := recoded_failure(manifest):
+            raise _FailedError(f"{result.folder}: {why}")
+        how = "exactly" if record.get("is_exact") else "within what coding can cost"
+        return f"{manifest.n_documents} documents as in the result that they were recoded from, {how}"
+
+    return _run("recoded", check)
 
 
 def _run(name: str, check: Callable[[dict[str, Number]], str]) -> CheckResult:

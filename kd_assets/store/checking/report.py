@@ -15,8 +15,10 @@ ProblemKind = Literal[
     "wrong_schema",  # it is a table of other columns
     "wrong_documents",  # it has another number of documents than recorded
     "wrong_tokens",  # it has another number of tokens, or they contradict each other
+    "wrong_lists",  # a list has not one element for each token, or for each kept position
     "wrong_positions",  # its positions are not those that the cache's parameters say
     "wrong_vocabulary",  # it has ids outside of the student's vocabulary that its cache is cut to
+    "wrong_kept",  # its positions keep other numbers of tokens than top_p asks for
     "wrong_draws",  # its random draws are not what the cache's parameters ask for
     "corrupt_index",  # an index of documents that was changed, or is of another commit or of other parts
     "wrong_ids",  # its top-k token ids are repeated, or the teacher has no such ids
@@ -37,6 +39,7 @@ NoteKind = Literal[
     "interrupted_commit",  # committed, and killed before head, audit line or clean-up
     "foreign_file",  # not of the format, in a folder of the format
     "not_audited",  # committed without a line in the recipe's audit log
+    "no_index",  # a large result without an index, which no reuse writes anew
     "failed_check",  # committed, and never current, since it failed a check
     "quarantined",  # put aside, and not made again since
     "not_made",  # partitions of the plan that an asset does not have

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kd_assets.contract import CACHES, EXPORTS
+from kd_assets.contract import CACHES, EXPORTS, TokenIds
 from kd_assets.durable import file_sha256, listing, size_if_there
 from kd_assets.errors import (
     CorruptManifestError,
@@ -23,19 +23,14 @@ from kd_assets.errors import (
     StoreError,
     UnknownCodecError,
 )
+from kd_assets.store.checking.groups import part_difference
 from kd_assets.store.checking.indexes import index_difference
 from kd_assets.store.checking.report import Note, NoteKind, Problem, ProblemKind, VerifyReport
 from kd_assets.store.checking.rows import (
     MissingParameterError,
-    coded_difference,
-    draws_difference,
     expected_schema,
-    part_documents,
-    positions_difference,
     schema_difference,
-    vocabulary_difference,
 )
-from kd_assets.store.codecs.topk_columns import COMPACT
 from kd_assets.store.layout import (
     AUDIT_NAME,
     FOLDER_FINGERPRINT_LENGTH,
@@ -65,9 +60,10 @@ from kd_assets.store.manifest import (
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.reading.chosen import require_place
 from kd_assets.store.reading.planned import PLAN_FOLDER, PLAN_NAME, planned_partitions
-from kd_assets.store.recorded_checks import codec_name, draws_of, failed_check, vocabulary_size_of
+from kd_assets.store.recorded_checks import failed_check
 from kd_assets.store.schema import hidden_size_of
 from kd_assets.store.vocabulary import vocabulary_of
+from kd_assets.store.writing.lost_index import MOST_BYTES, has_index
 
 PARTITIONED = ("shards_manifest", *CACHES, *EXPORTS)
 """Assets whose partitions are those of the plan."""
@@ -330,6 +326,12 @@ class _Verifier:
             return
         if difference is not None:
             self._problem("corrupt_index", path, difference)
+        elif manifest.n_bytes > MOST_BYTES and has_index(manifest) and _size_of(path) is None:
+            self._note(
+                "no_index",
+                path,
+                f"{path} is missing: readers ask the parts, only slower; kd-assets index RECIPE writes it",
+            )
 
     def _is_whole(self, folder: Path, record: PartRecord | FileBeside) -> bool:
         """Whether a file of a result has the bytes that its record is of; a problem is noted where it has not."""
@@ -376,14 +378,13 @@ class _Verifier:
                     message = f"{path} has {part.n_rows} documents, expected {record.n_documents}; {remedy}"
                     self._problem("wrong_documents", path, message)
                     return
-                n_tokens = int(part_documents(part)[1].sum())
-                if (wrong := _wrong_lists(part, manifest)) is not None:
+                n_tokens, wrong = part_difference(part, manifest, _token_ids(manifest, path.parent))
+                if wrong is not None:
                     kind, difference = wrong
                     self._problem(kind, path, f"{path}: {difference}; {remedy}")
                     return
         except CorruptPartError as e:
-            kind = "wrong_tokens" if "n_tokens differs" in str(e) else "unreadable_part"
-            self._problem(kind, path, f"{e}; {remedy}")
+            self._problem("unreadable_part", path, f"{e}; {remedy}")
             return
         if n_tokens != record.n_tokens:
             self._problem("wrong_tokens", path, f"{path} has {n_tokens} tokens, expected {record.n_tokens}; {remedy}")
@@ -420,24 +421,14 @@ class _Verifier:
         self.notes.append(Note(kind=kind, path=path, message=message))
 
 
-def _wrong_lists(part: PartFile, manifest: Manifest) -> tuple[ProblemKind, str] | None:
-    """What is wrong with a part's lists over positions, where the parameters say what they must be."""
-    if "positions" in manifest.params and (difference := positions_difference(part, manifest)):
-        return "wrong_positions", difference
-    if (draws := draws_of(manifest)) and (
-        difference := draws_difference(part, draws, manifest.facts.get("vocab_size"))
-    ):
-        return "wrong_draws", difference
-    if manifest.params.get("vocabulary") is not None:
-        try:
-            token_ids = vocabulary_of(manifest, part.path.parent)
-        except MissingInputError:  # nothing can be compared without the file beside, of which others tell
-            return None
-        if token_ids is not None and (difference := vocabulary_difference(part, token_ids)):
-            return "wrong_vocabulary", difference
-    if codec_name(manifest) == COMPACT and (difference := coded_difference(part, vocabulary_size_of(manifest))):
-        return "wrong_ids", difference
-    return None
+def _token_ids(manifest: Manifest, folder: Path) -> TokenIds | None:
+    """Those that a cache is cut to; None of one that is not, or whose file of them is missing, of which others tell."""
+    if manifest.params.get("vocabulary") is None:
+        return None
+    try:
+        return vocabulary_of(manifest, folder)
+    except MissingInputError:
+        return None
 
 
 def _foreign(folder: Path, ours: Set[str]) -> Iterator[Path]:

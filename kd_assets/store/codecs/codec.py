@@ -17,7 +17,8 @@ from kd_assets.errors import UnknownCodecError
 from kd_assets.store.codecs.coded import Coded
 from kd_assets.store.codecs.state_codec import CODED, RAW
 from kd_assets.store.codecs.state_columns import CodedStates
-from kd_assets.store.codecs.topk_columns import COMPACT, CompactTopk
+from kd_assets.store.codecs.topk_columns import CompactTopk
+from kd_assets.store.codecs.topk_schema import COMPACT, COMPACT_2
 
 PLAIN = "plain"
 """The columns as they are."""
@@ -50,6 +51,9 @@ CODECS: dict[tuple[Asset, str], Codec] = {
 }
 """By the asset and the name in a recipe."""
 
+LATER_FORMS: dict[tuple[Asset, str], Codec] = {("topk_cache", COMPACT_2): CompactTopk(COMPACT_2)}
+"""Other forms of these, by the asset and the name in the schema of a part; results name their codec as recipes do."""
+
 
 def coded(plain: pa.Table, codec: str) -> Coded:
     """The table as it will be stored, and what was made of it.
@@ -66,8 +70,18 @@ def codec_of(stored: pa.Schema) -> Codec | None:
     metadata = stored.metadata or {}
     if CODEC_KEY not in metadata:
         return None
-    since = metadata.get(SINCE_KEY)
-    return _codec(_asset_of(stored), _text(metadata[CODEC_KEY]), since=None if since is None else _text(since))
+    asset, name, since = _asset_of(stored), _text(metadata[CODEC_KEY]), metadata.get(SINCE_KEY)
+    for (of_asset, known), codec in LATER_FORMS.items():
+        if (of_asset, known) == (asset, name):
+            return codec
+    return _codec(asset, name, since=None if since is None else _text(since))
+
+
+def stored_codec_name(stored: pa.Schema) -> str:
+    """The codec that a part's schema names, known or not, as results name it; `plain` where its columns are as they
+    are."""
+    name = _text((stored.metadata or {}).get(CODEC_KEY, PLAIN.encode()))
+    return COMPACT if name == COMPACT_2 else name
 
 
 def plain_schema(stored: pa.Schema) -> pa.Schema:
@@ -89,6 +103,7 @@ def plain_table(table: pa.Table, *, vocabulary: int | None = None) -> pa.Table:
     codec. Raises ValueError for bytes that no encoder writes, UnknownCodecError."""
     codec = codec_of(table.schema)
     if codec is None:
+        table.validate(full=True)  # of an Arrow file nothing else has looked at the offsets, which may lead anywhere
         return table
     return codec.decode(table, codec.plain_schema(table.schema), vocabulary=vocabulary)
 

@@ -23,6 +23,19 @@ def bytes_a_topk(codec: str, k: int, *, logsumexp: bool) -> int:
     return k * (3 + 1) + 1 + 2 * (1 + logsumexp) if codec == "compact" else k * (4 + 2) + 8
 
 
+def bytes_a_number(codec: str) -> int:
+    """Of how many tokens a position keeps, where that differs: two offsets, or up to two bytes."""
+    return 2 if codec == "compact" else 8
+
+
+def bytes_a_draw(codec: str, draws: int, k: int) -> int:
+    """Of a position's random draws, before compression, at most.
+
+    Of `compact` a count for each of the k ids, and three bytes of a draw of another one.
+    """
+    return k * (1 if draws < 256 else 2) + draws * 3 if codec == "compact" and draws else draws * (4 + 2)
+
+
 def decoded_per_byte(asset: Asset, params: Mapping[str, Any], hidden_size: int | None) -> float:
     """Bytes that are decoded from a byte of a cache with these parameters of its identity, about.
 
@@ -33,8 +46,9 @@ def decoded_per_byte(asset: Asset, params: Mapping[str, Any], hidden_size: int |
         return 1.0
     if asset == "topk_cache":
         k = int(params["k"])
-        coded = bytes_a_topk(codec, k, logsumexp=params.get("logsumexp", True))
-        return bytes_a_topk("plain", k, logsumexp=True) / coded
+        draws = int(params.get("draws", 0))
+        coded = bytes_a_topk(codec, k, logsumexp=params.get("logsumexp", True)) + bytes_a_draw(codec, draws, k)
+        return (bytes_a_topk("plain", k, logsumexp=True) + bytes_a_draw("plain", draws, k)) / coded
     if asset != "hidden_state_cache" or not hidden_size:
         return 1.0
     if codec == "split":

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kd_assets.errors import CodecRangeError
-from kd_assets.store.arrays import flat
+from kd_assets.store.arrays import arrow_numbers, flat
 from kd_assets.store.codecs import states
 from kd_assets.store.codecs.coded import Coded
 from kd_assets.store.codecs.state_codec import group_of
@@ -105,7 +105,7 @@ class CodedStates:
                 raise CodecRangeError(f"{at}: {e}") from e
         stored = pa.Table.from_arrays(columns, schema=stored_schema)
         decoded = self.decode(stored, plain.schema, vocabulary=None)
-        return Coded(stored=stored, decoded=decoded, error=_error(plain, decoded))
+        return Coded(stored=stored, decoded=decoded, error=states_error(plain, decoded))
 
     def decode(self, stored: pa.Table, wanted: pa.Schema, *, vocabulary: int | None) -> pa.Table:
         """These plain columns, of some rows. Raises ValueError for what `encode` never writes."""
@@ -145,7 +145,7 @@ class CodedStates:
                 return [pa.array(frames, type=pa.large_binary()), list_array(offsets, vector_array(low_NH))]
             case "fp8":
                 codes_NH, scale_N = states.encode_fp8(bits_NH)
-                return [list_array(offsets, vector_array(codes_NH)), list_array(offsets, pa.array(scale_N))]
+                return [list_array(offsets, vector_array(codes_NH)), list_array(offsets, arrow_numbers(scale_N))]
             case _:
                 group = group_of(self.name)
                 assert group is not None
@@ -172,8 +172,8 @@ class CodedStates:
         return list_array(offsets, vector_array(decode(numbers_NH, scales)))
 
 
-def _error(plain: pa.Table, decoded: pa.Table) -> dict[str, float]:
-    """The statistics of coding."""
+def states_error(plain: pa.Table, decoded: pa.Table) -> dict[str, float]:
+    """The statistics of coding: of what a reader gets, against the same rows without a codec."""
     names = [name for name in plain.schema.names if hidden_state_of(name) is not None]
     found = [states.coding_error(_lists_of(plain[name])[1], _lists_of(decoded[name])[1]) for name in names]
     return {

@@ -24,6 +24,7 @@ from kd_assets.errors import (
     StoreError,
     VariantConflictError,
 )
+from kd_assets.store.current_variants import chosen_variant
 from kd_assets.store.fingerprint import INPUT_KEY
 from kd_assets.store.layout import FOLDER_FINGERPRINT_LENGTH, is_result_folder_name, is_variant_name
 from kd_assets.store.manifest import Manifest, head_fingerprint, read_head, read_manifest
@@ -75,7 +76,8 @@ def choose(
 ) -> Chosen:
     """The results to read, in the order of `partition_keys` (default: the plan's; without a plan sorted).
 
-    Raises VariantConflictError when there are several variants and none is named, FailedCheckError or NotCommittedError
+    Of several variants it is the one that the recipe's last run was of, unless another is named. Raises
+    VariantConflictError where neither says which, FailedCheckError or NotCommittedError
     for a partition that is missing unless `missing` is "skip" or when nothing is left, CorruptPlanError, and
     CorruptManifestError for a result that is not where it belongs.
     """
@@ -170,6 +172,8 @@ def _variant_folder(asset_folder: Path, variant: str | None) -> tuple[Path, Mapp
         filled = {name: there for name, there in committed.items() if name == variant}
     else:  # a variant of which nothing is current, as all of it failed, stands in nobody's way
         filled = {name: there for name, there in committed.items() if any(there.values())} or committed
+    if len(filled) > 1 and (current := chosen_variant(asset_folder.parent, asset_folder.name, filled)) is not None:
+        filled = {current: filled[current]}
     if len(filled) > 1:
         listed = "; ".join(f"{name}: {len(there)} partitions" for name, there in filled.items())
         raise VariantConflictError(

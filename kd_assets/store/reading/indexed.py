@@ -79,5 +79,7 @@ class IndexedDocuments:
                     table = part.read(["document_id", "n_tokens"])
                     table.validate(full=True)
                     rows.append(DocumentRows.of(table))
+                    if (rows[-1].n_tokens_D < 1).any():
+                        raise ValueError("a document has no tokens")
             self._from_parts[result] = together(rows)
         return self._from_parts[result]

@@ -28,6 +28,7 @@ from kd_assets.store.reading.chosen import Chosen, Missing, choose, require_pass
 from kd_assets.store.reading.columns import Column, column_of
 from kd_assets.store.reading.indexed import IndexedDocuments
 from kd_assets.store.reading.parts import VerifiedParts, damage_named, open_part
+from kd_assets.store.reading.shapes import require_columns, require_shapes
 from kd_assets.store.recorded_checks import require_readable, vocabulary_size_of
 from kd_assets.store.writing.documents import Int64Array, offsets_of
 
@@ -158,7 +159,11 @@ class CacheReader:
         if not self._parts:
             raise NotCommittedError(f"the results in {[str(f) for f in self.folders[:3]]} hold no documents")
         if (stored := self._documents.schema()) is not None:
-            return plain_schema(stored)
+            first, path, _ = self._parts[0]
+            with damage_named(path):
+                schema = plain_schema(stored)
+            require_columns(path, stored, schema.names, self.manifests[first])
+            return schema
         with self._locked():
             return self._part(0).schema
 
@@ -224,12 +229,15 @@ class CacheReader:
         """The columns of a group of rows, from memory or from the file."""
         columns = self._groups.pop((part, group), None)
         if columns is None:
-            names = list(dict.fromkeys(("document_id", *self.fields)))
             path = self._parts[part][1]
             file = self._verified_part(part)
+            counting = [name for name in ("n_tokens", "positions") if name in file.names]
+            names = list(dict.fromkeys(("document_id", *counting, *self.fields)))
             table = file.read_group(group, names)
             with damage_named(path):
                 columns = {name: column_of(table[name]) for name in names}
+                k = self.manifests[self._parts[part][0]].params.get("k")
+                require_shapes(path, columns, has_next=self.asset == "topk_cache", k=k)
             n_bytes = sum(column.n_bytes for column in columns.values()) if not file.is_view else _MAPPED_BYTES
             self._groups_cost[part, group] = n_bytes
             self._groups_bytes += n_bytes
@@ -244,7 +252,9 @@ class CacheReader:
         file = self._files.pop(part, None)
         if file is None:
             of_manifest, path, record = self._parts[part]
-            file = open_part(path, record, vocabulary=vocabulary_size_of(self.manifests[of_manifest]))
+            manifest = self.manifests[of_manifest]
+            file = open_part(path, record, vocabulary=vocabulary_size_of(manifest))
+            require_columns(path, file.stored_schema, file.names, manifest)
         self._files[part] = file
         if len(self._files) > _OPEN_FILES:
             closed, _ = self._files.popitem(last=False)  # closed when the last view of it is gone

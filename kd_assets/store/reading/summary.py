@@ -6,7 +6,7 @@ Gathers; `kd_assets.commands` prints, and turns token ids into text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_mani
 from kd_assets.store.reading.chosen import NOT_THERE, PLANNED_ASSETS, require_place, why_not_read
 from kd_assets.store.reading.planned import planned_partitions
 from kd_assets.store.reading.reader import CacheReader
-from kd_assets.store.recorded_checks import failed_check, not_made_of
+from kd_assets.store.recorded_checks import failed_check, measured_on, not_made_of
 from kd_assets.store.schema import hidden_state_of
 
 SHOWN_TOKENS = 48
@@ -106,11 +106,12 @@ class DocumentView:
     """The columns of one number or text."""
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: Path, *, seen: Callable[[Manifest], None] = lambda manifest: None) -> Inspection:
     """Summaries of the results at or below `path`, by recipe, asset and variant.
 
-    A result folder counts whether or not it is current; above it only current results do. Raises MissingInputError
-    when there is no such folder, NotCommittedError when it holds no committed result.
+    A result folder counts whether or not it is current; above it only current results do. `seen` is told of every
+    committed result, current or not. Raises MissingInputError when there is no such folder, NotCommittedError when it
+    holds no committed result.
     """
     require_folder(path)
     groups: dict[tuple[str, str, str], list[tuple[Path, Manifest]]] = {}
@@ -122,6 +123,7 @@ def inspect(path: Path) -> Inspection:
             unfinished.append(folder)
             continue
         require_place(folder, manifest)
+        seen(manifest)
         if folder != path and not _is_current(folder):
             if why := failed_check(manifest):
                 failed[str(folder)] = why
@@ -144,11 +146,14 @@ def inspect(path: Path) -> Inspection:
 
 
 def view_documents(cache: CacheSummary, n_documents: int) -> list[DocumentView]:
-    """The first documents of a cache; empty for results that are no tables."""
-    if not cache.has_documents:
-        return []
-    reader = CacheReader.from_folders(cache.folders, allow_failed=True)
-    return [_view(reader[i]) for i in range(min(n_documents, len(reader)))]
+    """The first documents of a cache; empty for results that are no tables. Opens only the results they are in."""
+    views: list[DocumentView] = []
+    for folder in cache.folders if cache.has_documents else ():
+        if len(views) >= n_documents:
+            break
+        reader = CacheReader.from_folders([folder], allow_failed=True)
+        views += [_view(reader[i]) for i in range(min(n_documents - len(views), len(reader)))]
+    return views
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -181,8 +186,15 @@ def _is_current(folder: Path) -> bool:
 
 
 def _summary(path: Path, results: Sequence[tuple[Path, Manifest]]) -> CacheSummary:
-    manifests = [manifest for _, manifest in results]
     n_planned, left_out = _compared_with_plan(path, results)
+    return summary_of(results, n_planned=n_planned, left_out=left_out)
+
+
+def summary_of(
+    results: Sequence[tuple[Path, Manifest]], *, n_planned: int | None, left_out: Mapping[str, str]
+) -> CacheSummary:
+    """Of these results of one variant, one or more; the other arguments are fields of it."""
+    manifests = [manifest for _, manifest in results]
     latest = max(manifests, key=lambda m: m.created_at)
     # The files of an export have none to count, since a document may be in several: its facts say it.
     counted = [
@@ -212,7 +224,7 @@ def _summary(path: Path, results: Sequence[tuple[Path, Manifest]]) -> CacheSumma
         last_created_at=latest.created_at,
         has_documents=any(m.n_documents for m in manifests),
         n_planned=n_planned,
-        left_out=left_out,
+        left_out=dict(left_out),
     )
 
 
@@ -244,6 +256,8 @@ def _merged_checks(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:
             total["n_passed"] += record.get("passed") is True
             if not_made_of(record) is not None:
                 total["n_not_made"] = total.get("n_not_made", 0) + 1
+            if (form := measured_on(manifest, name)) is not None:
+                total["measured_on"] = ", ".join(sorted({form, *total.get("measured_on", form).split(", ")}))
             for key, value in record.items():
                 if key.startswith("max_") and isinstance(value, (int, float)):
                     total[key] = max(total.get(key, -math.inf), value)

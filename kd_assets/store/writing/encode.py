@@ -13,12 +13,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kd_assets.store import schema as schemas
-from kd_assets.store.arrays import flat
-from kd_assets.store.writing.documents import Documents, KeptPositions
+from kd_assets.store.arrays import arrow_numbers, flat
+from kd_assets.store.codecs.half_floats import VALUES
+from kd_assets.store.ragged_topk import is_kept, n_kept
+from kd_assets.store.reading.columns import Ragged, column_of
+from kd_assets.store.writing.documents import Documents, KeptPositions, offsets_of
 
 FloatArray = npt.NDArray[np.float32]
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 """Elements that statistics look at together: what stays in a core's cache."""
+
+_SUMS_APART = 1e-3
+"""More than the order of summation changes in a sum, relative to it."""
 
 MAX_DRAWS = np.iinfo(np.uint16).max
 """Token ids drawn at a position: how often one came up is stored in 16 bits."""
@@ -27,6 +33,7 @@ _BFLOAT16_MAGNITUDE = np.uint16(0x7FFF)
 _BFLOAT16_INFINITY = np.uint16(0x7F80)
 """Bits of bfloat16: with the sign dropped, the order of the bits is the order of the magnitudes; from infinity on
 there are only infinity and NaN."""
+_SIGN = 0x8000
 
 
 def encode_shard(documents: Documents, sources: Sequence[str], source_records: npt.NDArray[np.int64]) -> pa.Table:
@@ -48,12 +55,14 @@ def encode_topk(
     sampled_ids_Md: npt.NDArray[np.uint32] | None = None,
     outside_mass_M: FloatArray | None = None,
     positions: KeptPositions | None = None,
+    top_p: float | None = None,
 ) -> pa.Table:
     """Top-k log-probabilities as rows of a cache: uint32 and float16 [M, k], float32 [M] and [M].
 
     `sampled_ids_Md` uint32 [M, d], of a cache with draws: the token ids drawn at each position, in any order.
     `outside_mass_M` float32 [M], of a cache that is cut to a student's vocabulary: the probability of all other ids.
     `positions`, of a cache that keeps some: which; M is then their number. Without `logsumexp_M` it has no such column.
+    `top_p`: of a cache whose positions keep as many of these tokens as have this mass.
     """
     offsets = documents.offsets - np.arange(documents.n_documents + 1) if positions is None else positions.offsets
     _expect_positions(documents, positions, has_next=True)
@@ -66,9 +75,12 @@ def encode_topk(
     if logsumexp_M is not None:
         _expect("logsumexp", logsumexp_M, np.float32, (n_positions,))
     _expect("target_logprob", target_logprob_M, np.float32, (n_positions,))
+    rows: list[pa.Array] = [vector_array(topk_ids_Mk), vector_array(topk_logprobs_Mk)]
+    if top_p is not None:
+        n_M = n_kept(topk_logprobs_Mk, top_p)
+        rows = [list_array(offsets_of(n_M), pa.array(of[is_kept(n_M, k)])) for of in (topk_ids_Mk, topk_logprobs_Mk)]
     columns = [
-        list_array(offsets, vector_array(topk_ids_Mk)),
-        list_array(offsets, vector_array(topk_logprobs_Mk)),
+        *(list_array(offsets, of_positions) for of_positions in rows),
         *([] if logsumexp_M is None else [list_array(offsets, pa.array(logsumexp_M))]),
         list_array(offsets, pa.array(target_logprob_M)),
     ]
@@ -86,7 +98,12 @@ def encode_topk(
     if positions is not None:
         columns.append(list_array(offsets, pa.array(positions.positions_M)))
     schema = schemas.topk_schema(
-        k, draws, is_cut=outside_mass_M is not None, positions=positions is not None, logsumexp=logsumexp_M is not None
+        k,
+        draws,
+        is_cut=outside_mass_M is not None,
+        positions=positions is not None,
+        logsumexp=logsumexp_M is not None,
+        top_p=top_p,
     )
     return _table(documents, columns, schema)
 
@@ -141,15 +158,26 @@ def part_stats(asset: str, table: pa.Table) -> dict[str, float]:
 
 
 def _topk_stats(table: pa.Table) -> dict[str, float]:
-    k = table.schema.field("topk_ids").type.value_type.list_size
-    logprobs_Mk = flat(table["topk_logprobs"]).reshape(-1, k)
+    stats = _ragged_stats(table) if schemas.is_ragged(table.schema) else _rows_stats(table)
     names = ("logsumexp", "target_logprob", "outside_mass")
     others = [flat(table[name]) for name in names if name in table.schema.names]
-    n_non_finite = sum(int(np.count_nonzero(~np.isfinite(values))) for values in others)
-    max_sum, min_logprob, max_logprob = 0.0, 0.0, -np.inf
+    stats["n_non_finite"] += sum(int(np.count_nonzero(~np.isfinite(values))) for values in others)
+    if "sampled_ids" in table.schema.names:
+        ids, counts = flat(table["sampled_ids"]), flat(table["sampled_counts"])
+        stats |= {"n_sampled_ids": len(ids), "n_draws": int(counts.sum()), "max_sampled_id": int(ids.max(initial=0))}
+    if "outside_mass" in table.schema.names:
+        stats |= _outside_stats(flat(table["outside_mass"]))
+    return {name: float(value) for name, value in stats.items()}
+
+
+def _rows_stats(table: pa.Table) -> dict[str, float]:
+    k = schemas.k_of(table.schema)
+    logprobs_Mk = flat(table["topk_logprobs"]).reshape(-1, k)
+    n_non_finite = 0
+    max_sum, kept_mass, min_logprob, max_logprob = 0.0, 0.0, 0.0, -np.inf
     rows = max(1, _CHUNK // k)
     for start in range(0, len(logprobs_Mk), rows):
-        chunk = logprobs_Mk[start : start + rows].astype(np.float32)
+        chunk = VALUES.take(logprobs_Mk[start : start + rows].view(np.uint16))
         finite = np.isfinite(chunk)
         if not finite.all():
             n_non_finite += int(np.count_nonzero(~finite))
@@ -159,20 +187,48 @@ def _topk_stats(table: pa.Table) -> dict[str, float]:
             min_logprob = min(min_logprob, float(chunk.min()))
         max_logprob = max(max_logprob, float(chunk.max()))
         # a logprob above 0 is wrong, and found so below; far above, its exponential must not become infinite
-        max_sum = max(max_sum, float(np.exp(np.minimum(chunk, 10)).sum(axis=1).max()))
+        probabilities = np.exp(np.minimum(chunk, 10, out=chunk), out=chunk)
+        max_sum = max(max_sum, _largest_sum(probabilities))
+        kept_mass += float(probabilities.sum(dtype=np.float64))
     stats: dict[str, float] = {
         "n_non_finite": n_non_finite,
         "n_positions": len(logprobs_Mk),
+        "n_kept_mass": kept_mass,
         "max_probability_sum": max_sum,
     }
     if len(logprobs_Mk):
         stats |= {"min_logprob": min_logprob, "max_logprob": max_logprob}
-    if "sampled_ids" in table.schema.names:
-        ids, counts = flat(table["sampled_ids"]), flat(table["sampled_counts"])
-        stats |= {"n_sampled_ids": len(ids), "n_draws": int(counts.sum()), "max_sampled_id": int(ids.max(initial=0))}
-    if "outside_mass" in table.schema.names:
-        stats |= _outside_stats(flat(table["outside_mass"]))
-    return {name: float(value) for name, value in stats.items()}
+    return stats
+
+
+def _ragged_stats(table: pa.Table) -> dict[str, float]:
+    """Of positions that keep different numbers of tokens: `n_kept_ids` besides, all of them together."""
+    lists = column_of(table["topk_logprobs"]).values
+    assert isinstance(lists, Ragged)
+    logprobs, starts = lists.values.astype(np.float32), lists.offsets[:-1]
+    finite = np.isfinite(logprobs)
+    stats: dict[str, float] = {
+        "n_non_finite": int(np.count_nonzero(~finite)),
+        "n_positions": len(lists),
+        "n_kept_ids": len(logprobs),
+        "n_kept_mass": 0.0,
+        "max_probability_sum": 0.0,
+    }
+    if len(lists):
+        stats |= {"min_logprob": logprobs.min(where=finite, initial=0)}
+        chunk = np.where(finite, logprobs, np.float32(-100))
+        stats |= {"max_logprob": chunk.max()}
+        # every position keeps a token: no run of these is empty
+        probabilities = np.exp(np.minimum(chunk, 10))
+        stats["max_probability_sum"] = np.add.reduceat(probabilities, starts).max()
+        stats["n_kept_mass"] = probabilities.sum(dtype=np.float64)
+    return stats
+
+
+def _largest_sum(numbers_Mk: FloatArray) -> float:
+    """Of a row. numpy's sum is slow over short rows: BLAS, which adds up in another order, tells which rows to ask."""
+    nearly_M = numbers_Mk @ np.ones(numbers_Mk.shape[1], np.float32)
+    return float(numbers_Mk[nearly_M >= nearly_M.max() * np.float32(1 - _SUMS_APART)].sum(axis=1).max())
 
 
 def _outside_stats(mass_M: FloatArray) -> dict[str, float]:
@@ -188,12 +244,15 @@ def _bfloat16_stats(columns: list[npt.NDArray[np.uint16]]) -> dict[str, float]:
     n_non_finite, largest = 0, 0
     for bits in columns:
         for start in range(0, len(bits), _CHUNK):
-            magnitude = bits[start : start + _CHUNK] & _BFLOAT16_MAGNITUDE
-            if magnitude.max() >= _BFLOAT16_INFINITY:
+            chunk = bits[start : start + _CHUNK]
+            # The largest positive number and the negative one that is furthest from 0: their bits in two orders.
+            of_chunk = max(int(chunk.view(np.int16).max()), int(chunk.max()) - _SIGN)
+            if of_chunk >= _BFLOAT16_INFINITY:
+                magnitude = chunk & _BFLOAT16_MAGNITUDE
                 finite = magnitude < _BFLOAT16_INFINITY
                 n_non_finite += int(np.count_nonzero(~finite))
-                magnitude = magnitude[finite]
-            largest = max(largest, int(magnitude.max(initial=0)))
+                of_chunk = int(magnitude[finite].max(initial=0))
+            largest = max(largest, of_chunk)
     max_abs = np.array(largest << 16, dtype=np.uint32).view(np.float32)
     return {"n_non_finite": float(n_non_finite), "max_abs": float(max_abs)}
 
@@ -234,13 +293,13 @@ def list_array(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.ListArray
     """A list for each document: elements `offsets[i]` to `offsets[i + 1]`."""
     if int(offsets[-1]) > np.iinfo(np.int32).max:
         raise ValueError(f"{offsets[-1]} list elements in one part: more than 2^31 - 1, make parts smaller")
-    starts = pa.array(offsets.astype(np.int32))
+    starts = arrow_numbers(offsets.astype(np.int32))
     return pa.ListArray.from_arrays(starts, values, type=schemas.list_of(values.type))
 
 
 def vector_array(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
     """A vector for each row of `values` [.., size]."""
-    numbers = pa.array(np.ascontiguousarray(values).reshape(-1))
+    numbers = arrow_numbers(values.reshape(-1))
     return pa.FixedSizeListArray.from_arrays(numbers, type=schemas.vector_of(numbers.type, values.shape[1]))
 
 

@@ -14,21 +14,26 @@ from kd_assets.store.fingerprint import fingerprint
 from kd_assets.store.manifest import PartRecord
 
 _SELF_HASH = "line_sha256"
+MAKER = "recoded_from"
+"""In a line: the fingerprint of the result that the part was made of. Lines of the teacher's pass have none."""
 
 
 class Journal:
-    """The file `path`, of the result with the fingerprint `result`."""
+    """The file `path`, of the result with the fingerprint `result`, which is made of the result `recoded_from`; None
+    where the teacher's pass makes it, or nobody could but one."""
 
-    def __init__(self, path: Path, result: str) -> None:
-        self._path, self._fingerprint = path, result
+    def __init__(self, path: Path, result: str, *, recoded_from: str | None = None) -> None:
+        self._path, self._fingerprint, self._recoded_from = path, result, recoded_from
 
-    def read(self) -> tuple[list[PartRecord], bool]:
-        """Its records, the last one of each part, and whether every line is a record: a kill leaves half a line, and a
-        line that is not as it was written would hand wrong statistics on to the manifest.
+    def read(self) -> tuple[list[PartRecord], bool, list[PartRecord]]:
+        """Its records, the last one of each part; whether every line is a record: a kill leaves half a line, and a line
+        that is not as it was written would hand wrong statistics on to the manifest; and of all parts those that
+        another has made, which are none of the first.
 
         Raises CorruptManifestError for records of another result.
         """
         records: dict[int, PartRecord] = {}
+        makers: dict[int, object] = {}
         is_whole = True
         for line in (read_if_there(self._path) or b"").splitlines(keepends=True):
             try:
@@ -47,8 +52,10 @@ class Journal:
             if claimed is None:
                 is_whole = False
                 continue
-            records[record.index] = record
-        return list(records.values()), is_whole
+            records[record.index], makers[record.index] = record, raw.get(MAKER)
+        own = [record for index, record in records.items() if makers[index] == self._recoded_from]
+        others = [record for index, record in records.items() if makers[index] != self._recoded_from]
+        return own, is_whole, others
 
     def append(self, record: PartRecord) -> None:
         append_line(self._path, self._line(record))
@@ -60,7 +67,9 @@ class Journal:
 
     def _line(self, record: PartRecord) -> dict[str, Any]:
         part = {name: getattr(record, name) for name in PartRecord.__dataclass_fields__}
-        line = {"fingerprint": self._fingerprint, "part": part}
+        line: dict[str, Any] = {"fingerprint": self._fingerprint, "part": part}
+        if self._recoded_from is not None:
+            line[MAKER] = self._recoded_from
         return line | {_SELF_HASH: fingerprint(line)}
 
 

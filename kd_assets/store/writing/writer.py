@@ -101,8 +101,11 @@ class ResultWriter:
         recipe: str,
         recipe_folder: Path,
         partition_key: str,
+        recoded_from: str | None = None,
         clock: Callable[[], datetime.datetime] = utc_now,
     ) -> None:
+        """`recoded_from`: the fingerprint of the result that this one is made of; None of one that is computed. Parts
+        that were made otherwise are not gone on from: what they say was checked of other numbers."""
         self.folder = result_folder(recipe_folder, output.asset, output.variant, partition_key, output.fingerprint)
         if Path(output.path) != self.folder:
             raise ContractError(f"output path {output.path} is not that of its fingerprint: expected {self.folder}")
@@ -112,7 +115,8 @@ class ResultWriter:
             )
         self._output, self._recipe, self._partition_key, self._clock = output, recipe, partition_key, clock
         self._lease = Lease(self.folder / LEASE_NAME)
-        self._journal = Journal(self.folder / JOURNAL_NAME, output.fingerprint)
+        self._journal = Journal(self.folder / JOURNAL_NAME, output.fingerprint, recoded_from=recoded_from)
+        self._recoded_from = recoded_from
         self._finished: dict[int, PartRecord] = {}
         self._committed: Manifest | None = None
         self._beside: dict[str, dict[str, Any]] = {}
@@ -120,12 +124,26 @@ class ResultWriter:
         """Of the parts that were written here: what the index needs of them."""
         self._schema: pa.Schema | None = None
         self.forgotten: tuple[str, ...] = ()
-        """Files of earlier attempts that failed verification and have to be made again, each with the reason."""
+        """Files of earlier attempts that failed verification, or are of another maker, and have to be made again, each
+        with the reason."""
 
     @property
     def finished(self) -> Mapping[int, PartRecord]:
         """The parts on disk by index, verified."""
         return MappingProxyType(self._finished)
+
+    @property
+    def committed(self) -> Manifest | None:
+        """What was committed of the result before the writer was entered, or by it; None of one that is unfinished."""
+        return self._committed
+
+    def forget(self, index: int) -> None:
+        """Have a finished part of an unfinished result made anew: what is on disk is not what it should be."""
+        assert self._lease.held, "a part is forgotten inside the writer's with block"
+        assert self._committed is None, "a part of a committed result"
+        self._rows.pop(index, None)
+        if self._finished.pop(index, None) is not None:
+            self._journal.rewrite(self._finished.values())
 
     def __enter__(self) -> ResultWriter:
         prepare_folder(self.folder)
@@ -324,8 +342,10 @@ class ResultWriter:
             manifest = None
         if manifest is not None and manifest.fingerprint != self._output.fingerprint:
             raise occupied(self.folder / MANIFEST_NAME, manifest.fingerprint, self._output.fingerprint)
-        records, journal_is_whole = (manifest.parts, True) if manifest is not None else self._journal.read()
         reasons = []
+        records, journal_is_whole, of_others = (
+            self._journal.read() if manifest is None else (list(manifest.parts), True, [])
+        )
         self._finished.clear()
         for record in records:
             reason = _damage(self.folder, record)
@@ -333,9 +353,12 @@ class ResultWriter:
                 self._finished[record.index] = record
             else:
                 reasons.append(f"{record.name}: {reason}")
-        beside = manifest.files_beside if manifest is not None else ()
-        harm = {file.name: _damage(self.folder, file) for file in beside}
-        reasons += [f"{name}: {reason}" for name, reason in harm.items() if reason is not None]
+        reasons += [] if manifest is None else self._damaged_beside(manifest)
+        if manifest is not None and reasons and _maker_of(manifest) != self._recoded_from:
+            of_others = list(self._finished.values())
+            self._finished.clear()
+        maker = "recoding" if self._recoded_from is None else "the teacher's pass, or of another source"
+        reasons += [f"{record.name}: made by {maker}" for record in of_others]
         self.forgotten = tuple(reasons)
         if manifest is not None and not reasons:
             self._committed = manifest
@@ -343,6 +366,16 @@ class ResultWriter:
             self._journal.rewrite(self._finished.values())
             if manifest is not None:  # damaged after its commit: from here on it is an unfinished result like others
                 remove_file(self.folder / MANIFEST_NAME)
+
+    def _damaged_beside(self, manifest: Manifest) -> list[str]:
+        harm = {file.name: _damage(self.folder, file) for file in manifest.files_beside}
+        return [f"{name}: {reason}" for name, reason in harm.items() if reason is not None]
+
+
+def _maker_of(manifest: Manifest) -> object:
+    """The fingerprint of the result that a committed one was recoded from; None of one that was computed."""
+    source = manifest.provenance.get("recoded_from")
+    return source.get("fingerprint") if isinstance(source, dict) else None
 
 
 def commit_file_result(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kd_assets.errors import CorruptPartError
 from kd_assets.store import Ragged
 from kd_assets.store.schema import hidden_state_of
 from kd_assets.student.dataset import at_topk_positions, padded_lists
@@ -53,6 +54,14 @@ def packed_batch(rows: Sequence[Sequence[Document]], length: int) -> dict[str, A
     `document_lengths` int64 [D]. Give the student `position_ids` and no `attention_mask`: transformers then keep
     documents apart. `loss_mask` is False on the first token of a document, which no token of its own predicts.
     """
+    for of_row in rows:
+        if (n_tokens := sum(len(document["input_ids"]) for document in of_row)) > length:
+            first = of_row[0]
+            raise CorruptPartError(
+                f"the documents from {first['document_id']!r:.80} of partition {first['partition_key']!r} on have "
+                f"{n_tokens} tokens, and were to have {length} at most: what an index or n_tokens says of them is not "
+                "what their part has: run kd-assets verify on the recipe"
+            )
     batch: dict[str, Any] = {name: [[document[name] for document in row] for row in rows] for name in KEY_FIELDS}
     batch |= _fields(rows, length)
     position_ids = np.zeros((len(rows), length), np.int64)

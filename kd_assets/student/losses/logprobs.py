@@ -48,7 +48,7 @@ def chosen_logprobs(
 ) -> Tensor:
     """[M, k]: log-probabilities of `ids_Mk` under softmax(logits / T) of the selected rows, over all V ids.
 
-    `with_rest` adds a column: the log-probability of all other ids together; ids are then different ones in each row.
+    `with_rest` adds a column: the log-probability of all other ids together. An id may be in a row twice.
     float64 for float64 logits, else float32. Raises ValueError for a temperature that is not positive or an id that the
     student has no logit for.
     """
@@ -122,7 +122,9 @@ class _ChosenLogprobs(torch.autograd.Function):
                 # p / P, which does not underflow as p and P do. For the chosen ids it is no number, and is replaced.
                 shares_RV = scaled_RV.sub_(rest_R1.masked_fill(rest_R1.isneginf(), 0.0)).exp_()
                 shares_RV.mul_(gradient[run, k:] - rest_R1.exp() * sum_R1)
-                run_RV = shares_RV.scatter_(-1, ids_Mk[run], chosen_Rk - logprobs[run, :k].exp() * sum_R1)
+                # an id that is there twice has one probability, and the sum of two gradients
+                shares_RV.scatter_(-1, ids_Mk[run], -logprobs[run, :k].exp() * sum_R1)
+                run_RV = shares_RV.scatter_add_(-1, ids_Mk[run], chosen_Rk)
             else:
                 run_RV = scaled_RV.exp_().mul_(-sum_R1).scatter_add_(-1, ids_Mk[run], chosen_Rk)
             found[tuple(place[run] for place in places)] = run_RV.mul_(ctx.scale).to(found.dtype)

@@ -149,10 +149,11 @@ def rest_to_target_loss(
     """
     places = selected_places(mask_BT, logits_BTV, topk_ids_BTk, topk_logprobs_BTk, target_ids_BT)
     ids_Mk, target_M1 = topk_ids_BTk[places], target_ids_BT[places][:, None]
+    is_kept_Mk = ~topk_logprobs_BTk[places].isneginf()
     student_MK = chosen_logprobs(logits_BTV, places, torch.cat([ids_Mk, target_M1], -1), temperature=temperature)
     kept_Mk = topk_logprobs_BTk[places].to(student_MK.dtype).exp()
     rest_M1 = (1.0 - kept_Mk.sum(-1, keepdim=True)).clamp(min=0.0)
-    is_target_Mk = ids_Mk == target_M1
+    is_target_Mk = (ids_Mk == target_M1) & is_kept_Mk
     alone_M1 = rest_M1 * ~is_target_Mk.any(-1, keepdim=True)
     teacher_MK = torch.cat([kept_Mk + rest_M1 * is_target_Mk, alone_M1], -1).log()
     return _mean_kl(_softened(teacher_MK, temperature), student_MK) * temperature**2
@@ -172,17 +173,23 @@ def _outcomes(
         raise ValueError(f"tail must be bucket or left_out, found {tail!r}")
     positive(temperature)
     places = selected_places(mask_BT, logits_BTV, topk_ids_BTk, topk_logprobs_BTk)
-    ids_Mk = topk_ids_BTk[places]
+    ids_Mk, logprobs_Mk = topk_ids_BTk[places], topk_logprobs_BTk[places]
+    # Where a position keeps fewer than k, what stands behind is no outcome, and neither has a probability for it.
+    absent_Mk = logprobs_Mk.isneginf()
     if tail == "left_out":
-        student_MK = chosen_logits(logits_BTV, places, ids_Mk)
-        teacher_MK = topk_logprobs_BTk[places].to(student_MK.dtype)
+        student_MK = chosen_logits(logits_BTV, places, ids_Mk).masked_fill(absent_Mk, -torch.inf)
+        teacher_MK = logprobs_Mk.to(student_MK.dtype)
     else:
-        has_rest = ids_Mk.shape[-1] < logits_BTV.shape[-1]
+        has_rest = ids_Mk.shape[-1] < logits_BTV.shape[-1] or bool(absent_Mk.any())
         student_MK = chosen_logprobs(logits_BTV, places, ids_Mk, with_rest=has_rest)
-        teacher_MK = topk_logprobs_BTk[places].to(student_MK.dtype)
+        teacher_MK = logprobs_Mk.to(student_MK.dtype)
         if has_rest:
             rest_M1 = 1.0 - teacher_MK.exp().sum(-1, keepdim=True)
-            teacher_MK = torch.cat([teacher_MK, rest_M1.clamp(min=_SMALLEST_TAIL).log()], dim=-1)
+            has_none_M1 = (~absent_Mk).sum(-1, keepdim=True) >= logits_BTV.shape[-1]
+            of_rest_M1 = rest_M1.clamp(min=_SMALLEST_TAIL).log().masked_fill(has_none_M1, -torch.inf)
+            teacher_MK = torch.cat([teacher_MK, of_rest_M1], dim=-1)
+            absent_Mk = torch.cat([absent_Mk, torch.zeros_like(absent_Mk[:, :1])], -1)
+        student_MK = student_MK.masked_fill(absent_Mk, -torch.inf)
     return _softened(student_MK, temperature), _softened(teacher_MK, temperature)
 
 

@@ -57,6 +57,7 @@ class Recomputation:
                 token_ids=None if self._params.topk is None else self._params.topk.token_ids,
                 routed=teacher.routed,
                 codec=self._params.codec_of(asset),
+                top_p=None if self._params.topk is None else self._params.topk.top_p,
             )
             for asset in results
         }

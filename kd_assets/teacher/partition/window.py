@@ -119,6 +119,8 @@ class TopkArrays:
     """The ids that distributions are cut to; None: all."""
     outside_mass_M: npt.NDArray[np.float32] | None
     keeps_logsumexp: bool
+    top_p: float | None
+    """Where given, the rows are cut to it once they are all there."""
 
     @staticmethod
     def empty(documents: Documents, params: TopkParams) -> TopkArrays:
@@ -135,6 +137,7 @@ class TopkArrays:
             token_ids=params.token_ids,
             outside_mass_M=None if params.token_ids is None else np.empty(m, np.float32),
             keeps_logsumexp=params.logsumexp,
+            top_p=params.top_p,
         )
 
     @property
@@ -151,6 +154,7 @@ class TopkArrays:
             sampled_ids_Md=self.sampled_ids_Md,
             outside_mass_M=self.outside_mass_M,
             positions=self.positions,
+            top_p=self.top_p,
         )
 
 

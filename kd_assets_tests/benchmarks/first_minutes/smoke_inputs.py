@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from kd_assets.model_files.fingerprints import tokenizer_fingerprint, weights_fi
 from kd_assets.sources.planning.make import plan_shards
 from kd_assets.sources.spec import Sharding, SourceSpec
 from kd_assets.store import FORMAT_VERSION, INPUT_KEY, plan_output, read_manifest
+from kd_assets.store.params_in_identity import params_in_identity
 from kd_assets_tests.benchmarks.teacher import passages
 
 RECIPE = "first_minutes"
@@ -127,21 +127,16 @@ def teacher_params(teacher: Path) -> TeacherParams:
     )
 
 
-def as_in_identity(params: dict[str, Any]) -> dict[str, Any]:
-    """All positions and all ids are kept, of which an identity says nothing."""
-    return {name: value for name, value in params.items() if name not in ("positions", "vocabulary", "token_ids")}
-
-
 def teacher_job(folder: Path, shard: Path, params: TeacherParams) -> JobFile:
     """All three caches of the shard."""
     assert params.topk is not None
     assert params.hidden_states is not None
     assert params.embeddings is not None
     manifest = read_manifest(shard)
-    caches: tuple[tuple[Asset, dict[str, Any]], ...] = (
-        ("topk_cache", as_in_identity(asdict(params.topk)) | {"seed": params.seed}),
-        ("hidden_state_cache", as_in_identity(asdict(params.hidden_states))),
-        ("embedding_cache", asdict(params.embeddings)),
+    caches: tuple[tuple[Asset, dict[str, object]], ...] = (
+        ("topk_cache", params_in_identity(params.topk, seed=params.seed)),
+        ("hidden_state_cache", params_in_identity(params.hidden_states, seed=params.seed)),
+        ("embedding_cache", params_in_identity(params.embeddings, seed=params.seed)),
     )
     outputs = tuple(
         output_of(

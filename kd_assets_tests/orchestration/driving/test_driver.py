@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from kd_assets.contract import Event
 from kd_assets.errors import SchedulerError, SchedulerUnreachableError
 from kd_assets.orchestration.driving.following import FollowedJob
+from kd_assets.orchestration.driving.listening import milestone_in_words
 from kd_assets.orchestration.driving.waiting import LONGEST_BACKOFF_S
 from kd_assets.orchestration.retries import FailureClass
 from kd_assets.scheduler import Ending, JobSpec, Submission, TaskPhase
@@ -120,6 +122,47 @@ def test_a_task_that_is_requeued_meanwhile_is_not_over(world: World) -> None:
     assert len(world.scheduler.submitted) == 1
     assert driver.failures == {FailureClass.KILLED: 1}, "an interruption that the task came back from"
     assert "warning task 0 was requeued (killed) and goes on as attempt 1" in world.log
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"slurm_nodelist": None, "host": "here", "slurm_partition": None}, "on here"),
+        ({"slurm_nodelist": "n1", "slurm_partition": "h100"}, "on n1, SLURM job 14_0"),
+    ],
+)
+def test_what_a_task_says_of_its_start_and_its_end_is_words_and_of_slurm_only_where_there_is_one(
+    world: World, where: dict[str, Any], words: str
+) -> None:
+    ids: dict[str, Any] = {
+        "slurm_job_id": "17",
+        "slurm_array_job_id": "14",
+        "slurm_array_task_id": "0",
+        "n_partitions": 2,
+    }
+    usage = {"wall_s": 41.318, "cpu_s": 20.0, "n_cpus": 4, "max_rss_gib": 2.14, "gpu_memory_gib": 60.04}
+    counts: dict[str, Any] = {"n_committed": 2, "n_reused": 0, "n_failed": 0, "n_loads": 1}
+
+    def script(job: Submission) -> None:
+        world.say(job, "task_started", **ids, **where)
+        world.say(job, "teacher_loaded", load_s=1.5, device="cpu", placement={"": 0}, gpu=None)
+        world.commit("p0", "p1")
+        world.say(job, "task_finished", wall_s=41.318, usage=usage, slurm_job_id="17", **counts)
+
+    world.on_each_submission(script)
+    world.run()
+    assert [line for line in world.log.lines if "attempt 0: " in line] == [
+        f"info task 0, attempt 0: task started, 2 partitions, {words}",
+        "info task 0, attempt 0: teacher loaded: load_s 1.5, device cpu",
+        "info task 0, attempt 0: task finished: done, 2 results made, 0 reused, 0 failed, in 41 s, 2.1 GiB, "
+        "60.0 GiB of GPU memory",
+    ]
+
+
+def test_one_of_several_processes_of_a_task_says_which_it_is() -> None:
+    data = {"status": "resumable", "signal": "SIGUSR1", "usage": None, "process_index": 1}
+    event = Event(type="task_finished", time=START, task=0, attempt=0, data=data)
+    assert milestone_in_words(event) == "task finished: resumable after SIGUSR1 (process 1)"
 
 
 def test_what_a_task_prints_is_in_the_log_to_its_last_line(world: World) -> None:
@@ -693,6 +736,19 @@ def test_a_termination_cancels_the_jobs_that_nobody_else_waits_for(world: World)
     assert world.log.count("terminated: cancelling") == 1
 
 
+def test_a_run_that_is_cancelled_and_gets_no_signal_ends_like_a_terminated_one_within_half_a_minute(
+    world: World,
+) -> None:
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.at(100, lambda: setattr(world, "is_canceled", True))
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert world.scheduler.cancelled == world.scheduler.submitted != []
+    assert world.now - START <= 100 + 31
+    assert world.n_asked_whether_canceled == 4, "one question in half a minute"
+    assert "warning this run was cancelled, and nothing else has told its process" in world.log
+
+
 def test_a_termination_says_what_still_runs_and_that_nothing_does(world: World) -> None:
     def stays(submissions: object) -> None:
         raise SchedulerUnreachableError("the jobs are not gone. Still there: 14 (COMPLETING on n1)")
@@ -708,6 +764,14 @@ def test_a_termination_says_what_still_runs_and_that_nothing_does(world: World) 
     with pytest.raises(SchedulerUnreachableError):
         world.run()
     assert "error terminated, and its jobs may go on: the jobs are not gone. Still there: 14 (COMPLETING" in world.log
+
+
+def test_a_termination_whose_exception_was_lost_is_one_at_the_next_look(world: World) -> None:
+    world.on_each_submission(lambda job: world.say(job, "task_started"))
+    world.lost_interrupt_from = world.now + 20
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert world.scheduler.cancelled == world.scheduler.submitted
 
 
 def test_a_process_that_is_stopped_without_its_run_being_terminated_leaves_its_jobs(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from kd_assets.errors import SchedulerUnreachableError
 from kd_assets.orchestration.driving.callbacks import Callbacks, CommittedResult
 from kd_assets.orchestration.driving.driver import Driver
 from kd_assets.orchestration.driving.following import FollowedJob
-from kd_assets.orchestration.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planned_work import PlannedWork
 from kd_assets.orchestration.retries import Asked, FailureClass
 from kd_assets.scheduler import (
     AccountedAttempt,
@@ -156,6 +157,10 @@ class World:
         """Partition → seconds after the start."""
         self.observed: list[tuple[Submission, Counter[FailureClass]]] = []
         self.is_terminated = True
+        self.is_canceled = False
+        self.n_asked_whether_canceled = 0
+        self.lost_interrupt_from = math.inf
+        """The time from which on there is an interrupt that nothing was raised by."""
         self.units = tuple(
             WorkUnit(partition_key=key, n_tokens=1, outputs=tuple(self.output(key, asset) for asset in assets))
             for key in self.partitions
@@ -183,6 +188,8 @@ class World:
                 flush=lambda: None,
                 observe=lambda job, failures: self.observed.append((job.submission, Counter(failures))),
                 is_terminated=lambda: self.is_terminated,
+                is_canceled=self._is_canceled,
+                raise_lost_interrupt=lambda: interrupt() if self.now >= self.lost_interrupt_from else None,
             ),
             asked=Asked(resources=Resources(memory_gib=memory_gib), token_budget=token_budget),
             n_tasks=n_tasks,
@@ -197,6 +204,10 @@ class World:
         driver = self.driver(**settings)
         driver.run()
         return driver
+
+    def _is_canceled(self) -> bool:
+        self.n_asked_whether_canceled += 1
+        return self.is_canceled
 
     def _record(self, result: CommittedResult) -> None:
         key = result.unit.partition_key

@@ -19,13 +19,15 @@ from kd_assets.dagster_internals import (
     ASSET_PARTITION_RANGE_START_TAG,
     CODE_VERSION_TAG,
     DATA_VERSION_TAG,
+    SqlEventLogStorage,
     input_tags,
 )
 from kd_assets.errors import StorageUnavailableError
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S
 from kd_assets.orchestration.recording import recorder as recorder_module
+from kd_assets.orchestration.recording.check_specs import check_specs
 from kd_assets.orchestration.recording.metadata import result_metadata
-from kd_assets.orchestration.recording.recorder import COLLECT_RESULTS, COLLECT_TOKENS, Recorder, check_specs
+from kd_assets.orchestration.recording.recorder import COLLECT_RESULTS, COLLECT_TOKENS, Recorder
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.store import CheckResult, Manifest, ResultFiles, read_manifest
 from kd_assets.store.checking.checks import check_all
@@ -182,9 +184,9 @@ def test_collected_results_keep_their_own_metadata_versions_and_checks(bench: Be
         found = record.asset_materialization
         assert found is not None
         manifest = read_manifest(Path(bench.output("topk_cache", key).path))
-        assert found.metadata["fact"].value == f"of {key}"
+        assert found.metadata["provenance"].value["job"] == {"fact": f"of {key}"}  # type: ignore[call-overload,index]
         assert found.metadata["reused"].value is True
-        assert found.metadata["fingerprint"].value == manifest.fingerprint
+        assert found.metadata["identity"].value["fingerprint"] == manifest.fingerprint  # type: ignore[call-overload,index]
         upstream = input_tags(bench.recipe.key("shards_manifest"), manifest.identity["input"], shards[key].storage_id)
         assert found.tags == upstream | {
             DATA_VERSION_TAG: manifest.data_version,
@@ -195,6 +197,7 @@ def test_collected_results_keep_their_own_metadata_versions_and_checks(bench: Be
         (r.partition_key, r.storage_id, result.run_id, r.timestamp) for r in records
     }
     assert all(e.passed for e in bench.checks(result.run_id))
+    assert all(e.metadata["partition"].value == e.partition for e in bench.checks(result.run_id))
 
 
 def test_an_upstream_that_was_never_materialized_has_no_event_pointer(bench: Bench) -> None:
@@ -349,15 +352,16 @@ def test_checks_alone_are_of_each_partitions_last_materialization(bench: Bench) 
 def before_event(monkeypatch: pytest.MonkeyPatch, bench: Bench, at: int, act: Callable[[], None]) -> None:
     """Before event number `at` of those that are stored from now on, do `act`."""
     storage, counted = bench.instance.event_log_storage, Counter[str]()
-    store_event = storage.store_event
+    assert isinstance(storage, SqlEventLogStorage)
+    row_of = storage._event_to_row
 
-    def store(event: Any) -> None:
+    def counting(event: Any) -> dict[str, Any]:
         counted["events"] += 1
         if counted["events"] == at:
             act()
-        store_event(event)
+        return row_of(event)
 
-    monkeypatch.setattr(storage, "store_event", store)
+    monkeypatch.setattr(storage, "_event_to_row", counting)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 11])
@@ -411,13 +415,14 @@ def test_a_termination_during_a_flush_comes_after_what_is_being_written(
 @pytest.mark.parametrize("series", [CPU_SERIES, GPU_SERIES])
 def test_a_partition_has_a_picture_of_its_telemetry_and_not_its_numbers(bench: Bench, series: dict[str, Any]) -> None:
     keys = bench.commit(1)
-    bench.add_facts("topk_cache", keys, telemetry=series, joules=12.5, gpu_power_watts=300.0)
+    bench.add_facts("topk_cache", keys, telemetry=series, joules=12.5, computed_tokens=100, gpu_power_watts=300.0)
     folder = Path(bench.output("topk_cache", keys[0]).path)
     metadata = result_metadata(read_manifest(folder), folder)
     assert isinstance(metadata["telemetry"], dg.MarkdownMetadataValue)
     assert str(metadata["telemetry"].value).startswith("![")
-    assert metadata["joules"] == 12.5
-    assert metadata["facts"].value == {"gpu_power_watts": 300.0}
+    assert metadata["joules_per_token"] == 0.125
+    facts = metadata["provenance"].value["facts"]
+    assert facts == {"joules": 12.5, "computed_tokens": 100, "gpu_power_watts": 300.0}
 
 
 @pytest.mark.parametrize("facts", [{}, {"telemetry": None}])
@@ -427,20 +432,21 @@ def test_a_partition_that_was_too_short_has_no_picture(bench: Bench, facts: dict
     folder = Path(bench.output("topk_cache", keys[0]).path)
     metadata = result_metadata(read_manifest(folder), folder)
     assert "telemetry" not in metadata
-    assert metadata["facts"].value == {}
+    assert "facts" not in metadata["provenance"].value
 
 
-def test_how_a_teacher_ran_stands_by_itself_in_the_metadata(bench: Bench) -> None:
+def test_how_a_teacher_ran_is_folded_into_the_provenance(bench: Bench) -> None:
     keys = bench.commit(1)
     bench.add_facts("topk_cache", keys, token_budget=4096, n_batches=3)
     folder = Path(bench.output("topk_cache", keys[0]).path)
     ran = {"placement": "tensor_parallel", "n_devices": 2, "compiled": "blocks", "quantization": "fp8 weights"}
     manifest = dataclasses.replace(read_manifest(folder), provenance=ran | {"trust_remote_code": True, "gpu": None})
     metadata = result_metadata(manifest, folder)
-    assert {name: metadata[name] for name in ran} == ran
-    assert (metadata["trust_remote_code"], metadata["token_budget"]) == (True, 4096)
-    assert "gpu" not in metadata, "what does not hold is not said"
-    assert metadata["facts"].value == {"n_batches": 3}
+    provenance = metadata["provenance"].value
+    assert {name: provenance[name] for name in ran} == ran
+    assert provenance["trust_remote_code"] is True
+    assert "gpu" not in provenance, "what is not known is not said"
+    assert provenance["facts"] == {"token_budget": 4096, "n_batches": 3}
 
 
 def test_recording_with_all_checks_takes_less_than_50_ms_a_partition(bench: Bench) -> None:

@@ -59,6 +59,15 @@ def test_on_a_machine_without_gpus_cpu_memory_and_speed_are_shown() -> None:
     assert not any("GPU" in w for w in shown)
 
 
+def test_the_ground_is_the_pages_and_ink_is_read_on_white_and_on_black() -> None:
+    svg = picture(GPU_SERIES)
+    assert not list(svg.iter(f"{SVG}rect"))
+    used = {value for element in svg.iter() for value in element.attrib.values() if re.fullmatch("#[0-9a-f]+", value)}
+    for colour in used:
+        red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        assert 0.3 < 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.65, colour
+
+
 def test_what_is_not_known_has_no_panel() -> None:
     series = {"interval_s": 1.0, "tokens_per_s": [5.0, 5.0, 6.0], "total_gpu_power_watts": [None, None, None]}
     assert [w for w in words(picture(series)) if "(" in w or "tokens" in w] == ["tokens/s", "time (s)"]

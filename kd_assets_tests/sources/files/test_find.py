@@ -98,6 +98,16 @@ def test_files_of_a_folder_that_no_format_is_known_for_are_listed(tmp_path: Path
     assert names(tmp_path, file_format="jsonl") == ["a.jsonl", "b.bin", "c/d.txt"]
 
 
+def test_a_folder_of_plain_texts_is_told_what_is_read(tmp_path: Path) -> None:
+    fill(tmp_path, "a.txt", "b.txt")
+    with pytest.raises(
+        InputError, match=r"no known format: a\.txt, b\.txt\. Names of data end in \.jsonl, "
+    ) as refusal:
+        found(tmp_path)
+    assert 'write each as a line of JSON, {"text": …}' in str(refusal.value)
+    assert "the others" not in str(refusal.value), "there are none"
+
+
 def test_links_to_folders_are_followed_and_lead_nowhere_for_ever(tmp_path: Path) -> None:
     fill(tmp_path, "data/a.jsonl", "elsewhere/b.jsonl")
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")

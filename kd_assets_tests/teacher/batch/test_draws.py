@@ -12,6 +12,7 @@ import torch
 
 from kd_assets.contract import TeacherParams, TopkParams
 from kd_assets.store import CacheReader, Documents, encode_topk, plan_output, read_manifest, verify
+from kd_assets.store.params_in_identity import params_in_identity
 from kd_assets.teacher.batch.sampling import uniforms
 from kd_assets.teacher.model.load import load_teacher
 from kd_assets.teacher.recompute import reference
@@ -39,10 +40,7 @@ def run(folder: Path, params: TeacherParams, documents: Documents) -> Path:
     desk = Desk(folder)
     unit = desk.unit(desk.commit_shard(documents), params, ("topk_cache",))
     assert params.topk is not None
-    kept = dataclasses.asdict(params.topk) | {"seed": params.seed}
-    for name in ("positions", "vocabulary", "token_ids"):  # all of them, of which an identity says nothing
-        del kept[name]
-    identity = {**unit.outputs[0].identity, "params": kept}
+    identity = {**unit.outputs[0].identity, "params": params_in_identity(params.topk, seed=params.seed)}
     output = plan_output("topk_cache", identity, recipe_folder=desk.recipe_folder, partition_key=unit.partition_key)
     desk.run(params, dataclasses.replace(unit, outputs=(output,)))
     return Path(output.path)

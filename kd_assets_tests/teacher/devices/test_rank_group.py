@@ -215,7 +215,7 @@ def test_a_killed_rank_ends_the_task_with_its_reason(tasks: Tasks) -> None:
     os.kill(of_rank_1(process), signal.SIGKILL)
     killed_at = time.monotonic()
     assert process.wait(WAIT_S) == EXIT_FAILED
-    assert time.monotonic() - killed_at < 10
+    assert time.monotonic() - killed_at < 60, "not when a collective gives up"
     (failed,) = task.events("partition_failed")
     assert (failed["error"], failed["during"]) == ("RankLostError", "run")
     assert failed["message"].startswith("rank 1 of 2 of the teacher was killed by SIGKILL")

@@ -12,7 +12,8 @@ import pytest
 from kd_assets.contract import Asset, HiddenStateParams, PositionChoice, TeacherParams, TopkParams, WorkUnit
 from kd_assets.errors import InterruptedTaskError
 from kd_assets.store import CacheReader, Documents, plan_output, read_manifest, verify
-from kd_assets.store.positions import choice_in_identity, kept_positions
+from kd_assets.store.params_in_identity import params_in_identity
+from kd_assets.store.positions import kept_positions
 from kd_assets_tests.teacher.test_runner import StopAfter
 from kd_assets_tests.teacher.tiny import Desk, part_bytes, save_teacher, tiny_documents, tiny_params
 
@@ -50,23 +51,19 @@ def unit_of(desk: Desk, docs: Documents, params: TeacherParams) -> WorkUnit:
     topk, hidden = params.topk, params.hidden_states
     assert topk is not None
     assert hidden is not None
-    words: dict[str, dict[str, Any]] = {
-        "topk_cache": {"k": topk.k, "max_length": topk.max_length, "draws": topk.draws, "seed": params.seed},
-        "hidden_state_cache": {"blocks": [1], "max_length": hidden.max_length, "final": ["after_norm"]},
+    words = {
+        "topk_cache": params_in_identity(topk, seed=params.seed),
+        "hidden_state_cache": params_in_identity(hidden, seed=params.seed),
     }
-    outputs = []
-    for output in unit.outputs:
-        said = words[output.asset]
-        if topk.positions.kept != "all":
-            said["positions"] = choice_in_identity(topk.positions)
-        outputs.append(
-            plan_output(
-                output.asset,
-                {**output.identity, "params": said},
-                recipe_folder=desk.recipe_folder,
-                partition_key=unit.partition_key,
-            )
+    outputs = [
+        plan_output(
+            output.asset,
+            {**output.identity, "params": words[output.asset]},
+            recipe_folder=desk.recipe_folder,
+            partition_key=unit.partition_key,
         )
+        for output in unit.outputs
+    ]
     return dataclasses.replace(unit, outputs=tuple(outputs))
 
 

@@ -16,6 +16,8 @@ from kd_assets.contract import Asset, HiddenStateParams, PositionChoice, Teacher
 from kd_assets.errors import InterruptedTaskError, MissingInputError, RecipeError
 from kd_assets.store import CacheReader, Documents, check_all, encode_topk, plan_output, read_manifest, verify
 from kd_assets.store.checking.checks import ResultFiles
+from kd_assets.store.computing_versions import computing_versions
+from kd_assets.store.params_in_identity import params_in_identity
 from kd_assets.store.vocabulary import VOCABULARY_NAME, vocabulary_of
 from kd_assets.teacher.model.load import load_teacher
 from kd_assets.teacher.rebuilt import RebuiltComparison
@@ -47,21 +49,21 @@ def unit_of(desk: Desk, params: TeacherParams, docs: Documents | None = None) ->
     unit = desk.unit(desk.commit_shard(docs), params, assets=CUT)
     topk = params.topk
     assert topk is not None
-    words: dict[str, dict[str, Any]] = {
-        "topk_cache": {"k": topk.k, "max_length": topk.max_length, "draws": topk.draws, "seed": params.seed},
-        "hidden_state_cache": {"blocks": [], "max_length": 64, "final": ["after_norm"]},
+    assert params.hidden_states is not None
+    words = {
+        "topk_cache": params_in_identity(topk, seed=params.seed),
+        "hidden_state_cache": params_in_identity(params.hidden_states, seed=params.seed),
     }
-    if topk.token_ids is not None:
-        words["topk_cache"]["vocabulary"] = topk.token_ids.in_identity()
-    if topk.positions.kept != "all":
-        words["topk_cache"]["positions"] = topk.positions.kept
-    if topk.codec != "plain":
-        words["topk_cache"]["codec"] = topk.codec
     common = {"weights_fingerprint": params.weights_fingerprint, "dtype": params.dtype}
     outputs = [
         plan_output(
             output.asset,
-            {**output.identity, **common, "params": words[output.asset]},
+            {
+                **output.identity,
+                **common,
+                **computing_versions(output.asset, words[output.asset]),
+                "params": words[output.asset],
+            },
             recipe_folder=desk.recipe_folder,
             partition_key=unit.partition_key,
         )

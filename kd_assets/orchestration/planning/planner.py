@@ -44,8 +44,8 @@ from kd_assets.model_files.digests import DigestCache, Say
 from kd_assets.model_files.fingerprints import known_weights_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from kd_assets.model_files.folder import model_folder
 from kd_assets.model_files.vocabulary import shared_token_ids, teacher_token_ids
-from kd_assets.orchestration.planned_work import PlannedWork
-from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe, content_of
+from kd_assets.orchestration.planning.planned_work import PlannedWork
+from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.sources.planning.make import plan_shards
 from kd_assets.sources.planning.plan import PinnedSource, PlannedShard, ShardPlan, plan_name, read_plan
 from kd_assets.sources.planning.token_rate import CountTokens, token_counter
@@ -53,6 +53,7 @@ from kd_assets.sources.spec import resolve_path
 from kd_assets.store import FORMAT_VERSION, Manifest, committed, failed_check, fingerprint, plan_output
 from kd_assets.store.computing_versions import computing_versions
 from kd_assets.store.fingerprint import INPUT_KEY
+from kd_assets.store.params_in_identity import params_in_identity
 from kd_assets.store.reading.planned import PLAN_NAME
 
 TEACHER_FILE = "teacher.json"
@@ -242,7 +243,7 @@ class Planner:
             "tokenizer_fingerprint": self._tokenizer_identity()[1],
             "dtype": self._recipe.teacher.dtype,
             **self._recipe.teacher.changes_to_the_model,
-            "params": content_of(self._cache_params(asset), seed=self._recipe.teacher.seed),
+            "params": params_in_identity(self._cache_params(asset), seed=self._recipe.teacher.seed),
             "part_documents": self._recipe.part_documents,
             "part_tokens": self._recipe.part_tokens,
         }

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kd_assets.contract import Asset, Output, WorkUnit
-from kd_assets.orchestration.planned_work import PlannedWork
-from kd_assets.orchestration.planner import Planner
+from kd_assets.orchestration.planning.planned_work import PlannedWork
+from kd_assets.orchestration.planning.planner import Planner
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.store import Manifest, failed_check
 

@@ -13,7 +13,7 @@ from kd_assets.contract import JobKind
 from kd_assets.errors import InputError, RecipeError
 from kd_assets.model_files.placement import Placement, place
 from kd_assets.model_files.size import teacher_size
-from kd_assets.orchestration.planner import Planner
+from kd_assets.orchestration.planning.planner import Planner
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.scheduler import Profile, Resources
