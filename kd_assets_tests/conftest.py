@@ -62,6 +62,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = of_each.values()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How a test failed that is run once more (`.ci/run`): a fault of the test, or one that is there now and then."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.section(f"failed, and was run again: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for those by which Dagster marks what we use of it as beta or superseded each time it
     is called (its version is pinned). Not in pyproject.toml, which must do where dagster is not installed."""
