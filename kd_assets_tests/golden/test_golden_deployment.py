@@ -149,7 +149,7 @@ def test_everything_that_was_committed_is_reused_and_no_job_is_submitted(
     }
     for (asset, partition), (materialization,) in golden.materializations(result.run_id).items():
         if partition is not None:
-            assert materialization.metadata["reused"].value is True, (asset, partition)
+            assert materialization.metadata["provenance"].value["reused"] is True, (asset, partition)
     checks = golden.checks(result.run_id)
     assert len(checks) == len(CACHES) * len(SHARDS) * 4
     assert [check for check in checks if not check.passed] == []
@@ -170,7 +170,9 @@ def test_a_cache_that_was_lost_is_made_again_and_is_the_same_result(golden: Gold
     shutil.rmtree(folder)
     result = golden.run(*CACHES, partition=SHARDS[1])
     assert result.success, failure_text(result)
-    reused = {key[0]: m[0].metadata["reused"].value for key, m in golden.materializations(result.run_id).items()}
+    reused = {
+        key[0]: m[0].metadata["provenance"].value["reused"] for key, m in golden.materializations(result.run_id).items()
+    }
     assert reused == {"topk_cache": True, "hidden_state_cache": True, "embedding_cache": False}
     assert len(golden.submissions) == 1
     assert json.loads((folder / "manifest.json").read_bytes())["fingerprint"] == of_then["fingerprint"]

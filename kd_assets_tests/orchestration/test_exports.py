@@ -122,7 +122,7 @@ def test_what_is_there_is_found_and_recorded_again_without_a_job(exported: Expor
     assert again.success, failure_text(again)
     assert n_jobs(deployment, "export") == 1
     recorded = deployment.materializations(again.run_id)
-    assert {m.metadata["reused"].value for ms in recorded.values() for m in ms} == {True}
+    assert {m.metadata["provenance"].value["reused"] for ms in recorded.values() for m in ms} == {True}
     assert requests_of_the_night(deployment) == []
 
 

@@ -143,7 +143,7 @@ def test_dagster_shows_what_a_result_was_recoded_from(changed: Changed) -> None:
         assert provenance["recoded_from"]["data_version"] == before.data_version
         assert provenance["teacher"] == changed.after.recipe.teacher.model
         assert "/recode-" in str(metadata["made_by"].value), "the log is that of the job that recoded it"
-        assert metadata["reused"].value is False
+        assert metadata["provenance"].value["reused"] is False
         assert tags[input_data_version_tag(changed.after.recipe.key("shards_manifest"))] == before.identity["input"]
         assert tags[DATA_VERSION_TAG] != before.data_version
         folder, made = results_of(changed.after, asset, "compact" if asset == "topk_cache" else "int8_32")[key]
@@ -165,7 +165,7 @@ def test_the_next_run_reuses_what_was_recoded(changed: Changed) -> None:
     again = changed.after.run(*CACHES, partition_range=ALL)
     assert again.success, failure_text(again)
     recorded = changed.after.materializations(again.run_id)
-    assert {m.metadata["reused"].value for found in recorded.values() for m in found} == {True}
+    assert {m.metadata["provenance"].value["reused"] for found in recorded.values() for m in found} == {True}
     assert n_jobs(changed.after, "recode") == 1
 
 

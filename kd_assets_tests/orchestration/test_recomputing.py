@@ -36,7 +36,7 @@ def made(deploy: Callable[..., Deployment]) -> Deployment:
 def reused(deployment: Deployment, result: dg.ExecuteInProcessResult) -> dict[tuple[str, str | None], bool]:
     assert result.success, failure_text(result)
     recorded = deployment.materializations(result.run_id)
-    return {key: bool(record.metadata["reused"].value) for key, (record,) in recorded.items()}
+    return {key: bool(record.metadata["provenance"].value["reused"]) for key, (record,) in recorded.items()}
 
 
 def part_of(deployment: Deployment, asset: str, partition: str) -> Path:

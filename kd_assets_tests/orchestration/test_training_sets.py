@@ -222,5 +222,5 @@ def test_data_that_is_appended_makes_a_new_shard_and_leaves_the_others(trained: 
     result = deployment.run("shards_manifest", partition_range=(plan.keys[0], plan.keys[-1]))
     assert result.success, failure_text(result)
     for (_, key), (materialization,) in deployment.materializations(result.run_id).items():
-        assert materialization.metadata["reused"].value is (key in before)
+        assert materialization.metadata["provenance"].value["reused"] is (key in before)
     assert not verify(trained.folder).problems

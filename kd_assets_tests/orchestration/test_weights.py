@@ -61,7 +61,9 @@ def test_students_and_checks_need_no_weights(deployment: Deployment, teacher: Pa
     trained = deployment.run("student_smoke")
     assert trained.success, failure_text(trained)
     (materialization,) = deployment.materializations(trained.run_id)["student_smoke", None]
-    manifest = json.loads((Path(str(materialization.metadata["folder"].value)) / "manifest.json").read_bytes())
+    manifest = json.loads(
+        (Path(str(materialization.metadata["identity"].value["folder"])) / "manifest.json").read_bytes()
+    )
     assert manifest["provenance"]["weights_fingerprint"] == fingerprint
 
     checked = only_checks(deployment, "topk_cache", SHARDS[0])

@@ -77,15 +77,13 @@ def result_metadata(
     metadata |= shard_words(facts)
     if "recoded_from" in manifest.provenance:
         metadata |= recoded_from(manifest, folder)
-    metadata["reused"] = reused
     if made_by := made_by_in_words(manifest, job):
-        metadata["made_by"] = made_by
+        metadata["made_by"] = f"{made_by} (reused)" if reused else made_by
     if (picture := telemetry_picture_markdown(facts.get("telemetry"))) is not None:
         metadata["telemetry"] = dg.MetadataValue.md(picture)
     return metadata | {
-        "folder": dg.MetadataValue.path(str(folder)),
-        "identity": dg.MetadataValue.json(identity_of(manifest)),
-        "provenance": dg.MetadataValue.json(provenance_of(manifest, job)),
+        "identity": dg.MetadataValue.json(identity_of(manifest, folder)),
+        "provenance": dg.MetadataValue.json({"reused": reused, **provenance_of(manifest, job)}),
     }
 
 
@@ -232,8 +230,9 @@ def task_id_of(maker: Mapping[str, Any]) -> str | None:
     return f"{array_job_id}_{task}" if array_job_id and task else maker.get("slurm_job_id")
 
 
-def identity_of(manifest: Manifest) -> dict[str, Any]:
+def identity_of(manifest: Manifest, folder: Path) -> dict[str, Any]:
     return {
+        "folder": str(folder),
         "variant": manifest.variant,
         "fingerprint": manifest.fingerprint,
         "data_version": manifest.data_version,

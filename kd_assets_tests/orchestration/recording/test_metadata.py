@@ -122,7 +122,6 @@ def test_a_result_has_a_dozen_rows_and_numbers_that_are_worth_a_plot(tmp_path: P
         "tokens_per_s": 4887.2,
         "joules_per_token": 0.3,
         "queue_wait_s": 12.5,
-        "reused": False,
     }
     n, size = manifest.n_documents, bytes_in_words(manifest.n_bytes)
     assert metadata["contents"] == f"{n} documents, {manifest.n_tokens:,} tokens, {size}"
@@ -130,13 +129,22 @@ def test_a_result_has_a_dozen_rows_and_numbers_that_are_worth_a_plot(tmp_path: P
     assert metadata["made_by"] == (
         f"{made_at} UTC, SLURM job 14_3 on n01 (4 × NVIDIA H100), in 41 s, 2 restarts, log /jobs/slurm-14_3.log"
     )
-    assert len(metadata) == len(numbers) + len(["contents", "made_by", "telemetry", "folder", "identity", "provenance"])
+    assert len(metadata) == len(numbers) + len(["contents", "made_by", "telemetry", "identity", "provenance"]) == 12
+
+
+def test_a_result_of_an_earlier_run_says_so_and_who_made_it(tmp_path: Path) -> None:
+    manifest, folder = topk(tmp_path)
+    made, reused = (result_metadata(manifest, folder, reused=is_reused) for is_reused in (False, True))
+    assert reused["made_by"] == f"{made['made_by']} (reused)"
+    assert [m["provenance"].value["reused"] for m in (made, reused)] == [False, True]
+    assert reused.keys() == made.keys()
 
 
 def test_hashes_are_in_the_identity_and_all_else_that_is_known_in_the_provenance(tmp_path: Path) -> None:
     manifest, folder = topk(tmp_path)
     metadata = result_metadata(manifest, folder, job={"log": "/log"})
     assert metadata["identity"].value == {
+        "folder": str(folder),
         "variant": manifest.variant,
         "fingerprint": manifest.fingerprint,
         "data_version": manifest.data_version,
@@ -168,4 +176,4 @@ def test_a_number_that_is_none_is_left_out(tmp_path: Path, value: object) -> Non
 def test_a_result_without_documents_and_of_an_early_version_has_a_page(tmp_path: Path) -> None:
     manifest, folder = topk(tmp_path, n_documents=0, n_tokens=0, n_bytes=0, parts=(), facts={}, stats={}, checks={})
     metadata = result_metadata(dataclasses.replace(manifest, provenance={}), folder)
-    assert set(metadata) == {"reused", "folder", "identity", "provenance"}
+    assert set(metadata) == {"identity", "provenance"}

@@ -185,7 +185,7 @@ def test_collected_results_keep_their_own_metadata_versions_and_checks(bench: Be
         assert found is not None
         manifest = read_manifest(Path(bench.output("topk_cache", key).path))
         assert found.metadata["provenance"].value["job"] == {"fact": f"of {key}"}  # type: ignore[call-overload,index]
-        assert found.metadata["reused"].value is True
+        assert found.metadata["provenance"].value["reused"] is True
         assert found.metadata["identity"].value["fingerprint"] == manifest.fingerprint  # type: ignore[call-overload,index]
         upstream = input_tags(bench.recipe.key("shards_manifest"), manifest.identity["input"], shards[key].storage_id)
         assert found.tags == upstream | {
