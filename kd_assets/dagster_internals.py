@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeGuard
@@ -21,6 +22,7 @@ from typing import Any, TypeGuard
 import dagster as dg
 import sqlalchemy as sa
 from dagster._cli.utils import TMP_DAGSTER_HOME_PREFIX
+from dagster._core.asset_graph_view.serializable_entity_subset import SerializableEntitySubset
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData as CheckTarget,
 )
@@ -38,7 +40,10 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from dagster._core.events import StepMaterializationData
 from dagster._core.events.log import EventLogEntry
 from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
-from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus, AssetCheckPartitionInfo
+from dagster._core.storage.asset_check_execution_record import (
+    AssetCheckExecutionRecordStatus,
+    AssetCheckExecutionResolvedStatus,
+)
 from dagster._core.storage.asset_check_state import AssetCheckState
 from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, AssetKeyTable, SqlEventLogStorageTable
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
@@ -67,12 +72,15 @@ __all__ = [
     "DATA_VERSION_TAG",
     "PARTITION_NAME_TAG",
     "TMP_DAGSTER_HOME_PREFIX",
-    "AssetCheckPartitionInfo",
+    "AssetCheckExecutionRecordStatus",
+    "AssetCheckExecutionResolvedStatus",
+    "AssetCheckExecutionsTable",
     "AssetCheckState",
     "CheckTarget",
     "DagsterSqliteStorage",
     "EventLogEntry",
     "InterruptSignals",
+    "SerializableEntitySubset",
     "SqlEventLogStorage",
     "SqliteEventLogStorage",
     "UnresolvedAssetJobDefinition",
@@ -94,6 +102,10 @@ __all__ = [
     "version_tags",
     "withdraw_planned_checks",
 ]
+
+
+INSERTED_TOGETHER = 1000
+"""Rows of planned checks, in one statement."""
 
 
 def is_forgotten_at_its_end(instance: dg.DagsterInstance) -> bool:
@@ -399,9 +411,10 @@ def _store_checks(
 ) -> None:
     """`stored`: events with their ids and as they are serialized."""
     table = AssetCheckExecutionsTable
-    planned = [row for entry, storage_id, _ in stored for row in _planned_check_rows(storage, entry, storage_id)]
-    if planned:
-        index.execute(table.insert(), planned)
+    planned = (row for entry, storage_id, _ in stored for row in _planned_check_rows(storage, entry, storage_id))
+    # A row for each partition of each check of a run: all at once they are as large as the run is for hours.
+    while rows := list(islice(planned, INSERTED_TOGETHER)):
+        index.execute(table.insert(), rows)
     rows = [row for of_event in stored if (row := _evaluated_check_row(storage, *of_event)) is not None]
     if not rows:
         return
@@ -418,29 +431,28 @@ def _store_checks(
         index.execute(table.insert(), new)
 
 
-def _planned_check_rows(storage: SqlEventLogStorage, entry: EventLogEntry, storage_id: int) -> list[dict[str, Any]]:
+def _planned_check_rows(storage: SqlEventLogStorage, entry: EventLogEntry, storage_id: int) -> Iterator[dict[str, Any]]:
     """A row a partition. Its event names no partitions: with all of the run's in each, what a run writes would grow
     with their square."""
     event = entry.get_dagster_event()
     if event.event_type is not dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED:
-        return []
+        return
     planned = event.asset_check_planned_data
     without_partitions = event._replace(event_specific_data=copy(planned, partitions_subset=None))
     serialized = serialize_value(entry._replace(dagster_event=without_partitions))
     keys = [None] if planned.partitions_subset is None else planned.partitions_subset.get_partition_keys()
-    return [
-        {
+    timestamp = storage._event_insert_timestamp(entry)  # type: ignore[no-untyped-call]
+    for key in keys:
+        yield {
             "asset_key": planned.asset_key.to_string(),
             "check_name": planned.check_name,
             "partition": key,
             "run_id": entry.run_id,
             "execution_status": AssetCheckExecutionRecordStatus.PLANNED.value,
             "evaluation_event": serialized,
-            "evaluation_event_timestamp": storage._event_insert_timestamp(entry),  # type: ignore[no-untyped-call]
+            "evaluation_event_timestamp": timestamp,
             "evaluation_event_storage_id": storage_id,
         }
-        for key in keys
-    ]
 
 
 def _evaluated_check_row(

@@ -48,7 +48,7 @@ from kd_assets.dagster_internals import (
     takes_events_together,
     withdraw_planned_checks,
 )
-from kd_assets.dagster_storage.batches import BATCH_SIZE_VARIABLE, KNOWN_S
+from kd_assets.dagster_storage.in_bulk import BATCH_SIZE_VARIABLE
 from kd_assets.dagster_storage.sqlite import SqliteEventLog
 from kd_assets.errors import InputError
 from kd_assets.recipes.project import PROJECT_FOLDER
@@ -286,6 +286,7 @@ def test_what_a_run_plans_is_stored_as_dagster_stores_it_and_names_no_partitions
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(BATCH_SIZE_VARIABLE, raising=False)
+    monkeypatch.setattr(dagster_internals, "INSERTED_TOGETHER", 2)
     found = []
     for name in ("dagster", "ours"):
         (tmp_path / name).mkdir()
@@ -314,24 +315,6 @@ def test_the_storage_of_the_shipped_dagster_yaml_has_the_files_of_dagsters_defau
     (tmp_path / "dagster.yaml").write_text((PROJECT_FOLDER / "dagster.yaml").read_text())
     with dg.DagsterInstance.get() as instance:
         assert stored(instance) == (["a"], ["a"])
-
-
-def test_whether_there_are_partitions_is_one_query_for_many_and_is_true(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage = SqliteEventLog(str(tmp_path))
-    storage.add_dynamic_partitions("mine", [f"p{i}" for i in range(50)])
-    n_connections = Counter[str]()
-    connected = storage.index_connection
-    monkeypatch.setattr(storage, "index_connection", lambda: (n_connections.update("n"), connected())[1])
-    assert all(storage.has_dynamic_partition("mine", f"p{i}") for i in range(50))
-    assert n_connections["n"] < 10
-    assert not storage.has_dynamic_partition("mine", "new")
-    storage.add_dynamic_partitions("mine", ["new"])
-    assert storage.has_dynamic_partition("mine", "new")
-    storage.delete_dynamic_partition("mine", "p1")
-    assert not storage.has_dynamic_partition("mine", "p1")
-    assert not storage.has_dynamic_partition("others", "p2")
 
 
 def test_an_exception_leaves_nothing_of_what_was_to_be_stored_together(
@@ -395,9 +378,7 @@ def test_an_interrupt_at_any_moment_of_storing_is_not_lost_and_leaves_no_half(in
 
 def check_that_one_sees_what_the_other_writes(one: dg.DagsterInstance, other: dg.DagsterInstance) -> None:
     """With two instances on one database, as two processes have them."""
-    now = 0.0
-    vars(sql(one))["_clock"] = lambda: now
-    for i in range(3):  # from the second question on all that there are are remembered
+    for i in range(3):
         other.add_dynamic_partitions("mine", [f"p{i}"])
         assert one.has_dynamic_partition("mine", f"p{i}")
         assert one.get_dynamic_partitions("mine") == [f"p{j}" for j in range(i + 1)]
@@ -407,7 +388,6 @@ def check_that_one_sees_what_the_other_writes(one: dg.DagsterInstance, other: dg
         assert one.get_materialized_partitions(KEY) == {f"p{j}" for j in range(i + 1)}
     other.delete_dynamic_partition("mine", "p1")
     assert one.get_dynamic_partitions("mine") == ["p0", "p2"]
-    now += KNOWN_S + 0.1
     assert not one.has_dynamic_partition("mine", "p1")
 
 

@@ -22,7 +22,7 @@ from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import get_token_provider_from_config, pg_url_from_config
 
 from kd_assets.dagster_internals import interrupt_is_held_back
-from kd_assets.dagster_storage.batches import TakesBatches, have_batches_handed_over
+from kd_assets.dagster_storage.in_bulk import InBulk, have_batches_handed_over
 from kd_assets.errors import DatabaseUnavailableError
 
 PATIENCE_S = 600.0
@@ -39,7 +39,7 @@ REFUSED = re.compile(
 speaks another language is not understood, and is waited for."""
 
 
-class PostgresqlEventLog(TakesBatches, PostgresEventLogStorage):  # type: ignore[misc]
+class PostgresqlEventLog(InBulk, PostgresEventLogStorage):  # type: ignore[misc]
     """Events of all runs in one table."""
 
 

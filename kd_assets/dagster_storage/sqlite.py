@@ -25,11 +25,11 @@ from kd_assets.dagster_internals import (
     SqliteEventLogStorage,
     event_logs_directory,
 )
-from kd_assets.dagster_storage.batches import TakesBatches, have_batches_handed_over
+from kd_assets.dagster_storage.in_bulk import InBulk, have_batches_handed_over
 from kd_assets.errors import InputError
 
 
-class SqliteEventLog(TakesBatches, SqliteEventLogStorage):
+class SqliteEventLog(InBulk, SqliteEventLogStorage):
     """Events in one file a run, and one of all."""
 
     dagster_home: str | None = None

@@ -26,7 +26,7 @@ from kd_assets.store import committed, computing_versions, read_manifest, verify
 from kd_assets.student.dataset import TeacherCacheDataset
 from kd_assets_tests.golden.deployment import GoldenDeployment, write_project
 from kd_assets_tests.golden.facts import FOLDER, KEPT, RECIPE, expected, results_of
-from kd_assets_tests.orchestration.deployment import failure_text
+from kd_assets_tests.orchestration.deployment import failure_text, is_reused
 
 SHARDS = ("golden-00000", "golden-00001", "golden-00002")
 ALL = (SHARDS[0], SHARDS[-1])
@@ -149,7 +149,7 @@ def test_everything_that_was_committed_is_reused_and_no_job_is_submitted(
     }
     for (asset, partition), (materialization,) in golden.materializations(result.run_id).items():
         if partition is not None:
-            assert materialization.metadata["provenance"].value["reused"] is True, (asset, partition)
+            assert is_reused(materialization), (asset, partition)
     checks = golden.checks(result.run_id)
     assert len(checks) == len(CACHES) * len(SHARDS) * 4
     assert [check for check in checks if not check.passed] == []
@@ -170,9 +170,7 @@ def test_a_cache_that_was_lost_is_made_again_and_is_the_same_result(golden: Gold
     shutil.rmtree(folder)
     result = golden.run(*CACHES, partition=SHARDS[1])
     assert result.success, failure_text(result)
-    reused = {
-        key[0]: m[0].metadata["provenance"].value["reused"] for key, m in golden.materializations(result.run_id).items()
-    }
+    reused = {key[0]: is_reused(m[0]) for key, m in golden.materializations(result.run_id).items()}
     assert reused == {"topk_cache": True, "hidden_state_cache": True, "embedding_cache": False}
     assert len(golden.submissions) == 1
     assert json.loads((folder / "manifest.json").read_bytes())["fingerprint"] == of_then["fingerprint"]

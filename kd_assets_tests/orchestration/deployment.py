@@ -200,6 +200,22 @@ defs = dg.Definitions.merge(
 """
 
 
+def is_reused(materialization: dg.AssetMaterialization) -> bool:
+    """Whether its run found the result committed."""
+    return bool(_in_json(materialization, "provenance")["reused"])
+
+
+def folder_of(materialization: dg.AssetMaterialization) -> Path:
+    return Path(_in_json(materialization, "identity")["folder"])
+
+
+def _in_json(materialization: dg.AssetMaterialization, name: str) -> dict[str, Any]:
+    value = materialization.metadata[name]
+    assert isinstance(value, dg.JsonMetadataValue)
+    assert isinstance(value.data, dict)
+    return value.data
+
+
 def write_definitions(deployment: Deployment) -> Path:
     """The deployment as a file that the dagster command line can load."""
     path = deployment.home / "tiny_definitions.py"

@@ -1,87 +1,148 @@
-"""How checks stand at thousands of partitions."""
+"""How checks stand at thousands of partitions, as an asset's page asks for it."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster._core.definitions.partitions.subset import DefaultPartitionsSubset, PartitionsSubset
-from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
+import sqlalchemy as sa
+import yaml  # type: ignore[import-untyped]
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.storage.asset_check_state import bulk_update_asset_check_state
 
-from kd_assets.dagster_internals import AssetCheckPartitionInfo, AssetCheckState
-from kd_assets.dagster_storage.check_states import StateByHalves
-from kd_assets.dagster_storage.sqlite import SqliteEventLog
+from kd_assets.dagster_internals import (
+    AssetCheckExecutionRecordStatus,
+    AssetCheckExecutionsTable,
+    AssetCheckState,
+    EventLogEntry,
+    store_together,
+)
+from kd_assets.recipes.project import PROJECT_FOLDER
+from kd_assets_tests.test_dagster_internals import KEY, materialized, sql
 
-CHECK = dg.AssetCheckKey(dg.AssetKey("cache"), "files")
-RUNS = {"failed": dg.DagsterRunStatus.FAILURE, "ended": dg.DagsterRunStatus.SUCCESS}
+PARTITIONS = dg.DynamicPartitionsDefinition(name="mine")
+NAMES = ("complete", "finite", "never evaluated")
+CHECKS = [dg.AssetCheckKey(KEY, name) for name in NAMES]
+RUNS = {
+    "failed": dg.DagsterRunStatus.FAILURE,
+    "cancelled": dg.DagsterRunStatus.CANCELED,
+    "ended": dg.DagsterRunStatus.SUCCESS,
+    "goes on": dg.DagsterRunStatus.STARTED,
+    "also goes on": dg.DagsterRunStatus.STARTED,
+}
+FORGOTTEN = "a run that was deleted"
 
 
-def records(n: int, seed: int = 0) -> Sequence[AssetCheckPartitionInfo]:
-    """Of partitions of which each has a check that is planned, of a run that ended or of one that goes on, or
-    evaluated, before or after the partition was last materialized."""
+@pytest.fixture
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
+    """With the storage of the shipped dagster.yaml."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    settings = yaml.safe_load((PROJECT_FOLDER / "dagster.yaml").read_text())
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump({"storage": settings["storage"]}))
+    with dg.DagsterInstance.get() as made:
+        yield made
+
+
+def make_history(instance: dg.DagsterInstance, *, n: int, seed: int = 0) -> None:
+    """Of `n` partitions each has been materialized, or not, or twice, and its checks planned and evaluated, before and
+    after that, by runs that ended in every way. Some partitions have been deleted since."""
     rng = random.Random(seed)
-    return [
-        AssetCheckPartitionInfo(
-            check_key=CHECK,
-            partition_key=f"p{i}",
-            latest_execution_status=rng.choice(list(AssetCheckExecutionRecordStatus)),
-            latest_planned_run_id=rng.choice([*RUNS, "goes on"]),
-            latest_check_event_storage_id=rng.randrange(1000),
-            latest_materialization_storage_id=rng.choice([None, 1, 2]),
-            latest_target_materialization_storage_id=rng.choice([1, 2]),
-        )
-        for i in range(n)
+    keys = [f"p{i}" for i in range(n)]
+    instance.add_dynamic_partitions("mine", [key for key in keys if rng.random() < 0.9])
+    for run_id, status in RUNS.items():
+        instance.add_run(dg.DagsterRun(job_name="job", run_id=run_id, status=status))
+    targets: list[int | None] = [None]
+    for _ in range(2):
+        chosen = rng.sample(keys, len(keys) * 2 // 3)
+        targets += store_together(sql(instance), [materialized(key) for key in chosen]) if chosen else []
+    rows = [
+        {
+            "asset_key": KEY.to_string(),
+            "check_name": name,
+            "partition": key,
+            "run_id": run_id,
+            "execution_status": rng.choice(list(AssetCheckExecutionRecordStatus)).value,
+            "evaluation_event_storage_id": rng.choice([None, rng.randrange(1, 1000)]) if key == "p0" else 1 + at,
+            "materialization_event_storage_id": rng.choice(targets),
+        }
+        for key in [*keys, None]
+        for name in NAMES[:2]
+        for at, run_id in enumerate(rng.sample([*RUNS, FORGOTTEN], rng.randrange(4)))
     ]
+    newest = targets_of(instance)
+    for row in rows:
+        if rng.random() < 0.6:
+            row["materialization_event_storage_id"] = newest.get(str(row["partition"]))
+    with sql(instance).index_connection() as connection:
+        connection.execute(AssetCheckExecutionsTable.insert(), rows)
 
 
-@pytest.mark.parametrize("n", [0, 1, 64, 65, 1000])
-def test_the_state_of_many_partitions_is_that_which_dagster_makes_one_by_one(n: int) -> None:
-    partitions = dg.StaticPartitionsDefinition([f"p{i}" for i in range(n) if i % 10])  # some have been deleted
-    expected, found = (
-        empty.with_updates(CHECK, partitions, records(n), RUNS)
-        for empty in (AssetCheckState.empty(), StateByHalves.empty())
-    )
-    assert found.latest_storage_id == expected.latest_storage_id
-    assert found.subsets == expected.subsets
-    assert found.in_progress_runs == expected.in_progress_runs
-    assert n < 1000 or not any(subset.is_empty for subset in found.subsets.values())
+def targets_of(instance: dg.DagsterInstance) -> Mapping[str, int]:
+    return instance.get_latest_storage_id_by_partition(KEY, dg.DagsterEventType.ASSET_MATERIALIZATION)
 
 
-def test_a_check_of_an_asset_without_partitions_has_its_state() -> None:
-    evaluated = AssetCheckPartitionInfo(
-        check_key=CHECK,
-        partition_key=None,
-        latest_execution_status=AssetCheckExecutionRecordStatus.SUCCEEDED,
-        latest_planned_run_id="ended",
-        latest_check_event_storage_id=2,
-        latest_materialization_storage_id=1,
-        latest_target_materialization_storage_id=1,
-    )
-    state = StateByHalves.empty().with_updates(CHECK, None, [evaluated], {})
-    assert {status.value: subset.value for status, subset in state.subsets.items()}["SUCCEEDED"] is True
+Asked = Sequence[tuple[dg.AssetCheckKey, dg.PartitionsDefinition | None]]
 
 
-def test_twice_the_partitions_cost_about_twice_and_not_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = [0]
-    unite = DefaultPartitionsSubset.__or__
-
-    def counted(one: DefaultPartitionsSubset, other: DefaultPartitionsSubset) -> PartitionsSubset[str]:
-        copied[0] += len(one) + len(other)
-        return unite(one, other)
-
-    monkeypatch.setattr(DefaultPartitionsSubset, "__or__", counted)
-    n_copied = []
-    for n in (2000, 4000):
-        copied[0] = 0
-        partitions = dg.StaticPartitionsDefinition([f"p{i}" for i in range(n)])
-        StateByHalves.empty().with_updates(CHECK, partitions, records(n), RUNS)
-        n_copied.append(copied[0])
-    assert n_copied[1] < 2.5 * n_copied[0]
+def of_dagster(instance: dg.DagsterInstance, asked: Asked) -> Mapping[dg.AssetCheckKey, AssetCheckState]:
+    with partition_loading_context(dynamic_partitions_store=instance):
+        return bulk_update_asset_check_state(instance, asked, {key: AssetCheckState.empty() for key, _ in asked})
 
 
-def test_the_storage_begins_with_it(tmp_path: Path) -> None:
-    states = SqliteEventLog(str(tmp_path)).get_checkpointed_asset_check_state([CHECK])
-    assert isinstance(states[CHECK], StateByHalves)
+def check_that_states_are_those_of_dagster(instance: dg.DagsterInstance) -> None:
+    asked = [(key, PARTITIONS) for key in CHECKS]
+    expected = of_dagster(instance, asked)
+    found = instance.event_log_storage.get_asset_check_state(asked)
+    assert found.keys() == expected.keys()
+    for key, state in found.items():
+        assert state.subsets == expected[key].subsets
+        assert state.in_progress_runs == expected[key].in_progress_runs
+        assert state.latest_storage_id == expected[key].latest_storage_id
+    if len(instance.get_dynamic_partitions("mine")) > 100:
+        assert not any(subset.is_empty for subset in found[CHECKS[0]].subsets.values()), "the history has everything"
+        assert set(found[CHECKS[0]].in_progress_runs) == {"goes on", "also goes on", FORGOTTEN}
+
+
+def whole() -> EventLogEntry:
+    """A materialization that names no partition."""
+    return materialized(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [0, 1, 300])
+@pytest.mark.parametrize("after", [(), (whole,)], ids=["", "materialized as a whole since"])
+def test_the_states_of_checks_are_those_that_dagster_makes(
+    n: int, after: tuple[Callable[[], EventLogEntry], ...], instance: dg.DagsterInstance
+) -> None:
+    make_history(instance, n=n)
+    if not after:
+        check_that_states_are_those_of_dagster(instance)
+        return
+    instance.event_log_storage.store_event(after[0]())
+    asked = [(key, PARTITIONS) for key in CHECKS]
+    assert instance.event_log_storage.get_asset_check_state(asked) == of_dagster(instance, asked)
+
+
+def test_checks_of_other_partitions_and_of_none_are_left_to_dagster(instance: dg.DagsterInstance) -> None:
+    make_history(instance, n=20)
+    of_names = dg.StaticPartitionsDefinition([f"p{i}" for i in range(20)])
+    asked = [(CHECKS[0], None), (CHECKS[1], of_names)]
+    assert instance.event_log_storage.get_asset_check_state(asked) == of_dagster(instance, asked)
+
+
+def test_more_partitions_take_no_more_queries(instance: dg.DagsterInstance) -> None:
+    n_queries = []
+    for n in (20, 200):
+        make_history(instance, n=n) if n == 20 else instance.add_dynamic_partitions("mine", [f"p{i}" for i in range(n)])
+        statements: list[str] = []
+
+        def counted(*arguments: object, statements: list[str] = statements) -> None:
+            statements.append(str(arguments[2]))
+
+        sa.event.listen(sa.Engine, "before_cursor_execute", counted)
+        instance.event_log_storage.get_asset_check_state([(key, PARTITIONS) for key in CHECKS])
+        sa.event.remove(sa.Engine, "before_cursor_execute", counted)
+        n_queries.append(len([said for said in statements if said.startswith("SELECT")]))
+    assert n_queries[0] == n_queries[1] < 12

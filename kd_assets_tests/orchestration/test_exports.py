@@ -22,7 +22,7 @@ from kd_assets.orchestration.orphans import KINDS
 from kd_assets.orchestration.planning.planned_exports import export_work
 from kd_assets.orchestration.platform import Platform
 from kd_assets.store import Manifest, put_aside, read_head, read_manifest, verify
-from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text
+from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text, is_reused
 from kd_assets_tests.orchestration.test_quarantine import requests_of_the_night
 from kd_assets_tests.orchestration.test_staleness import status
 from kd_assets_tests.store.examples import flip_byte
@@ -122,7 +122,7 @@ def test_what_is_there_is_found_and_recorded_again_without_a_job(exported: Expor
     assert again.success, failure_text(again)
     assert n_jobs(deployment, "export") == 1
     recorded = deployment.materializations(again.run_id)
-    assert {m.metadata["provenance"].value["reused"] for ms in recorded.values() for m in ms} == {True}
+    assert {is_reused(m) for ms in recorded.values() for m in ms} == {True}
     assert requests_of_the_night(deployment) == []
 
 

@@ -54,6 +54,8 @@ from kd_assets_tests.orchestration.deployment import (
     Deployment,
     documents,
     failure_text,
+    folder_of,
+    is_reused,
 )
 
 ALL = (SHARDS[0], SHARDS[-1])
@@ -108,7 +110,7 @@ def test_each_partition_has_its_own_metadata_and_versions(full_run: FullRun) -> 
     partitioned = {k: v for k, v in deployment.materializations(result.run_id).items() if k[1] is not None}
     found = {k: v[0] for k, v in partitioned.items()}
     for (asset, key), materialization in found.items():
-        manifest = read_manifest(Path(str(materialization.metadata["identity"].value["folder"])))
+        manifest = read_manifest(folder_of(materialization))
         tags = materialization.tags or {}
         assert (manifest.asset, manifest.partition_key) == (asset, key)
         assert tags[DATA_VERSION_TAG] == manifest.data_version
@@ -210,7 +212,7 @@ def test_what_is_committed_is_recorded_again_and_never_computed_again(full_run: 
     before, after = (deployment.materializations(r.run_id) for r in (first, second))
     assert set(after) == {key for key in before if key[1] is not None}
     for key, (materialization,) in after.items():
-        assert materialization.metadata["provenance"].value["reused"] is True
+        assert is_reused(materialization)
         assert (materialization.tags or {})[DATA_VERSION_TAG] == (before[key][0].tags or {})[DATA_VERSION_TAG]
         assert materialization.metadata["made_by"] == before[key][0].metadata["made_by"], "its log, job and node"
         log = str(materialization.metadata["made_by"].value).rpartition("log ")[2]
@@ -221,9 +223,7 @@ def test_a_third_cache_is_added_to_two_by_one_more_pass_that_makes_only_it(deplo
     assert deployment.run("shards_manifest", "topk_cache", "embedding_cache", partition=SHARDS[0]).success
     result = deployment.run(*CACHES, partition=SHARDS[0])
     assert result.success, failure_text(result)
-    reused = {
-        k[0]: m[0].metadata["provenance"].value["reused"] for k, m in deployment.materializations(result.run_id).items()
-    }
+    reused = {k[0]: is_reused(m[0]) for k, m in deployment.materializations(result.run_id).items()}
     assert reused == {"topk_cache": True, "embedding_cache": True, "hidden_state_cache": False}
     last = max(deployment.job_events("committed"), key=lambda event: event.time)
     assert last.data["asset"] == "hidden_state_cache"
@@ -267,9 +267,7 @@ def test_re_execution_after_a_failure_does_only_what_is_missing(deployment: Depl
     deployment.plan()
     result = deployment.run("shards_manifest", *CACHES, partition_range=ALL)
     assert result.success, failure_text(result)
-    reused = {
-        k: m[0].metadata["provenance"].value["reused"] for k, m in deployment.materializations(result.run_id).items()
-    }
+    reused = {k: is_reused(m[0]) for k, m in deployment.materializations(result.run_id).items()}
     assert {key for (_, key), value in reused.items() if not value} == {SHARDS[1]}
     assert len(reused) == len(SHARDS) * 4
 
@@ -341,7 +339,7 @@ def test_a_shard_of_skipped_records_alone_is_empty_all_the_way_to_the_student(
     again = deployment.run("shards_manifest", *CACHES, partition_range=ALL)
     assert again.success, failure_text(again)
     recorded = deployment.materializations(again.run_id).values()
-    assert all(record.metadata["provenance"].value["reused"] for (record,) in recorded)
+    assert all(is_reused(record) for (record,) in recorded)
 
 
 @pytest.mark.parametrize(

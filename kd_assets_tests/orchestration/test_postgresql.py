@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 
 from kd_assets import dagster_internals
 from kd_assets.dagster_internals import SqlEventLogStorage, record_events
-from kd_assets.dagster_storage.batches import BATCH_SIZE_VARIABLE
+from kd_assets.dagster_storage.in_bulk import BATCH_SIZE_VARIABLE
 from kd_assets.dagster_storage.postgresql import wait_for_the_server, with_driver
 from kd_assets.errors import DatabaseUnavailableError
 from kd_assets.orchestration.platform import Platform
@@ -31,6 +31,7 @@ from kd_assets_tests.benchmarks.scheduler import CACHE_SETTINGS
 from kd_assets_tests.orchestration.command_line import CommandLine, group_of
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
 from kd_assets_tests.orchestration.postgresql_server import PostgresqlServer, server_programs, storage_on
+from kd_assets_tests.orchestration.test_check_states import check_that_states_are_those_of_dagster, make_history
 from kd_assets_tests.orchestration.web_queries import web_queries
 from kd_assets_tests.slurm.deployment import commit_shards
 from kd_assets_tests.test_dagster_internals import (
@@ -143,6 +144,12 @@ def test_what_is_stored_is_what_dagsters_own_storage_stores(instances: Instances
 
 
 @pytest.mark.usefixtures("handlers")
+def test_the_states_of_checks_are_those_that_dagster_makes(instances: Instances) -> None:
+    instance = instances("ours")
+    make_history(instance, n=300)
+    check_that_states_are_those_of_dagster(instance)
+
+
 def test_an_interrupt_at_any_moment_of_storing_is_not_lost_and_leaves_no_half(instances: Instances) -> None:
     check_that_interrupts_are_neither_lost_nor_leave_a_half(instances("interrupted"))
 

@@ -17,7 +17,14 @@ from kd_assets.diagnose.preview import preview
 from kd_assets.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from kd_assets.store import Manifest, choose, read_head, read_manifest, variants_of, verify
 from kd_assets.student.dataset import TeacherCacheDataset
-from kd_assets_tests.orchestration.deployment import CACHES, DOCUMENTS_PER_SHARD, SHARDS, Deployment, failure_text
+from kd_assets_tests.orchestration.deployment import (
+    CACHES,
+    DOCUMENTS_PER_SHARD,
+    SHARDS,
+    Deployment,
+    failure_text,
+    is_reused,
+)
 from kd_assets_tests.store.examples import flip_byte
 
 ALL = (SHARDS[0], SHARDS[-1])
@@ -143,7 +150,7 @@ def test_dagster_shows_what_a_result_was_recoded_from(changed: Changed) -> None:
         assert provenance["recoded_from"]["data_version"] == before.data_version
         assert provenance["teacher"] == changed.after.recipe.teacher.model
         assert "/recode-" in str(metadata["made_by"].value), "the log is that of the job that recoded it"
-        assert metadata["provenance"].value["reused"] is False
+        assert not is_reused(materialization)
         assert tags[input_data_version_tag(changed.after.recipe.key("shards_manifest"))] == before.identity["input"]
         assert tags[DATA_VERSION_TAG] != before.data_version
         folder, made = results_of(changed.after, asset, "compact" if asset == "topk_cache" else "int8_32")[key]
@@ -165,7 +172,7 @@ def test_the_next_run_reuses_what_was_recoded(changed: Changed) -> None:
     again = changed.after.run(*CACHES, partition_range=ALL)
     assert again.success, failure_text(again)
     recorded = changed.after.materializations(again.run_id)
-    assert {m.metadata["provenance"].value["reused"] for found in recorded.values() for m in found} == {True}
+    assert {is_reused(m) for found in recorded.values() for m in found} == {True}
     assert n_jobs(changed.after, "recode") == 1
 
 

@@ -17,7 +17,7 @@ from kd_assets.orchestration.planning.planned_work import PlannedWork
 from kd_assets.orchestration.recomputing import Recomputing, attempts_of
 from kd_assets.store import read_manifest, verify
 from kd_assets.store.layout import LEASE_NAME
-from kd_assets_tests.orchestration.deployment import SHARDS, Deployment, failure_text
+from kd_assets_tests.orchestration.deployment import SHARDS, Deployment, failure_text, is_reused
 
 ALL = (SHARDS[0], SHARDS[-1])
 ASSETS = ("shards_manifest", "topk_cache", "embedding_cache")
@@ -36,7 +36,7 @@ def made(deploy: Callable[..., Deployment]) -> Deployment:
 def reused(deployment: Deployment, result: dg.ExecuteInProcessResult) -> dict[tuple[str, str | None], bool]:
     assert result.success, failure_text(result)
     recorded = deployment.materializations(result.run_id)
-    return {key: bool(record.metadata["provenance"].value["reused"]) for key, (record,) in recorded.items()}
+    return {key: is_reused(record) for key, (record,) in recorded.items()}
 
 
 def part_of(deployment: Deployment, asset: str, partition: str) -> Path:

@@ -17,7 +17,7 @@ from kd_assets.orchestration.recording.metadata import RECORDS
 from kd_assets.sources.planning.plan import ShardPlan, read_plan
 from kd_assets.store import CacheReader, Manifest, read_manifest, verify
 from kd_assets.student.dataset import TeacherCacheDataset
-from kd_assets_tests.orchestration.deployment import CACHES, Deployment, failure_text
+from kd_assets_tests.orchestration.deployment import CACHES, Deployment, failure_text, is_reused
 from kd_assets_tests.orchestration.training_sets import (
     N_COPIES,
     tool_chat,
@@ -222,5 +222,5 @@ def test_data_that_is_appended_makes_a_new_shard_and_leaves_the_others(trained: 
     result = deployment.run("shards_manifest", partition_range=(plan.keys[0], plan.keys[-1]))
     assert result.success, failure_text(result)
     for (_, key), (materialization,) in deployment.materializations(result.run_id).items():
-        assert materialization.metadata["provenance"].value["reused"] is (key in before)
+        assert is_reused(materialization) is (key in before)
     assert not verify(trained.folder).problems

@@ -16,7 +16,7 @@ from kd_assets.errors import MissingInputError
 from kd_assets.model_files import digests
 from kd_assets.model_files.fingerprints import weights_fingerprint
 from kd_assets.orchestration.materialize import planner_of
-from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, failure_text
+from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, failure_text, folder_of
 
 WEIGHTS = "model.safetensors"
 
@@ -61,9 +61,7 @@ def test_students_and_checks_need_no_weights(deployment: Deployment, teacher: Pa
     trained = deployment.run("student_smoke")
     assert trained.success, failure_text(trained)
     (materialization,) = deployment.materializations(trained.run_id)["student_smoke", None]
-    manifest = json.loads(
-        (Path(str(materialization.metadata["identity"].value["folder"])) / "manifest.json").read_bytes()
-    )
+    manifest = json.loads((folder_of(materialization) / "manifest.json").read_bytes())
     assert manifest["provenance"]["weights_fingerprint"] == fingerprint
 
     checked = only_checks(deployment, "topk_cache", SHARDS[0])

@@ -32,6 +32,7 @@ from kd_assets.recipes.recipe import Recipe
 from kd_assets.store import CheckResult, Manifest, ResultFiles, read_manifest
 from kd_assets.store.checking.checks import check_all
 from kd_assets.store.layout import MANIFEST_NAME
+from kd_assets_tests.orchestration.deployment import is_reused
 from kd_assets_tests.orchestration.recording.made_up import CPU_SERIES, GPU_SERIES
 from kd_assets_tests.store import examples
 
@@ -185,7 +186,7 @@ def test_collected_results_keep_their_own_metadata_versions_and_checks(bench: Be
         assert found is not None
         manifest = read_manifest(Path(bench.output("topk_cache", key).path))
         assert found.metadata["provenance"].value["job"] == {"fact": f"of {key}"}  # type: ignore[call-overload,index]
-        assert found.metadata["provenance"].value["reused"] is True
+        assert is_reused(found)
         assert found.metadata["identity"].value["fingerprint"] == manifest.fingerprint  # type: ignore[call-overload,index]
         upstream = input_tags(bench.recipe.key("shards_manifest"), manifest.identity["input"], shards[key].storage_id)
         assert found.tags == upstream | {

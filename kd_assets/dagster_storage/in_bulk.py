@@ -1,0 +1,66 @@
+"""The part that both storages have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from kd_assets.dagster_internals import (
+    AssetCheckState,
+    EventLogEntry,
+    SqlEventLogStorage,
+    store_together,
+    takes_events_together,
+)
+from kd_assets.dagster_storage.check_states import check_states
+
+if TYPE_CHECKING:
+    Base = SqlEventLogStorage
+else:
+    Base = object
+
+BATCH_SIZE_VARIABLE = "DAGSTER_EVENT_BATCH_SIZE"
+BATCH_SIZE = 1000
+"""Events that Dagster hands over together. In sqlite others wait for as long as these are written."""
+
+TAKEN_TOGETHER = {
+    dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
+    dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED,
+    dg.DagsterEventType.ASSET_MATERIALIZATION,
+}
+
+
+class InBulk(Base):
+    """Beside a storage of Dagster's: writes a batch in one transaction, reads at once how an asset's checks stand."""
+
+    def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
+        of_one_run = len({event.run_id for event in events}) == 1
+        is_known = {event.dagster_event_type for event in events} <= TAKEN_TOGETHER
+        if of_one_run and is_known and takes_events_together(self):
+            store_together(self, events)
+        else:
+            super().store_event_batch(events)
+
+    def get_asset_check_state(
+        self, keys: Sequence[tuple[dg.AssetCheckKey, dg.PartitionsDefinition | None]]
+    ) -> Mapping[dg.AssetCheckKey, AssetCheckState]:
+        names: dict[tuple[dg.AssetKey, dg.DynamicPartitionsDefinition], list[str]] = {}
+        others = []
+        for key, partitions_def in keys:
+            if isinstance(partitions_def, dg.DynamicPartitionsDefinition) and partitions_def.name is not None:
+                names.setdefault((key.asset_key, partitions_def), []).append(key.name)
+            else:
+                others.append((key, partitions_def))
+        states = dict(super().get_asset_check_state(others)) if others else {}
+        for (asset_key, partitions_def), of_asset in names.items():
+            states |= check_states(self, self._instance, asset_key, of_asset, partitions_def)
+        return states
+
+
+def have_batches_handed_over() -> None:
+    """Dagster has no setting for it but a variable of the environment, which every process of an instance must have:
+    also the command line of whoever starts runs from a shell."""
+    os.environ.setdefault(BATCH_SIZE_VARIABLE, str(BATCH_SIZE))
