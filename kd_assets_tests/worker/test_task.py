@@ -646,7 +646,7 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     yield made
     for process in made.running:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=PATIENCE_S)
 
 
 def committed_keys(events: list[dict[str, Any]]) -> list[str]:
