@@ -179,7 +179,7 @@ def test_running_tasks_that_a_restarted_controller_does_not_know_are_lost_after_
 def test_a_task_that_a_restarted_controller_takes_for_running_and_runs_again_makes_nothing_twice(
     make_cluster: MakeCluster, deploy: Deploy
 ) -> None:
-    cluster = make_cluster(nodes=1)
+    cluster = make_cluster(nodes=1, slurmd_timeout_s=20)  # and it asks its nodes every third of it
     deployment = deploy(cluster, n_tasks=2, told={"part_s": 0.8})
     five = (KEYS[0], KEYS[4])
     with Background(deployment, five) as run:
