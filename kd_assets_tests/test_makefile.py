@@ -41,7 +41,7 @@ def make(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
         env={**without_ours(), **environment},
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -59,7 +59,7 @@ def test_dagsters_folder_is_private_whatever_the_umask(checkout: Path) -> None:
     (checkout / ".venv" / "bin" / "python").write_text('#!/bin/sh\n>"$DAGSTER_HOME/database"\n')
     environment = without_ours()
     done = subprocess.run(
-        ["sh", "-c", "umask 000; exec make ui"], cwd=checkout, env=environment, capture_output=True, timeout=60
+        ["sh", "-c", "umask 000; exec make ui"], cwd=checkout, env=environment, capture_output=True, timeout=300
     )
     assert done.returncode == 0
     modes = [path.stat().st_mode & 0o777 for path in (checkout / "var/dagster", checkout / "var/dagster/database")]

@@ -27,11 +27,11 @@ from kd_assets_tests.campaign.outcome import outcome
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.orchestration.deployment import make_tiny_teacher
 from kd_assets_tests.slurm.background import parts
-from kd_assets_tests.slurm.cluster import ClusterError, SlurmCluster
+from kd_assets_tests.slurm.cluster import PATIENCE_S, ClusterError, ClusterOptions, SlurmCluster
 from kd_assets_tests.slurm.deployment import ALL, SlurmDeployment
 from kd_assets_tests.slurm.fakes import put_first
 
-RUN_S = 150.0
+RUN_S = 300.0
 """How long a run may take from its last disturbance on; undisturbed it takes fifteen seconds."""
 MOST_RUNS = 4
 CODED_EVERY = 4
@@ -54,7 +54,9 @@ class ClusterRounds:
         teacher = self._folder / "teacher"
         if not teacher.exists():
             make_tiny_teacher(teacher)
-        with SlurmCluster(self._folder / "slurm") as cluster:
+        # What is away is noticed within seconds, as there is a time for each round.
+        options = ClusterOptions(slurmd_timeout_s=5, message_timeout_s=5)
+        with SlurmCluster(self._folder / "slurm", options) as cluster:
             expected: dict[bool, dict[str, bytes]] = {}
             for number in numbers:
                 is_coded = number % CODED_EVERY == CODED_EVERY - 1
@@ -106,7 +108,7 @@ class ClusterRound:
                 instance,
                 self.cluster,
                 told={"part_s": PART_S},
-                profile={"setup": sick},
+                profile={"setup": sick, "command_timeout_s": 10},
                 caches=self._caches,
             )
             yield deployment, CommandLine(deployment)
@@ -143,7 +145,7 @@ class ClusterRound:
             return record | outcome(expected, parts(self.deployment), self.deployment.n_made(), store)
 
     def _wait_for_work(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not self.deployment.job_events("task_started") and time.monotonic() < deadline:
             time.sleep(0.05)
 

@@ -27,7 +27,7 @@ from kd_assets_tests.campaign.children import fork, wait
 from kd_assets_tests.campaign.production import ASSETS, KEYS, Home, RememberingTeacher
 from kd_assets_tests.orchestration.deployment import Deployment, failure_text
 
-TASK_S = 50.0
+TASK_S = 150.0
 """How long a task may take; less than a run may."""
 
 

@@ -44,7 +44,7 @@ from kd_assets_tests.campaign.ledger import Record
 from kd_assets_tests.campaign.mirror import Mirror
 from kd_assets_tests.campaign.production import ASSETS, KEYS, Home, make_home, make_inputs, outputs_of
 
-ATTEMPT_S = 60.0
+ATTEMPT_S = 180.0
 """How long an attempt may take; on idle cores it takes 50 ms."""
 MOST_STARTS = 4
 """Of a task that is requeued: after five that add nothing the worker gives up, as it should."""

@@ -147,7 +147,7 @@ def test_a_worker_that_hangs_is_stuck(tmp_path: Path, monkeypatch: pytest.Monkey
     def make_ground_and_hang(self: KillRounds) -> object:
         ground = make_ground(self)
         monkeypatch.setattr(kill_rounds, "ATTEMPT_S", 1.0)
-        monkeypatch.setattr(kill_rounds, "worker", lambda *_, **__: time.sleep(60))
+        monkeypatch.setattr(kill_rounds, "worker", lambda *_, **__: time.sleep(300))
         return ground
 
     monkeypatch.setattr(KillRounds, "_make_ground", make_ground_and_hang)

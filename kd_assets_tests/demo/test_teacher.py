@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,11 +178,9 @@ def test_a_cpu_that_only_emulates_bfloat16_trains_by_another_optimizer(
 
 
 def test_the_wall_clock_ends_the_training_and_the_teacher_is_whole(made: Made, tmp_path: Path) -> None:
-    started = time.monotonic()
     endless = dataclasses.replace(PLAN, steps=10**6)
     summary, _ = make_teacher(made.corpus, tmp_path / "teacher", plan=endless, max_seconds=6.0)
-    assert time.monotonic() - started < 60.0  # a busy machine included: 10**6 steps would take hours
-    assert summary.cut_short
+    assert summary.cut_short  # 10**6 steps would take hours
     assert 0 < summary.steps < 10**6
     assert make_teacher(made.corpus, tmp_path / "teacher", plan=endless)[1]
 

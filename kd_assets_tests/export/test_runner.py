@@ -251,7 +251,7 @@ def test_a_task_that_is_killed_at_any_time_ends_with_the_same_bytes(tmp_path: Pa
     chance = random.Random(0)
     for _ in range(40):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60  # until it is at work, wherever the machine is slow
+        deadline = time.monotonic() + 300  # until it is at work, wherever the machine is slow
         while not any((folder / ".lease").exists() for folder, _ in whole) and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(chance.random() * 0.3)

@@ -48,12 +48,12 @@ class CommandLine:
 
     def run(self, *assets: str, partition: tuple[str, ...] = (), has_dagster_home: bool = True) -> tuple[int, str]:
         process = self.start(*assets, partition=partition, has_dagster_home=has_dagster_home)
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=600)
         return process.returncode, text
 
     def wait_for_task(self, kind: str) -> tuple[LocalScheduler, Submission]:
         """The submission of this kind, once its task has begun."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (found := list((self.deployment.home / "jobs").glob(f"tiny/{kind}-*/*/events/*.jsonl"))):
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from kd_assets.dagster_internals import ASSET_PARTITION_RANGE_END_TAG, ASSET_PAR
 from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment
+from kd_assets_tests.ports import reserve_ports
 
 SERVICES = {"daemon": ("dagster._daemon", "run"), "web server": ("dagster_webserver",)}
 
@@ -31,6 +31,7 @@ class Machine:
         shutil.copy(PROJECT_FOLDER / "dagster.yaml", self.home)
         self._log = (self.home / "services.log").open("ab")
         self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self._ports = contextlib.ExitStack()
 
     def _dagster(self, *words: str) -> list[str]:
         return [sys.executable, "-m", *words, "-f", str(self._file)]
@@ -40,7 +41,7 @@ class Machine:
         return {**os.environ, "DAGSTER_HOME": str(self.home)}
 
     def start(self, service: str) -> None:
-        port = ["--port", str(_free_port())] if service == "web server" else []
+        port = ["--port", str(*reserve_ports(1, until=self._ports))] if service == "web server" else []
         words = [*self._dagster(*SERVICES[service]), *port]
         self._services[service] = subprocess.Popen(words, env=self._env, stdout=self._log, stderr=self._log)
 
@@ -71,6 +72,7 @@ class Machine:
 
     def close(self) -> None:
         self.power_off()
+        self._ports.close()
         self._log.close()
 
     def said(self) -> str:
@@ -86,9 +88,3 @@ def kill_all(processes: list[psutil.Process]) -> None:
 def everything_is_recorded(deployment: Deployment) -> bool:
     keys = [deployment.recipe.key(asset) for asset in ("shards_manifest", *CACHES)]
     return all(deployment.instance.get_materialized_partitions(key) == set(SHARDS) for key in keys)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+
+from kd_assets_tests.ports import reserve_ports
 
 USER = "postgres"
 """Of the machine, where this is root, which the server refuses to be; and of the database."""
@@ -38,9 +39,8 @@ class PostgresqlServer:
         self._data = self._folder / "data"
         if os.getuid() == 0:
             shutil.chown(self._folder, USER)
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self._port = found.getsockname()[1]
+        self._reserved = contextlib.ExitStack()
+        (self._port,) = reserve_ports(1, until=self._reserved)
         self._run("initdb", "--auth=trust", f"--username={USER}", "--encoding=UTF8", "--no-sync")
 
     @property
@@ -56,7 +56,7 @@ class PostgresqlServer:
 
     def start(self) -> None:
         options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder}"
-        self._run("pg_ctl", "start", "--wait", f"--log={self._folder / 'log'}", f"--options={options}")
+        self._run("pg_ctl", "start", "--wait", "--timeout=300", f"--log={self._folder / 'log'}", f"--options={options}")
 
     def kill(self) -> None:
         """kill -9 of the server and of all that it has started, which otherwise go a moment later: no other can be
@@ -70,6 +70,7 @@ class PostgresqlServer:
 
     def close(self) -> None:
         self._run("pg_ctl", "stop", "--mode=immediate", "--silent", check=False)
+        self._reserved.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> PostgresqlServer:

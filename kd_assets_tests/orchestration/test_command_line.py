@@ -56,7 +56,7 @@ def test_a_killed_run_leaves_its_job_running_and_the_next_run_finds_it(command_l
         if "found, still running" in line:
             break
     os.killpg(group_of(submission), signal.SIGCONT)
-    text, _ = second.communicate(timeout=120)
+    text, _ = second.communicate(timeout=300)
     assert second.returncode == 0, text
     assert command_line.deployment.n_teacher_loads() == 1
     assert [p.name for p in submission.folder.parent.glob("[0-9]*")] == ["0001"]
@@ -79,7 +79,7 @@ def test_what_a_killed_run_had_committed_does_not_hide_its_job_from_the_next_run
         if "found, still running" in line or "submitted" in line:
             break
     os.killpg(group_of(submission), signal.SIGCONT)
-    text, _ = second.communicate(timeout=120)
+    text, _ = second.communicate(timeout=300)
     assert second.returncode == 0, text
     assert command_line.deployment.n_teacher_loads() == 1
 
@@ -105,7 +105,7 @@ def test_terminating_a_run_ends_its_job(command_line: CommandLine) -> None:
     run = command_line.start(*CACHES, partition=("--partition", SHARDS[0]))
     scheduler, submission = command_line.wait_for_task("teacher")
     run.send_signal(signal.SIGINT)
-    text, _ = run.communicate(timeout=60)
+    text, _ = run.communicate(timeout=300)
     assert run.returncode != 0
     assert "cancelling local job" in text
     assert not scheduler.is_live(submission)
@@ -118,7 +118,7 @@ def test_a_command_line_that_the_machine_stops_leaves_its_job_to_the_next_run(co
     scheduler, submission = command_line.wait_for_task("teacher")
     os.killpg(group_of(submission), signal.SIGSTOP)
     run.send_signal(signal.SIGTERM)
-    text, _ = run.communicate(timeout=60)
+    text, _ = run.communicate(timeout=300)
     assert run.returncode != 0
     assert "the jobs go on, and the next run finds them" in text
     assert scheduler.is_live(submission)

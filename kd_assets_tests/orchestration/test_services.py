@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +30,7 @@ from kd_assets_tests.benchmarks.scheduler import CACHE_SETTINGS
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, write_definitions
 from kd_assets_tests.orchestration.postgresql_server import PostgresqlServer, server_programs
 from kd_assets_tests.orchestration.web_queries import LAUNCH_RUN
+from kd_assets_tests.ports import reserve_ports
 from kd_assets_tests.slurm.deployment import commit_shards
 
 pytestmark = pytest.mark.skipif(
@@ -46,13 +47,15 @@ class Services:
         self._folder, self._deployment = folder, deployment
         shutil.copy(DEPLOY / "workspace.yaml", folder)
         definitions = write_definitions(deployment)
+        self._reserved = contextlib.ExitStack()
+        ports = reserve_ports(3, until=self._reserved)
         self._env = {
             **os.environ,
             "PYTHONPATH": f"{definitions.parent}:{PROJECT_FOLDER}",
             "DAGSTER_HOME": deployment.instance.root_directory,
             "DAGSTER_POSTGRES_URL": url,
             "KD_CODE": definitions.stem,
-            **{f"KD_{name}_PORT": str(free_port()) for name in ("CODE", "WEB", "GUESTS")},
+            **dict(zip(("KD_CODE_PORT", "KD_WEB_PORT", "KD_GUESTS_PORT"), map(str, ports), strict=True)),
         }
         self._log = (folder / "services.log").open("ab")
         self._started: dict[str, subprocess.Popen[bytes]] = {}
@@ -78,10 +81,11 @@ class Services:
             process.terminate()
         for process in self._started.values():
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        self._reserved.close()
         self._log.close()
 
     def said(self) -> str:
@@ -124,7 +128,7 @@ class Services:
             data=json.dumps({"query": query, "variables": variables}).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=240) as answer:
             return dict(json.loads(answer.read())["data"])
 
 
@@ -134,12 +138,6 @@ def command_of(service: str, etc: Path, env: dict[str, str]) -> list[str]:
         "/etc/kd-assets", str(etc)
     )
     return [re.sub(r"\$\{(\w+)\}", lambda name: env[name[1]], word) for word in line.split()]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture

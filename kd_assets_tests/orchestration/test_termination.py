@@ -133,7 +133,7 @@ def test_dagster_gives_a_remote_origin_to_runs_that_are_launched_and_to_no_other
         cwd=tmp_path,
         env={**os.environ, "DAGSTER_HOME": str(tmp_path)},
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:

@@ -11,7 +11,14 @@ import dagster as dg
 import pytest
 
 from kd_assets.components import TeacherCaches
+from kd_assets.recipes import commit_url as module
 from kd_assets.recipes.commit_url import commit_url, web_page
+
+
+@pytest.fixture(autouse=True)
+def git_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is."""
+    monkeypatch.setattr(module, "GIT_S", 180.0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+PATIENCE_S = 180.0
+"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 TOKEN = "a secret of the tests".replace(" ", "-")
 
 
@@ -37,7 +39,7 @@ class Server:
     def metrics(self, **how: object) -> dict[str, float]:
         import requests  # not everywhere where tests are collected
 
-        text = requests.get(f"{self.url}/metrics", timeout=10, **how).text  # type: ignore[arg-type]
+        text = requests.get(f"{self.url}/metrics", timeout=PATIENCE_S, **how).text  # type: ignore[arg-type]
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
@@ -77,7 +79,8 @@ from kd_assets.replay.answering import Answer, Desk
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.serving import ServeOptions, serve
 def slow(self, route, body, now, answer_id):
-    time.sleep(float(sys.argv[2]))
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.02)
     return Answer(status=200, body=b"1" * int(sys.argv[3]))
 Desk.answer = slow
 options = ServeOptions(recipe_folder=Path(sys.argv[1]), port=0, processes=2, limits=Limits(shutdown_s=1))
@@ -85,9 +88,10 @@ serve(options, token=None, say=lambda line: print(line, flush=True))
 """
 
 
-def slow_command(recipe_folder: Path, *, answer_s: float = 0.0, answer_bytes: int = 2) -> list[str]:
-    """A server each of whose answers takes so long and is so large, and that has one second to end."""
-    return [sys.executable, "-c", _SLOW, str(recipe_folder), str(answer_s), str(answer_bytes)]
+def slow_command(recipe_folder: Path, *, gate: Path, answer_bytes: int = 2) -> list[str]:
+    """A server that has no answer before this file is there, whose answers are so large, and that has one second to
+    end."""
+    return [sys.executable, "-c", _SLOW, str(recipe_folder), str(gate), str(answer_bytes)]
 
 
 @contextlib.contextmanager
@@ -122,10 +126,10 @@ def served(
             finally:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
-                    process.wait(timeout=60)
+                    process.wait(timeout=PATIENCE_S)
 
 
-def gone(process_ids: list[int], within_s: float = 20.0) -> bool:
+def gone(process_ids: list[int], within_s: float = PATIENCE_S) -> bool:
     """Whether all of these processes end within a time."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:

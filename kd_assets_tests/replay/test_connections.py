@@ -22,6 +22,8 @@ from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.vllm_protocol import ModelNames
 
+PATIENCE_S = 120.0
+"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -55,35 +57,34 @@ def in_this_process(limits: Limits) -> Iterator[tuple[str, int]]:
             yield listening.getsockname()
         finally:
             server.should_exit = True
-            thread.join(timeout=20)
+            thread.join(PATIENCE_S)
 
 
 def test_a_body_that_never_ends_is_given_up() -> None:
     with in_this_process(Limits(body_timeout_s=0.3)) as address:
-        with socket.create_connection(address, timeout=10) as raw:
+        with socket.create_connection(address, timeout=PATIENCE_S) as raw:
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             assert raw.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_an_answer_that_is_not_read_is_under_way_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "_desk", OneAnswer(64 << 20))
-    with in_this_process(Limits(answer_timeout_s=2.0, in_flight=1)) as (host, port):
+    with in_this_process(Limits(answer_timeout_s=10.0, in_flight=1)) as (host, port):
         url = f"http://{host}:{port}"
-        assert len(requests.post(f"{url}/v1/completions", data=b"{}", timeout=20).content) == 64 << 20
-        with socket.create_connection((host, port), timeout=10) as raw:
+        assert len(requests.post(f"{url}/v1/completions", data=b"{}", timeout=PATIENCE_S).content) == 64 << 20
+        with socket.create_connection((host, port), timeout=PATIENCE_S) as raw:
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
             assert raw.recv(10) == b"HTTP/1.1 2"
-            assert requests.post(f"{url}/v1/completions", data=b"{}", timeout=20).status_code == 503
-            end = time.monotonic() + 20
-            while (said := requests.post(f"{url}/v1/completions", data=b"{}", timeout=20)).status_code == 503:
+            assert requests.post(f"{url}/v1/completions", data=b"{}", timeout=PATIENCE_S).status_code == 503
+            end = time.monotonic() + PATIENCE_S
+            while (said := requests.post(f"{url}/v1/completions", data=b"{}", timeout=PATIENCE_S)).status_code == 503:
                 assert time.monotonic() < end
                 time.sleep(0.1)
             assert said.status_code == 200
 
 
-def closed_within(raw: socket.socket, seconds: float) -> bool:
-    """Whether the server closes this connection in time; what it says before is read."""
-    raw.settimeout(seconds)
+def is_closed(raw: socket.socket) -> bool:
+    """Whether the server closes this connection; what it says before is read."""
     try:
         while raw.recv(1 << 16):
             pass
@@ -97,40 +98,47 @@ def closed_within(raw: socket.socket, seconds: float) -> bool:
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
 def test_connections_on_which_no_request_begins_do_not_keep_others_out(sent: bytes) -> None:
     with in_this_process(Limits(connections=4, head_timeout_s=0.5)) as (host, port), contextlib.ExitStack() as held:
-        raws = [held.enter_context(socket.create_connection((host, port), timeout=10)) for _ in range(8)]
+        raws = [held.enter_context(socket.create_connection((host, port), timeout=PATIENCE_S)) for _ in range(8)]
         for raw in raws:
-            raw.sendall(sent)
-        assert all(closed_within(raw, 10) for raw in raws)
-        assert requests.get(f"http://{host}:{port}/health", timeout=10).status_code == 200
+            with contextlib.suppress(ConnectionError):  # one that is closed already
+                raw.sendall(sent)
+        assert all(is_closed(raw) for raw in raws)
+        assert requests.get(f"http://{host}:{port}/health", timeout=PATIENCE_S).status_code == 200
 
 
 def test_a_head_that_comes_byte_by_byte_has_no_more_time() -> None:
-    with in_this_process(Limits(head_timeout_s=0.5)) as address, socket.create_connection(address, timeout=10) as raw:
-        started = time.monotonic()
+    with (
+        in_this_process(Limits(head_timeout_s=0.5)) as address,
+        socket.create_connection(address, timeout=PATIENCE_S) as raw,
+    ):
+        raw.sendall(b"GET /health HTTP/1.1\r\nX: ")
         with contextlib.suppress(ConnectionError):
-            for byte in b"GET /health HTTP/1.1\r\nX: " + b"x" * 200:
-                raw.sendall(bytes([byte]))
+            for _ in range(int(PATIENCE_S / 0.05)):
+                raw.sendall(b"x")
                 time.sleep(0.05)
-        assert time.monotonic() - started < 5
+            raise AssertionError("the connection is still open")
 
 
 def test_a_second_request_has_the_same_time_as_the_first() -> None:
-    with in_this_process(Limits(head_timeout_s=1.0)) as address, socket.create_connection(address, timeout=10) as raw:
+    with (
+        in_this_process(Limits(head_timeout_s=4.0)) as address,
+        socket.create_connection(address, timeout=PATIENCE_S) as raw,
+    ):
         for _ in range(2):
             raw.sendall(HEALTH)
             assert raw.recv(1 << 16).startswith(b"HTTP/1.1 200")
         raw.sendall(HEALTH[:-1])
-        assert closed_within(raw, 10), "uvicorn's own timer ended with the first byte"
+        assert is_closed(raw), "uvicorn's own timer ended with the first byte"
 
 
 def test_connections_between_two_requests_and_bodies_on_their_way_are_left_alone() -> None:
-    limits = Limits(head_timeout_s=0.3, body_timeout_s=20)
+    limits = Limits(head_timeout_s=2.0, body_timeout_s=10 * PATIENCE_S)
     with in_this_process(limits) as address, contextlib.ExitStack() as held:
-        idle, asking = (held.enter_context(socket.create_connection(address, timeout=10)) for _ in range(2))
+        idle, asking = (held.enter_context(socket.create_connection(address, timeout=PATIENCE_S)) for _ in range(2))
         idle.sendall(HEALTH)
         assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200")
         asking.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
-        time.sleep(1.0)
+        time.sleep(2 * limits.head_timeout_s)
         asking.sendall(b"}")
         idle.sendall(HEALTH)
         assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200")
@@ -138,10 +146,12 @@ def test_connections_between_two_requests_and_bodies_on_their_way_are_left_alone
 
 
 def test_requests_that_are_sent_together_are_all_answered() -> None:
-    with in_this_process(Limits(head_timeout_s=0.5)) as address, socket.create_connection(address, timeout=10) as raw:
+    with (
+        in_this_process(Limits(head_timeout_s=3.0)) as address,
+        socket.create_connection(address, timeout=PATIENCE_S) as raw,
+    ):
         raw.sendall(HEALTH * 3 + HEALTH[:10])
         answers = b""
-        raw.settimeout(10)
         with contextlib.suppress(ConnectionResetError):
             while part := raw.recv(1 << 16):
                 answers += part
@@ -152,13 +162,13 @@ def test_an_answer_that_is_given_up_frees_its_connection(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(answering, "_desk", OneAnswer(64 << 20))
-    with in_this_process(Limits(answer_timeout_s=0.5, connections=2)) as (host, port):
-        with socket.create_connection((host, port), timeout=10) as raw:
+    with in_this_process(Limits(answer_timeout_s=5, connections=2)) as (host, port):
+        with socket.create_connection((host, port), timeout=PATIENCE_S) as raw:
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
             assert raw.recv(10) == b"HTTP/1.1 2"
-            end = time.monotonic() + 10
-            while requests.get(f"http://{host}:{port}/health", timeout=10).status_code != 200:
+            end = time.monotonic() + PATIENCE_S
+            while requests.get(f"http://{host}:{port}/health", timeout=PATIENCE_S).status_code != 200:
                 assert time.monotonic() < end, "its client still holds the connection, and reads nothing"
                 time.sleep(0.1)
     said = [record.getMessage() for record in caplog.records if "concurrency" not in record.getMessage()]
-    assert said == ["an answer was not read within 0.5 s: its connection is closed"]
+    assert said == ["an answer was not read within 5 s: its connection is closed"]

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "task.sbatch"
+PATIENCE_S = 180.0
+"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 SECRET = "hf_VerySecretValue'with a quote"
 FAKE_SCONTROL = """#!/bin/bash
 # A fake scontrol: notes its arguments, and fails as often as the file `failures` says.
@@ -80,7 +82,7 @@ class Script:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while wait_for not in self.log and self.process.poll() is None:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.01)
@@ -101,7 +103,7 @@ class Script:
 
     def status(self) -> int:
         assert self.process is not None
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE_S)
 
     def run(self, worker: str, **options: object) -> int:
         self.start(worker, **options)  # type: ignore[arg-type]
@@ -125,7 +127,7 @@ def script(tmp_path: Path) -> Iterator[Script]:
     yield made
     if made.process is not None and made.process.poll() is None:
         os.killpg(made.process.pid, signal.SIGKILL)
-        made.process.wait(10)
+        made.process.wait(PATIENCE_S)
 
 
 # ---------------------------------------------------------------------- arguments and environment
@@ -259,10 +261,12 @@ def test_term_lets_the_worker_flush_and_never_requeues(script: Script) -> None:
 
 @pytest.mark.parametrize("order", [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)])
 def test_term_has_the_last_word_whichever_came_first(script: Script, order: tuple[signal.Signals, ...]) -> None:
-    script.start("trap '/bin/sleep 0.5; exit 75' USR1 TERM; echo ready; while :; do sleep 0.02; done")
+    flush = 'while [ ! -e "$HOME/gate" ]; do /bin/sleep 0.02; done; exit 75'
+    script.start(f"trap '{flush}' USR1 TERM; echo ready; while :; do sleep 0.02; done")
     for number in order:
         script.send(number)
         time.sleep(0.1)
+    (script.folder / "gate").touch()
     assert script.status() == 75
     assert script.requeues == []
 
@@ -284,8 +288,9 @@ def test_the_local_scheduler_starts_its_tasks_again_itself(script: Script) -> No
 
 
 def test_usr1_while_the_environment_is_set_up_requeues_and_starts_nothing(script: Script) -> None:
-    script.start("echo the worker ran", environment="echo ready; /bin/sleep 0.5")
+    script.start("echo the worker ran", environment='echo ready; while [ ! -e "$HOME/gate" ]; do /bin/sleep 0.02; done')
     script.send(signal.SIGUSR1)
+    (script.folder / "gate").touch()
     assert script.status() == 75
     assert script.requeues == ["requeue 14_3"]
     assert "the worker ran" not in script.log

@@ -15,8 +15,11 @@ import dagster as dg
 from kd_assets.contract import Event, event_file, read_events
 from kd_assets.scheduler import Submission
 from kd_assets_tests.orchestration.deployment import failure_text
-from kd_assets_tests.slurm.cluster import ClusterError, wait_until
+from kd_assets_tests.slurm.cluster import PATIENCE_S, ClusterError, wait_until
 from kd_assets_tests.slurm.deployment import ALL, SlurmDeployment
+
+RUN_S = 360.0
+"""How long a run may take before its test fails. It takes seconds, or a minute where it waits for SLURM's rounds."""
 
 
 class Background:
@@ -40,28 +43,28 @@ class Background:
         if self._thread.is_alive():  # the test failed: end what it left
             with contextlib.suppress(ClusterError):
                 self.cluster.run("scancel", "--user", self.cluster.user)
-            self._thread.join(20)
+            self._thread.join(PATIENCE_S)
 
     def _run(self) -> None:
         self._result = self.deployment.run("topk_cache", partition_range=self._keys, tags={"kd/test": self._tag})
 
     # ------------------------------------------------------------------ its end
 
-    def result(self, timeout_s: float = 90.0) -> dg.ExecuteInProcessResult:
+    def result(self, timeout_s: float = RUN_S) -> dg.ExecuteInProcessResult:
         """Waits for the run's end."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"the run goes on after {timeout_s:g} s:\n{self.log()[-4000:]}"
         assert self._result is not None, "the run raised: see the thread's traceback"
         return self._result
 
-    def succeeds(self, timeout_s: float = 90.0) -> dg.ExecuteInProcessResult:
-        result = self.result(timeout_s)
+    def succeeds(self) -> dg.ExecuteInProcessResult:
+        result = self.result()
         assert result.success, failure_text(result)
         return result
 
-    def fails(self, timeout_s: float = 90.0) -> str:
+    def fails(self) -> str:
         """What its failure says."""
-        result = self.result(timeout_s)
+        result = self.result()
         assert not result.success
         return failure_text(result)
 
@@ -70,7 +73,7 @@ class Background:
     @property
     def run_id(self) -> str:
         mine = dg.RunsFilter(tags={"kd/test": self._tag})
-        wait_until("the run has begun", lambda: self.deployment.instance.get_runs_count(mine), 60)
+        wait_until("the run has begun", lambda: self.deployment.instance.get_runs_count(mine))
         (run,) = self.deployment.instance.get_runs(mine)
         return run.run_id
 
@@ -78,8 +81,8 @@ class Background:
         """What it has written into Dagster's log."""
         return "\n".join(entry.user_message for entry in self.deployment.instance.all_logs(self.run_id))
 
-    def waits_for_log(self, text: str, timeout_s: float = 60.0) -> None:
-        wait_until(f"the run says {text!r}", lambda: text in self.log(), timeout_s)
+    def waits_for_log(self, text: str) -> None:
+        wait_until(f"the run says {text!r}", lambda: text in self.log())
 
     def submission(self, number: int = 0) -> Submission:
         """The job that it submitted as its n-th, once it is there."""
@@ -88,7 +91,7 @@ class Background:
         def begun() -> list[Submission]:
             return [s for s in self.deployment.submissions() if s.spec_file.exists()]
 
-        wait_until("a job is submitted", lambda: len(begun()) > i, 60)
+        wait_until("a job is submitted", lambda: len(begun()) > i)
         return begun()[i]
 
     def task_id(self, task: int = 0, submission: int = 0) -> str:
@@ -112,17 +115,17 @@ class Background:
             found[:] = [e for e in events if e.type == "task_started" and e.attempt == attempt]
             return bool(found)
 
-        wait_until(f"attempt {attempt} of task {task} has started", has_started, 60)
+        wait_until(f"attempt {attempt} of task {task} has started", has_started)
         return found[0]
 
     def wait_for_parts(self, partition_key: str, n: int = 1) -> None:
-        wait_until(f"{partition_key} has {n} parts", lambda: len(part_files(self.deployment, partition_key)) >= n, 60)
+        wait_until(f"{partition_key} has {n} parts", lambda: len(part_files(self.deployment, partition_key)) >= n)
 
     def wait_for_committed(self, partition_key: str) -> None:
         def committed() -> bool:
             return bool(list(store_of(self.deployment).glob(f"topk_cache/*/{partition_key}/*/manifest.json")))
 
-        wait_until(f"{partition_key} is committed", committed, 60)
+        wait_until(f"{partition_key} is committed", committed)
 
     def start_soon(self, task_id: str) -> None:
         """A task that was requeued waits six seconds here (two minutes elsewhere); this one does not. Its node takes no

@@ -23,8 +23,10 @@ import dagster as dg
 import pytest
 
 from kd_assets_tests.orchestration.deployment import make_tiny_teacher
+from kd_assets_tests.ports import reserve_ports
 from kd_assets_tests.slurm.cluster import (
     PACKAGES,
+    PATIENCE_S,
     ClusterOptions,
     SlurmCluster,
     missing_commands,
@@ -145,7 +147,7 @@ def make_sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Sl
 
         def make(cluster: SlurmCluster) -> SshLogin:
             folder = tmp_path_factory.mktemp("ssh")
-            port = _free_port()
+            (port,) = reserve_ports(1, until=stack)
             for key in ("host_key", "user_key"):
                 subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
             (folder / "sshd_config").write_text(_sshd_config(folder, port, cluster))
@@ -177,7 +179,7 @@ def _start_sshd(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    process.wait(10)
+    process.wait(PATIENCE_S)
 
 
 def _sshd_config(folder: Path, port: int, cluster: SlurmCluster) -> str:
@@ -208,13 +210,6 @@ Host login-node
     BatchMode yes
     LogLevel ERROR
 """
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def _answers(port: int) -> bool:

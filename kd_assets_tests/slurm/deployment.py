@@ -19,10 +19,11 @@ from kd_assets.scheduler import SlurmScheduler, Submission
 from kd_assets.store import Documents, ResultWriter, encode_shard, part_stats
 from kd_assets_tests.orchestration.deployment import WORDS, Deployment, documents
 from kd_assets_tests.slurm.cluster import SlurmCluster
-from kd_assets_tests.slurm.stub_teacher import write_python
+from kd_assets_tests.slurm.stub_teacher import DOCUMENTS_PER_PART, write_python
 
 N_SHARDS = 12
 DOCUMENTS_PER_SHARD = 6
+PARTS_OF_A_PARTITION = DOCUMENTS_PER_SHARD // DOCUMENTS_PER_PART
 
 
 def key(i: int) -> str:
@@ -37,7 +38,7 @@ FIRST_WORD = 2
 PROFILE = {
     "memory_gib": 0.5,  # the cluster's own default is so little that importing pyarrow thrashes, where cgroups limit it
     "poll_interval_s": 0.3,
-    "command_timeout_s": 10,
+    "command_timeout_s": 60,
     "visibility_grace_s": 1,
     "absence_grace_s": 6,
 }

@@ -6,7 +6,8 @@ as told. What it is told stands in `KD_HOME/stub.json`:
 
     {"part_s": 0.2, "units": {"tiny-00001": "fail" | "host_memory" | "device_memory" | "take_memory" | "hang"}}
 
-and with `"gate": "/a/file"` it begins no part before that file is there.
+and with `"gate": "/a/file"` a process begins no part before that file is there, but for its first `"before_gate": 1`:
+then what happens to it in the midst of its work does so however slow the machine is.
 
 Run in the place of `python` (see `write_python`):   python -m kd_assets_tests.slurm.stub_teacher JOB.json ...
 """
@@ -32,6 +33,7 @@ from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.task import Runner, runner_for
 from kd_assets_tests.store.examples import RECOMPUTED
 
+DOCUMENTS_PER_PART = 2
 TAKEN_MIB = 600
 """What `take_memory` allocates."""
 SMALL_BUDGET = 256
@@ -48,6 +50,7 @@ class StubTeacher:
         home = Path(job.recipe_folder).parent.parent
         told = home / "stub.json"
         self._told: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {}
+        self._n_parts = 0
         assert job.teacher is not None
         self._token_budget = job.teacher.token_budget or FOUND_BUDGET
         report.emit(
@@ -58,7 +61,7 @@ class StubTeacher:
         print(f"stub teacher at {unit.partition_key}", flush=True)
         self._misbehave(unit.partition_key)
         shard = read_shard(Path(unit.inputs["shards_manifest"][0]))
-        plans = plan_parts(shard.n_tokens_D, max_documents=2, max_tokens=10**9)
+        plans = plan_parts(shard.n_tokens_D, max_documents=DOCUMENTS_PER_PART, max_tokens=10**9)
         for output in unit.outputs:
             with ResultWriter(
                 output,
@@ -74,6 +77,7 @@ class StubTeacher:
                         made = coded(evenly_likely(part, k=int(params["k"])), params.get("codec", "plain"))
                         stats = part_stats(output.asset, made.decoded) | made.error
                         result.write_part(plan.index, made.stored, n_tokens=part.n_tokens, stats=stats)
+                        self._n_parts += 1
                 where = self._job.provenance | task_provenance()
                 result.commit(parts=len(plans), checks={"recomputed": RECOMPUTED}, provenance=where)
         return {"partition_key": unit.partition_key}
@@ -104,9 +108,14 @@ class StubTeacher:
         while True:
             if self._stop:
                 raise InterruptedTaskError(f"{partition_key}: stopped by {self._stop.signal_name}")
-            if time.monotonic() >= until and ("gate" not in self._told or Path(self._told["gate"]).exists()):
+            if time.monotonic() >= until and self._may_begin():
                 return
             time.sleep(0.02)
+
+    def _may_begin(self) -> bool:
+        if "gate" not in self._told or self._n_parts < self._told.get("before_gate", 0):
+            return True
+        return Path(self._told["gate"]).exists()
 
 
 def evenly_likely(documents: Documents, *, k: int) -> pa.Table:

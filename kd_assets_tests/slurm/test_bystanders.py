@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from kd_assets.scheduler.job import TaskPhase
 from kd_assets.scheduler.slurm.submitter import SlurmSubmitter
 from kd_assets.scheduler.submissions import followers
 from kd_assets_tests.orchestration.command_line import CommandLine
+from kd_assets_tests.slurm.background import RUN_S
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment
 from kd_assets_tests.slurm.fakes import put_first
@@ -67,9 +67,9 @@ def test_a_termination_while_sbatch_is_asked_cancels_the_job_that_it_made(
     deployment = deploy(slurm, told={"gate": str(tmp_path / "gate")})
     put_first(tmp_path / "fakes", "sbatch", 'first && { real "$@"; sleep 6; exit 0; }', monkeypatch)
     run = CommandLine(deployment).start("topk_cache", partition=("--partition-range", f"{ALL[0]}...{ALL[1]}"))
-    wait_until("the job is in the queue", deployment.array_jobs, 90)
+    wait_until("the job is in the queue", deployment.array_jobs)
     run.send_signal(signal.SIGINT)
-    text, _ = run.communicate(timeout=100)
+    text, _ = run.communicate(timeout=RUN_S)
     assert run.returncode != 0
     assert "terminated: cancelling" in text
     assert deployment.alive() == []
@@ -82,12 +82,12 @@ def test_the_work_of_a_job_that_is_still_being_cancelled_is_submitted_anew(
     worker = (deployment.home / "python").read_text()
     (deployment.home / "python").write_text("#!/bin/bash\ntrap '' TERM\nwhile :; do sleep 1; done\n")
     run = CommandLine(deployment).start("topk_cache", partition=("--partition-range", f"{ALL[0]}...{ALL[1]}"))
-    wait_until("its tasks run", lambda: "RUNNING" in " ".join(deployment.alive()), 60)
+    wait_until("its tasks run", lambda: "RUNNING" in " ".join(deployment.alive()))
     run.send_signal(signal.SIGINT)
-    wait_until("it is being cancelled", lambda: list(deployment.home.glob("jobs/tiny/*/*/cancelled")), 60)
+    wait_until("it is being cancelled", lambda: list(deployment.home.glob("jobs/tiny/*/*/cancelled")))
     (deployment.home / "python").write_text(worker)
     result = deployment.run("topk_cache", partition_range=ALL)
-    run.communicate(timeout=60)
+    run.communicate(timeout=RUN_S)
     assert result.success
     assert len(deployment.submissions()) == 2
 
@@ -96,13 +96,13 @@ def test_a_job_is_asked_to_end_without_waiting_for_it(slurm: SlurmCluster, deplo
     """As by the orphan sensor, whose ticks have a minute."""
     deployment = deploy(slurm, told={"gate": str(tmp_path / "gate")})
     run = CommandLine(deployment).start("topk_cache", partition=("--partition-range", f"{ALL[0]}...{ALL[1]}"))
-    wait_until("its tasks run", lambda: "RUNNING" in " ".join(deployment.alive()), 90)
+    wait_until("its tasks run", lambda: "RUNNING" in " ".join(deployment.alive()))
     run.kill()
-    run.communicate(timeout=30)
+    run.communicate(timeout=RUN_S)
     (submission,) = deployment.submissions()
     deployment.slurm.begin_cancelling([submission])
     assert (submission.folder / "cancelled").exists()
-    wait_until("none of its tasks is alive", lambda: not deployment.alive(), 60)
+    wait_until("none of its tasks is alive", lambda: not deployment.alive())
     deployment.slurm.begin_cancelling([submission])  # of one that is gone: nothing to do
 
 
@@ -112,15 +112,13 @@ def test_a_finished_job_is_no_orphan_and_over_once_the_cluster_has_forgotten_it(
     monkeypatch.setattr(orphans, "SETTLING_S", 0.0)
     deployment = deploy(make_cluster(nodes=2, min_job_age_s=2), profile={"absence_grace_s": 3})
     assert deployment.run("topk_cache", partition_range=ALL).success
-    wait_until("the cluster has forgotten it", lambda: not deployment.array_jobs(), 120)
+    wait_until("the cluster has forgotten it", lambda: not deployment.array_jobs())
     settled = orphans.settle_orphans(
         deployment.instance, deployment.recipe, deployment.slurm, deployment.platform.jobs_folder
     )
     assert [type(s) for s in settled] == [dg.SkipReason]
-    for _ in range(10):  # each look is another process's: what one has missed first, the next goes on waiting for
-        if not deployment.slurm.live("tiny", "teacher"):
-            break
-        time.sleep(1)
+    # Each look is another process's: what one has missed first, the next goes on waiting for.
+    wait_until("it is over", lambda: not deployment.slurm.live("tiny", "teacher"))
     (submission,) = deployment.submissions()
     states = deployment.slurm.poll([submission]).states[submission]
     assert {s.phase for s in states.values()} == {TaskPhase.ENDED}

@@ -59,7 +59,7 @@ def test_a_round_in_which_nothing_goes_wrong_is_clean(round_with: Callable[[Plan
 
 def test_a_part_that_vanishes_is_lost(round_with: Callable[[Plant], Record]) -> None:
     def vanish(round_: ClusterRound, rng: random.Random) -> None:
-        wait_until("something is recorded", lambda: recorded_parts(round_), 120)
+        wait_until("something is recorded", lambda: recorded_parts(round_))
         recorded_parts(round_)[0].unlink()
 
     assert round_with(vanish)["lost"] > 0
@@ -67,7 +67,7 @@ def test_a_part_that_vanishes_is_lost(round_with: Callable[[Plant], Record]) -> 
 
 def test_a_byte_that_flips_differs(round_with: Callable[[Plant], Record]) -> None:
     def flip(round_: ClusterRound, rng: random.Random) -> None:
-        wait_until("something is recorded", lambda: recorded_parts(round_), 120)
+        wait_until("something is recorded", lambda: recorded_parts(round_))
         path = recorded_parts(round_)[0]
         data = path.read_bytes()
         path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
@@ -77,6 +77,13 @@ def test_a_byte_that_flips_differs(round_with: Callable[[Plant], Record]) -> Non
     assert any("bytes differ" in words for words in record["bad"])
 
 
+@pytest.fixture
+def takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is not over before something happens to it."""
+    monkeypatch.setattr(cluster_rounds, "PART_S", 10.0)
+
+
+@pytest.mark.usefixtures("takes_its_time")
 def test_a_run_that_fails_by_itself_is_lost(round_with: Callable[[Plant], Record]) -> None:
     def fail(round_: ClusterRound, rng: random.Random) -> None:
         round_.deployment.tell({"units": dict.fromkeys(KEYS, "fail")})
@@ -87,6 +94,7 @@ def test_a_run_that_fails_by_itself_is_lost(round_with: Callable[[Plant], Record
     assert record["bad"][0].startswith("the run failed")
 
 
+@pytest.mark.usefixtures("takes_its_time")
 def test_a_run_that_does_not_end_is_stuck(
     round_with: Callable[[Plant], Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:

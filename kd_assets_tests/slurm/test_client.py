@@ -17,7 +17,7 @@ from kd_assets.scheduler.slurm.commands.parsing import Accepted, QueueRow, Refus
 from kd_assets.scheduler.slurm.commands.runners import CommandRunner, LocalRunner, SshRunner
 from kd_assets.scheduler.slurm.commands.states import ending_of, is_held_launch, is_impossible_wait
 from kd_assets.scheduler.slurm.profile import Profile
-from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
+from kd_assets_tests.slurm.cluster import PATIENCE_S, SlurmCluster, wait_until
 from kd_assets_tests.slurm.conftest import SshLogin
 
 MakeCluster = Callable[..., SlurmCluster]
@@ -27,7 +27,7 @@ def local_runner(cluster: SlurmCluster) -> LocalRunner:
     return LocalRunner({**os.environ, **cluster.env})
 
 
-def client(cluster: SlurmCluster, runner: CommandRunner | None = None, timeout_s: float = 30.0) -> Slurm:
+def client(cluster: SlurmCluster, runner: CommandRunner | None = None, timeout_s: float = PATIENCE_S) -> Slurm:
     return Slurm(runner or local_runner(cluster), timeout_s=timeout_s)
 
 
@@ -97,7 +97,7 @@ def test_the_tasks_of_an_array_are_seen_one_by_one(slurm: SlurmCluster, tmp_path
 def test_a_requeued_task_is_told_from_those_that_never_started(slurm: SlurmCluster, tmp_path: Path) -> None:
     # By itself squeue folds it into the row of the others, with their restart count.
     ours = client(slurm)
-    job = submit(ours, argv(tmp_path, "sleep 60", array="0-3%1"))
+    job = submit(ours, argv(tmp_path, "sleep 600", array="0-3%1"))
     slurm.wait_for(f"{job}_0", "RUNNING")
     slurm.scontrol("requeue", f"{job}_0")
     wait_until("it waits again", lambda: rows_of(ours, job)[0].state == "PENDING")
@@ -171,7 +171,7 @@ def test_endings_as_slurm_tells_them(slurm: SlurmCluster, tmp_path: Path) -> Non
     (tmp_path / "c/logs").rmdir()
     (tmp_path / "c/logs").touch()  # 24.11 would make a folder that is missing
     no_log = submit(ours, words)
-    cancelled = submit(ours, argv(tmp_path / "d", "sleep 60"))
+    cancelled = submit(ours, argv(tmp_path / "d", "sleep 600"))
     slurm.wait_for(f"{cancelled}_0", "RUNNING")
     ours.cancel([f"{cancelled}_0", "999999", "999999_1"])
     endings = {}
@@ -211,7 +211,7 @@ def test_a_request_that_can_never_be_granted_is_told_from_a_busy_site(slurm: Slu
     ours = client(slurm)
     slurm.set_node(3, "down")
     down = submit(ours, argv(tmp_path / "a", "true", sbatch_options=(f"--nodelist={slurm.nodes[3]}",)))
-    busy = submit(ours, argv(tmp_path / "b", "sleep 60", array="0-5", exclusive=True))
+    busy = submit(ours, argv(tmp_path / "b", "sleep 600", array="0-5", exclusive=True))
     impossible = ours.submit(argv(tmp_path / "c", "true", cpus=1000))
 
     def waits(job: int) -> set[str]:
@@ -241,7 +241,7 @@ def test_the_site_is_described(slurm: SlurmCluster) -> None:
 
 def test_a_waiting_task_is_kept_from_more_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
     ours = client(slurm)
-    words = argv(tmp_path, "true", array="0-1", sbatch_options=(f"--exclude={slurm.nodes[0]}", "--begin=now+60"))
+    words = argv(tmp_path, "true", array="0-1", sbatch_options=(f"--exclude={slurm.nodes[0]}", "--begin=now+1hour"))
     job = submit(ours, words)
     slurm.set_node(1, "down")
     assert ours.node_states(slurm.nodes[:2]) == {slurm.nodes[0]: "idle", slurm.nodes[1]: "down"}
@@ -257,7 +257,7 @@ def test_a_waiting_task_is_kept_from_more_nodes(slurm: SlurmCluster, tmp_path: P
 
 def test_waiting_tasks_of_an_array_are_kept_from_a_node_with_one_command(slurm: SlurmCluster, tmp_path: Path) -> None:
     ours = client(slurm)
-    job = submit(ours, argv(tmp_path, "sleep 60", array="0-4", sbatch_options=("--begin=now+60",)))
+    job = submit(ours, argv(tmp_path, "sleep 600", array="0-4", sbatch_options=("--begin=now+1hour",)))
     slurm.scontrol("update", f"JobId={job}_1", "StartTime=now")
     wait_until("one runs", lambda: rows_of(ours, job)[1].state == "RUNNING")
     first = slurm.nodes[0]
@@ -275,7 +275,7 @@ def test_waiting_tasks_of_an_array_are_kept_from_a_node_with_one_command(slurm: 
 def test_what_lives_is_found_by_its_id_and_folder_whatever_it_is_called(slurm: SlurmCluster, tmp_path: Path) -> None:
     ours, folder = client(slurm), tmp_path / "a folder"
     folder.mkdir()
-    job = submit(ours, argv(folder, "sleep 60", array="0-2", sbatch_options=("--begin=now+60",)))
+    job = submit(ours, argv(folder, "sleep 600", array="0-2", sbatch_options=("--begin=now+1hour",)))
     slurm.scontrol("update", f"JobId={job}_1", "StartTime=now")
     wait_until("one runs", lambda: rows_of(ours, job)[1].state == "RUNNING")
     slurm.scontrol("update", f"JobId={job}", "JobName=somebody's own", "Comment=ask Jo")
@@ -294,7 +294,7 @@ def test_without_slurmdbd_there_is_no_accounting(slurm: SlurmCluster) -> None:
 def test_accounting_has_every_attempt_and_what_it_used(slurm_accounting: SlurmCluster, tmp_path: Path) -> None:
     ours = client(slurm_accounting)
     began = time.time()
-    body = '[ -n "$SLURM_RESTART_COUNT" ] || { scontrol requeue $SLURM_JOB_ID; sleep 60; }; srun sleep 2.5'
+    body = '[ -n "$SLURM_RESTART_COUNT" ] || { scontrol requeue $SLURM_JOB_ID; sleep 600; }; srun sleep 2.5'
     name = "kd-demo-teacher-attempts"
     job = submit(ours, argv(tmp_path, body, name=name, array="3"))
     wait_for_end(ours, job)
@@ -318,11 +318,11 @@ def test_limits_on_the_number_of_jobs_are_a_matter_of_pace(make_cluster: MakeClu
     cluster = make_cluster(nodes=1, accounting=True, enforce_limits=True)
     cluster.limit_submitted_jobs(3)
     ours = client(cluster)
-    answer = ours.submit(argv(tmp_path, "sleep 60", array="0-3"))
+    answer = ours.submit(argv(tmp_path, "sleep 600", array="0-3"))
     assert isinstance(answer, Refused)
     assert answer.is_submit_limit
     assert "QOSMaxSubmitJobPerUserLimit" in answer.text
-    submit(ours, argv(tmp_path, "sleep 60", array="0-2"))
+    submit(ours, argv(tmp_path, "sleep 600", array="0-2"))
     impossible = ours.submit(argv(tmp_path, "true", account="nobody"))
     assert isinstance(impossible, Refused)
     assert impossible.kind == "impossible"
@@ -347,7 +347,7 @@ def test_a_launch_that_failed_is_held_until_it_is_released(make_cluster: MakeClu
 
 
 def test_a_controller_that_does_not_answer(make_cluster: MakeCluster, tmp_path: Path) -> None:
-    cluster = make_cluster(nodes=1)
+    cluster = make_cluster(nodes=1, message_timeout_s=5)
     ours, hasty = client(cluster), client(cluster, timeout_s=0.5)
     cluster.pause("slurmctld")
     with pytest.raises(SchedulerUnreachableError, match=r"squeue gave no answer within 0.5 s and was killed"):
@@ -398,8 +398,8 @@ def test_ssh_that_reaches_nobody_is_unreachable(sshd: SshLogin, slurm: SlurmClus
 def test_hostile_words_pass_a_real_sshd(sshd: SshLogin, slurm: SlurmCluster) -> None:
     words = ["it's", '"', "$(touch pwned)", "`x`", "a\nb", "\\", "!x", "~", "*", "né→", "", "#", "-n"]
     runner = SshRunner(sshd.target, tuple(sshd.options))
-    answer = runner.run(["printf", "%s\\0", *words], timeout_s=10)
+    answer = runner.run(["printf", "%s\\0", *words], timeout_s=PATIENCE_S)
     assert answer.stdout.split("\0")[:-1] == words
-    assert runner.run(["sh", "-c", "exit 255"], timeout_s=10).status == 255
+    assert runner.run(["sh", "-c", "exit 255"], timeout_s=PATIENCE_S).status == 255
     with pytest.raises(SchedulerUnreachableError, match=r"sleep on .* gave no answer within 0.5 s"):
-        runner.run(["sleep", "60"], timeout_s=0.5)
+        runner.run(["sleep", "600"], timeout_s=0.5)

@@ -14,6 +14,7 @@ import pytest
 
 from kd_assets_tests.slurm.cluster import (
     CGROUPS,
+    PATIENCE_S,
     ClusterError,
     ClusterOptions,
     SlurmCluster,
@@ -50,7 +51,7 @@ def test_daemons_and_commands_are_of_one_slurm_the_one_that_was_asked_for(slurm:
     for command in ("sbatch", "squeue", "sinfo", "scontrol"):
         assert slurm.run(command, "--version").stdout.split()[-1] == slurm_version()
     assert f"= {slurm_version()}\n" in slurm.scontrol("show", "config")
-    batch(slurm, "sleep 100")
+    batch(slurm, "sleep 600")
     wait_until("slurmstepd runs", lambda: "slurmstepd" in programs(slurm))
     for daemon in ("munged", "slurmctld", "slurmd", "slurmstepd"):
         program, libraries = programs(slurm)[daemon]
@@ -90,7 +91,7 @@ def test_nothing_of_a_stopped_cluster_is_left(make_cluster: MakeCluster) -> None
 def test_a_cluster_starts_where_one_was_stopped_and_knows_nothing_of_it(make_cluster: MakeCluster) -> None:
     first = make_cluster(nodes=2)
     (first.root / "notes.txt").write_text("mine")
-    batch(first, "sleep 100")
+    batch(first, "sleep 600")
     first.stop()
     with SlurmCluster(first.root, ClusterOptions(nodes=1)) as second:
         assert second.run("squeue", "-h", "-a").stdout == ""
@@ -117,7 +118,7 @@ def test_accounting_shows_an_ended_job(slurm_accounting: SlurmCluster) -> None:
 
 def test_a_restarted_controller_knows_its_jobs(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(nodes=1)
-    job = batch(cluster, "sleep 100")
+    job = batch(cluster, "sleep 600")
     cluster.wait_for(job, "RUNNING")
     cluster.kill("slurmctld", signal.SIGTERM)
     cluster.start_daemon("slurmctld")
@@ -141,7 +142,7 @@ def test_a_failing_prolog_holds_the_job_and_drains_its_node(make_cluster: MakeCl
 def test_a_user_has_a_limit_of_submitted_jobs(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(nodes=1, accounting=True, enforce_limits=True)
     cluster.limit_submitted_jobs(3)
-    batch(cluster, "sleep 100", "--array=0-2")
+    batch(cluster, "sleep 600", "--array=0-2")
     with pytest.raises(ClusterError, match="QOSMaxSubmitJobPerUserLimit"):
         batch(cluster, "true")
 
@@ -153,7 +154,7 @@ def test_a_login_runs_a_command_with_any_argument(sshd: SshLogin, slurm: SlurmCl
 
     def login(*command: str) -> str:
         argv = ["ssh", *sshd.options, sshd.target, shlex.join(command)]
-        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout
 
     assert login(sys.executable, str(program), *hostile) == ascii(hostile) + "\n"
     assert slurm.name in login("sinfo")
@@ -162,7 +163,7 @@ def test_a_login_runs_a_command_with_any_argument(sshd: SshLogin, slurm: SlurmCl
 def test_the_command_starts_a_cluster_that_the_next_one_stops(tmp_path: Path) -> None:
     def command(*arguments: str) -> str:
         argv = [sys.executable, "-m", "kd_assets_tests.slurm.cluster", *arguments]
-        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout
 
     root = tmp_path / "cluster"
     try:

@@ -17,7 +17,7 @@ from kd_assets.diagnose.preview import preview, text_lines
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import SlurmScheduler, Submission
 from kd_assets_tests.orchestration.deployment import Deployment
-from kd_assets_tests.slurm.cluster import SlurmCluster
+from kd_assets_tests.slurm.cluster import PATIENCE_S, SlurmCluster
 from kd_assets_tests.slurm.conftest import SshLogin
 from kd_assets_tests.slurm.fakes import put_first
 
@@ -42,7 +42,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Platf
 
 
 def lines_of(platform: Platform, **how: object) -> list[str]:
-    return [str(finding) for finding in examine(None, platform, **how)]  # type: ignore[arg-type]
+    patient = {"wait_s": 10 * PATIENCE_S} | how
+    return [str(finding) for finding in examine(None, platform, **patient)]  # type: ignore[arg-type]
 
 
 def that_say(lines: list[str], words: str) -> str:
@@ -125,7 +126,7 @@ def test_what_no_node_can_give_is_named(slurm: SlurmCluster, site: Callable[...,
 def test_a_full_cluster_is_no_failure_and_the_test_job_is_taken_back(
     slurm: SlurmCluster, site: Callable[..., Platform]
 ) -> None:
-    slurm.sbatch("--nodes=4", "--exclusive", "--wrap=sleep 60")
+    slurm.sbatch("--nodes=4", "--exclusive", "--wrap=sleep 600")
     lines = lines_of(site(slurm, kinds={}), wait_s=2)
     line = that_say(lines, "did not start within 2 s")
     assert line.startswith("warn node for shards, teacher, student, export: test job ")

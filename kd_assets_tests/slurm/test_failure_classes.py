@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from kd_assets.scheduler.submissions import read_spec
 from kd_assets_tests.slurm.background import Background, part_files
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
-from kd_assets_tests.slurm.deployment import KEYS, SlurmDeployment
+from kd_assets_tests.slurm.deployment import KEYS, PARTS_OF_A_PARTITION, SlurmDeployment
 
 Deploy = Callable[..., SlurmDeployment]
 MakeCluster = Callable[..., SlurmCluster]
@@ -80,19 +81,21 @@ def test_a_task_out_of_device_memory_is_tried_again_with_smaller_batches_until_t
 
 
 def time_runs_out(run: Background, submission: int) -> None:
-    """The task's time is up, and its worker cannot do anything about it."""
+    """The task's time is up, and its worker, stopped, cannot do anything about it."""
     os.kill(int(run.started(submission=submission).data["pid"]), signal.SIGSTOP)
     run.cluster.end_job(run.task_id(submission=submission))
 
 
 @pytest.mark.slow
 def test_a_task_whose_time_runs_out_is_submitted_again_and_goes_on_after_its_last_part(
-    slurm: SlurmCluster, deploy: Deploy
+    slurm: SlurmCluster, deploy: Deploy, tmp_path: Path
 ) -> None:
-    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.2})
+    gate = tmp_path / "gate"
+    deployment = deploy(slurm, n_tasks=1, told={"gate": str(gate), "before_gate": PARTS_OF_A_PARTITION + 1})
     with Background(deployment, TWO) as run:
         run.wait_for_parts(KEYS[1])
         time_runs_out(run, 0)
+        gate.touch()  # for its second attempt
         result = run.succeeds()
     assert deployment.recorded(result.run_id) == [KEYS[0], KEYS[1]]
     assert deployment.n_made() == {KEYS[0]: 1, KEYS[1]: 1}
@@ -109,7 +112,7 @@ def test_a_task_whose_time_runs_out_three_times_before_its_first_part_is_given_u
     with Background(deployment, ONE) as run:
         for i in range(3):
             time_runs_out(run, i)
-        said = run.fails(timeout_s=150)
+        said = run.fails()
     assert len(deployment.submissions()) == 3
     assert "TIMEOUT" in said
     assert "given up after 3 attempts in a row without a new part on disk" in said
@@ -181,25 +184,25 @@ def test_a_job_that_ended_and_was_forgotten_between_two_questions_is_explained_b
 
 
 def kill_script(run: Background) -> None:
-    """kill -9 of the batch script and its worker: no last word, and SLURM calls it FAILED.
-
-    Of the last attempt: where a busy machine is late to answer, SLURM gives a node up and starts the task again."""
-    run.started()
-    last = max(run.deployment.job_events("task_started"), key=lambda event: event.time)
-    worker = int(last.data["pid"])
+    """kill -9 of the batch script and its worker: no last word, and SLURM calls it FAILED."""
+    worker = int(run.started().data["pid"])
     with open(f"/proc/{worker}/stat") as stat:
         script = int(stat.read().rpartition(")")[2].split()[1])
     os.kill(script, signal.SIGKILL)
+    wait_until("so is its worker", lambda: not Path(f"/proc/{worker}/exe").exists())
 
 
 def test_without_accounting_a_job_that_squeue_soon_forgets_is_submitted_again(
-    make_cluster: MakeCluster, deploy: Deploy
+    make_cluster: MakeCluster, deploy: Deploy, tmp_path: Path
 ) -> None:
     cluster = make_cluster(nodes=1, min_job_age_s=2)
-    deployment = deploy(cluster, n_tasks=1, told={"part_s": 1.5}, profile={"poll_interval_s": 8, "absence_grace_s": 4})
+    gate = tmp_path / "gate"
+    told = {"gate": str(gate), "before_gate": 1}
+    deployment = deploy(cluster, n_tasks=1, told=told, profile={"poll_interval_s": 8, "absence_grace_s": 4})
     with Background(deployment, TWO) as run:
         run.wait_for_parts(KEYS[0])
         kill_script(run)
+        gate.touch()
         run.succeeds()
     assert deployment.n_made() == {KEYS[0]: 1, KEYS[1]: 1}
     assert len(deployment.submissions()) == 2
@@ -208,13 +211,16 @@ def test_without_accounting_a_job_that_squeue_soon_forgets_is_submitted_again(
 
 
 def test_accounting_explains_the_end_of_a_job_that_was_forgotten_before_anybody_looked(
-    make_cluster: MakeCluster, deploy: Deploy
+    make_cluster: MakeCluster, deploy: Deploy, tmp_path: Path
 ) -> None:
     cluster = make_cluster(nodes=1, min_job_age_s=2, accounting=True)
-    deployment = deploy(cluster, n_tasks=1, told={"part_s": 1.5}, profile={"poll_interval_s": 8, "absence_grace_s": 4})
+    gate = tmp_path / "gate"
+    told = {"gate": str(gate), "before_gate": 1}
+    deployment = deploy(cluster, n_tasks=1, told=told, profile={"poll_interval_s": 8, "absence_grace_s": 120})
     with Background(deployment, TWO) as run:
         run.wait_for_parts(KEYS[0])
         kill_script(run)
+        gate.touch()
         run.succeeds()
     assert deployment.n_made() == {KEYS[0]: 1, KEYS[1]: 1}
     assert len(deployment.submissions()) == 2

@@ -17,7 +17,7 @@ from kd_assets.scheduler.slurm.commands.client import Slurm
 from kd_assets.scheduler.slurm.commands.parsing import AccountingRow, QueueRow, Refused, excluded_nodes
 from kd_assets.scheduler.slurm.commands.runners import LocalRunner
 from kd_assets_tests.scheduler.slurm.fake_cluster import Clock, FakeCluster
-from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
+from kd_assets_tests.slurm.cluster import PATIENCE_S, SlurmCluster, wait_until
 from kd_assets_tests.slurm.test_client import argv, submit
 
 BEGINS_LATER = "--begin=now+1hour"
@@ -28,8 +28,8 @@ class Both:
 
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         self.cluster, self.fake, self._folder = cluster, FakeCluster(Clock()), folder
-        self.real_client = Slurm(LocalRunner({**os.environ, **cluster.env}), timeout_s=30)
-        self.fake_client = Slurm(self.fake, timeout_s=30)
+        self.real_client = Slurm(LocalRunner({**os.environ, **cluster.env}), timeout_s=PATIENCE_S)
+        self.fake_client = Slurm(self.fake, timeout_s=PATIENCE_S)
         self.job = 0
 
     def submit(self, body: str, *sbatch_options: str) -> None:
@@ -75,7 +75,7 @@ def test_tasks_that_wait(both: Both) -> None:
 
 
 def test_tasks_that_run(both: Both) -> None:
-    both.submit("sleep 60")
+    both.submit("sleep 600")
     both.waits_until("RUNNING", "RUNNING")
     for task in (0, 1):
         both.fake.runs(task)
@@ -109,7 +109,7 @@ def test_tasks_that_ended(both: Both, body: str, fails: Callable[[FakeCluster, i
 
 
 def test_tasks_that_are_cancelled(both: Both) -> None:
-    both.submit("sleep 60", BEGINS_LATER)
+    both.submit("sleep 600", BEGINS_LATER)
     for task in (0, 1):
         both.cluster.scontrol("update", f"JobId={both.job}_{task}", "StartTime=now")
     both.waits_until("RUNNING", "RUNNING")

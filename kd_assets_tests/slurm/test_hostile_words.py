@@ -117,7 +117,6 @@ def test_partition_keys_are_words_of_the_job_file_and_of_nothing_else(
     wait_until(
         "both tasks have ended",
         lambda: all(t.phase is TaskPhase.ENDED for t in scheduler.poll([submission]).states[submission].values()),
-        60,
     )
     assert deployment.n_made() == dict.fromkeys(sorted(HOSTILE_KEYS), 1)
     assert all(committed(Path(o.path), o.fingerprint) is not None for u in units for o in u.outputs)

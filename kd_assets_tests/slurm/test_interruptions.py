@@ -19,11 +19,17 @@ from kd_assets.scheduler.submissions import read_spec
 from kd_assets.store import verify
 from kd_assets_tests.slurm.background import Background, part_files, parts, store_of
 from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
-from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment
+from kd_assets_tests.slurm.deployment import ALL, KEYS, PARTS_OF_A_PARTITION, SlurmDeployment
 
 Deploy = Callable[..., SlurmDeployment]
 MakeCluster = Callable[..., SlurmCluster]
 FOUR = (KEYS[0], KEYS[3])
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """Until a test makes this file, tasks stand still after as many parts as they are told."""
+    return tmp_path / "gate"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,11 @@ def assert_whole(deployment: SlurmDeployment, undisturbed: dict[str, bytes], key
 
 def worker_pid(run: Background, task: int = 0, submission: int = 0) -> int:
     return int(run.started(task, submission=submission).data["pid"])
+
+
+def wait_for_end(pid: int) -> None:
+    """A process is gone, or a zombie, which has no `exe`."""
+    wait_until(f"process {pid} is gone", lambda: not Path(f"/proc/{pid}/exe").exists())
 
 
 def parent(pid: int) -> int:
@@ -115,16 +126,20 @@ def stop_within_a_partition(deployment: SlurmDeployment, pid: int) -> str:
             os.kill(pid, signal.SIGCONT)
         return bool(found)
 
-    wait_until("the worker is within a partition", stopped, 60)
+    wait_until("the worker is within a partition", stopped)
     return found[0]
 
 
-def test_every_task_may_be_stopped_at_once(slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes]) -> None:
-    deployment = deploy(slurm, told={"part_s": 0.4})
+def test_every_task_may_be_stopped_at_once(
+    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
+) -> None:
+    deployment = deploy(slurm, told={"gate": str(gate), "before_gate": 1})
     with Background(deployment) as run:
         for task in range(3):
             run.wait_for_parts(run.keys_of(task)[0])
             slurm.signal_job(run.task_id(task))
+        wait_until("all have flushed", lambda: len(deployment.job_events("task_finished")) == 3)
+        gate.touch()
         for task in range(3):
             run.start_soon(run.task_id(task))
         result = run.succeeds()
@@ -138,12 +153,13 @@ def test_every_task_may_be_stopped_at_once(slurm: SlurmCluster, deploy: Deploy, 
 
 
 def test_a_killed_worker_is_tried_again_and_its_neighbours_do_not_notice(
-    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes]
+    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
 ) -> None:
-    deployment = deploy(slurm, told={"part_s": 0.3})
+    deployment = deploy(slurm, told={"gate": str(gate), "before_gate": PARTS_OF_A_PARTITION + 1})
     with Background(deployment) as run:
         run.wait_for_parts(run.keys_of(1)[1])
         os.kill(worker_pid(run, task=1), signal.SIGKILL)
+        gate.touch()
         result = run.succeeds()
     assert_whole(deployment, undisturbed)
     assert deployment.recorded(result.run_id) == list(KEYS)
@@ -155,12 +171,15 @@ def test_a_killed_worker_is_tried_again_and_its_neighbours_do_not_notice(
 
 
 def test_a_killed_batch_script_is_tried_again(
-    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes]
+    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
 ) -> None:
-    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.3})
+    deployment = deploy(slurm, n_tasks=1, told={"gate": str(gate), "before_gate": PARTS_OF_A_PARTITION + 1})
     with Background(deployment, FOUR) as run:
         run.wait_for_parts(KEYS[1])
-        os.kill(parent(worker_pid(run)), signal.SIGKILL)
+        worker = worker_pid(run)
+        os.kill(parent(worker), signal.SIGKILL)
+        wait_for_end(worker)
+        gate.touch()
         run.succeeds()
     assert_whole(deployment, undisturbed, FOUR)
     assert len(deployment.submissions()) == 2
@@ -168,13 +187,16 @@ def test_a_killed_batch_script_is_tried_again(
 
 
 def test_what_waits_for_its_turn_is_not_given_up_while_its_task_is_killed_again_and_again_and_gets_on(
-    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes]
+    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
 ) -> None:
-    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.2})
+    deployment = deploy(slurm, n_tasks=1, told={"gate": str(gate), "before_gate": 1})
     with Background(deployment, FOUR) as run:
         for i in range(4):
             run.wait_for_parts(KEYS[i])
+            # The next one: to the first part of the next partition.
+            deployment.tell({"gate": str(gate), "before_gate": PARTS_OF_A_PARTITION})
             os.kill(worker_pid(run, submission=i), signal.SIGKILL)
+        gate.touch()
         run.succeeds()
     assert_whole(deployment, undisturbed, FOUR)
     assert deployment.n_teacher_loads() == 5
@@ -184,16 +206,17 @@ def test_what_waits_for_its_turn_is_not_given_up_while_its_task_is_killed_again_
 
 
 def test_a_node_without_its_slurmd_works_on_while_the_task_is_started_elsewhere(
-    make_cluster: MakeCluster, deploy: Deploy, undisturbed: dict[str, bytes]
+    make_cluster: MakeCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
 ) -> None:
     cluster = make_cluster(nodes=2)
-    deployment = deploy(cluster, n_tasks=1, told={"part_s": 0.9})
+    deployment = deploy(cluster, n_tasks=1, told={"gate": str(gate), "before_gate": 1})
     with Background(deployment, FOUR) as run:
         run.wait_for_parts(KEYS[0])
         cluster.kill("slurmd0")
-        cluster.set_node(0, "down")  # what SLURM finds out by itself after half a minute
+        cluster.set_node(0, "down")  # what SLURM finds out by itself after its SlurmdTimeout
         run.start_soon(run.task_id())
         run.waits_for_log("waits for an earlier attempt that still runs")
+        gate.touch()
         run.succeeds()
     assert deployment.n_teacher_loads() == 1
     assert_whole(deployment, undisturbed, FOUR)
@@ -205,18 +228,20 @@ def test_a_node_without_its_slurmd_works_on_while_the_task_is_started_elsewhere(
 
 
 def test_a_slurmd_that_comes_back_ends_the_old_attempt_and_the_new_one_takes_over(
-    make_cluster: MakeCluster, deploy: Deploy, undisturbed: dict[str, bytes]
+    make_cluster: MakeCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
 ) -> None:
     cluster = make_cluster(nodes=2)
-    deployment = deploy(cluster, n_tasks=1, told={"part_s": 0.9})
+    deployment = deploy(cluster, n_tasks=1, told={"gate": str(gate), "before_gate": 1})
     with Background(deployment, FOUR) as run:
         run.wait_for_parts(KEYS[0])
+        old = worker_pid(run)
         cluster.kill("slurmd0")
         cluster.set_node(0, "down")
         run.start_soon(run.task_id())
         run.waits_for_log("waits for an earlier attempt that still runs")
-        deployment.tell({"part_s": 0.1})
         cluster.start_daemon("slurmd0")
+        wait_for_end(old)
+        gate.touch()
         run.succeeds()
     assert deployment.n_teacher_loads() == 2
     assert_whole(deployment, undisturbed, FOUR)
@@ -224,15 +249,18 @@ def test_a_slurmd_that_comes_back_ends_the_old_attempt_and_the_new_one_takes_ove
 
 
 def test_a_task_whose_node_goes_down_is_requeued_without_that_node(
-    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes]
+    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
 ) -> None:
-    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.3})
+    deployment = deploy(slurm, n_tasks=1, told={"gate": str(gate), "before_gate": PARTS_OF_A_PARTITION + 1})
     with Background(deployment, FOUR) as run:
         run.wait_for_parts(KEYS[1])
+        old = worker_pid(run)
         task_id, node = run.task_id(), str(run.started().data["slurm_nodelist"])
         slurm.set_node(slurm.nodes.index(node), "down")
         run.waits_for_log(f"its node {node} is down and is excluded from now on")
         shown = slurm.scontrol("--oneliner", "show", "job", task_id)
+        wait_for_end(old)
+        gate.touch()
         slurm.resume_nodes()
         run.start_soon(task_id)
         run.succeeds()
@@ -244,8 +272,10 @@ def test_a_task_whose_node_goes_down_is_requeued_without_that_node(
     assert run.job_metadata()[0]["interruptions"] == "node failure × 1"
 
 
-def test_what_a_run_submits_after_a_node_failed_excludes_that_node_too(slurm: SlurmCluster, deploy: Deploy) -> None:
-    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.3})
+def test_what_a_run_submits_after_a_node_failed_excludes_that_node_too(
+    slurm: SlurmCluster, deploy: Deploy, gate: Path
+) -> None:
+    deployment = deploy(slurm, n_tasks=1, told={"gate": str(gate), "before_gate": 1})
     with Background(deployment, FOUR) as run:
         node = str(run.started().data["slurm_nodelist"])
         run.waits_for_log(": 1 run")  # the scheduler has seen where it runs
@@ -254,21 +284,29 @@ def test_what_a_run_submits_after_a_node_failed_excludes_that_node_too(slurm: Sl
         slurm.resume_nodes()
         run.start_soon(run.task_id())
         os.kill(int(run.started(attempt=1).data["pid"]), signal.SIGKILL)
+        gate.touch()
         run.succeeds()
     assert [read_spec(s).excluded_nodes for s in deployment.submissions()] == [(), (node,)]
 
 
 def test_a_task_that_slurm_does_not_requeue_is_submitted_again_without_the_node_that_went_down(
-    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    slurm: SlurmCluster,
+    deploy: Deploy,
+    undisturbed: dict[str, bytes],
+    gate: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(task_states, "REQUEUE_GRACE_S", 1.0)
-    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.3})
+    deployment = deploy(slurm, n_tasks=1, told={"gate": str(gate), "before_gate": PARTS_OF_A_PARTITION + 1})
     with Background(deployment, FOUR) as run:
         run.wait_for_parts(KEYS[1])
+        old = worker_pid(run)
         slurm.scontrol("update", f"JobId={run.task_id()}", "Requeue=0")
         node = str(run.started().data["slurm_nodelist"])
         slurm.set_node(slurm.nodes.index(node), "down")
         run.waits_for_log(f"tried again, without node {node}")
+        wait_for_end(old)
+        gate.touch()
         slurm.resume_nodes()
         run.succeeds()
     assert run.started(submission=1).data["slurm_nodelist"] != node
@@ -280,14 +318,15 @@ def test_a_task_that_slurm_does_not_requeue_is_submitted_again_without_the_node_
 
 
 def test_tasks_that_more_important_jobs_push_aside_go_on_afterwards(
-    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes]
+    slurm: SlurmCluster, deploy: Deploy, undisturbed: dict[str, bytes], gate: Path
 ) -> None:
-    deployment = deploy(slurm, told={"part_s": 0.3})
+    deployment = deploy(slurm, told={"gate": str(gate), "before_gate": 1})
     with Background(deployment) as run:
         for task in range(3):
             run.wait_for_parts(run.keys_of(task)[0])
         urgent = slurm.sbatch("-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-        slurm.wait_for(urgent, "COMPLETED")
+        slurm.wait_for(urgent, "COMPLETED")  # on all nodes: nothing of ours is left there
+        gate.touch()
         result = run.succeeds()
     assert_whole(deployment, undisturbed)
     assert deployment.recorded(result.run_id) == list(KEYS)

@@ -18,7 +18,7 @@ from kd_assets.diagnose.preview import preview, text_lines
 from kd_assets.orchestration.materialize import planner_of
 from kd_assets_tests.orchestration.deployment import failure_text
 from kd_assets_tests.slurm.background import Background
-from kd_assets_tests.slurm.cluster import SlurmCluster
+from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.conftest import SshLogin
 from kd_assets_tests.slurm.deployment import ALL, KEYS, SlurmDeployment, key, log_of
 from kd_assets_tests.slurm.fakes import count_calls
@@ -29,11 +29,15 @@ ONCE = dict.fromkeys(KEYS, 1)
 
 
 def test_twelve_partitions_in_three_tasks_are_one_array_and_load_the_teacher_three_times(
-    slurm: SlurmCluster, deploy: Deploy
+    slurm: SlurmCluster, deploy: Deploy, tmp_path: Path
 ) -> None:
-    deployment = deploy(slurm, told={"part_s": 0.1})
-    result = deployment.run("topk_cache", partition_range=ALL)
-    assert result.success, failure_text(result)
+    gate = tmp_path / "gate"
+    deployment = deploy(slurm, told={"gate": str(gate)})
+    with Background(deployment) as run:
+        for task in range(3):
+            run.started(task)
+        gate.touch()
+        result = run.succeeds()
     assert deployment.n_teacher_loads() == 3
     assert deployment.n_made() == ONCE
     assert deployment.recorded(result.run_id) == list(KEYS)
@@ -41,10 +45,13 @@ def test_twelve_partitions_in_three_tasks_are_one_array_and_load_the_teacher_thr
     assert deployment.most_at_once() == 3
 
 
-def test_no_more_tasks_run_at_once_than_the_recipe_says(slurm: SlurmCluster, deploy: Deploy) -> None:
-    deployment = deploy(slurm, n_tasks=6, concurrency=2, told={"part_s": 0.1})
-    result = deployment.run("topk_cache", partition_range=ALL)
-    assert result.success, failure_text(result)
+def test_no_more_tasks_run_at_once_than_the_recipe_says(slurm: SlurmCluster, deploy: Deploy, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    deployment = deploy(slurm, n_tasks=6, concurrency=2, told={"part_s": 0.1, "gate": str(gate)})
+    with Background(deployment) as run:
+        wait_until("two have started", lambda: len(deployment.job_events("task_started")) >= 2)
+        gate.touch()
+        run.succeeds()
     assert deployment.n_teacher_loads() == 6
     assert deployment.most_at_once() == 2
 
@@ -72,11 +79,15 @@ def test_a_failed_partition_leaves_the_others_recorded_and_is_alone_submitted_ag
     assert unit["partition_key"] == KEYS[4]
 
 
-def test_what_tasks_print_reaches_the_runs_log_while_they_run(slurm: SlurmCluster, deploy: Deploy) -> None:
-    deployment = deploy(slurm, n_tasks=1, told={"part_s": 0.7})
+def test_what_tasks_print_reaches_the_runs_log_while_they_run(
+    slurm: SlurmCluster, deploy: Deploy, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    deployment = deploy(slurm, n_tasks=1, told={"gate": str(gate)})
     with Background(deployment) as run:
         run.waits_for_log(f"task 0 | stub teacher at {KEYS[0]}")
-        assert len(deployment.recorded(run.run_id)) < len(KEYS)
+        assert deployment.recorded(run.run_id) == []
+        gate.touch()
         run.succeeds()
 
 
@@ -100,15 +111,21 @@ def test_the_last_lines_of_the_log_of_a_failed_task_are_in_the_runs_log(
     ],
 )
 def test_what_sbatch_refuses_fails_the_run_at_once_in_slurms_words(
-    wanted: dict[str, object], words: str, slurm: SlurmCluster, deploy: Deploy
+    wanted: dict[str, object],
+    words: str,
+    slurm: SlurmCluster,
+    deploy: Deploy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     deployment = deploy(slurm, slurm=wanted)
-    began = time.monotonic()
-    result = deployment.run("topk_cache", partition_range=ALL)
-    assert time.monotonic() - began < 5
-    assert not result.success
-    assert words in failure_text(result)
-    assert f"{KEYS[0]} … {KEYS[-1]} (12 partitions)" in failure_text(result)
+    calls = count_calls(tmp_path / "counted", monkeypatch)
+    with Background(deployment) as run:
+        said = run.fails()
+    assert calls()["sbatch"] == 1
+    assert calls().get("squeue", 0) <= 1, "nothing is waited for"
+    assert words in said
+    assert f"{KEYS[0]} … {KEYS[-1]} (12 partitions)" in said
     assert deployment.alive() == []
     assert deployment.slurm.live("tiny", "teacher") == []
 
@@ -117,11 +134,9 @@ def test_what_could_never_start_fails_the_run_and_leaves_the_queue(make_cluster:
     # Sites that do not enforce a partition's limits on submission let such jobs wait for ever.
     cluster = make_cluster(nodes=1, slurm_conf="PartitionName=short Nodes=ALL MaxTime=1 State=UP")
     deployment = deploy(cluster, slurm={"partition": "short", "time": 30})
-    began = time.monotonic()
-    result = deployment.run("topk_cache", partition_range=ALL)
-    assert time.monotonic() - began < 15
-    assert not result.success
-    assert re.search(r"SLURM cannot start it: Partition(TimeLimit|Config) ", failure_text(result))
+    with Background(deployment) as run:
+        said = run.fails()
+    assert re.search(r"SLURM cannot start it: Partition(TimeLimit|Config) ", said)
     assert deployment.alive() == []
     assert deployment.slurm.live("tiny", "teacher") == []
 

@@ -18,7 +18,7 @@ from selenium import webdriver
 
 from kd_assets_tests.orchestration.deployment import make_tiny_teacher
 from kd_assets_tests.slurm.cluster import SlurmCluster
-from kd_assets_tests.slurm.deployment import KEYS, SlurmDeployment
+from kd_assets_tests.slurm.deployment import KEYS, PARTS_OF_A_PARTITION, SlurmDeployment
 from kd_assets_tests.ui.conftest import NO_BROWSER, browser, dagster_home, instance  # noqa: F401 - fixtures
 from kd_assets_tests.ui.web_ui import click, dagster_dev, wait_for
 
@@ -27,11 +27,13 @@ pytestmark = [pytest.mark.ui, pytest.mark.slow, NO_BROWSER]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A deployment on a cluster of its own, with a stub teacher that takes its time, and its web UI."""
+    """A deployment on a cluster of its own, and its web UI. Each task of its stub teacher makes one partition, and the
+    others once the gate is there."""
 
     cluster: SlurmCluster
     deployment: SlurmDeployment
     dagster_home: Path
+    gate: Path
 
     @contextmanager
     def web_ui(self) -> Iterator[str]:
@@ -75,10 +77,12 @@ def site(
     cluster = make_cluster()
     for name, value in cluster.env.items():
         monkeypatch.setenv(name, value)
+    gate = tmp_path / "gate"
+    told = {"gate": str(gate), "before_gate": PARTS_OF_A_PARTITION}
     deployment = SlurmDeployment(
-        tmp_path / "home", make_tiny_teacher(tmp_path / "teacher"), instance, cluster, told={"part_s": 4.0}
+        tmp_path / "home", make_tiny_teacher(tmp_path / "teacher"), instance, cluster, told=told
     )
-    return Site(cluster=cluster, deployment=deployment, dagster_home=dagster_home)
+    return Site(cluster=cluster, deployment=deployment, dagster_home=dagster_home, gate=gate)
 
 
 def backfill_all(browser: webdriver.Chrome, address: str) -> None:  # noqa: F811
@@ -99,10 +103,10 @@ def test_a_backfill_ends_with_every_partition_though_its_run_and_a_node_are_kill
         os.kill(site.process_of(first), signal.SIGKILL)
         wait_for(lambda: [r for r in site.running() if r.run_id != first.run_id], "the run that takes over")
         node = wait_for(site.nodes_at_work, "a node at work")[0]
-        site.deployment.tell({"part_s": 0.1})  # for the attempts to come
         site.cluster.kill(f"slurmd{site.cluster.nodes.index(node)}")
         site.cluster.set_node(site.cluster.nodes.index(node), "down")
-        wait_for(lambda: site.materialized == set(KEYS), "all partitions", 180)
+        site.gate.touch()
+        wait_for(lambda: site.materialized == set(KEYS), "all partitions")
         wait_for(lambda: all(r.is_finished for r in site.runs()), "the end of all runs")
         backfills = wait_for(
             lambda: [b for b in site.deployment.instance.get_backfills() if b.status.value.startswith("COMPLETED")],

@@ -24,7 +24,7 @@ def run_in_mount_namespace(script: str, *arguments: str) -> subprocess.Completed
     if subprocess.run([*IN_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
         pytest.skip("no user and mount namespaces here")
     return subprocess.run(
-        [*IN_NAMESPACE, sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60
+        [*IN_NAMESPACE, sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300
     )
 
 
@@ -95,7 +95,7 @@ with examples.writer(store, examples.output(store, "topk_cache")) as result:
     except StorageUnavailableError as e:
         print(e)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "part-00001.parquet: File too large; raise the largest file size" in done.stdout
     out = examples.output(tmp_path, "topk_cache")

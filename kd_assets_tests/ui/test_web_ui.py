@@ -36,6 +36,7 @@ from kd_assets_tests.orchestration.deployment import (
 )
 from kd_assets_tests.orchestration.recording.made_up import GPU_SERIES
 from kd_assets_tests.ui.web_ui import (
+    LIMIT_S,
     click,
     keep_screenshot,
     open_browser,
@@ -197,8 +198,8 @@ def in_words(css: str) -> str:
 def show_markdown(browser: webdriver.Chrome, *, of: str) -> WebElement:
     """Opens what a row of the metadata table has folded; returns the dialog."""
     link = f"//tr[td[contains(., '{of}')]]//*[contains(text(), 'Show Markdown')]"
-    WebDriverWait(browser, 60).until(lambda d: d.find_element(By.XPATH, link)).click()
-    dialog = WebDriverWait(browser, 60).until(lambda d: d.find_element(By.XPATH, "//*[@role='dialog']"))
+    WebDriverWait(browser, LIMIT_S).until(lambda d: d.find_element(By.XPATH, link)).click()
+    dialog = WebDriverWait(browser, LIMIT_S).until(lambda d: d.find_element(By.XPATH, "//*[@role='dialog']"))
     # It opens at its end, where its buttons are.
     browser.execute_script("for (const e of document.querySelectorAll('*')) e.scrollTop = 0")
     return dialog
@@ -246,7 +247,9 @@ def test_a_range_is_back_filled_by_the_dialog_and_its_run_says_how_far_it_is(
     wait_for(lambda: site.tiny.instance.get_materialized_partitions(key), "the first task's partitions")
     run = site.last_run()
     browser.get(f"{site.address}/runs/{run.run_id}")
-    events = WebDriverWait(browser, 60).until(lambda d: d.find_element(By.XPATH, "//input[@placeholder='Filter…']"))
+    events = WebDriverWait(browser, LIMIT_S).until(
+        lambda d: d.find_element(By.XPATH, "//input[@placeholder='Filter…']")
+    )
     events.send_keys("shards")
     wait_for_text(browser, "of 3 shards")
     keep_screenshot(browser, "run at work")
@@ -295,7 +298,7 @@ def test_terminating_a_run_ends_its_job(site: Site, browser: webdriver.Chrome, h
     wait_for(site.tasks, "its tasks")
     browser.get(f"{site.address}/runs/{run.run_id}")
     click(browser, "Terminate")
-    WebDriverWait(browser, 60).until(lambda d: d.find_elements(By.XPATH, "//*[@role='dialog']"))
+    WebDriverWait(browser, LIMIT_S).until(lambda d: d.find_elements(By.XPATH, "//*[@role='dialog']"))
     click(browser, "Terminate", within="//*[@role='dialog']")
     wait_for(lambda: site.last_run().is_finished, "the run's end")
     assert site.last_run().status is dg.DagsterRunStatus.CANCELED

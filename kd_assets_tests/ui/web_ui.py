@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from kd_assets_tests.orchestration.deployment import Deployment, write_definitions
+from kd_assets_tests.ports import reserve_ports
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 """What the tests saw, for a person's eyes; git ignores it."""
+LIMIT_S = 300.0
+"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def page_text(browser: webdriver.Chrome) -> str:
     return " ".join(str(browser.execute_script("return document.body.innerText")).split())
 
 
-def wait_for_text(browser: webdriver.Chrome, *texts: str, limit_s: float = 120) -> None:
+def wait_for_text(browser: webdriver.Chrome, *texts: str) -> None:
     """Wait until the page has all these texts."""
     missing: list[str] = list(texts)
 
@@ -83,13 +85,13 @@ def wait_for_text(browser: webdriver.Chrome, *texts: str, limit_s: float = 120) 
         return not missing
 
     try:
-        wait_for(shown, "the page", limit_s)
+        wait_for(shown, "the page")
     except AssertionError:
         raise AssertionError(f"{browser.current_url} does not show {missing}, but: {page_text(browser)}") from None
 
 
-def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 120) -> Any:
-    deadline = time.monotonic() + limit_s
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + LIMIT_S
     while not (value := condition()):
         assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.3)
@@ -112,7 +114,7 @@ class Server:
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()[-2000:]
         try:
-            return bool(urllib.request.urlopen(f"{self.url}/server_info", timeout=2).status == 200)
+            return bool(urllib.request.urlopen(f"{self.url}/server_info", timeout=LIMIT_S).status == 200)
         except (urllib.error.URLError, OSError):
             return False
 
@@ -122,11 +124,9 @@ def start_dagster_dev(
     definitions: Path, dagster_home: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
     """Runs `dagster dev` over a file of definitions; it ends with the block."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     log = dagster_home / "ui.log"
-    with log.open("w") as output:
+    with ExitStack() as stack, log.open("w") as output:
+        (port,) = reserve_ports(1, until=stack)
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -144,11 +144,11 @@ def start_dagster_dev(
             stderr=output,
             env={**os.environ, **(environment or {}), "DAGSTER_HOME": str(dagster_home)},
         )
-    try:
-        yield Server(process, f"http://127.0.0.1:{port}", log)
-    finally:
-        process.terminate()
-        process.wait(60)
+        try:
+            yield Server(process, f"http://127.0.0.1:{port}", log)
+        finally:
+            process.terminate()
+            process.wait(LIMIT_S)
 
 
 @contextmanager
@@ -172,4 +172,4 @@ def click(browser: webdriver.Chrome, text: str, *, within: str = "") -> None:
         return False
 
     moving = (StaleElementReferenceException, ElementClickInterceptedException, ElementNotInteractableException)
-    WebDriverWait(browser, 60, ignored_exceptions=moving).until(clicked)
+    WebDriverWait(browser, LIMIT_S, ignored_exceptions=moving).until(clicked)

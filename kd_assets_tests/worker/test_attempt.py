@@ -12,8 +12,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,15 +61,33 @@ def hold() -> Iterator[Callable[[Path, str], subprocess.Popen[str]]]:
     yield start
     for process in started:
         process.kill()
-        process.wait(10)
+        process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+class CountingStopFlag(StopFlag):
+    """Counts how often somebody sleeps until the next look, and does something meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_sleeps = 0
+        self.then: dict[int, Callable[[], object]] = {}
+
+    def sleep(self, seconds: float) -> None:
+        self.n_sleeps += 1
+        self.then.get(self.n_sleeps, lambda: None)()
+        super().sleep(seconds)
 
 
 class Desk:
     def __init__(self, folder: Path) -> None:
         self.events, self.lease = event_file(folder / "events", 3), lease_file(folder / "events", 3)
-        self.stop = StopFlag()
+        self.stop = CountingStopFlag()
+
+    def after_looks(self, n: int, happens: Callable[[], object]) -> None:
+        """When the lease has been looked at so often in vain."""
+        self.stop.then[n] = happens
 
     def hold_task(self, attempt: Attempt) -> Lease | None:
         with Reporter(self.events, stream=io.StringIO()) as report:
@@ -122,16 +138,10 @@ def test_an_earlier_attempt_of_the_same_job_is_waited_for_and_taken_over_from(
     desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]]
 ) -> None:
     old = hold(desk.lease, "15")
-    ended: list[float] = []
-
-    def end() -> None:
-        ended.append(time.monotonic())
-        old.kill()
-
-    threading.Timer(0.6, end).start()
+    desk.after_looks(5, old.kill)
     lease = desk.hold_task(an_attempt(SLURM_RESTART_COUNT="1"))
     assert lease is not None
-    assert 0 < time.monotonic() - ended[0] < 2, "it waited, and took over as soon as it could"
+    assert desk.stop.n_sleeps >= 5, "it waited"
     assert len(desk.warnings()) == 1, "one line, however often it looked"
     assert desk.warnings()[0].startswith("waits for an earlier attempt that still runs on n0 (process 77")
     assert json.loads(desk.lease.read_text())["slurm_restart_count"] == 1
@@ -142,7 +152,7 @@ def test_waiting_for_an_earlier_attempt_ends_with_a_request_to_stop(
     desk: Desk, hold: Callable[[Path, str], subprocess.Popen[str]]
 ) -> None:
     hold(desk.lease, "15")
-    threading.Timer(0.3, lambda: setattr(desk.stop, "_signal_name", "SIGUSR1")).start()
+    desk.after_looks(3, lambda: setattr(desk.stop, "_signal_name", "SIGUSR1"))
     with pytest.raises(InterruptedTaskError, match="SIGUSR1 while it waited for an earlier attempt"):
         desk.hold_task(an_attempt(SLURM_RESTART_COUNT="1"))
 
@@ -154,11 +164,10 @@ def test_a_holder_that_has_not_said_who_it_is_is_waited_for(
     hold(desk.lease, "99")
     said = desk.lease.read_text()
     desk.lease.write_text("")
-    threading.Timer(0.4, desk.lease.write_text, [said]).start()
-    started = time.monotonic()
+    desk.after_looks(4, lambda: desk.lease.write_text(said))
     with pytest.raises(DuplicateTaskError):
         desk.hold_task(an_attempt())
-    assert time.monotonic() - started > 0.3
+    assert desk.stop.n_sleeps >= 4, "it waited"
 
 
 def test_a_disk_without_locks_is_told_of_with_its_remedy_and_the_work_goes_on(
@@ -197,7 +206,7 @@ def test_asking_for_a_lease_names_its_holder_and_takes_and_makes_nothing(
     with pytest.raises(ResultBusyError, match='"slurm_job_id": "99"'):
         Lease(tmp_path / "b").raise_if_busy()
     process.kill()
-    process.wait(10)
+    process.wait()
     Lease(tmp_path / "b").raise_if_busy()
 
 
@@ -206,7 +215,7 @@ def test_asking_for_a_lease_of_its_own_does_not_drop_it(tmp_path: Path) -> None:
     lease.acquire({"pid": "of the test"})
     Lease(tmp_path / "a").raise_if_busy()
     command = [sys.executable, "-c", textwrap.dedent(HOLD), str(tmp_path / "a"), "99"]
-    other = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    other = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "ResultBusyError" in other.stderr
     assert "of the test" in other.stderr
     lease.release()

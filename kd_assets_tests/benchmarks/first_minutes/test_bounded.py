@@ -13,7 +13,7 @@ import pytest
 
 from kd_assets_tests.benchmarks.first_minutes.bounded import Ended, run_bounded, tail_of
 
-LONG_S = 60.0
+LONG_S = 300.0
 HANG = "import time; print('begun', flush=True); time.sleep(600)"
 
 
@@ -23,7 +23,7 @@ def run(code: str, tmp_path: Path, *, limit_s: float = LONG_S) -> Ended:
 
 def is_gone(pid: int) -> bool:
     """Whether the process has ended; a moment is given to it."""
-    for _ in range(200):
+    for _ in range(3600):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
@@ -40,7 +40,7 @@ def test_a_program_that_ends_has_a_status_and_a_tail_of_both_streams(tmp_path: P
 
 
 def test_a_program_that_hangs_is_ended_and_says_where_it_was(tmp_path: Path) -> None:
-    ended = run(HANG, tmp_path, limit_s=2.0)
+    ended = run(HANG, tmp_path, limit_s=10.0)
     assert ended.status is None
     assert "did not end within" in ended.in_words
     assert "begun" in ended.tail
@@ -48,7 +48,7 @@ def test_a_program_that_hangs_is_ended_and_says_where_it_was(tmp_path: Path) -> 
 
 
 def test_a_program_that_takes_no_notice_of_a_request_to_end_is_killed(tmp_path: Path) -> None:
-    ended = run(f"import signal; signal.signal(signal.SIGABRT, signal.SIG_IGN); {HANG}", tmp_path, limit_s=2.0)
+    ended = run(f"import signal; signal.signal(signal.SIGABRT, signal.SIG_IGN); {HANG}", tmp_path, limit_s=10.0)
     assert ended.status is None
 
 
@@ -60,7 +60,7 @@ def test_a_signal_that_killed_a_program_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "import time; time.sleep(600)"])
 def test_what_a_program_started_ends_with_it(end: str, tmp_path: Path) -> None:
     start = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    ended = run(f"{start}; print(child.pid, flush=True); {end}", tmp_path, limit_s=3.0)
+    ended = run(f"{start}; print(child.pid, flush=True); {end}", tmp_path, limit_s=10.0)
     assert is_gone(int(ended.tail.split()[0]))
 
 

@@ -19,7 +19,7 @@ from kd_assets.teacher.batch.engine import BlockStates, StepResult
 from kd_assets.teacher.batch.transfer import Collector, Copy, copier
 
 CPU = torch.device("cpu")
-WAIT_S = 10
+WAIT_S = 180
 
 
 def result(number: int, device: torch.device = CPU) -> StepResult:

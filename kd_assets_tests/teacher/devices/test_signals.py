@@ -17,7 +17,7 @@ from kd_assets.store import read_manifest
 from kd_assets_tests.teacher.tiny import Desk, part_bytes, save_teacher, tiny_documents, tiny_params
 
 N_DOCUMENTS = 80
-WAIT_S = 120
+WAIT_S = 300
 
 
 def start(job_path: Path, attempt: int) -> subprocess.Popen[bytes]:

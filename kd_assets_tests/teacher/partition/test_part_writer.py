@@ -66,7 +66,7 @@ def test_error_of_the_thread_reaches_the_producer_while_the_queue_is_full(result
     failing = threading.Event()
 
     def fails_late() -> pa.Table:
-        failing.wait(10)
+        assert failing.wait(180)
         return broken()
 
     def produce() -> None:
