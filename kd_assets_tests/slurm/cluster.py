@@ -282,7 +282,7 @@ class SlurmCluster:
         # Every user's QOS.
         self._sacctmgr("modify", "qos", "normal", "set", f"MaxSubmitJobsPerUser={limit}")
         one_too_many = ["sbatch", "--test-only", f"--array=0-{limit}", "--wrap", "true"]
-        wait_until(f"sbatch refuses {limit + 1} tasks", lambda: self.run(*one_too_many).returncode != 0)
+        wait_until(f"sbatch refuses {limit + 1} tasks", lambda: "QOS policy" in self.run(*one_too_many).stderr)
 
     # Using
 
