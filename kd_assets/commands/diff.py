@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from kd_assets.cards.tokens import decoder_of
 from kd_assets.cards.words import quoted
 from kd_assets.commands.base import Subcommand, count, recipe_folder_of, show, show_json
+from kd_assets.commands.progress import Progress
 from kd_assets.contract import CACHES
 from kd_assets.errors import EXIT_FAILED, MissingInputError
 from kd_assets.store import CacheReader
@@ -20,7 +20,6 @@ from kd_assets.store.comparing import Comparison, Measure, compare, named
 from kd_assets.store.layout import MANIFEST_NAME, is_variant_name
 from kd_assets.store.manifest import without_non_finite
 
-PROGRESS_EVERY_S = 2.0
 SHOWN_TOKENS = 24
 
 
@@ -107,16 +106,8 @@ def _json(found: Comparison) -> dict[str, Any]:
 
 
 def _progress() -> Callable[[int, int], None]:
-    """Says how far it is, every few seconds, on a terminal."""
-    last = time.monotonic()
-
-    def say(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > PROGRESS_EVERY_S:
-            last = time.monotonic()
-            show(f"{done:,} of {total:,} documents", stream=sys.stderr)
-
-    return say
+    progress = Progress()
+    return lambda done, total: progress.tell(lambda _: f"{done:,} of {total:,} documents")
 
 
 DIFF = Subcommand(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_assets.commands.base import Subcommand, recipe_folder_of, selected_partitions, show, show_json
+from kd_assets.commands.progress import Progress
 from kd_assets.contract import CACHES, Asset
 from kd_assets.errors import RecipeError
 from kd_assets.export.exporting import ExportProgress, export_recipe
@@ -17,8 +17,6 @@ from kd_assets.export.folder import Exported
 from kd_assets.export.format import ExportOptions
 from kd_assets.export.formats import FORMATS
 from kd_assets.store.schema import FINAL_CONVENTIONS, HiddenState
-
-PROGRESS_EVERY_S = 2.0
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +39,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     """Export, with lines of progress on stderr; 0 when the export is whole."""
     recipe_folder = recipe_folder_of(arguments.recipe)
+    progress = Progress()
+
+    def tell(done: ExportProgress) -> None:
+        progress.tell(functools.partial(progress_line, done), is_last=done.n_sections == done.of_sections)
+
     exported = export_recipe(
         arguments.format,
         recipe_folder,
@@ -48,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
         options=_options(arguments),
         partition_keys=selected_partitions(recipe_folder, arguments.partitions, CACHES),
         variants=dict(map(_variant, arguments.variant)),
-        on_progress=progress_lines(time.monotonic),
+        on_progress=tell,
     )
     if arguments.json:
         show_json(summary(exported))
@@ -78,25 +81,12 @@ def text_lines(exported: Exported) -> list[str]:
     return lines
 
 
-def progress_lines(clock: Callable[[], float]) -> Callable[[ExportProgress], None]:
-    """What prints a line on stderr from time to time, and for the last section."""
-    started = last = clock()
-
-    def say(progress: ExportProgress) -> None:
-        nonlocal last
-        now = clock()
-        if now - last < PROGRESS_EVERY_S and progress.n_sections < progress.of_sections:
-            return
-        last = now
-        rate = progress.n_bytes / 2**20 / max(now - started, 1e-3)
-        show(
-            f"export: {progress.n_documents:,} of {progress.of_documents:,} documents, section {progress.n_sections:,} "
-            f"of {progress.of_sections:,} ({progress.partition_key}), {progress.n_bytes:,} bytes, "
-            f"{rate:,.0f} MiB/s",
-            stream=sys.stderr,
-        )
-
-    return say
+def progress_line(progress: ExportProgress, elapsed_s: float) -> str:
+    rate = progress.n_bytes / 2**20 / max(elapsed_s, 1e-3)
+    return (
+        f"export: {progress.n_documents:,} of {progress.of_documents:,} documents, section {progress.n_sections:,} "
+        f"of {progress.of_sections:,} ({progress.partition_key}), {progress.n_bytes:,} bytes, {rate:,.0f} MiB/s"
+    )
 
 
 def _options(arguments: argparse.Namespace) -> ExportOptions:

@@ -6,11 +6,11 @@ import argparse
 import contextlib
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd_assets.commands.base import Subcommand, recipe_folder_of, selected_partitions, show, show_json
+from kd_assets.commands.progress import Progress
 from kd_assets.contract import CACHES, Asset
 from kd_assets.durable import size_if_there
 from kd_assets.errors import EXIT_FAILED, NotCommittedError, StorageUnavailableError, StoreError
@@ -22,7 +22,6 @@ from kd_assets.store.writing.lost_index import is_index_lost, write_index_anew
 from kd_assets.store.writing.writer import lease_holder
 
 ASSETS: tuple[Asset, ...] = ("shards_manifest", *CACHES)
-PROGRESS_EVERY_S = 2.0
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +39,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise NotCommittedError(f"{recipe_folder} has no committed results of these partitions: materialize them")
     written: list[Path] = []
     refused: dict[Path, str] = {}
-    told = progress_lines(time.monotonic)
+    progress = Progress()
     for number, folder in enumerate(folders):
         at = f"{number + 1} of {len(folders)}, {folder}"
         try:
-            if _written_anew(folder, functools.partial(told, at)):
+            if _written_anew(folder, functools.partial(_hashing, progress, at)):
                 written.append(folder)
         except StorageUnavailableError:
             raise
@@ -95,17 +94,8 @@ def _leased(folder: Path) -> Iterator[None]:
         lease.release()
 
 
-def progress_lines(clock: Callable[[], float]) -> Callable[[str, PartRecord], None]:
-    """What prints a line on stderr from time to time, of the part that is being hashed."""
-    last = clock()
-
-    def say(at: str, part: PartRecord) -> None:
-        nonlocal last
-        if clock() - last >= PROGRESS_EVERY_S:
-            last = clock()
-            show(f"index: result {at}: hashing {part.name} ({part.n_bytes:,} bytes)", stream=sys.stderr)
-
-    return say
+def _hashing(progress: Progress, at: str, part: PartRecord) -> None:
+    progress.tell(lambda _: f"index: result {at}: hashing {part.name} ({part.n_bytes:,} bytes)")
 
 
 INDEX = Subcommand(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_assets.commands.base import Subcommand, control_plane, show, show_json
+from kd_assets.commands.progress import Progress
 from kd_assets.contract import Output
 from kd_assets.durable import storage_errors
 from kd_assets.errors import FailedCheckError, KdAssetsError, NoSourceError, StorageUnavailableError
@@ -22,7 +23,6 @@ from kd_assets.store.reading.selection import select_partitions
 from kd_assets.store.recoding.recode import RecodingProgress, recode, source_in
 from kd_assets.worker.provenance import task_provenance
 
-PROGRESS_EVERY_S = 2.0
 MOST_REFUSED = 5
 """Results that an error names one by one."""
 
@@ -147,8 +147,13 @@ def _carry_out(found: _Found, made_by: dict[str, Any]) -> None:
     if found.source is None:
         set_head(Path(wanted.path))
         return
-    say = progress_lines(wanted.asset, record["partition_key"], time.monotonic)
-    manifest = recode(source_in(found.source, wanted), wanted, made_by=made_by, on_part=say)
+    progress, key = Progress(), record["partition_key"]
+
+    def tell(done: RecodingProgress) -> None:
+        words = functools.partial(progress_line, wanted.asset, key, done)
+        progress.tell(words, is_last=done.n_parts == done.of_parts)
+
+    manifest = recode(source_in(found.source, wanted), wanted, made_by=made_by, on_part=tell)
     _require_passed(wanted.path, manifest)
     record |= {"state": "made", "bytes": manifest.n_bytes}
     if "recoded" in manifest.checks:  # else somebody else has made it meanwhile, by the teacher
@@ -202,24 +207,12 @@ def _variant_lines(
     return lines
 
 
-def progress_lines(asset: str, partition_key: str, clock: Callable[[], float]) -> Callable[[RecodingProgress], None]:
-    """What prints a line on stderr from time to time, and for the last part."""
-    started = last = clock()
-
-    def say(progress: RecodingProgress) -> None:
-        nonlocal last
-        now = clock()
-        if now - last < PROGRESS_EVERY_S and progress.n_parts < progress.of_parts:
-            return
-        last = now
-        rate = progress.n_tokens / max(now - started, 1e-3)
-        show(
-            f"recode: {asset} of {partition_key}: part {progress.n_parts:,} of {progress.of_parts:,}, "
-            f"{progress.n_tokens:,} of {progress.of_tokens:,} tokens, {progress.n_bytes:,} bytes, {rate:,.0f} tokens/s",
-            stream=sys.stderr,
-        )
-
-    return say
+def progress_line(asset: str, partition_key: str, progress: RecodingProgress, elapsed_s: float) -> str:
+    rate = progress.n_tokens / max(elapsed_s, 1e-3)
+    return (
+        f"recode: {asset} of {partition_key}: part {progress.n_parts:,} of {progress.of_parts:,}, "
+        f"{progress.n_tokens:,} of {progress.of_tokens:,} tokens, {progress.n_bytes:,} bytes, {rate:,.0f} tokens/s"
+    )
 
 
 def _lines(records: Sequence[dict[str, Any]], *, dry_run: bool) -> list[str]:

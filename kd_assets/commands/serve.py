@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from kd_assets.commands.base import Subcommand, count, recipe_folder_of, selected_partitions, serving_plane, show
+from kd_assets.commands.progress import Progress
 from kd_assets.errors import RecipeError
 from kd_assets.replay.requests import TOKEN_VARIABLE, Limits
 
-PROGRESS_EVERY_S = 5.0
+INDEXING_EVERY_S = 5.0
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,21 +62,13 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     # From the environment: what stands on a command line, every user of the machine can read.
     token = os.environ.get(TOKEN_VARIABLE) or None
-    serving.serve(options, token=token, say=show, on_progress=progress_lines(time.monotonic))
+    on_progress = functools.partial(_indexing, Progress(every_s=INDEXING_EVERY_S))
+    serving.serve(options, token=token, say=show, on_progress=on_progress)
     return 0
 
 
-def progress_lines(clock: Callable[[], float]) -> Callable[[int, int], None]:
-    """What prints a line on stderr from time to time while documents are indexed."""
-    last = clock()
-
-    def say(n_documents: int, of_documents: int) -> None:
-        nonlocal last
-        if clock() - last >= PROGRESS_EVERY_S:
-            last = clock()
-            show(f"serve: {n_documents:,} of {of_documents:,} documents are indexed", stream=sys.stderr)
-
-    return say
+def _indexing(progress: Progress, n_documents: int, of_documents: int) -> None:
+    progress.tell(lambda _: f"serve: {n_documents:,} of {of_documents:,} documents are indexed")
 
 
 SERVE = Subcommand(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd_assets import cli
-from kd_assets.commands.export import PROGRESS_EVERY_S, progress_lines
+from kd_assets.commands.export import progress_line
 from kd_assets.export.exporting import ExportProgress
 from kd_assets.export.folder import verify_export
 from kd_assets_tests.export import made_up
@@ -93,16 +93,8 @@ def test_a_folder_that_is_no_recipes_is_refused(tmp_path: Path, capsys: pytest.C
     assert "no recipe's folder in a store" in errors
 
 
-def test_progress_is_shown_now_and_then_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    now = [0.0]
-    show = progress_lines(lambda: now[0])
-    for at in range(1, 101):
-        now[0] += PROGRESS_EVERY_S / 10
-        show(
-            ExportProgress(
-                n_sections=at, of_sections=100, n_documents=at, of_documents=100, n_bytes=at, partition_key="p"
-            )
-        )
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) in (10, 11)
-    assert "100 of 100 documents" in lines[-1]
+def test_progress_says_the_speed_since_the_beginning() -> None:
+    done = ExportProgress(
+        n_sections=3, of_sections=4, n_documents=30, of_documents=40, n_bytes=6 << 20, partition_key="p"
+    )
+    assert progress_line(done, 2.0) == ("export: 30 of 40 documents, section 3 of 4 (p), 6,291,456 bytes, 3 MiB/s")

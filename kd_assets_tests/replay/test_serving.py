@@ -18,7 +18,6 @@ import pytest
 import requests
 
 from kd_assets import cli
-from kd_assets.commands.serve import progress_lines
 from kd_assets.errors import RecipeError
 from kd_assets.replay.serving import require_token
 from kd_assets_tests.export import made_up
@@ -312,14 +311,3 @@ def test_recipes_and_options_that_cannot_be_served_are_refused_before_anything_i
         assert done.returncode != 0
         assert said in done.stderr
         assert "Traceback" not in done.stderr
-
-
-def test_progress_is_told_from_time_to_time(capsys: pytest.CaptureFixture[str]) -> None:
-    times = iter([0.0, 1.0, 6.0, 6.0, 7.0, 12.0, 12.0])
-    say = progress_lines(lambda: next(times))
-    for n in (0, 1000, 2000, 3000):
-        say(n, 4000)
-    assert capsys.readouterr().err.splitlines() == [
-        "serve: 1,000 of 4,000 documents are indexed",
-        "serve: 3,000 of 4,000 documents are indexed",
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kd_assets.cli import main
-from kd_assets.commands.index import progress_lines
+from kd_assets.commands.progress import Progress
 from kd_assets.errors import EXIT_FAILED
 from kd_assets.locks import Lease
-from kd_assets.store import read_manifest, verify
+from kd_assets.store import verify
 from kd_assets.store.layout import INDEX_NAME, LEASE_NAME
 from kd_assets.store.writing import lost_index
 from kd_assets_tests.store import examples
@@ -115,10 +116,10 @@ def test_nothing_to_index_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "has no committed results" in capsys.readouterr().err
 
 
-def test_progress_is_told_from_time_to_time(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    times = iter([0.0, 1.0, 3.0, 3.0])
-    say = progress_lines(lambda: next(times))
-    for part in read_manifest(folders[OTHER]).parts:
-        say("1 of 2, here", part)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("index: result 1 of 2, here: hashing part-00001.parquet")
+def test_progress_says_what_is_hashed(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd_assets.commands.index.Progress", functools.partial(Progress, every_s=0.0))
+    (folders[OTHER] / INDEX_NAME).unlink()
+    assert index_of(tmp_path) == 0
+    assert "hashing part-00001.parquet" in capsys.readouterr().err
