@@ -1,8 +1,9 @@
 """What the web UI shows of a committed result: a dozen rows that a person reads, and the rest folded into two.
 
 The invariant: a number of its own is one that differs from partition to partition and is worth a plot, with its unit in
-its name; nothing is there twice, and nothing that is not known. `identity` has what the result is, `provenance` where
-it comes from and all that was counted; both are JSON, which the web UI shows when asked.
+its name; nothing is there twice, and nothing that is not known. `identity` has where the result is and its hashes,
+`provenance` its parameters, where it comes from and all that was counted: JSON, of which the web UI shows a long one when
+asked.
 """
 
 from __future__ import annotations
@@ -236,16 +237,22 @@ def identity_of(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "variant": manifest.variant,
         "fingerprint": manifest.fingerprint,
         "data_version": manifest.data_version,
-        "parameters": dict(manifest.identity),
     }
 
 
 def provenance_of(manifest: Manifest, job: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's own, the task's, and all facts and statistics; without what is not known or is a picture."""
+    """The manifest's own, the parameters that name it, the task's, and all facts and statistics; without what is not known
+    or is a picture."""
     dropped = () if is_of_slurm(maker_of(manifest)) else OF_SLURM
     own = {name: value for name, value in manifest.provenance.items() if name not in dropped}
     facts = {name: value for name, value in manifest.facts.items() if name != "telemetry"}
-    folded = own | {"created_at": manifest.created_at, "job": job, "facts": facts, "statistics": manifest.stats}
+    folded = own | {
+        "created_at": manifest.created_at,
+        "parameters": manifest.identity,
+        "job": job,
+        "facts": facts,
+        "statistics": manifest.stats,
+    }
     return {name: found for name, value in folded.items() if (found := without_unknown(value)) not in (None, {})}
 
 

@@ -148,9 +148,9 @@ def test_hashes_are_in_the_identity_and_all_else_that_is_known_in_the_provenance
         "variant": manifest.variant,
         "fingerprint": manifest.fingerprint,
         "data_version": manifest.data_version,
-        "parameters": manifest.identity,
     }
     provenance = metadata["provenance"].value
+    assert provenance["parameters"] == manifest.identity
     assert provenance["facts"] == MEASURED | {"n_batches": 3}
     assert provenance["statistics"] == manifest.stats
     assert provenance["job"] == {"log": "/log"}
