@@ -214,8 +214,9 @@ def test_what_is_committed_is_recorded_again_and_never_computed_again(full_run: 
     for key, (materialization,) in after.items():
         assert is_reused(materialization)
         assert (materialization.tags or {})[DATA_VERSION_TAG] == (before[key][0].tags or {})[DATA_VERSION_TAG]
-        assert materialization.metadata["made_by"] == before[key][0].metadata["made_by"], "its log, job and node"
-        log = str(materialization.metadata["made_by"].value).rpartition("log ")[2]
+        made_by = str(materialization.metadata["made_by"].value)
+        assert made_by == f"reused: {before[key][0].metadata['made_by'].value}", "its log, job and node"
+        log = made_by.rpartition("log ")[2]
         assert Path(log).is_file()
 
 

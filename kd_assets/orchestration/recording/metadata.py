@@ -2,8 +2,8 @@
 
 The invariant: a number of its own is one that differs from partition to partition and is worth a plot, with its unit in
 its name; nothing is there twice, and nothing that is not known. `identity` has where the result is and its hashes,
-`provenance` its parameters, where it comes from and all that was counted: JSON, of which the web UI shows a long one when
-asked.
+`provenance` its parameters, where it comes from and all that was counted: JSON, which the web UI shows when asked if it
+is long.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def result_metadata(
     if "recoded_from" in manifest.provenance:
         metadata |= recoded_from(manifest, folder)
     if made_by := made_by_in_words(manifest, job):
-        metadata["made_by"] = f"{made_by} (reused)" if reused else made_by
+        metadata["made_by"] = f"reused: {made_by}" if reused else made_by
     if (picture := telemetry_picture_markdown(facts.get("telemetry"))) is not None:
         metadata["telemetry"] = dg.MetadataValue.md(picture)
     return metadata | {
@@ -241,8 +241,8 @@ def identity_of(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
 
 def provenance_of(manifest: Manifest, job: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's own, the parameters that name it, the task's, and all facts and statistics; without what is not known
-    or is a picture."""
+    """The manifest's own, its parameters, the task's, and all facts and statistics; without what is not known or is a
+    picture."""
     dropped = () if is_of_slurm(maker_of(manifest)) else OF_SLURM
     own = {name: value for name, value in manifest.provenance.items() if name not in dropped}
     facts = {name: value for name, value in manifest.facts.items() if name != "telemetry"}

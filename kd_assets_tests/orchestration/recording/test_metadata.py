@@ -135,7 +135,7 @@ def test_a_result_has_a_dozen_rows_and_numbers_that_are_worth_a_plot(tmp_path: P
 def test_a_result_of_an_earlier_run_says_so_and_who_made_it(tmp_path: Path) -> None:
     manifest, folder = topk(tmp_path)
     made, reused = (result_metadata(manifest, folder, reused=is_reused) for is_reused in (False, True))
-    assert reused["made_by"] == f"{made['made_by']} (reused)"
+    assert reused["made_by"] == f"reused: {made['made_by']}"
     assert [m["provenance"].value["reused"] for m in (made, reused)] == [False, True]
     assert reused.keys() == made.keys()
 
