@@ -26,8 +26,9 @@ from kd_assets_tests.campaign.ledger import Record
 from kd_assets_tests.campaign.outcome import outcome
 from kd_assets_tests.orchestration.command_line import CommandLine
 from kd_assets_tests.orchestration.deployment import make_tiny_teacher
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.slurm.background import parts
-from kd_assets_tests.slurm.cluster import PATIENCE_S, ClusterError, ClusterOptions, SlurmCluster
+from kd_assets_tests.slurm.cluster import ClusterError, ClusterOptions, SlurmCluster
 from kd_assets_tests.slurm.deployment import ALL, SlurmDeployment
 from kd_assets_tests.slurm.fakes import put_first
 

@@ -23,9 +23,8 @@ from kd_assets.orchestration.failure_webhook import (
     tell_of_failures,
 )
 from kd_assets_tests.orchestration.deployment import SHARDS, Deployment
+from kd_assets_tests.patience import PATIENCE_S
 
-PATIENCE_S = 180.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 SECRET = "T0KEN-of-the-webhook"
 
 

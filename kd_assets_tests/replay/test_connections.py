@@ -21,9 +21,8 @@ from kd_assets.replay.connections import http_server
 from kd_assets.replay.metrics import Metrics
 from kd_assets.replay.requests import Limits
 from kd_assets.replay.vllm_protocol import ModelNames
+from kd_assets_tests.patience import PATIENCE_S
 
-PATIENCE_S = 120.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import requests
 
 from kd_assets_tests.export import made_up
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.replay.desks import KEYS
-from kd_assets_tests.replay.servers import PATIENCE_S, gone, served, slow_command
+from kd_assets_tests.replay.servers import gone, served, slow_command
 
 
 def recipe_in(store: Path) -> Path:

@@ -22,9 +22,9 @@ from kd_assets.errors import RecipeError
 from kd_assets.replay.serving import require_token
 from kd_assets_tests.export import made_up
 from kd_assets_tests.export.made_up import Truth
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.replay.desks import KEYS, expected_positions, prefixes
 from kd_assets_tests.replay.servers import (
-    PATIENCE_S,
     TOKEN,
     Server,
     command,

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from kd_assets_tests.patience import PATIENCE_S
+
 SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "task.sbatch"
-PATIENCE_S = 180.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 SECRET = "hf_VerySecretValue'with a quote"
 FAKE_SCONTROL = """#!/bin/bash
 # A fake scontrol: notes its arguments, and fails as often as the file `failures` says.

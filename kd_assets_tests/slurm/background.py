@@ -15,7 +15,8 @@ import dagster as dg
 from kd_assets.contract import Event, event_file, read_events
 from kd_assets.scheduler import Submission
 from kd_assets_tests.orchestration.deployment import failure_text
-from kd_assets_tests.slurm.cluster import PATIENCE_S, ClusterError, wait_until
+from kd_assets_tests.patience import PATIENCE_S
+from kd_assets_tests.slurm.cluster import ClusterError, wait_until
 from kd_assets_tests.slurm.deployment import ALL, SlurmDeployment
 
 RUN_S = 360.0

@@ -39,15 +39,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.ports import reserve_ports
 
 # What .ci/install-slurm installs.
 PACKAGES = "slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core"
 SLURM_COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd")
 DATABASE_COMMANDS = ("mariadbd", "mariadb-install-db")
-
-PATIENCE_S = 180.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 
 # Only in the daemons' environment: which cluster a process belongs to.
 MARK = "KD_SLURM_CLUSTER"

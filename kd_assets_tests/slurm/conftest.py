@@ -23,10 +23,10 @@ import dagster as dg
 import pytest
 
 from kd_assets_tests.orchestration.deployment import make_tiny_teacher
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.ports import reserve_ports
 from kd_assets_tests.slurm.cluster import (
     PACKAGES,
-    PATIENCE_S,
     ClusterOptions,
     SlurmCluster,
     missing_commands,

@@ -17,7 +17,8 @@ from kd_assets.scheduler.slurm.commands.parsing import Accepted, QueueRow, Refus
 from kd_assets.scheduler.slurm.commands.runners import CommandRunner, LocalRunner, SshRunner
 from kd_assets.scheduler.slurm.commands.states import ending_of, is_held_launch, is_impossible_wait
 from kd_assets.scheduler.slurm.profile import Profile
-from kd_assets_tests.slurm.cluster import PATIENCE_S, SlurmCluster, wait_until
+from kd_assets_tests.patience import PATIENCE_S
+from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.conftest import SshLogin
 
 MakeCluster = Callable[..., SlurmCluster]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.slurm.cluster import (
     CGROUPS,
-    PATIENCE_S,
     ClusterError,
     ClusterOptions,
     SlurmCluster,

@@ -17,7 +17,8 @@ from kd_assets.diagnose.preview import preview, text_lines
 from kd_assets.orchestration.platform import Platform
 from kd_assets.scheduler import SlurmScheduler, Submission
 from kd_assets_tests.orchestration.deployment import Deployment
-from kd_assets_tests.slurm.cluster import PATIENCE_S, SlurmCluster
+from kd_assets_tests.patience import PATIENCE_S
+from kd_assets_tests.slurm.cluster import SlurmCluster
 from kd_assets_tests.slurm.conftest import SshLogin
 from kd_assets_tests.slurm.fakes import put_first
 

@@ -16,8 +16,9 @@ from kd_assets.errors import SchedulerError
 from kd_assets.scheduler.slurm.commands.client import Slurm
 from kd_assets.scheduler.slurm.commands.parsing import AccountingRow, QueueRow, Refused, excluded_nodes
 from kd_assets.scheduler.slurm.commands.runners import LocalRunner
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.scheduler.slurm.fake_cluster import Clock, FakeCluster
-from kd_assets_tests.slurm.cluster import PATIENCE_S, SlurmCluster, wait_until
+from kd_assets_tests.slurm.cluster import SlurmCluster, wait_until
 from kd_assets_tests.slurm.test_client import argv, submit
 
 BEGINS_LATER = "--begin=now+1hour"

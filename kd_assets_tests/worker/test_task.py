@@ -36,6 +36,7 @@ from kd_assets.worker.stop_flag import StopFlag
 from kd_assets.worker.task import Runner, Task
 from kd_assets.worker.usage import n_cpus
 from kd_assets_tests.contract.test_contract import a_job
+from kd_assets_tests.patience import PATIENCE_S
 
 
 class Harness:
@@ -566,9 +567,6 @@ def test_a_task_that_is_complete_is_done_however_often_it_was_started(tmp_path: 
 
 
 # ---------------------------------------------------------------------- worker processes: copies, offsets, ranks
-
-PATIENCE_S = 180.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 
 PROGRAM = """
 import sys, time

@@ -24,11 +24,10 @@ from kd_assets.orchestration.platform import PROJECT_FOLDER
 from kd_assets.scheduler import Ending, LocalScheduler, Profile, SlurmScheduler, Submission, TaskPhase, TaskState
 from kd_assets.scheduler.local.scheduler import process_group
 from kd_assets_tests.disks import failing, opened_files
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.scheduler.jobs import job_spec, write_job_file
 from kd_assets_tests.store.test_storage import run_in_mount_namespace
 
-PATIENCE_S = 180.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 SCRIPT = PROJECT_FOLDER / "slurm" / "task.sbatch"
 
 

@@ -23,6 +23,7 @@ from kd_assets.worker.telemetry.gpu import visible_gpus
 from kd_assets.worker.telemetry.host import HostReader, HostReading
 from kd_assets.worker.telemetry.sampler import Sampler, UsageSpan
 from kd_assets.worker.telemetry.sums import Usage
+from kd_assets_tests.patience import PATIENCE_S
 from kd_assets_tests.teacher.tiny import Desk, save_teacher, tiny_documents, tiny_params
 
 CPU = torch.device("cpu")
@@ -140,8 +141,6 @@ class Clock:
 
 
 Open = Callable[..., Sampler]
-PATIENCE_S = 180.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from kd_assets.scheduler.slurm.commands.runners import (
     remote_script,
 )
 from kd_assets.scheduler.slurm.profile import Profile
+from kd_assets_tests.patience import PATIENCE_S
 
 HOSTILE = (
     "",
@@ -53,9 +54,6 @@ HOSTILE = (
     "'; touch pwned; '",
     "}; touch pwned; {",
 )
-
-PATIENCE_S = 180.0
-"""How long anything is waited for before a test fails: no measure of speed, however busy the machine is."""
 LONG = f"3141{os.getpid()}."
 """What a process sleeps that is looked for by it: of this test's process alone."""
 
