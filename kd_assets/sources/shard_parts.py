@@ -21,7 +21,8 @@ from kd_assets.contract import Reporter, WorkUnit
 from kd_assets.errors import BadRecordError, InputError, InterruptedTaskError
 from kd_assets.sources.chats.messages import texts_in
 from kd_assets.sources.records import Record
-from kd_assets.sources.tokenise import DocumentTokeniser, Outcome, TokenisedDocument
+from kd_assets.sources.tokenise import DocumentTokeniser
+from kd_assets.sources.tokenised import Outcome, TokenisedDocument
 from kd_assets.store import Documents, PartRecord, ResultWriter, encode_shard
 from kd_assets.store.partfile import PartFile
 from kd_assets.worker.stop_flag import StopFlag

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from kd_assets.errors import RecipeError
-
-if TYPE_CHECKING:
-    from kd_assets.sources.tokenise import TokenisedDocument
+from kd_assets.sources.tokenised import TokenisedDocument
 
 OnLong = Literal["truncate", "split", "drop"]
 

@@ -16,7 +16,8 @@ import pytest
 from kd_assets.contract import ShardsParams
 from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources.records import Record
-from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser
+from kd_assets.sources.tokenise import DocumentTokeniser, load_tokeniser
+from kd_assets.sources.tokenised import TokenisedDocument
 from kd_assets_tests.sources.test_trl_templates import TEMPLATES
 
 BOS, USER, ASSISTANT, EOS = "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"

@@ -18,7 +18,8 @@ from kd_assets.model_files.fingerprints import tokenizer_fingerprint
 from kd_assets.sources.chats import TEMPLATE_DATE, with_fixed_date
 from kd_assets.sources.records import Record
 from kd_assets.sources.token_offsets import tokens_in_spans
-from kd_assets.sources.tokenise import DocumentTokeniser, TokenisedDocument, load_tokeniser
+from kd_assets.sources.tokenise import DocumentTokeniser, load_tokeniser
+from kd_assets.sources.tokenised import TokenisedDocument
 from kd_assets_tests.sources.conftest import (
     MARKED_TEMPLATE,
     UNMARKED_TEMPLATE,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kd_assets.errors import RecipeError
-from kd_assets.sources.tokenise import TokenisedDocument, load_tokeniser
+from kd_assets.sources.tokenise import load_tokeniser
+from kd_assets.sources.tokenised import TokenisedDocument
 from kd_assets_tests.sources.conftest import UNMARKED_TEMPLATE, SaveTokenizer, chat_record, text_record
 from kd_assets_tests.sources.test_tokenise import params
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from kd_assets.durable import storage_errors
 from kd_assets.errors import InputError, MissingInputError, StorageUnreachableError
-from kd_assets.sources.files.find import FoundSource, SourceFile
 from kd_assets.sources.files.formats import SAVED_SPLITS, SAVED_STATE, licence_named, licence_of_card
+from kd_assets.sources.files.found import FoundSource, SourceFile
 from kd_assets.sources.spec import DatasetSpec, resolve_path
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

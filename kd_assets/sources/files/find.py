@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_assets.contract import Compression, FileFormat
+from kd_assets.contract import FileFormat
 from kd_assets.durable import storage_errors
 from kd_assets.errors import InputError, MissingInputError
+from kd_assets.sources.files.data_sets import find_data_set, find_saved
 from kd_assets.sources.files.formats import (
     KNOWN_SUFFIXES,
     SAVED_SPLITS,
@@ -27,6 +28,7 @@ from kd_assets.sources.files.formats import (
     format_of_content,
     format_of_name,
 )
+from kd_assets.sources.files.found import FoundSource, SourceFile
 from kd_assets.sources.files.storage import (
     changed_of,
     file_system,
@@ -41,35 +43,6 @@ PLAIN_TEXT = (".txt", ".md", ".rst")
 """What people have their texts in, and no format of records."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceFile:
-    """One file of a source, and what the storage says of it."""
-
-    name: str
-    """Its path within the source; empty for a source that is one file."""
-    path: str
-    """Absolute path, or URL."""
-    file_format: FileFormat
-    compression: Compression | None = None
-    n_bytes: int
-    changed: str
-    """What the storage says of its version: when a local file was changed (ns), an object's ETag."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoundSource:
-    """A source's files as they are now."""
-
-    files: tuple[SourceFile, ...]
-    """Sorted by name, which is the order of their records."""
-    revision: str | None = None
-    """The commit that is pinned, of a data set of the hub."""
-    licence: str | None = None
-    """As the data set's card says it; None where there is none, or it says none."""
-    said: tuple[str, ...] = ()
-    """Lines for people: what was left out, what could not be reached."""
-
-
 def find_source(spec: SourceSpec, *, base_folder: Path, environment: Mapping[str, str]) -> FoundSource:
     """The files of a source. Relative paths start from `base_folder`; `environment` says what `$NAME` stands for.
 
@@ -77,8 +50,6 @@ def find_source(spec: SourceSpec, *, base_folder: Path, environment: Mapping[str
     StorageUnreachableError where their storage does not answer.
     """
     if spec.dataset is not None:
-        from kd_assets.sources.files.data_sets import find_data_set
-
         return find_data_set(spec.dataset, base_folder=base_folder, environment=environment)
     if spec.path is None:
         raise MissingInputError(f"source {spec.name!r} has neither a path nor a dataset: give one")
@@ -96,8 +67,6 @@ def _saved_to_disk(path: Path) -> FoundSource | None:
     """What a plain path to a folder of `datasets.save_to_disk` names."""
     if not any(os.path.isfile(path / name) for name in (SAVED_STATE, SAVED_SPLITS)):
         return None
-    from kd_assets.sources.files.data_sets import find_saved
-
     return find_saved(path, split=None)
 
 

@@ -18,7 +18,7 @@ from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.files.columns.batches import RowGroup, layout
 from kd_assets.sources.files.columns.identity import file_identity
 from kd_assets.sources.files.columns.rows import RowReader
-from kd_assets.sources.files.find import SourceFile
+from kd_assets.sources.files.found import SourceFile
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.read import text_records
 from kd_assets.sources.files.storage import open_source, version_of

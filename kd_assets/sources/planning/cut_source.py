@@ -13,7 +13,8 @@ from kd_assets.contract import RecordRange
 from kd_assets.errors import BadRecordError, InputError, MissingInputError
 from kd_assets.model_files.digests import DigestCache, cached_sha256, known_sha256, remember_sha256
 from kd_assets.sources.fields import fields_read
-from kd_assets.sources.files.find import FoundSource, SourceFile, find_source
+from kd_assets.sources.files.find import find_source
+from kd_assets.sources.files.found import FoundSource, SourceFile
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.files.scan import ColumnScan, TextScan, scan_columns

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from kd_assets.contract import RecordRange
-from kd_assets.sources.files.find import FoundSource, SourceFile, find_source
+from kd_assets.sources.files.find import find_source
+from kd_assets.sources.files.found import FoundSource, SourceFile
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.scan import TextScan
 from kd_assets.sources.spec import SourceSpec

@@ -19,7 +19,7 @@ from kd_assets.contract import RecordRange
 from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.fields import fields_read
 from kd_assets.sources.files.columns import batches, identity
-from kd_assets.sources.files.find import SourceFile
+from kd_assets.sources.files.found import SourceFile
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.read import check_identity, iter_raw
 from kd_assets.sources.files.scan import ColumnScan, scan_columns

@@ -19,7 +19,8 @@ import pytest
 from kd_assets.contract import RecordRange
 from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.fields import fields_read
-from kd_assets.sources.files.find import FoundSource, SourceFile, find_source
+from kd_assets.sources.files.find import find_source
+from kd_assets.sources.files.found import FoundSource, SourceFile
 from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.files.scan import scan_columns
 from kd_assets.sources.range_hash import ShardHash

@@ -15,7 +15,7 @@ import pytest
 
 from kd_assets.errors import InputError, MissingInputError
 from kd_assets.sources.files import raw as raw_module
-from kd_assets.sources.files.find import SourceFile
+from kd_assets.sources.files.found import SourceFile
 from kd_assets.sources.files.raw import RawRecord
 from kd_assets.sources.files.read import iter_raw
 from kd_assets.sources.files.scan import TextScan
