@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kd_assets.contract import Asset
@@ -18,6 +19,8 @@ from kd_assets.store import CacheReader, Problem, choose, coded, encode_hidden_s
 from kd_assets.store.checking.rows import schema_difference
 from kd_assets.store.codecs.state_codec import CODED
 from kd_assets.store.codecs.states import float32_to_bfloat16
+from kd_assets.store.manifest import read_manifest
+from kd_assets.store.reading.shapes import require_columns
 from kd_assets.store.schema import HiddenState
 from kd_assets_tests.store import examples
 
@@ -156,6 +159,25 @@ def test_a_part_that_lacks_a_column_of_its_asset_is_refused_by_its_name(tmp_path
     assert only_problem(tmp_path).kind == "wrong_schema"
     with pytest.raises(CorruptPartError, match=f"has no column {name}"):
         CacheReader.from_folders([folder])
+
+
+def test_a_part_that_has_a_column_twice_is_refused_by_its_name(tmp_path: Path) -> None:
+    def twice(table: pa.Table) -> pa.Table:
+        return table.append_column(table.schema.field("hidden_block_2"), table["hidden_block_2"])
+
+    folder = commit(tmp_path, "raw", twice)
+    assert only_problem(tmp_path).kind == "wrong_schema"
+    with pytest.raises(CorruptPartError, match="has the column hidden_block_2 twice"):
+        CacheReader.from_folders([folder]).schema  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["topk_ids", "n_tokens"])
+def test_whoever_takes_the_schema_of_a_cache_gets_none_that_has_a_column_twice(tmp_path: Path, name: str) -> None:
+    """A server that asked it for k ended in Arrow's words."""
+    folder = commit(tmp_path, "plain", lambda table: table)
+    stored = pq.read_schema(folder / "part-00000.parquet")
+    with pytest.raises(CorruptPartError, match=f"part has the column {name} twice"):
+        require_columns(Path("part"), stored.append(stored.field(name)), [*stored.names, name], read_manifest(folder))
 
 
 def test_memory_of_verifying_coded_states_is_that_of_a_group(tmp_path: Path) -> None:

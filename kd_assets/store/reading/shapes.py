@@ -42,7 +42,9 @@ def require_shapes(path: Path, columns: Mapping[str, Column], *, has_next: bool,
 
 def require_columns(path: Path, stored: pa.Schema, names: Sequence[str], manifest: Manifest) -> None:
     """Raise CorruptPartError, which names the file, for a part of another codec than its manifest says, and for one
-    whose readers' columns, `names`, lack one that every part of the asset has."""
+    whose readers' columns, `names`, have one twice, or lack one that every part of the asset has."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CorruptPartError(f"{path} has the column {twice[0]} twice; {_REMEDY}")
     if (found := stored_codec_name(stored)) != (expected := codec_name(manifest)):
         raise CorruptPartError(f"{path} is of codec {found!r:.80}, its manifest says {expected}; {_REMEDY}")
     if "top_p" in manifest.params and "topk_ids" in stored.names:  # readers make rows of as many as this says
