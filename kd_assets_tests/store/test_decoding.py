@@ -15,7 +15,7 @@ import pytest
 from kd_assets.contract import Asset
 from kd_assets.errors import CorruptPartError
 from kd_assets.export.joined import joined_partition
-from kd_assets.store import CacheReader, Problem, choose, coded, encode_hidden_states, plain_table, verify
+from kd_assets.store import CacheReader, Problem, choose, coded, encode_hidden_states, part_stats, plain_table, verify
 from kd_assets.store.checking.rows import schema_difference
 from kd_assets.store.codecs.state_codec import CODED
 from kd_assets.store.codecs.states import float32_to_bfloat16
@@ -130,6 +130,35 @@ def test_lists_of_other_tokens_are_named_and_refused(tmp_path: Path, name: str) 
     assert only_problem(tmp_path).kind == "wrong_tokens"
     with pytest.raises(CorruptPartError, match="n_tokens differs from the length of"):
         CacheReader.from_folders([folder])[3]
+
+
+@pytest.mark.parametrize("codec", ["plain", "compact", "split"])
+def test_a_document_that_is_there_twice_is_found(tmp_path: Path, codec: str) -> None:
+    """[F30] Who joins caches by their documents would join the wrong rows."""
+
+    def twice(table: pa.Table) -> pa.Table:
+        ids = table["document_id"].to_pylist()
+        return table.set_column(0, table.schema.field("document_id"), pa.array([ids[0], ids[0], *ids[2:]]))
+
+    commit(tmp_path, codec, twice)
+    problem = only_problem(tmp_path)
+    assert problem.kind == "wrong_documents"
+    assert "document 'document-0' is there twice" in problem.message
+
+
+def test_a_document_that_is_in_two_parts_is_found(tmp_path: Path) -> None:
+    """[F30]"""
+    docs = examples.documents()
+    output = examples.output(tmp_path, "topk_cache", params={"k": examples.K, "max_length": examples.MAX_LENGTH})
+    half = docs.slice(0, 1, examples.MAX_LENGTH)
+    with examples.writer(tmp_path, output) as writer:
+        for part in range(2):
+            table = examples.table("topk_cache", half)
+            writer.write_part(part, table, n_tokens=half.n_tokens, stats=part_stats("topk_cache", table))
+        writer.commit(parts=2, checks={"recomputed": examples.RECOMPUTED}, provenance={})
+    problem = only_problem(tmp_path)
+    assert problem.kind == "wrong_documents"
+    assert problem.path.name == "part-00001.parquet"
 
 
 @pytest.mark.parametrize("codec", ["compact", "split"])

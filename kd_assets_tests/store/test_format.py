@@ -1772,6 +1772,7 @@ def commit_of_input(store: Path, name: str, docs: Documents) -> tuple[Path, Any]
 
 def write_part(result: Any, index: int) -> None:
     docs = examples.documents(seed=index)
+    docs = dataclasses.replace(docs, document_ids=[f"{index}-{document_id}" for document_id in docs.document_ids])
     rows = examples.table("topk_cache", docs)
     result.write_part(index, rows, n_tokens=docs.n_tokens, stats=part_stats("topk_cache", rows))
 

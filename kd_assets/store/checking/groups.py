@@ -31,13 +31,13 @@ Columns = Mapping[str, Column]
 
 
 def part_difference(
-    part: PartFile, manifest: Manifest, token_ids: TokenIds | None
+    part: PartFile, manifest: Manifest, token_ids: TokenIds | None, *, document_ids: set[str]
 ) -> tuple[int, tuple[ProblemKind, str] | None]:
     """How many tokens the documents of a part have, and what is wrong with them, in words; None when all is well.
 
-    `token_ids`: those of the vocabulary that the cache is cut to, where it is and they are known. Raises
-    CorruptPartError, which names the document, for what cannot be decoded; StoreError for parameters that this version
-    does not know.
+    `token_ids`: those of the vocabulary that the cache is cut to, where it is and they are known. `document_ids`: those
+    of the parts before it, to which its own are added. Raises CorruptPartError, which names the document, for what
+    cannot be decoded; StoreError for parameters that this version does not know.
     """
     n_tokens = 0
     for table in decoded_groups(part):
@@ -46,6 +46,10 @@ def part_difference(
             n_tokens += int(np.asarray(columns["n_tokens"].values).sum(dtype=np.int64))
             if (wrong := _difference(columns, manifest, token_ids)) is not None:
                 return n_tokens, wrong
+            for document_id in table["document_id"].to_pylist():
+                if document_id in document_ids:
+                    return n_tokens, ("wrong_documents", f"document {document_id!r:.200} is there twice")
+                document_ids.add(document_id)
     return n_tokens, None
 
 

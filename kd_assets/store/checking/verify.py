@@ -173,8 +173,9 @@ class _Verifier:
             self._problem("wrong_identity", path, f"{path}: {e}; it was written so: materialize it again elsewhere")
         except UnknownCodecError as e:
             self._problem("unreadable", folder / MANIFEST_NAME, str(e))
+        document_ids: set[str] = set()
         for record in manifest.parts:
-            self._part(folder, manifest, record)
+            self._part(folder, manifest, record, document_ids)
         self._index(folder, manifest, parts_are_whole=len(self.problems) == n_problems)
         for file in manifest.files_beside:
             self._is_whole(folder, file)
@@ -303,12 +304,12 @@ class _Verifier:
             return False
         return True
 
-    def _part(self, folder: Path, manifest: Manifest, record: PartRecord) -> None:
+    def _part(self, folder: Path, manifest: Manifest, record: PartRecord, document_ids: set[str]) -> None:
         path = folder / record.name
         if not self._is_whole(folder, record):
             return
         try:
-            self._rows(path, manifest, record)
+            self._rows(path, manifest, record, document_ids)
         except ObstructedError as e:
             self._problem("missing_part", path, f"{e}; then materialize the partition again")
         except StoreError as e:
@@ -358,9 +359,9 @@ class _Verifier:
             return False
         return True
 
-    def _rows(self, path: Path, manifest: Manifest, record: PartRecord) -> None:
-        """What the rows of a part say, compared with the manifest. The bytes are those that were written, so a
-        difference is a bug of the task that wrote them."""
+    def _rows(self, path: Path, manifest: Manifest, record: PartRecord, document_ids: set[str]) -> None:
+        """What the rows of a part say, compared with the manifest and the parts before it. The bytes are those that
+        were written, so a difference is a bug of the task that wrote them."""
         remedy = "it was written so: move the result away and materialize the partition again"
         try:
             if expected_schema(manifest, 0) is None:
@@ -378,7 +379,9 @@ class _Verifier:
                     message = f"{path} has {part.n_rows} documents, expected {record.n_documents}; {remedy}"
                     self._problem("wrong_documents", path, message)
                     return
-                n_tokens, wrong = part_difference(part, manifest, _token_ids(manifest, path.parent))
+                n_tokens, wrong = part_difference(
+                    part, manifest, _token_ids(manifest, path.parent), document_ids=document_ids
+                )
                 if wrong is not None:
                     kind, difference = wrong
                     self._problem(kind, path, f"{path}: {difference}; {remedy}")
