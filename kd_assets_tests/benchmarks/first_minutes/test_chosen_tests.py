@@ -50,6 +50,7 @@ def test_a_failure_a_crash_and_a_hang_keep_no_test_from_its_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chosen_tests, "TEST_LIMIT_S", 20.0)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--reruns 1")
     figures = Figures(tmp_path / "figures.json")
     assert run_tests([str(trouble(tmp_path))], tmp_path, figures, deadline=time.time() + 300) is None
     assert outcomes(tmp_path) == {
