@@ -195,8 +195,9 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
         raise _corrupt(path, "its first line is not JSON") from e
     if not isinstance(header, dict):
         raise _corrupt(path, "its first line is no JSON object")
-    if header.get("index_version") != INDEX_VERSION:
-        raise _corrupt(path, f"it is of version {header.get('index_version')!r:.40}, this one reads {INDEX_VERSION}")
+    version = header.get("index_version")
+    if type(version) is not int or version != INDEX_VERSION:  # to Python, `true` is 1
+        raise _corrupt(path, f"it is of version {version!r:.40}, this one reads {INDEX_VERSION}")
     claimed = header.pop(_SELF_HASH, None)
     if claimed != fingerprint(header):
         raise _corrupt(path, "its first line was changed after it was written")
@@ -208,7 +209,7 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
         and isinstance(said.get("sha256"), str)
         for name in SECTIONS
     )
-    if not is_ours or {"asset", "data_version", "n_documents"} - header.keys():
+    if not is_ours or {"asset", "data_version"} - header.keys() or type(header.get("n_documents")) is not int:
         raise _corrupt(path, "its first line is not that of an index")
     return header
 

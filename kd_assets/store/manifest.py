@@ -140,8 +140,8 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         raw = parse_json(data)
     except ValueError as e:
         raise CorruptManifestError(f"{path} is not JSON: {e}") from e
-    if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
-        found = raw.get("format_version") if isinstance(raw, dict) else raw
+    found = raw.get("format_version") if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or type(found) is not int or found != FORMAT_VERSION:  # to Python, `true` is 1
         raise CorruptManifestError(
             f"{path} is of format version {found!r:.40}, this version of kd_assets reads {FORMAT_VERSION}"
         )

@@ -20,7 +20,8 @@ from kd_assets.store.checking.rows import schema_difference
 from kd_assets.store.codecs.state_codec import CODED
 from kd_assets.store.codecs.states import float32_to_bfloat16
 from kd_assets.store.manifest import read_manifest
-from kd_assets.store.reading.shapes import require_columns
+from kd_assets.store.reading.columns import Column, column_of
+from kd_assets.store.reading.shapes import lists_difference, require_columns
 from kd_assets.store.schema import HiddenState
 from kd_assets_tests.store import examples
 
@@ -207,6 +208,21 @@ def test_whoever_takes_the_schema_of_a_cache_gets_none_that_has_a_column_twice(t
     stored = pq.read_schema(folder / "part-00000.parquet")
     with pytest.raises(CorruptPartError, match=f"part has the column {name} twice"):
         require_columns(Path("part"), stored.append(stored.field(name)), [*stored.names, name], read_manifest(folder))
+
+
+def test_text_whose_offsets_lead_elsewhere_is_no_text() -> None:
+    buffers = [None, pa.py_buffer(np.array([0, 3, 1], np.int32)), pa.py_buffer(b"abc")]
+    broken = pa.chunked_array([pa.Array.from_buffers(pa.string(), 2, buffers)])
+    with pytest.raises(pa.ArrowInvalid):
+        column_of(broken)
+
+
+def test_lists_whose_elements_are_not_there_are_a_difference() -> None:
+    """As of a mapped file of which something has overwritten how many they are."""
+    ids = Column(values=np.zeros(5, np.uint32), offsets=np.array([0, 2, 5], np.int32))
+    states = Column(values=np.zeros((4, 8), np.uint16), offsets=np.array([0, 2, 5], np.int32))
+    said = lists_difference({"input_ids": ids, "hidden_block_0": states}, has_next=False)
+    assert said == "hidden_block_0 of a document has not one element for each of its positions"
 
 
 def test_memory_of_verifying_coded_states_is_that_of_a_group(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from kd_assets.errors import CorruptIndexError, StorageUnavailableError
 from kd_assets.locks import Lease
 from kd_assets.store import CacheReader, Manifest, part_stats, read_manifest, set_head, verify
 from kd_assets.store.document_index import DocumentRows, index_bytes, read_index
+from kd_assets.store.fingerprint import fingerprint
 from kd_assets.store.layout import INDEX_NAME, LEASE_NAME
 from kd_assets.store.partfile import PartFile
 from kd_assets.store.writing import lost_index
@@ -102,6 +103,14 @@ def newer(path: Path) -> None:
     path.write_bytes(json.dumps(json.loads(first) | {"index_version": 2}).encode() + b"\n" + rest)
 
 
+def true_as_version(path: Path) -> None:
+    """Its hash is made anew; to Python, `true` is 1."""
+    first, rest = path.read_bytes().split(b"\n", 1)
+    header = {name: value for name, value in json.loads(first).items() if name != "index_sha256"}
+    header |= {"index_version": True}
+    path.write_bytes(json.dumps(header | {"index_sha256": fingerprint(header)}).encode() + b"\n" + rest)
+
+
 def other_commit(path: Path) -> None:
     docs = examples.documents((2, 2, 2, 2), seed=5)
     other, _ = examples.commit(path.parents[5] / "other", "topk_cache", docs=docs)
@@ -126,6 +135,7 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "no JSON": lambda path: path.write_bytes(b"index\n"),
     "a list": lambda path: path.write_bytes(b"[]\n"),
     "of a newer version": newer,
+    "of a version that is no number": true_as_version,
     "of another commit": other_commit,
 }
 

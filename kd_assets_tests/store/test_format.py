@@ -903,11 +903,12 @@ def test_numbers_that_json_lacks_are_null(store: Path) -> None:
     assert read_manifest(folder) == manifest
 
 
-def test_manifest_of_another_format_version_is_refused(store: Path) -> None:
+@pytest.mark.parametrize("version", [2, True, 1.0, "1"])
+def test_manifest_of_another_format_version_is_refused(store: Path, version: object) -> None:
     """[F28]"""
     folder, _ = examples.commit(store, "topk_cache")
-    (folder / "manifest.json").write_text(json.dumps(raw_manifest(folder) | {"format_version": 2}))
-    with pytest.raises(CorruptManifestError, match="format version 2, this version of kd_assets reads 1"):
+    (folder / "manifest.json").write_text(json.dumps(raw_manifest(folder) | {"format_version": version}))
+    with pytest.raises(CorruptManifestError, match=rf"format version {version!r}, this version of kd_assets reads 1"):
         read_manifest(folder)
 
 

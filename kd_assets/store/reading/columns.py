@@ -81,6 +81,7 @@ def column_of(chunked: pa.ChunkedArray) -> Column:
         array = array.chunk(0) if array.num_chunks == 1 else pa.array([], type=array.type)
     offsets = None
     if pa.types.is_string(array.type):
+        array.validate(full=True)  # of offsets that lead elsewhere Python knows no words but a SystemError
         return Column(values=array.to_pylist(), offsets=None)
     if pa.types.is_list(array.type):
         offsets, array = _unwrapped(array)

@@ -89,11 +89,7 @@ def lists_difference(columns: Mapping[str, Column], *, has_next: bool) -> str | 
             return "a position is beyond the end of its document"
         n_elements_D = lengths_D.astype(np.int64)
     for name, column in columns.items():
-        if (
-            name not in _OF_DOCUMENTS
-            and column.lengths is not None
-            and not np.array_equal(column.lengths, n_elements_D)
-        ):
+        if name not in _OF_DOCUMENTS and column.offsets is not None and not _has_lengths(column, n_elements_D):
             return f"{name} of a document has not one element for each of its positions"
     return None
 
