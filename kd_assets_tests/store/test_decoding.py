@@ -20,7 +20,7 @@ from kd_assets.store.checking.rows import schema_difference
 from kd_assets.store.codecs.state_codec import CODED
 from kd_assets.store.codecs.states import float32_to_bfloat16
 from kd_assets.store.manifest import read_manifest
-from kd_assets.store.reading.columns import Column, column_of
+from kd_assets.store.reading.columns import Column, Ragged, column_of
 from kd_assets.store.reading.shapes import lists_difference, require_columns
 from kd_assets.store.schema import HiddenState
 from kd_assets_tests.store import examples
@@ -215,6 +215,20 @@ def test_text_whose_offsets_lead_elsewhere_is_no_text() -> None:
     broken = pa.chunked_array([pa.Array.from_buffers(pa.string(), 2, buffers)])
     with pytest.raises(pa.ArrowInvalid):
         column_of(broken)
+
+
+def test_positions_that_are_something_else_are_a_difference() -> None:
+    ids = Column(values=np.zeros(5, np.uint32), offsets=np.array([0, 2, 5], np.int32))
+    lists = Ragged(values=np.zeros(3, np.uint16), offsets=np.array([0, 1, 1, 2, 2, 3], np.int32))
+    others = {
+        "lists": Column(values=lists, offsets=ids.offsets),
+        "numbers": Column(values=np.zeros(2), offsets=None),
+        "text": Column(values=["a", "b"], offsets=None),
+        "parts of numbers": Column(values=np.zeros(5, np.float32), offsets=ids.offsets),
+    }
+    for positions in others.values():
+        said = lists_difference({"input_ids": ids, "positions": positions}, has_next=False)
+        assert said == "positions of a document are no list of whole numbers"
 
 
 def test_lists_whose_elements_are_not_there_are_a_difference() -> None:

@@ -83,8 +83,8 @@ def lists_difference(columns: Mapping[str, Column], *, has_next: bool) -> str | 
     n_elements_D = n_tokens_D - int(has_next)
     if "positions" in columns:
         kept, lengths_D = columns["positions"], columns["positions"].lengths
-        assert lengths_D is not None
-        assert not isinstance(kept.values, Ragged)
+        if lengths_D is None or not isinstance(kept.values, np.ndarray) or kept.values.dtype.kind not in "iu":
+            return "positions of a document are no list of whole numbers"
         if (np.asarray(kept.values) >= np.repeat(n_elements_D, lengths_D)).any():
             return "a position is beyond the end of its document"
         n_elements_D = lengths_D.astype(np.int64)
