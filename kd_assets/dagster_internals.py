@@ -94,6 +94,7 @@ __all__ = [
     "interrupt_signals",
     "interrupts_held_back",
     "latest_storage_ids",
+    "latest_unpartitioned_storage_id",
     "parse_yamls_with_source_position",
     "place_in_code_location",
     "record_events",
@@ -224,6 +225,11 @@ def latest_storage_ids(
     return instance.get_latest_storage_id_by_partition(
         asset_key, dg.DagsterEventType.ASSET_MATERIALIZATION, set(partition_keys)
     )
+
+
+def latest_unpartitioned_storage_id(storage: SqlEventLogStorage, asset_key: dg.AssetKey) -> int:
+    """Of the last materialization that names no partition; 0 where there is none."""
+    return storage._get_latest_unpartitioned_materialization_storage_ids([asset_key]).get(asset_key, 0)
 
 
 def record_events(

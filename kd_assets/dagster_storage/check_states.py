@@ -21,6 +21,7 @@ from kd_assets.dagster_internals import (
     AssetCheckState,
     SerializableEntitySubset,
     SqlEventLogStorage,
+    latest_unpartitioned_storage_id,
 )
 
 Status = AssetCheckExecutionResolvedStatus
@@ -40,7 +41,7 @@ def check_states(
     """The states of checks of one asset. Partitions that have been deleted are in none."""
     rows = _last_rows(storage, asset_key, names)
     materialized = storage.get_latest_storage_id_by_partition(asset_key, dg.DagsterEventType.ASSET_MATERIALIZATION)
-    whole = storage._get_latest_unpartitioned_materialization_storage_ids([asset_key]).get(asset_key, 0)
+    whole = latest_unpartitioned_storage_id(storage, asset_key)
     keys = set(partitions_def.get_partition_keys(dynamic_partitions_store=instance))
     planned = {run_id for _, _, status, run_id, _, _ in rows if status not in EVALUATED}
     ended = {run.run_id: run.status for run in _runs(instance, planned) if run.is_finished}

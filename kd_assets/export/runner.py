@@ -175,14 +175,7 @@ class _Progress:
     def section(self, progress: ExportProgress) -> None:
         """Raises InterruptedTaskError."""
         is_last = progress.n_sections == progress.of_sections
-        self._progress.tell(
-            done_documents=progress.n_documents,
-            n_documents=progress.of_documents,
-            done_tokens=progress.n_tokens,
-            n_tokens=progress.of_tokens,
-            done_bytes=progress.n_bytes,
-            is_last=is_last,
-        )
+        self._progress.tell(progress, is_last=is_last)
         if self._stop and not is_last:
             raise InterruptedTaskError(
                 f"stopped by {self._stop.signal_name} after {progress.n_sections} of {progress.of_sections} sections "

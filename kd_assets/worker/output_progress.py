@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from kd_assets.contract import Asset, Reporter
 
 INTERVAL_S = 1.0
+
+
+class Counts(Protocol):
+    """How much of an output is on disk, and of how much."""
+
+    @property
+    def n_documents(self) -> int: ...
+    @property
+    def of_documents(self) -> int: ...
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def of_tokens(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
 
 
 class OutputProgress:
@@ -15,16 +31,7 @@ class OutputProgress:
         self._started = time.monotonic()
         self._reported = -INTERVAL_S
 
-    def tell(
-        self,
-        *,
-        done_documents: int,
-        n_documents: int,
-        done_tokens: int,
-        n_tokens: int,
-        done_bytes: int,
-        is_last: bool,
-    ) -> None:
+    def tell(self, counts: Counts, *, is_last: bool) -> None:
         now = time.monotonic() - self._started
         if not is_last and now - self._reported < INTERVAL_S:
             return
@@ -33,10 +40,10 @@ class OutputProgress:
             "progress",
             partition_key=self._partition_key,
             asset=self._asset,
-            n_documents=n_documents,
-            done_documents=done_documents,
-            n_tokens=n_tokens,
-            done_tokens=done_tokens,
-            tokens_per_s=round(done_tokens / max(now, 1e-9), 1),
-            done_bytes=done_bytes,
+            n_documents=counts.of_documents,
+            done_documents=counts.n_documents,
+            n_tokens=counts.of_tokens,
+            done_tokens=counts.n_tokens,
+            tokens_per_s=round(counts.n_tokens / max(now, 1e-9), 1),
+            done_bytes=counts.n_bytes,
         )

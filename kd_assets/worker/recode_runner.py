@@ -97,13 +97,6 @@ class _Progress:
     def part(self, progress: RecodingProgress) -> None:
         """Raises InterruptedTaskError."""
         is_last = progress.n_parts == progress.of_parts
-        self._progress.tell(
-            done_documents=progress.n_documents,
-            n_documents=progress.of_documents,
-            done_tokens=progress.n_tokens,
-            n_tokens=progress.of_tokens,
-            done_bytes=progress.n_bytes,
-            is_last=is_last,
-        )
+        self._progress.tell(progress, is_last=is_last)
         if not is_last:
             self._raise_if_stopped(f"after {progress.n_parts} of {progress.of_parts} parts of {self._asset}")

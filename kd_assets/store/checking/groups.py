@@ -46,7 +46,7 @@ def part_difference(
             n_tokens += int(np.asarray(columns["n_tokens"].values).sum(dtype=np.int64))
             if (wrong := _difference(columns, manifest, token_ids)) is not None:
                 return n_tokens, wrong
-            for document_id in table["document_id"].to_pylist():
+            for document_id in list(columns["document_id"].values):  # type: ignore[arg-type]
                 if document_id in document_ids:
                     return n_tokens, ("wrong_documents", f"document {document_id!r:.200} is there twice")
                 document_ids.add(document_id)
