@@ -37,7 +37,7 @@ from dagster._core.definitions.definitions_load_context import DefinitionsLoadCo
 from dagster._core.definitions.repository_definition import SINGLETON_REPOSITORY_NAME
 from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
-from dagster._core.events import StepMaterializationData
+from dagster._core.events import AssetMaterializationPlannedData, StepMaterializationData
 from dagster._core.events.log import EventLogEntry
 from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.storage.asset_check_execution_record import (
@@ -97,6 +97,7 @@ __all__ = [
     "latest_unpartitioned_storage_id",
     "parse_yamls_with_source_position",
     "place_in_code_location",
+    "planned_one_by_one",
     "record_events",
     "store_together",
     "takes_events_together",
@@ -299,6 +300,20 @@ def database_errors() -> tuple[type[Exception], ...]:
     return (
         (sa.exc.OperationalError,) if postgres is None else (sa.exc.OperationalError, postgres.DagsterPostgresException)
     )
+
+
+def planned_one_by_one(entry: EventLogEntry) -> Iterator[EventLogEntry]:
+    """The event that says which partitions of an asset a run will materialize, as one event for each of them, as they
+    are asked for; of any other event itself."""
+    event = entry.get_dagster_event()
+    is_planned = event.event_type is dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+    if not is_planned or (subset := event.asset_materialization_planned_data.partitions_subset) is None:
+        yield entry
+        return
+    asset_key = event.asset_materialization_planned_data.asset_key
+    for key in subset.get_partition_keys():
+        of_one = AssetMaterializationPlannedData(asset_key, partition=key)
+        yield entry._replace(dagster_event=event._replace(event_specific_data=of_one))
 
 
 def takes_events_together(storage: object) -> TypeGuard[SqlEventLogStorage]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -12,6 +14,7 @@ from kd_assets.dagster_internals import (
     AssetCheckState,
     EventLogEntry,
     SqlEventLogStorage,
+    planned_one_by_one,
     store_together,
     takes_events_together,
 )
@@ -36,7 +39,33 @@ TAKEN_TOGETHER = {
 class InBulk(Base):
     """Beside a storage of Dagster's: writes a batch in one transaction, reads at once how an asset's checks stand."""
 
+    @property
+    def supports_partition_subset_in_asset_materialization_planned_events(self) -> bool:
+        """Asks Dagster for one event of what a run will materialize of an asset, and not for one a partition, all of
+        which it would hold together in memory. What is stored is an event a partition all the same, since Dagster
+        tells by those which partitions a run works on, and which a failed one has not made."""
+        return takes_events_together(self)
+
+    def store_event(self, event: EventLogEntry) -> None:
+        if _is_planned_of_several(event):
+            self.store_event_batch([event])
+        else:
+            super().store_event(event)
+
     def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
+        if not any(map(_is_planned_of_several, events)):
+            self._store_batch(events)
+            return
+        one_by_one = (one for event in events for one in planned_one_by_one(event))
+        for batch in _batches(one_by_one):
+            try:
+                self._store_batch(batch)
+            except Exception as e:  # noqa: BLE001 - as Dagster does, which would begin with the first batch again
+                sys.stderr.write(f"Exception while storing event batch: {e}\n")
+                for event in batch:
+                    super().store_event(event)
+
+    def _store_batch(self, events: Sequence[EventLogEntry]) -> None:
         of_one_run = len({event.run_id for event in events}) == 1
         is_known = {event.dagster_event_type for event in events} <= TAKEN_TOGETHER
         if of_one_run and is_known and takes_events_together(self):
@@ -58,6 +87,18 @@ class InBulk(Base):
         for (asset_key, partitions_def), of_asset in names.items():
             states |= check_states(self, self._instance, asset_key, of_asset, partitions_def)
         return states
+
+
+def _is_planned_of_several(event: EventLogEntry) -> bool:
+    if event.dagster_event_type is not dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED:
+        return False
+    return event.get_dagster_event().asset_materialization_planned_data.partitions_subset is not None
+
+
+def _batches(events: Iterable[EventLogEntry]) -> Iterator[list[EventLogEntry]]:
+    left = iter(events)
+    while batch := list(islice(left, BATCH_SIZE)):
+        yield batch
 
 
 def have_batches_handed_over() -> None:
