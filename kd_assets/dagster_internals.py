@@ -45,7 +45,12 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionResolvedStatus,
 )
 from dagster._core.storage.asset_check_state import AssetCheckState
-from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, AssetKeyTable, SqlEventLogStorageTable
+from dagster._core.storage.event_log.schema import (
+    AssetCheckExecutionsTable,
+    AssetKeyTable,
+    DynamicPartitionsTable,
+    SqlEventLogStorageTable,
+)
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME, SqliteEventLogStorage
 from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
@@ -85,8 +90,10 @@ __all__ = [
     "SqliteEventLogStorage",
     "UnresolvedAssetJobDefinition",
     "already_recorded",
+    "bare_rows",
     "components_only",
     "database_errors",
+    "dynamic_partition_keys",
     "event_logs_directory",
     "input_data_version_tag",
     "input_tags",
@@ -231,6 +238,22 @@ def latest_storage_ids(
 def latest_unpartitioned_storage_id(storage: SqlEventLogStorage, asset_key: dg.AssetKey) -> int:
     """Of the last materialization that names no partition; 0 where there is none."""
     return storage._get_latest_unpartitioned_materialization_storage_ids([asset_key]).get(asset_key, 0)
+
+
+def bare_rows(storage: SqlEventLogStorage, query: sa.Select[Any]) -> list[tuple[Any, ...]]:
+    """What the driver gives, of columns of numbers and text: SQLAlchemy makes an object of each row, which of thousands
+    of rows takes several times as long, and most of that is Python's garbage collection."""
+    with storage.index_connection() as connection:
+        return list(connection.execute(query).cursor.fetchall())
+
+
+def dynamic_partition_keys(storage: SqlEventLogStorage, partitions_def_name: str) -> list[str]:
+    """All of a definition, in the order in which they were added. Raises what Dagster raises of a database of before
+    there were such."""
+    storage._check_partitions_table()
+    table = DynamicPartitionsTable.c
+    query = sa.select(table.partition).where(table.partitions_def_name == partitions_def_name).order_by(table.id)
+    return [key for (key,) in bare_rows(storage, query)]
 
 
 def record_events(

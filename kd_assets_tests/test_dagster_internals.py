@@ -347,6 +347,19 @@ def test_of_what_a_run_plans_a_batch_that_cannot_be_written_together_is_written_
     assert "database is locked" in capsys.readouterr().err
 
 
+def test_dynamic_partitions_are_those_that_dagster_reads_and_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with instance_of_ours(tmp_path / "home", monkeypatch) as instance:
+        assert list(instance.get_dynamic_partitions("shards")) == []
+        instance.add_dynamic_partitions("shards", ["c", "é", "a", "it's"])
+        instance.add_dynamic_partitions("others", ["b"])
+        instance.delete_dynamic_partition("shards", "c")
+        instance.add_dynamic_partitions("shards", ["b", "c"])
+        of_dagster = SqlEventLogStorage.get_dynamic_partitions(sql(instance), "shards")
+        assert list(instance.get_dynamic_partitions("shards")) == list(of_dagster) == ["é", "a", "it's", "b", "c"]
+
+
 def test_the_storage_of_the_shipped_dagster_yaml_has_the_files_of_dagsters_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

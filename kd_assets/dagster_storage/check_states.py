@@ -21,6 +21,7 @@ from kd_assets.dagster_internals import (
     AssetCheckState,
     SerializableEntitySubset,
     SqlEventLogStorage,
+    bare_rows,
     latest_unpartitioned_storage_id,
 )
 
@@ -94,8 +95,7 @@ def _last_rows(storage: SqlEventLogStorage, asset_key: dg.AssetKey, names: Seque
         table.evaluation_event_storage_id,
         table.materialization_event_storage_id,
     ).where(table.id.in_(last))
-    with storage.index_connection() as connection:
-        return connection.execute(asked).all()
+    return bare_rows(storage, asked)
 
 
 def _runs(instance: dg.DagsterInstance, run_ids: set[str]) -> Sequence[dg.DagsterRun]:

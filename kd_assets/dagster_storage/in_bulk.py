@@ -14,6 +14,7 @@ from kd_assets.dagster_internals import (
     AssetCheckState,
     EventLogEntry,
     SqlEventLogStorage,
+    dynamic_partition_keys,
     planned_one_by_one,
     store_together,
     takes_events_together,
@@ -37,7 +38,8 @@ TAKEN_TOGETHER = {
 
 
 class InBulk(Base):
-    """Beside a storage of Dagster's: writes a batch in one transaction, reads at once how an asset's checks stand."""
+    """Beside a storage of Dagster's: writes a batch in one transaction, reads at once how an asset's checks stand
+    and which partitions there are."""
 
     @property
     def supports_partition_subset_in_asset_materialization_planned_events(self) -> bool:
@@ -72,6 +74,9 @@ class InBulk(Base):
             store_together(self, events)
         else:
             super().store_event_batch(events)
+
+    def get_dynamic_partitions(self, partitions_def_name: str) -> Sequence[str]:
+        return dynamic_partition_keys(self, partitions_def_name)
 
     def get_asset_check_state(
         self, keys: Sequence[tuple[dg.AssetCheckKey, dg.PartitionsDefinition | None]]
