@@ -138,6 +138,15 @@ def test_a_tensor_that_stands_twice_in_a_dictionary_is_written_once() -> None:
     assert written({"a": ours, "b": ours}) == saved({"a": theirs, "b": theirs})
 
 
+@as_torch_writes
+def test_two_tensors_that_hold_one_and_the_same_shape_are_what_torch_saves() -> None:
+    first = tensor_of(np.arange(6).reshape(2, 3))
+    second = dataclasses.replace(first, shape=first.shape, pieces=lambda: [np.ones((2, 3), dtype=np.int64)])
+    assert second.shape is first.shape
+    theirs = {"a": torch.arange(6).reshape(2, 3), "b": torch.ones((2, 3), dtype=torch.int64)}
+    assert written({"a": first, "b": second}) == saved(theirs)
+
+
 class Outline(io.RawIOBase):
     """What is written, of which long stretches are only counted: their bytes are in the file's checksums."""
 
