@@ -22,7 +22,7 @@ Ready = tuple[PlannedSection, JoinedPartition | None]
 class SectionsAhead:
     """All sections in order, each with its partition; None with one that is finished already, which nobody reads.
 
-    Begins at once, so that what takes long before the first section is written (importing torch) takes no longer.
+    Begins at once, so that what takes long before the first section is written (counting tokens) takes no longer.
     """
 
     def __init__(

@@ -111,7 +111,8 @@ class FileAside(io.RawIOBase):
             if self._n_held == len(self._buffer):
                 self._next_buffer()
             n = min(len(view) - taken, len(self._buffer) - self._n_held)
-            self._buffer[self._n_held : self._n_held + n] = view[taken : taken + n]
+            # A bytearray would take a copy of anything but its like first.
+            memoryview(self._buffer)[self._n_held : self._n_held + n] = view[taken : taken + n]
             self._n_held += n
             taken += n
         self._n_bytes += taken

@@ -20,7 +20,6 @@ from kd_assets.contract import Asset
 from kd_assets.durable import prepare_folder, remove_file
 from kd_assets.errors import (
     CorruptPartError,
-    MissingInputError,
     NothingToExportError,
     RecipeError,
     StorageUnavailableError,
@@ -208,12 +207,6 @@ class _Export:
         except NothingToExportError:
             self.journal.take_back()
             raise
-        except ImportError as e:
-            self.journal.abandon()
-            package = e.name or "torch"
-            raise MissingInputError(
-                f"{self.export_format.name} writes {package} files: run it where {package} is installed ({e})"
-            ) from e
         except BaseException:
             self.journal.abandon()
             raise

@@ -5,8 +5,8 @@
 Two stores of made-up numbers: one of states at H = 8,192, whose parts of four documents are each larger than the memory
 that an export may take, and one of top-k. By default that of states has 48 documents, 4.8 GB, of which a draft format
 takes two thirds and writes 3.2 GB: an export of a real shard has tens of gigabytes, and beside one of a single gigabyte
-the import of torch (1.3 s, however much is written) would be a quarter of all that is measured. Store, export and copy
-are to fit into the page cache together: 18 GB for `original`, which writes two bytes for each that it reads.
+what a process takes to start would be a good part of all that is measured. Store, export and copy are to fit into the
+page cache together: 18 GB for `original`, which writes two bytes for each that it reads.
 
 Each export runs in a process of its own, from a warm page cache; its seconds are those of `export_recipe`, with all
 that it imports. Then its files are copied on the same disk, by `shutil.copyfile` from a warm page cache, and each is

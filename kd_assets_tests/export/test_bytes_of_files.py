@@ -16,8 +16,8 @@ from kd_assets.export.format import ExportOptions
 from kd_assets.export.formats import FORMATS
 from kd_assets_tests.export import made_up
 
-VERSIONS = {"pyarrow": "26.0.1", "torch": "2.13.0"}
-"""Parquet and torch.save have the writer's version in their files."""
+VERSIONS = {"pyarrow": "26.0.1"}
+"""Parquet has the writer's version in its files."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "modelopt": {"states": (1, 2, 4)},

@@ -264,11 +264,13 @@ def a_source(n_blocks: int | None) -> Source:
     )
 
 
-@pytest.mark.parametrize("rows_bytes", [1, 24, 100, 8 << 20])
+@pytest.mark.parametrize("piece_bytes", [1, 24, 100, 8 << 20])
+@pytest.mark.parametrize("let_go_bytes", [1, 300, 8 << 20])
 def test_states_are_put_beside_each_other_whatever_was_in_their_memory(
-    monkeypatch: pytest.MonkeyPatch, rows_bytes: int
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int, let_go_bytes: int
 ) -> None:
-    monkeypatch.setattr(draft_states, "_ROWS_BYTES", rows_bytes)
+    monkeypatch.setattr(draft_states, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(draft_states, "_LET_GO_BYTES", let_go_bytes)
     rng = np.random.default_rng(0)
     beside = StatesBeside([4, 1, "after_norm"])
     let_go: list[None] = []
@@ -276,8 +278,19 @@ def test_states_are_put_beside_each_other_whatever_was_in_their_memory(
         bits = {state: made_up.random_bits(rng, (n + 3, 6))[:n] for state in made_up.STATES}
         states = StatesOfDocument(positions_N=np.arange(n), bits_NH=bits, let_go=lambda: let_go.append(None))
         expected = torch.cat([as_bfloat16(bits[state]) for state in (4, 1, "after_norm")], dim=1)
-        assert torch.equal(beside.tensor(states), expected)
-    assert bool(let_go) == (rows_bytes < 8 << 20)
+        tensor = beside.tensor(states)
+        assert (tensor.dtype, tensor.shape) == ("bfloat16", expected.shape)
+        for _ in range(2):
+            made = np.concatenate([piece.copy() for piece in tensor.pieces()])
+            assert torch.equal(as_bfloat16(made), expected)
+    assert bool(let_go) == (let_go_bytes < 8 << 20)
+
+
+def test_a_single_state_is_written_from_where_it_is() -> None:
+    bits_NH = made_up.random_bits(np.random.default_rng(0), (5, 6))
+    states = StatesOfDocument(positions_N=np.arange(5), bits_NH={1: bits_NH})
+    (piece,) = StatesBeside([1]).tensor(states).pieces()
+    assert np.shares_memory(piece, bits_NH)
 
 
 def test_the_default_blocks_are_those_of_the_trainers() -> None:

@@ -212,8 +212,6 @@ def test_no_room_on_the_disk_is_refused(store: Path, tmp_path: Path, monkeypatch
 def test_the_room_that_is_asked_for_is_about_what_is_written_of_coded_caches_too(
     tmp_path: Path, format_name: str, asset: Asset, codec: str | None
 ) -> None:
-    if format_name == "modelopt":
-        pytest.importorskip("torch")
     folders = made_up.commit(
         tmp_path,
         made_up.truths(1, n=60, hidden=256, k=30),

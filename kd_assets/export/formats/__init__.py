@@ -1,7 +1,7 @@
 """The formats by name: a module each, small, over the documents of `kd_assets.export.documents`.
 
-A format is added by one line. What it takes to write it (torch, `datasets`) is imported in the function that needs it:
-this module is imported by the command line.
+A format is added by one line. None takes more than numpy and pyarrow to be written: this module is imported by the
+command line, and an export is made wherever a store is.
 """
 
 from collections.abc import Mapping

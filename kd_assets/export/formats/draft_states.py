@@ -1,5 +1,5 @@
 """What the formats of draft-head trainers (SpecForge, ModelOpt) share: which blocks they take, what they cannot have,
-and tensors of states in files of `torch.save`.
+and tensors of states in files as `torch.save` writes them (`kd_assets.export.torch_file`).
 
 A teacher of n blocks has its auxiliary states at the outputs of blocks 1, n // 2 − 1 and n − 4, counted from 0, unless
 the draft's configuration names others. That is the default of SpecForge 0.2.0 and of ModelOpt 0.47.0.
@@ -7,9 +7,10 @@ the draft's configuration names others. That is the default of SpecForge 0.2.0 a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,14 @@ from kd_assets.errors import FailedCheckError, RecipeError
 from kd_assets.export.aside import FilesAside
 from kd_assets.export.documents import StatesOfDocument
 from kd_assets.export.format import ExportOptions, Source
+from kd_assets.export.torch_file import Tensor, tensor_of, write_torch_file
 from kd_assets.store.schema import HiddenState
 
-_ROWS_BYTES = 8 << 20
-"""Of a state that are looked at before their memory is given back."""
+_PIECE_BYTES = 1 << 20
+"""Of states that are put beside each other at once: little enough to be in a processor's cache until it is written."""
+
+_LET_GO_BYTES = 8 << 20
+"""Of states that are looked at before their memory is given back."""
 
 
 def default_blocks(source: Source, format_name: str) -> list[int]:
@@ -93,37 +98,48 @@ def require_plain(options: ExportOptions, format_name: str) -> None:
 
 
 class StatesBeside:
-    """States of a document beside each other in one tensor, document after document in the same memory."""
+    """States of a document beside each other in one tensor, a few rows at a time in the same memory."""
 
     def __init__(self, which: Sequence[HiddenState]) -> None:
-        """`which`: in this order. Imports torch, so that it is there before the first document is."""
-        import torch
-
-        self._torch, self._which = torch, tuple(which)
+        """`which`: in this order."""
+        self._which = tuple(which)
         self._memory = np.empty(0, dtype=np.uint16)
 
-    def tensor(self, states: StatesOfDocument) -> Any:
-        """torch.bfloat16 [N, m · H] of m states. The next call takes its memory."""
+    def tensor(self, states: StatesOfDocument) -> Tensor:
+        """bfloat16 [N, m · H] of m states."""
         n, hidden_size = states.bits_NH[self._which[0]].shape
-        width = len(self._which) * hidden_size
+        return Tensor(
+            dtype="bfloat16", shape=(n, len(self._which) * hidden_size), pieces=functools.partial(self._pieces, states)
+        )
+
+    def _pieces(self, states: StatesOfDocument) -> Iterator[npt.NDArray[np.uint16]]:
+        """uint16 [rows, m · H]: the next piece, of whichever document, takes the memory of the last."""
+        all_NH = [states.bits_NH[state] for state in self._which]
+        n, hidden_size = all_NH[0].shape
+        width = len(all_NH) * hidden_size
+        rows = max(_PIECE_BYTES // max(2 * width, 1), 1)
+        looked_at = 0
+        for first in range(0, n, rows):
+            of_piece = [bits_NH[first : first + rows] for bits_NH in all_NH]
+            piece = self._beside(of_piece, width)
+            yield piece
+            looked_at += piece.nbytes
+            if looked_at >= _LET_GO_BYTES:
+                states.let_go()
+                looked_at = 0
+
+    def _beside(self, of_piece: Sequence[npt.NDArray[np.uint16]], width: int) -> npt.NDArray[np.uint16]:
+        if len(of_piece) == 1:
+            return np.ascontiguousarray(of_piece[0])
+        n = len(of_piece[0])
         if len(self._memory) < n * width:
             self._memory = np.empty(n * width, dtype=np.uint16)
-        beside = self._memory[: n * width].reshape(n, width)
-        rows = max(_ROWS_BYTES // (2 * max(hidden_size, 1)), 1)
-        for at, state in enumerate(self._which):
-            bits_NH, columns = states.bits_NH[state], slice(at * hidden_size, (at + 1) * hidden_size)
-            for first in range(0, n, rows):
-                beside[first : first + rows, columns] = bits_NH[first : first + rows]
-                if n > rows:
-                    states.let_go()
-        return self._torch.from_numpy(beside.view(np.int16)).view(self._torch.bfloat16)
+        return np.concatenate(of_piece, axis=1, out=self._memory[: n * width].reshape(n, width))
 
 
-def int64(values: npt.NDArray[Any]) -> Any:
-    """torch.int64 of the same shape."""
-    import torch
-
-    return torch.from_numpy(values.astype(np.int64))
+def int64(values: npt.NDArray[Any]) -> Tensor:
+    """int64 of the same shape."""
+    return tensor_of(values.astype(np.int64))
 
 
 def save(path: Path, content: Mapping[Any, Any]) -> str:
@@ -133,13 +149,11 @@ def save(path: Path, content: Mapping[Any, Any]) -> str:
     return files.sha256[path]
 
 
-def save_aside(files: FilesAside, path: Path, content: Mapping[str, Any]) -> None:
+def save_aside(files: FilesAside, path: Path, content: Mapping[Any, Any]) -> None:
     """`save` one of several files; what `content` looks at may change afterwards."""
-    import torch
-
     prepare_folder(path.parent)
     with files.file(path) as file:
-        torch.save(dict(content), cast(IO[bytes], file))  # it only writes
+        write_torch_file(file, content)
 
 
 def share_of_states(which: Sequence[HiddenState], source: Source) -> float:

@@ -17,6 +17,7 @@ SpecForge takes the head, `lm_head.weight`, from the teacher's own folder, and w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from kd_assets.export.formats.draft_states import (
     share_of_states,
 )
 from kd_assets.export.left_out import write_left_out
+from kd_assets.export.torch_file import Tensor, tensor_of
 from kd_assets.store.schema import HiddenState
 
 FILES_A_FOLDER = 2000
@@ -129,8 +131,8 @@ class _Eagle3:
         assert document.states is not None
         return {
             **_tokens(document),
-            "hidden_state": self._hidden.tensor(document.states).unsqueeze(0),
-            "aux_hidden_state": self._aux.tensor(document.states).unsqueeze(0),
+            "hidden_state": _batch_of_one(self._hidden.tensor(document.states)),
+            "aux_hidden_state": _batch_of_one(self._aux.tensor(document.states)),
         }
 
     def takes(self, document: JoinedDocument) -> bool:
@@ -148,9 +150,9 @@ class _Dflash:
 
     def content(self, document: JoinedDocument) -> dict[str, Any]:
         assert document.states is not None
-        content = {**_tokens(document), "hidden_states": self._hidden.tensor(document.states).unsqueeze(0)}
+        content = {**_tokens(document), "hidden_states": _batch_of_one(self._hidden.tensor(document.states))}
         if self._last is not None:
-            content["target_last_hidden_states"] = self._last.tensor(document.states).unsqueeze(0)
+            content["target_last_hidden_states"] = _batch_of_one(self._last.tensor(document.states))
         return content
 
     def takes(self, document: JoinedDocument) -> bool:
@@ -194,12 +196,7 @@ class _Writer:
         atomic_write(self._folder / LAYERS_NAME, layers.encode() + b"\n")
         if self._vocabulary is None:
             return [LAYERS_NAME]
-        import torch
-
-        maps = {
-            "d2t": torch.from_numpy(self._vocabulary.d2t_D),
-            "t2d": torch.from_numpy(self._vocabulary.t2d_V),
-        }
+        maps = {"d2t": tensor_of(self._vocabulary.d2t_D), "t2d": tensor_of(self._vocabulary.t2d_V)}
         save(self._folder / VOCABULARY_NAME, maps)
         return [LAYERS_NAME, VOCABULARY_NAME]
 
@@ -217,3 +214,8 @@ def has_learned_neighbours(loss_mask_L: npt.NDArray[np.bool_]) -> bool:
 
 def _tokens(document: JoinedDocument) -> dict[str, Any]:
     return {"input_ids": int64(document.input_ids_L), "loss_mask": int64(document.loss_mask_L)}
+
+
+def _batch_of_one(tensor: Tensor) -> Tensor:
+    """[1, L, …] of [L, …]."""
+    return dataclasses.replace(tensor, shape=(1, *tensor.shape))
