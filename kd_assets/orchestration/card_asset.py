@@ -5,6 +5,7 @@ reads every current manifest, and a run of one shard among 100,000 must not; and
 more.
 """
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -79,6 +80,8 @@ def refresh_card(
         return
     try:
         tags = _provenance_tags(context, recipe)  # before anything is read: what is recorded meanwhile is newer
+        # What a run planned of thousands of partitions hangs in cycles, and would lie beside as much of the card's.
+        gc.collect()
         metadata = _write(recipe, platform)
     except NotCommittedError:  # a first run that came to nothing says so itself
         context.log.info(f"{recipe.name}/{CACHE_CARD} is not made: there is no result of {recipe.name} yet")

@@ -95,6 +95,8 @@ class Planner:
         self._tokenizer: tuple[Path, str] | None = None
         self._shards_params: ShardsParams | None = None
         self._token_ids: TokenIds | None = None
+        self._in_common: dict[str, dict[str, Any]] = {}
+        """What all results of a variant have in their identities, by the text that it is made of."""
 
     @property
     def recipe_folder(self) -> Path:
@@ -291,11 +293,13 @@ class Planner:
         """The result of a partition: `variant` is how it is made, `made_of` the hash of its input (of an export JSON
         that names its caches)."""
         versions = {"format_version": FORMAT_VERSION, **computing_versions(asset, variant.get("params", {}))}
-        identity = {"asset": asset, **versions, **variant, INPUT_KEY: made_of}
-        # Through JSON, so that what the worker reads back is what was hashed.
-        return plan_output(
-            asset, json.loads(json.dumps(identity)), recipe_folder=self._folder, partition_key=partition_key
-        )
+        # Through JSON, so that what the worker reads back is what was hashed. What all partitions have in common is held
+        # once: of 10,000 partitions of three caches it would be 30 MB.
+        text = json.dumps({"asset": asset, **versions, **variant})
+        if (in_common := self._in_common.get(text)) is None:
+            in_common = self._in_common[text] = json.loads(text)
+        identity = {**in_common, INPUT_KEY: json.loads(json.dumps(made_of))}
+        return plan_output(asset, identity, recipe_folder=self._folder, partition_key=partition_key)
 
     # ------------------------------------------------------------------ work
 
