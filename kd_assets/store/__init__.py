@@ -4,7 +4,7 @@ Needs pyarrow and numpy; imports neither torch nor dagster. Anyone may import th
 exists exactly when its manifest does, and what a manifest says about the bytes beside it is true.
 """
 
-from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all, check_files
+from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all, check_files, check_rebuilt_with
 from kd_assets.store.checking.report import Note, Problem, VerifyReport
 from kd_assets.store.checking.verify import verify
 from kd_assets.store.codecs.codec import coded, plain_table
@@ -66,6 +66,7 @@ __all__ = [
     "canonical_json",
     "check_all",
     "check_files",
+    "check_rebuilt_with",
     "choose",
     "coded",
     "commit_file_result",
