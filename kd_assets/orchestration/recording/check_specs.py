@@ -44,8 +44,9 @@ PLAN_CHECKS: dict[str, str] = {
     COVERAGE: "Every partition of every asset of the recipe is made, from today's plan, teacher and parameters.",
 }
 ASSET_UP_TO_DATE = (
-    "No partition that is made is stale: of another plan, teacher or parameter, or of an input that has changed since. "
-    "(Those that are not made yet are counted as missing, and are no failure.)"
+    "No partition that is made is stale: of another plan, teacher or parameter, or of an input that has changed since; "
+    "and none is in quarantine, which Dagster itself goes on showing as materialized. (Those that are not made yet are "
+    "counted as missing, and are no failure.)"
 )
 
 
