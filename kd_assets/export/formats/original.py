@@ -71,7 +71,7 @@ class Original:
             Column(name="attn_mask", type="list<int8>", meaning="[L] all ones; in every file"),
         ]
         for kind in kinds:
-            where = f"; in {kind.stem}_<number>.parquet"
+            where = f"; in {kind.stem}_NUMBER.parquet"
             if kind.asset == "topk_cache":
                 ids = f"[L - 1, {k}] token ids, the most probable first"
                 logprobs = f"[L - 1, {k}] their natural log-probabilities at temperature 1"

@@ -51,7 +51,7 @@ class Safetensors:
     def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
         states = caches.states if options.states is None else options.states
         return [
-            tensor(f"<number>/{field.name}", field.dtype, field.shape, meaning_of(field.name))
+            tensor(f"NUMBER/{field.name}", field.dtype, field.shape, meaning_of(field.name))
             for field in field_columns(caches, states, learned_only=options.learned_only)
         ]
 

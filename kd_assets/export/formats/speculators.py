@@ -98,7 +98,7 @@ class Speculators:
                 | {"seq_len": "L: how many tokens the document has"},
             ),
             *(
-                tensor(f"{STATES_FOLDER}/hs_<row>.safetensors: {name}", dtype, shape, meaning)
+                tensor(f"{STATES_FOLDER}/hs_ROW.safetensors: {name}", dtype, shape, meaning)
                 for (name, dtype, shape), meaning in zip(
                     _tensors("L", n_states, caches.hidden()), ("token ids, as input_ids", states), strict=True
                 )
