@@ -44,7 +44,8 @@ def _run(arguments: argparse.Namespace) -> int:
     keys, made = {r.partition_key for r in moved}, {r.asset for r in moved}
     show(
         f"{len(moved)} results are aside, and no reader has them. Materialize {', '.join(sorted(made))} of "
-        f"{', '.join(sorted(keys))} to make them again (the nightly schedule does, too); nothing was deleted"
+        f"{', '.join(sorted(keys))} to make them again ({folder.name}_nightly_caches and {folder.name}_new_data do, "
+        "where they are on); nothing was deleted"
     )
     return 0
 

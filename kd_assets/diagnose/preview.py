@@ -36,7 +36,7 @@ from kd_assets.scheduler import (
     submission_key,
 )
 from kd_assets.scheduler.folder import key_folder
-from kd_assets.store import Manifest, failed_check
+from kd_assets.store import Manifest, failed_check, quarantine_in_words
 from kd_assets.store.reading.selection import select_partitions
 
 UNKNOWN_KEY = "0" * 32
@@ -130,13 +130,14 @@ def preview(recipe: Recipe, platform: Platform, *, partitions: str | None, asset
     keys = select_partitions(planner.current_plan().keys, partitions)
     profile = platform.profile()
     previewer = _Previewer(recipe, platform, profile, planner)
-    previewer.look_at(keys, select_assets(recipe, assets))
+    selected = select_assets(recipe, assets)
+    previewer.look_at(keys, selected)
     return Preview(
         recipe=recipe.name,
         scheduler="local" if profile is None else f"slurm, profile {profile.name}",
         n_selected=len(keys),
         jobs=tuple(previewer.jobs),
-        notes=tuple(previewer.notes),
+        notes=(*previewer.notes, *quarantine_in_words(planner.recipe_folder, selected, set(keys))),
         secrets={} if profile is None else {name: name in secrets_set(profile) for name in profile.secrets},
     )
 

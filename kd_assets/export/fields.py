@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kd_assets.export.columns import CachesOfRecipe, Dimension
 from kd_assets.export.documents import Int64Array, JoinedDocument
 from kd_assets.store import Ragged
-from kd_assets.store.schema import hidden_field
+from kd_assets.store.schema import HiddenState, hidden_field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,6 +23,15 @@ class Field:
     values: npt.NDArray[Any]
     dtype: str
     """numpy's name of it, or bfloat16, whose values are its bits in uint16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldColumn:
+    """A field of every document, before there is one."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
 
 
 def fields_of(document: JoinedDocument, *, learned_only: bool = False) -> Iterator[Field]:
@@ -61,6 +71,39 @@ def fields_of(document: JoinedDocument, *, learned_only: bool = False) -> Iterat
     ):
         if vector is not None:
             yield Field(name=name, values=vector, dtype="float32")
+
+
+def field_columns(caches: CachesOfRecipe, states: Sequence[HiddenState], *, learned_only: bool) -> list[FieldColumn]:
+    """The fields that `fields_of` gives of every document of these caches, in its order."""
+    h, schemas = caches.hidden(), caches.schemas
+    found = [
+        FieldColumn(name="input_ids", dtype="uint32", shape=("L",)),
+        FieldColumn(name="loss_mask", dtype="bool", shape=("L",)),
+    ]
+    if (topk := schemas.get("topk_cache")) is not None:
+        found += [
+            FieldColumn(name="topk_ids", dtype="uint32", shape=("M", caches.k)),
+            FieldColumn(name="topk_logprobs", dtype="float16", shape=("M", caches.k)),
+        ]
+        for name in ("logsumexp", "target_logprob", "outside_mass"):
+            if name in topk.names:
+                found.append(FieldColumn(name=name, dtype="float32", shape=("M",)))
+        if "sampled_ids" in topk.names:
+            found += [
+                FieldColumn(name="sampled_ids", dtype="uint32", shape=("draws",)),
+                FieldColumn(name="sampled_counts", dtype="int64", shape=("draws",)),
+                FieldColumn(name="sampled_offsets", dtype="int64", shape=("M + 1",)),
+            ]
+        if learned_only or "positions" in topk.names:
+            found.append(FieldColumn(name="topk_positions", dtype="int64", shape=("M",)))
+    if (hidden := schemas.get("hidden_state_cache")) is not None:
+        found += [FieldColumn(name=hidden_field(state), dtype="bfloat16", shape=("N", h)) for state in states]
+        if learned_only or "positions" in hidden.names:
+            found.append(FieldColumn(name="hidden_positions", dtype="int64", shape=("N",)))
+    if "embedding_cache" in schemas:
+        names = ("mean_embedding", "last_token_embedding")
+        found += [FieldColumn(name=name, dtype="float32", shape=(h,)) for name in names]
+    return found
 
 
 def kept_positions(document: JoinedDocument, positions: Int64Array, *, learned_only: bool) -> Int64Array | None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from kd_assets.contract import Asset
+from kd_assets.contract import Asset, ExportParams
+from kd_assets.export.columns import CachesOfRecipe, Column
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.store import Manifest
 from kd_assets.store.schema import HiddenState
@@ -162,3 +163,20 @@ class ExportFormat(Protocol):
         ...
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> ExportWriter: ...
+
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        """What a record has that is made of these caches, with these options, which the format has not refused."""
+        ...
+
+
+def options_of(params: ExportParams) -> ExportOptions:
+    """What a recipe says of an export, as an option each."""
+    return ExportOptions(
+        max_length=params.max_length,
+        validation_share=params.validation_share,
+        learned_only=params.learned_only,
+        seed=params.seed,
+        assets=params.assets,
+        states=params.states,
+        pack_to=params.pack_to,
+    )

@@ -42,7 +42,7 @@ from kd_assets.export.folder import (
     sweep,
     verify_export,
 )
-from kd_assets.export.format import ExportOptions
+from kd_assets.export.format import options_of
 from kd_assets.export.planning import TRAIN, VALIDATION
 from kd_assets.store import ResultWriter, WrittenFile, read_manifest
 from kd_assets.worker.output_progress import OutputProgress
@@ -181,18 +181,6 @@ class _Progress:
                 f"stopped by {self._stop.signal_name} after {progress.n_sections} of {progress.of_sections} sections "
                 f"of {self._asset}"
             )
-
-
-def options_of(params: ExportParams) -> ExportOptions:
-    return ExportOptions(
-        max_length=params.max_length,
-        validation_share=params.validation_share,
-        learned_only=params.learned_only,
-        seed=params.seed,
-        assets=params.assets,
-        states=params.states,
-        pack_to=params.pack_to,
-    )
 
 
 def files_of(exported: Exported) -> dict[str, ExportedFile]:

@@ -215,7 +215,7 @@ def caches_schedule(recipe: Recipe) -> dg.ScheduleDefinition:
         job_name=f"{recipe.name}_caches",
         cron_schedule=recipe.nightly_caches_cron,
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        description="Back-fills what is missing or stale; never what a live run already holds.",
+        description="Back-fills what is missing, stale or in quarantine; never what a live run already holds.",
     )
     def nightly_caches(
         context: dg.ScheduleEvaluationContext, kd_assets_platform: dg.ResourceParam[Platform]
@@ -247,7 +247,13 @@ def orphan_sensor(recipe: Recipe) -> dg.SensorDefinition:
         # It submits nothing, so it writes no secrets.
         scheduler = kd_assets_platform.make_scheduler(submits=False)
         try:
-            yield from settle_orphans(context.instance, recipe, scheduler, kd_assets_platform.jobs_folder)
+            yield from settle_orphans(
+                context.instance,
+                recipe,
+                scheduler,
+                kd_assets_platform.jobs_folder,
+                put_aside=lambda: still_put_aside(kd_assets_platform.recipe_folder(recipe.name)),
+            )
         except NO_ANSWER as e:
             yield dg.SkipReason(f"nobody knows what lives, since there is no answer: {e}")
 
@@ -280,7 +286,7 @@ def new_data_sensor(recipe: Recipe, jobs: Sequence[UnresolvedAssetJobDefinition]
         jobs=list(jobs),
         minimum_interval_seconds=LOOK_EVERY_S,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description="Has sources planned anew that have changed, and then asks for the partitions that are missing.",
+        description="Has sources planned anew that have changed, and then asks for what is missing or in quarantine.",
     )
     def new_data(
         context: dg.SensorEvaluationContext, kd_assets_platform: dg.ResourceParam[Platform]

@@ -10,7 +10,10 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
-from kd_assets.contract import EmbeddingParams, HiddenStateParams, PositionChoice, TopkParams
+from kd_assets.contract import EmbeddingParams, ExportParams, HiddenStateParams, PositionChoice, TopkParams
+from kd_assets.export.columns import CachesOfRecipe
+from kd_assets.export.format import options_of
+from kd_assets.export.formats import FORMATS
 from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, STUDENT_SMOKE, Recipe
 from kd_assets.store.column_words import SIZE_NOT_KNOWN, column_in_words, type_in_words
@@ -28,7 +31,9 @@ def definition_metadata(recipe: Recipe, asset: str, platform: Platform | None = 
     if platform is not None:
         folder = platform.recipe_folder(recipe.name)
         metadata["dagster/uri"] = str(folder / asset) if asset in (SHARD_PLAN, *_results(recipe)) else str(folder)
-    if (schema := _schema(recipe, asset)) is not None:
+    if (export := {str(a): p for a, p in recipe.export_params.items()}.get(asset)) is not None:
+        metadata["dagster/column_schema"] = export_schema(recipe, export)
+    elif (schema := _schema(recipe, asset)) is not None:
         metadata["dagster/column_schema"] = table_schema(schema)
     return metadata | parameters(recipe, asset)
 
@@ -83,6 +88,20 @@ def table_schema(schema: pa.Schema) -> dg.TableSchema:
             for field in schema
         ]
     )
+
+
+def export_schema(recipe: Recipe, export: ExportParams) -> dg.TableSchema:
+    """What a record of an export has, by the format itself: columns, or tensors and keys of a file."""
+    size = recipe.teacher.size
+    schemas = {cache: _schema(recipe, cache) for cache in recipe.caches_of([export.asset])}
+    caches = CachesOfRecipe(
+        schemas={cache: schema for cache, schema in schemas.items() if schema is not None},
+        n_blocks=None if size is None else size.n_blocks,
+        hidden_size=None if size is None else size.hidden_size,
+        vocabulary_size=None if size is None else size.vocabulary,
+    )
+    columns = FORMATS[export.format_name].columns(caches, options_of(export))
+    return dg.TableSchema(columns=[dg.TableColumn(name=c.name, type=c.type, description=c.meaning) for c in columns])
 
 
 # ---------------------------------------------------------------------- parameters

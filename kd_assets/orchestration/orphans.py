@@ -10,7 +10,7 @@ cancelled.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,13 @@ from kd_assets.durable import prepare_folder, storage_errors
 from kd_assets.errors import ContractError
 from kd_assets.locks import is_locked, locked
 from kd_assets.orchestration.driving.following import FollowedJob, described
-from kd_assets.orchestration.schedules import assets_needed, few_ranges, is_of_recipe, partitions_held_by_live_runs
+from kd_assets.orchestration.schedules import (
+    assets_needed,
+    few_ranges,
+    is_of_recipe,
+    partitions_held_by_live_runs,
+    with_put_aside,
+)
 from kd_assets.orchestration.termination import ENDED_ON_PURPOSE
 from kd_assets.recipes.recipe import STUDENT_SMOKE, Recipe
 from kd_assets.scheduler import Scheduler, Submission
@@ -139,10 +145,15 @@ def settle_dead_runs(
 
 
 def settle_orphans(
-    instance: dg.DagsterInstance, recipe: Recipe, scheduler: Scheduler, jobs_folder: Path
+    instance: dg.DagsterInstance,
+    recipe: Recipe,
+    scheduler: Scheduler,
+    jobs_folder: Path,
+    *,
+    put_aside: Callable[[], Mapping[str, Collection[str]]] = dict,
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """Marks dead runs as failed, has jobs cancelled whose run was terminated, and asks for a run for every other
-    orphan whose partitions no live run holds."""
+    orphan whose partitions no live run holds. `put_aside`: what is in quarantine, which such a run does not make."""
     done = settle_dead_runs(instance, recipe, jobs_folder)
     requests: list[dg.RunRequest] = []
     orphans = list(orphaned_jobs(instance, recipe, scheduler))
@@ -153,13 +164,19 @@ def settle_orphans(
     # Dagster starts a run again that was just marked, and that run finds its job: what it does not, the next tick does.
     for orphan in orphans if not done else []:
         if not orphan.is_unwanted:
-            requests += requests_for(instance, recipe, orphan)
+            requests += requests_for(instance, recipe, orphan, put_aside=put_aside)
     yield from requests
     if not requests:
         yield dg.SkipReason("; ".join(done) or f"every live job of {recipe.name} has its run")
 
 
-def requests_for(instance: dg.DagsterInstance, recipe: Recipe, orphan: Orphan) -> Iterator[dg.RunRequest]:
+def requests_for(
+    instance: dg.DagsterInstance,
+    recipe: Recipe,
+    orphan: Orphan,
+    *,
+    put_aside: Callable[[], Mapping[str, Collection[str]]] = dict,
+) -> Iterator[dg.RunRequest]:
     """Runs that want what the job makes, and so will find and follow it. Asked for once, until another such run is
     gone, too."""
     key = f"{orphan.submission.folder}#{orphan.n_followers}"
@@ -176,7 +193,7 @@ def requests_for(instance: dg.DagsterInstance, recipe: Recipe, orphan: Orphan) -
         present,
         {k: a for k, a in wanted.items() if k in still_there},
         held=held,
-        would_be_made=lambda: assets_needed(instance, recipe, present),
+        would_be_made=lambda: with_put_aside(recipe, present, assets_needed(instance, recipe, present), put_aside()),
     ):
         yield dg.RunRequest(
             run_key=f"{key}#{found.first}",

@@ -7,7 +7,7 @@ data version has changed since.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -67,7 +67,7 @@ def nightly_requests(
     instance: dg.DagsterInstance,
     recipe: Recipe,
     *,
-    put_aside: Mapping[str, Set[str]] = MappingProxyType({}),
+    put_aside: Mapping[str, Collection[str]] = MappingProxyType({}),
     say: Callable[[str], object] = lambda line: None,
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """One run request a partition_range of partitions, which says why in its tags; a reason when there is nothing to
@@ -196,7 +196,10 @@ def assets_needed(
 
 
 def with_put_aside(
-    recipe: Recipe, keys: Sequence[str], needed: Mapping[str, tuple[Asset, ...]], put_aside: Mapping[str, Set[str]]
+    recipe: Recipe,
+    keys: Sequence[str],
+    needed: Mapping[str, tuple[Asset, ...]],
+    put_aside: Mapping[str, Collection[str]],
 ) -> dict[str, tuple[Asset, ...]]:
     """`needed`, and what is in quarantine. Caches of a shard that is come with it, and exports of a cache that is."""
     if not any(put_aside.values()):

@@ -4,7 +4,7 @@ Needs pyarrow and numpy; imports neither torch nor dagster. Anyone may import th
 exists exactly when its manifest does, and what a manifest says about the bytes beside it is true.
 """
 
-from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all, check_files
+from kd_assets.store.checking.checks import CheckResult, ResultFiles, check_all, check_files, check_rebuilt_with
 from kd_assets.store.checking.report import Note, Problem, VerifyReport
 from kd_assets.store.checking.verify import verify
 from kd_assets.store.codecs.codec import coded, plain_table
@@ -19,7 +19,15 @@ from kd_assets.store.fingerprint import (
 )
 from kd_assets.store.layout import count_durable_files, result_folder
 from kd_assets.store.manifest import Manifest, PartRecord, append_audit, committed, read_head, read_manifest
-from kd_assets.store.quarantine import Quarantined, put_aside, put_result_aside, still_put_aside
+from kd_assets.store.quarantine import (
+    PutAside,
+    PutAsideByAsset,
+    Quarantined,
+    put_aside,
+    put_result_aside,
+    quarantine_in_words,
+    still_put_aside,
+)
 from kd_assets.store.reading.chosen import Chosen, Missing, choose, variants_of
 from kd_assets.store.reading.columns import Ragged
 from kd_assets.store.reading.planned import PlannedPartitions, planned_partitions
@@ -54,6 +62,8 @@ __all__ = [
     "PartRecord",
     "PlannedPartitions",
     "Problem",
+    "PutAside",
+    "PutAsideByAsset",
     "Quarantined",
     "Ragged",
     "ResultFiles",
@@ -66,6 +76,7 @@ __all__ = [
     "canonical_json",
     "check_all",
     "check_files",
+    "check_rebuilt_with",
     "choose",
     "coded",
     "commit_file_result",
@@ -84,6 +95,7 @@ __all__ = [
     "planned_partitions",
     "put_aside",
     "put_result_aside",
+    "quarantine_in_words",
     "raise_if_busy",
     "read_head",
     "read_manifest",

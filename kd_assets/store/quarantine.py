@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,9 @@ from kd_assets.store.manifest import (
 from kd_assets.store.recorded_checks import codec_name, failed_check
 from kd_assets.store.writing.writer import lease_holder, utc_now
 
+_NAMED = 5
+"""Partitions that are named; more are counted."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quarantined:
@@ -49,6 +52,25 @@ class Quarantined:
     was: Path
     folder: Path
     """Where it is now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PutAside:
+    """What the audit log says of a result that is in quarantine."""
+
+    variant: str
+    time: str
+    why: str
+    folder: str
+    """Where it is, in the recipe's folder: another one each time that the partition is put aside."""
+
+    @property
+    def in_words(self) -> str:
+        return f"its result was put aside on {self.time} ({self.why}), and has not been made again"
+
+
+PutAsideByAsset = Mapping[str, Mapping[str, PutAside]]
+"""Asset → partition → what was put aside and not made again."""
 
 
 def put_aside(
@@ -95,21 +117,37 @@ def put_result_aside(
     return _moved(recipe_folder, folder, clock(), why)
 
 
-def still_put_aside(recipe_folder: Path) -> dict[str, set[str]]:
-    """Asset → the partitions of which a result was put aside, and none was made since."""
+def still_put_aside(recipe_folder: Path) -> dict[str, dict[str, PutAside]]:
+    """Asset → the partitions of which a result was put aside, and none was made since; of each the last that was."""
     if not audited_events(recipe_folder, mentioning=f'"{QUARANTINE_EVENT}"'):
         return {}
-    missing: dict[str, set[str]] = {}
+    found: dict[str, dict[str, PutAside]] = {}
     for event in audited_events(recipe_folder):
         parts = Path(event["path"]).parts
         if len(parts) != 4:
             continue
-        asset, _, partition_key, _ = parts
+        asset, variant, partition_key, _ = parts
         if event["event"] == COMMIT_EVENT:
-            missing.get(asset, set()).discard(partition_key)
+            found.get(asset, {}).pop(partition_key, None)
         elif event["event"] == QUARANTINE_EVENT and not _is_there(recipe_folder / event["path"]):
-            missing.setdefault(asset, set()).add(partition_key)
-    return missing
+            why, folder = str(event.get("why", "no reason is known")), str(event.get("to", event["path"]))
+            said = PutAside(variant=variant, time=event["time"], why=why, folder=folder)
+            found.setdefault(asset, {})[partition_key] = said
+    return found
+
+
+def quarantine_in_words(
+    recipe_folder: Path, assets: Collection[str], partition_keys: Container[str] | None = None
+) -> list[str]:
+    """A line for each of these assets of which something is in quarantine: of all partitions, or of these."""
+    lines = []
+    for asset, of_asset in still_put_aside(recipe_folder).items():
+        keys = [key for key in of_asset if partition_keys is None or key in partition_keys]
+        if keys and asset in assets:
+            named = ", ".join(f"{key} ({of_asset[key].why})" for key in keys[:_NAMED])
+            more = f" and {len(keys) - _NAMED:,} more" if len(keys) > _NAMED else ""
+            lines.append(f"{asset}: {len(keys):,} in quarantine, to be made again: {named}{more}")
+    return lines
 
 
 def _is_there(folder: Path) -> bool:

@@ -8,6 +8,8 @@ the checks (`kd_assets.store.checking.checks`) refuse that, too, as they have th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from kd_assets.contract import CACHES
 from kd_assets.store.codecs.codec import PLAIN, require_known
@@ -94,6 +96,18 @@ def rebuilt_failure(manifest: Manifest) -> str | None:
     return None
 
 
+def is_rebuilt_with(manifest: Manifest, other: Manifest) -> bool:
+    """Whether `other` has a record of the check `rebuilt`, and a good one, that is of this result or of one that this
+    was recoded from: the check is recorded in one cache of the two."""
+    record = other.checks.get("rebuilt")
+    if not isinstance(record, dict) or not_made_of(record) is not None or rebuilt_failure(other) is not None:
+        return False
+    compared_with = record.get("compared_with")
+    return compared_with == manifest.fingerprint or any(
+        source.get("fingerprint") == compared_with for source in _recoded_from(manifest)
+    )
+
+
 def recoded_failure(manifest: Manifest) -> str | None:
     """Why a result that was made of another one is not what its source says; None where it is, and for one that the
     teacher's pass made."""
@@ -112,15 +126,22 @@ def recoded_failure(manifest: Manifest) -> str | None:
 def measured_on(manifest: Manifest, name: str) -> str | None:
     """The form of the result that a recorded check measured, where that is another one than this: of a recoded result,
     what it was made of. None where it is the result itself."""
-    record, source = manifest.checks.get(name), manifest.provenance.get("recoded_from")
+    record = manifest.checks.get(name)
     of_result = record.get("of_result") if isinstance(record, dict) else None
     if of_result in (None, manifest.fingerprint):
         return None
-    while isinstance(source, dict):
+    for source in _recoded_from(manifest):
         if source.get("fingerprint") == of_result:
             return str(source.get("codec"))
-        source = source.get("recoded_from")
     return f"result {of_result}"
+
+
+def _recoded_from(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+    """What a result was made of, and that in turn; the nearest first."""
+    source = manifest.provenance.get("recoded_from")
+    while isinstance(source, dict):
+        yield source
+        source = source.get("recoded_from")
 
 
 def codec_failure(manifest: Manifest) -> str | None:

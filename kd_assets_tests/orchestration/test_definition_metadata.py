@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from kd_assets.components import TeacherCaches
+from kd_assets.export.formats import FORMATS
 from kd_assets.orchestration.assets import recipe_definitions
 from kd_assets.orchestration.definition_metadata import definition_metadata
 from kd_assets.orchestration.platform import Platform
@@ -113,6 +114,54 @@ def test_the_columns_are_those_of_the_files(tmp_path: Path) -> None:
     for asset, folder in examples.commit_all(tmp_path).items():
         with PartFile(folder / read_manifest(folder).parts[0].name) as part:
             assert list(columns_of(recipe, asset)) == part.schema.names
+
+
+EXPORTABLE: dict[str, Any] = {
+    "topk": {"k": 16, "max_length": 4096},
+    "hidden_states": {"blocks": [1, 15, 22, 28], "max_length": 2048, "final": "both"},
+    "embeddings": {"max_length": 4096},
+}
+SIZE = {"parameters": 7e9, "hidden_size": 4096, "n_blocks": 32, "vocabulary": 32_000}
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_an_export_has_the_columns_that_its_format_says(name: str) -> None:
+    recipe = a_recipe(caches=EXPORTABLE, exports=[name], teacher={"model_id": "some/model", "size": SIZE})
+    columns = columns_of(recipe, f"export_{name}")
+    assert columns
+    assert all(column.type and column.description for column in columns.values())
+
+
+def test_columns_of_exports_go_by_the_recipes_caches_and_options() -> None:
+    exports = [
+        "hf",
+        {"format": "safetensors", "states": [22, "after_norm"], "learned_only": True},
+        {"format": "distillkit", "pack_to": 4096},
+        "speculators",
+        {"format": "modelopt", "states": [15, "before_norm"]},
+    ]
+    recipe = a_recipe(caches=EXPORTABLE, exports=exports, teacher={"model_id": "some/model", "size": SIZE})
+    hf = columns_of(recipe, "export_hf")
+    assert hf["topk_ids"].type == "list<uint32[16]>" == columns_of(recipe, "topk_cache")["topk_ids"].type
+    assert hf["hidden_block_22"].type == "binary"
+    assert str(hf["hidden_block_22"].description).startswith("bits of bfloat16 [N, 4096]: output of decoder block 22")
+    assert "topk_positions" not in hf
+    tensors = columns_of(recipe, "export_safetensors")
+    assert tensors["NUMBER/hidden_block_22"].type == "bfloat16[N, 4096]"
+    assert [name for name in tensors if "/hidden_" in name] == [
+        "NUMBER/hidden_block_22",
+        "NUMBER/hidden_final_after_norm",
+        "NUMBER/hidden_positions",
+    ]
+    packed = columns_of(recipe, "export_distillkit")
+    assert "attention_mask" in packed
+    assert str(packed["bytepacked_indices"].description).startswith("[4096, 30]"), "16 ids of 15 bits"
+    states = columns_of(recipe, "export_speculators")["hidden_states/hs_ROW.safetensors: hidden_states"]
+    assert states.type == "bfloat16[L, 4, 4096]"
+    assert str(states.description).startswith("the outputs of blocks 1, 15, 28, counted from 0")
+    modelopt = columns_of(recipe, "export_modelopt")
+    assert modelopt["aux_hidden_states"].type == "bfloat16[L, 4096]"
+    assert modelopt["hidden_states"].description == "the decoder's last state, before the norm"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import dagster as dg
+import pyarrow.parquet as pq
 import pytest
 from dagster._core.definitions.data_version import StaleStatus
 
@@ -22,6 +23,7 @@ from kd_assets.orchestration.orphans import KINDS
 from kd_assets.orchestration.planning.planned_exports import export_work
 from kd_assets.orchestration.platform import Platform
 from kd_assets.store import Manifest, put_aside, read_head, read_manifest, verify
+from kd_assets.store.column_words import type_in_words
 from kd_assets_tests.orchestration.deployment import CACHES, SHARDS, Deployment, documents, failure_text, is_reused
 from kd_assets_tests.orchestration.test_quarantine import requests_of_the_night
 from kd_assets_tests.orchestration.test_staleness import status
@@ -114,6 +116,19 @@ def test_the_line_that_says_how_to_load_does(exported: Exported, monkeypatch: py
         with eval(str(tensors.metadata["how_to_load"].value), {"safetensors": safetensors}) as file:
             assert any(name.endswith("/topk_logprobs") for name in file.keys())  # noqa: SIM118 - it is no dict
     assert ids == [document["id"] for document in documents(12)]
+
+
+def test_an_export_has_the_columns_that_its_definition_says(exported: Exported) -> None:
+    (spec,) = (
+        spec
+        for spec in exported.deployment.definitions.resolve_all_asset_specs()
+        if spec.key == exported.deployment.recipe.key("export_hf")
+    )
+    columns = {column.name: column.type for column in spec.metadata["dagster/column_schema"].columns}
+    folder, _ = result_of(exported.deployment, "export_hf", SHARDS[0])
+    (path,) = (folder / "data").rglob("*.parquet")
+    written = {field.name: type_in_words(field) for field in pq.read_schema(path)}
+    assert columns == {name: kind.replace("float32[32]", "float32[hidden_size]") for name, kind in written.items()}
 
 
 def test_what_is_there_is_found_and_recorded_again_without_a_job(exported: Exported) -> None:

@@ -113,6 +113,8 @@ def test_a_changed_codec_costs_no_pass_of_the_teacher(changed: Changed) -> None:
     evaluations = changed.after.checks(changed.result.run_id)
     names = {e.check_name for e in evaluations if e.asset_key.path[-1] in CODED}
     assert names == {"complete", "schema", "finite", "recomputed", "codec", "rebuilt", "recoded"}
+    rebuilt = [(e.asset_key.path[-1], e.partition) for e in evaluations if e.check_name == "rebuilt"]
+    assert sorted(rebuilt) == sorted((asset, key) for asset in CODED for key in SHARDS)
     assert all(e.passed for e in evaluations), [e.description for e in evaluations if not e.passed]
     report = verify(changed.after.platform.recipe_folder("tiny"))
     assert (report.problems, report.notes) == ((), ())

@@ -19,6 +19,7 @@ from kd_assets.store import (
     Documents,
     ResultFiles,
     check_all,
+    check_rebuilt_with,
     encode_embeddings,
     encode_hidden_states,
     encode_topk,
@@ -203,6 +204,37 @@ def test_the_check_rebuilt_is_shown_with_its_numbers_where_it_was_made_and_only_
     not_made = {"passed": None, "not_made": "the head lies in pieces"}
     folder, _ = examples.commit(store, "hidden_state_cache", params=params, checks=both | {"rebuilt": not_made})
     assert "rebuilt" not in [result.name for result in check_all(ResultFiles(folder), shard)]
+
+
+@pytest.mark.parametrize(
+    ("record", "is_found"),
+    [
+        ({}, True),
+        ({"compared_with": "f" * 64}, False),
+        ({"compared_with": None}, False),
+        ({"passed": False}, False),
+        ({"passed": None, "not_made": "the head lies in pieces"}, False),
+    ],
+)
+def test_the_check_rebuilt_of_a_result_without_a_record_is_that_of_the_cache_that_was_compared_with_it(
+    store: Path, record: dict[str, Any], is_found: bool
+) -> None:
+    topk, manifest = examples.commit(store, "topk_cache", checks={"recomputed": examples.RECOMPUTED})
+    rebuilt = examples.REBUILT | {"compared_with": manifest.fingerprint} | record
+    checks = {"recomputed": examples.RECOMPUTED, "rebuilt": rebuilt}
+    params = {"blocks": [], "max_length": 6, "final": ["after_norm"]}
+    states, _ = examples.commit(store, "hidden_state_cache", params=params, checks=checks)
+    found = check_rebuilt_with(ResultFiles(topk), ResultFiles(states))
+    assert (found is not None) is is_found
+    if found is not None:
+        assert (found.name, found.passed) == ("rebuilt", True)
+        assert found.description == "7 positions of 2 documents rebuilt, recorded with hidden_state_cache"
+        assert found.numbers["worst_over_tolerance"] == examples.REBUILT["worst_over_tolerance"]
+        examples.flip_byte(topk / manifest.parts[0].name)
+        damaged = check_rebuilt_with(ResultFiles(topk), ResultFiles(states))
+        assert damaged is not None
+        fails(damaged, "part-")
+    assert check_rebuilt_with(ResultFiles(states), ResultFiles(topk)) is None
 
 
 def test_columns_of_other_blocks_fail_schema(store: Path) -> None:

@@ -79,7 +79,7 @@ def test_what_is_put_aside_is_a_note_until_it_is_made_again(store: Path, recipe_
     assert report.ok
     assert {note.kind for note in report.notes} == {"quarantined", "not_made"}
     assert "a bad disk" in next(note.message for note in report.notes if note.kind == "quarantined")
-    assert still_put_aside(recipe_folder) == {"topk_cache": {KEYS[0]}}
+    assert still_put_aside(recipe_folder)["topk_cache"].keys() == {KEYS[0]}
     commit_partition(store, KEYS[0], "content")
     assert result_of(recipe_folder, "topk_cache", KEYS[0]) == moved.was
     assert verify(recipe_folder).notes == ()
@@ -144,7 +144,7 @@ def test_a_kill_at_any_step_leaves_what_the_same_call_completes(
     (moved,) = put_aside(recipe_folder, [KEYS[0]], ["topk_cache"], why="a bad disk")
     assert contents(moved.folder) == before
     assert verify(recipe_folder).ok
-    assert still_put_aside(recipe_folder) == {"topk_cache": {KEYS[0]}}
+    assert still_put_aside(recipe_folder)["topk_cache"].keys() == {KEYS[0]}
 
 
 def test_a_kill_before_the_head_goes_takes_nothing_from_readers(

@@ -254,6 +254,10 @@ def checks_of(unit: WorkUnit) -> dict[str, dict[str, Any]]:
     return {output.asset: dict(read_manifest(Path(output.path)).checks) for output in unit.outputs}
 
 
+def fingerprints(unit: WorkUnit) -> dict[str, str]:
+    return {output.asset: output.fingerprint for output in unit.outputs}
+
+
 def test_two_caches_of_one_pass_are_compared_and_the_states_say_so(tmp_path: Path, teacher_folder: Path) -> None:
     desk, params = Desk(tmp_path), tiny_params(teacher_folder, hidden_states=KEPT)
     unit = desk.unit(desk.commit_shard(tiny_documents(LENGTHS)), params)
@@ -265,6 +269,7 @@ def test_two_caches_of_one_pass_are_compared_and_the_states_say_so(tmp_path: Pat
     assert record["states"] == ["before_norm", "after_norm"]
     assert record["document_ids"] == checks["hidden_state_cache"]["recomputed"]["document_ids"]
     assert record["n_positions"] > 0
+    assert record["compared_with"] == fingerprints(unit)["topk_cache"]
     assert "rebuilt" not in checks["topk_cache"]
     assert "rebuilt" not in checks["embedding_cache"]
 
@@ -283,6 +288,7 @@ def test_the_cache_that_is_made_last_has_the_comparison_with_the_one_that_was_th
     assert "rebuilt" not in checks[before.asset]
     assert checks[after.asset]["rebuilt"]["passed"] is True
     assert checks[after.asset]["rebuilt"]["same_pass"] is False
+    assert checks[after.asset]["rebuilt"]["compared_with"] == before.fingerprint
 
 
 def test_a_cache_that_was_changed_on_disk_is_not_compared_and_the_record_says_why(

@@ -327,6 +327,8 @@ def test_the_page_of_an_export_says_what_it_is_and_how_it_is_loaded(
         "1, fewer than 2 tokens",
         *(f"{cache} (variant " for cache in CACHES),
         *(f"tiny / {cache}" for cache in CACHES),
+        "hidden_L1 list<list<float32>>",
+        "[L, hidden_size] output of decoder block 1",
     )
     keep_screenshot(browser, "export")
 

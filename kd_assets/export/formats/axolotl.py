@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kd_assets.errors import RecipeError
+from kd_assets.export.columns import CachesOfRecipe, Column, columns_of
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.topk_targets import IGNORED, labels_of, require_topk_alone
@@ -60,6 +61,20 @@ class Axolotl:
             )
         return Needs(
             assets=("topk_cache",), all_positions=False, fixed_k=False, min_tokens=2, expansion=_BYTES_PER_BYTE
+        )
+
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        k = caches.k
+        return columns_of(
+            _SCHEMA,
+            {
+                "input_ids": "[L] token ids",
+                "attention_mask": "[L] all ones",
+                "labels": f"[L] the ids of tokens that are learned, {IGNORED} elsewhere; not shifted",
+                "target_logprobs": f"[L, {k}] natural log-probabilities at temperature 1; row i is about token i + 1",
+                "target_token_ids": f"[L, {k}] the token ids of these",
+                "target_mask": f"[L, {k}] 1 where the token that follows is learned and the cache has a prediction",
+            },
         )
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:

@@ -55,7 +55,7 @@ def dataset_card(source: Source, schema: pa.Schema, options: ExportOptions, *, n
             "",
             "| column | type | what it is |",
             "|---|---|---|",
-            *(f"| `{field.name}` | {_type(field, source)} | {_meaning(field.name)} |" for field in schema),
+            *(f"| `{field.name}` | {_type(field, source)} | {meaning_of(field.name)} |" for field in schema),
             "",
             *_how_to_load(source, states),
             "",
@@ -102,7 +102,8 @@ def _type(field: pa.Field, source: Source) -> str:
     return f"{kind}{dimensions}"
 
 
-def _meaning(name: str) -> str:
+def meaning_of(name: str) -> str:
+    """What a field of the caches is, by its name."""
     state = hidden_state_of(name)
     if isinstance(state, int):
         return BLOCK_CONVENTION.replace("<block>", str(state)).replace("|", "/")

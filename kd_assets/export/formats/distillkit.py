@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from kd_assets.durable import atomic_write
 from kd_assets.errors import NothingToExportError, RecipeError
 from kd_assets.export.aside import export_file
+from kd_assets.export.columns import CachesOfRecipe, Column, columns_of
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, Packing, SectionFiles, Source
 from kd_assets.export.formats.topk_targets import IGNORED, labels_of, require_topk_alone
@@ -106,6 +107,22 @@ class DistillKit:
             min_tokens=2,
             expansion=_BYTES_PER_BYTE if options.pack_to is None else _BYTES_PER_BYTE_PACKED,
             packing=Packing(dropped_tokens=1, min_rows=_ROWS_OF_LOADER),
+        )
+
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        k, size = caches.k, caches.vocabulary_size
+        rows = "L - 1" if options.pack_to is None else options.pack_to
+        n_id_bytes = f"⌈{k} · bits / 8⌉" if size is None else _Layout(vocabulary_size=size, k=k).id_bytes
+        return columns_of(
+            _SCHEMA if options.pack_to is None else _PACKED_SCHEMA,
+            {
+                "input_ids": f"[{rows}] token ids",
+                "labels": f"[{rows}] the ids of tokens that are learned, {IGNORED} elsewhere; not shifted",
+                "attention_mask": f"[{rows}] the number of the document in the row, from 1; 0 is padding",
+                "compressed_logprobs": f"[{rows}, {2 * k}] {k} natural log-probabilities as float16, little-endian, "
+                "the most probable first; row i is about token i + 1",
+                "bytepacked_indices": f"[{rows}, {n_id_bytes}] their token ids, packed as {CONFIG_NAME} says",
+            },
         )
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
@@ -189,6 +206,11 @@ class _Layout:
     def bits(self) -> int:
         """Of an id, as the reader counts them."""
         return (self.vocabulary_size - 1).bit_length()
+
+    @property
+    def id_bytes(self) -> int:
+        """Of the ids of a position."""
+        return (self.k * self.bits + 7) // 8
 
     def row(self, document: JoinedDocument) -> _Row:
         topk, m = document.topk, len(document.input_ids_L) - 1

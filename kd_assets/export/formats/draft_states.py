@@ -31,6 +31,21 @@ _LET_GO_BYTES = 8 << 20
 """Of states that are looked at before their memory is given back."""
 
 
+DRAFT_MEANINGS = {
+    "input_ids": "token ids; not shifted",
+    "loss_mask": "1 for tokens that a student learns to predict; not shifted",
+}
+"""Of the tensors that all of these formats have."""
+
+
+def blocks_in_words(blocks: Sequence[int] | None) -> str:
+    """`the outputs of blocks 1, 15 and 28, beside each other`. None: they hang on the teacher, whose size is not known
+    here."""
+    if blocks is None:
+        return "the outputs of blocks 1, n // 2 - 1 and n - 4 of the teacher's n, counted from 0, beside each other"
+    return f"the outputs of blocks {', '.join(map(str, blocks))}, counted from 0, beside each other"
+
+
 def default_blocks(source: Source, format_name: str) -> list[int]:
     """Blocks 1, n // 2 − 1 and n − 4. Raises RecipeError where n is not known."""
     n = source.n_blocks
@@ -40,6 +55,11 @@ def default_blocks(source: Source, format_name: str) -> list[int]:
             "folder is not on this machine), so that the blocks of the auxiliary states are not known: name them "
             "(states: [1, …])"
         )
+    return blocks_of_depth(n)
+
+
+def blocks_of_depth(n: int) -> list[int]:
+    """The default blocks of a teacher of n."""
     return [1, n // 2 - 1, n - 4]
 
 

@@ -22,10 +22,11 @@ from kd_assets.contract import CACHES
 from kd_assets.durable import atomic_write, prepare_folder
 from kd_assets.errors import RecipeError
 from kd_assets.export.aside import export_file
+from kd_assets.export.columns import CachesOfRecipe, Column
 from kd_assets.export.documents import JoinedDocument
-from kd_assets.export.fields import Field, fields_of
+from kd_assets.export.fields import Field, FieldColumn, field_columns, fields_of
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
-from kd_assets.export.formats.dataset_card import CARD_NAME, dataset_card
+from kd_assets.export.formats.dataset_card import CARD_NAME, dataset_card, meaning_of
 from kd_assets.export.source import needs_of_chosen
 from kd_assets.store.arrays import arrow_numbers, arrow_strings
 from kd_assets.store.schema import element, list_of, split_columns, vector_of
@@ -35,6 +36,8 @@ _VERSION = 2
 
 _GROUP_BYTES = 16 << 20
 """Of a group of rows: what is held before it is written."""
+
+_NAMES_OF_DOCUMENT = ("partition_key", "document_id")
 
 _LARGEST_VALUE = 2**31 - 1
 
@@ -50,8 +53,30 @@ class HuggingFace:
             raise RecipeError("the hf export counts no draft vocabulary")
         return dataclasses.replace(needs_of_chosen(source, options, CACHES), version=_VERSION)
 
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        states = caches.states if options.states is None else options.states
+        fields = field_columns(caches, states, learned_only=options.learned_only)
+        return [
+            *(Column(name=name, type="string", meaning=meaning_of(name)) for name in _NAMES_OF_DOCUMENT),
+            *(Column(name=field.name, type=_type_in_words(field), meaning=_meaning(field)) for field in fields),
+        ]
+
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
         return _Writer(folder, source, options)
+
+
+def _type_in_words(field: FieldColumn) -> str:
+    """The type of the column that `_column` makes of such a field."""
+    if field.dtype == "bfloat16":
+        return "binary"
+    if field.name.endswith("_embedding"):
+        return f"{field.dtype}[{field.shape[0]}]"
+    return f"list<{field.dtype}>" if len(field.shape) == 1 else f"list<{field.dtype}[{field.shape[1]}]>"
+
+
+def _meaning(field: FieldColumn) -> str:
+    bits = f"bits of bfloat16 [{', '.join(map(str, field.shape))}]: " if field.dtype == "bfloat16" else ""
+    return bits + meaning_of(field.name)
 
 
 class _Writer:
@@ -116,7 +141,7 @@ class _Rows:
         ids = arrow_strings([document.document_id for document, _ in self._held])
         names = [field.name for field in self._held[0][1]]
         columns = [_column([fields[at] for _, fields in self._held]) for at in range(len(names))]
-        table = pa.table([keys, ids, *columns], names=["partition_key", "document_id", *names])
+        table = pa.table([keys, ids, *columns], names=[*_NAMES_OF_DOCUMENT, *names])
         if self._writer is None:
             self._writer = pq.ParquetWriter(
                 self._file,

@@ -19,10 +19,14 @@ from typing import Any
 from kd_assets.contract import FinalState
 from kd_assets.errors import RecipeError
 from kd_assets.export.aside import FilesAside
+from kd_assets.export.columns import CachesOfRecipe, Column, tensor
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.draft_states import (
+    DRAFT_MEANINGS,
     StatesBeside,
+    blocks_in_words,
+    blocks_of_depth,
     chosen_blocks,
     chosen_final,
     default_blocks,
@@ -60,10 +64,26 @@ class ModelOpt:
         require_finite(source, self.name)
         return _Writer(folder, self._blocks(source, options), self._final(options))
 
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        final = self._final(options)
+        blocks = chosen_blocks(options)
+        if blocks is None and caches.n_blocks is not None:
+            blocks = _once_each(blocks_of_depth(caches.n_blocks))
+        aux = caches.hidden("m" if blocks is None else len(blocks))
+        end = "before" if final == "before_norm" else "after"
+        return [
+            tensor("input_ids", "int64", ("L",), DRAFT_MEANINGS["input_ids"]),
+            tensor("loss_mask", "int64", ("L",), DRAFT_MEANINGS["loss_mask"]),
+            tensor("hidden_states", "bfloat16", ("L", caches.hidden()), f"the decoder's last state, {end} the norm"),
+            tensor("aux_hidden_states", "bfloat16", ("L", aux), blocks_in_words(blocks)),
+            Column(name="hidden_states_prenorm", type="bool", meaning="whether hidden_states are before the norm"),
+            Column(name="conversation_id", type="string", meaning="the partition's key and the document's id"),
+        ]
+
     def _blocks(self, source: Source, options: ExportOptions) -> list[int]:
         blocks = chosen_blocks(options)
         if blocks is None:  # of a shallow teacher two of the three may be one
-            blocks = sorted({max(block, 0) for block in default_blocks(source, self.name)})
+            blocks = _once_each(default_blocks(source, self.name))
         require_blocks(blocks, source, self.name)
         return blocks
 
@@ -74,6 +94,10 @@ class ModelOpt:
                 f"{self.name}: a file has one state at the decoder's end, choose one of {', '.join(final)}"
             )
         return final[0] if final else "after_norm"
+
+
+def _once_each(blocks: Sequence[int]) -> list[int]:
+    return sorted({max(block, 0) for block in blocks})
 
 
 class _Writer:

@@ -11,7 +11,7 @@ Its loss compares `hidden_L<block>` with the student's `hidden_states[index]`, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,14 @@ from kd_assets.contract import CACHES, Asset
 from kd_assets.durable import prepare_folder
 from kd_assets.errors import RecipeError
 from kd_assets.export.aside import FileAside, FilesAside
+from kd_assets.export.columns import CachesOfRecipe, Column, Dimension
 from kd_assets.export.documents import Float32Array, JoinedDocument
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.alike_files import FileOutline, NotedFile
+from kd_assets.export.formats.dataset_card import meaning_of
 from kd_assets.export.source import needs_of_chosen
 from kd_assets.store.arrays import arrow_numbers, flat
+from kd_assets.store.schema import hidden_field
 
 _GROUP_BYTES = 8 << 20
 """Of a group of rows: the trainer makes Python lists of a whole group at a time."""
@@ -58,6 +61,34 @@ class Original:
             min_tokens=2 if "topk_cache" in needs.assets else 1,
             expansion=FLOAT32_PER_BFLOAT16,
         )
+
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        states = caches.states if options.states is None else options.states
+        k, h = caches.k if "topk_cache" in caches.schemas else "", caches.hidden()
+        kinds = _kinds_of(caches.schemas, [state for state in states if isinstance(state, int)], k)
+        found = [
+            Column(name="input_ids", type="list<int32>", meaning="[L] token ids; in every file"),
+            Column(name="attn_mask", type="list<int8>", meaning="[L] all ones; in every file"),
+        ]
+        for kind in kinds:
+            where = f"; in {kind.stem}_NUMBER.parquet"
+            if kind.asset == "topk_cache":
+                ids = f"[L - 1, {k}] token ids, the most probable first"
+                logprobs = f"[L - 1, {k}] their natural log-probabilities at temperature 1"
+                found += [
+                    Column(name="topk_ids", type="list<list<int32>>", meaning=ids + where),
+                    Column(name="topk_logprobs", type="list<list<float32>>", meaning=logprobs + where),
+                ]
+            elif kind.block is not None:
+                states_LH = f"[L, {h}] {meaning_of(hidden_field(kind.block))}"
+                found.append(Column(name=kind.column, type="list<list<float32>>", meaning=states_LH + where))
+            else:
+                mean_H = f"[{h}] {meaning_of('mean_embedding')}"
+                found += [
+                    Column(name="pooled_embedding", type="list<float32>", meaning=mean_H + where),
+                    Column(name="length", type="int32", meaning="tokens that the embedding is of" + where),
+                ]
+        return found
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
         return _Writer(folder, _kinds(source, self.needs(source, options)))
@@ -225,16 +256,17 @@ class _Kind:
 
 
 def _kinds(source: Source, needs: Needs) -> list[_Kind]:
+    k = source.manifests["topk_cache"][0].params.get("k", "") if "topk_cache" in needs.assets else ""
+    return _kinds_of(needs.assets, [state for state in needs.states if isinstance(state, int)], k)
+
+
+def _kinds_of(assets: Collection[Asset], blocks: Sequence[int], k: Dimension) -> list[_Kind]:
+    """Those of these caches."""
     kinds = []
-    if "topk_cache" in needs.assets:
-        k = source.manifests["topk_cache"][0].params.get("k", "")
+    if "topk_cache" in assets:
         kinds.append(_Kind(stem=f"topk_k{k}/rb_topk", asset="topk_cache"))
-    kinds += [
-        _Kind(stem=f"fb_hints_L{state}/fb_hints", asset="hidden_state_cache", block=state)
-        for state in needs.states
-        if isinstance(state, int)
-    ]
-    if "embedding_cache" in needs.assets:
+    kinds += [_Kind(stem=f"fb_hints_L{block}/fb_hints", asset="hidden_state_cache", block=block) for block in blocks]
+    if "embedding_cache" in assets:
         kinds.append(_Kind(stem="relb_embeds/relb_embeds", asset="embedding_cache"))
     return kinds
 

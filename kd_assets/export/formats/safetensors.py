@@ -20,9 +20,11 @@ from kd_assets.contract import CACHES
 from kd_assets.durable import atomic_write
 from kd_assets.errors import RecipeError
 from kd_assets.export.aside import export_file
+from kd_assets.export.columns import CachesOfRecipe, Column, tensor
 from kd_assets.export.documents import JoinedDocument
-from kd_assets.export.fields import Field, fields_of
+from kd_assets.export.fields import Field, field_columns, fields_of
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
+from kd_assets.export.formats.dataset_card import meaning_of
 from kd_assets.export.source import needs_of_chosen
 from kd_assets.export.tensor_file import DTYPES, DescribedTensor, tensor_bytes, tensor_header
 
@@ -45,6 +47,13 @@ class Safetensors:
             raise RecipeError("the safetensors export counts no draft vocabulary")
         needs = needs_of_chosen(source, options, CACHES)
         return dataclasses.replace(needs, expansion_of={"topk_cache": _BYTES_PER_BYTE_OF_TOPK})
+
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        states = caches.states if options.states is None else options.states
+        return [
+            tensor(f"NUMBER/{field.name}", field.dtype, field.shape, meaning_of(field.name))
+            for field in field_columns(caches, states, learned_only=options.learned_only)
+        ]
 
     def writer(self, folder: Path, source: Source, options: ExportOptions) -> _Writer:
         return _Writer(folder, options)

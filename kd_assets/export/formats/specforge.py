@@ -31,11 +31,15 @@ from kd_assets.contract import Asset
 from kd_assets.durable import atomic_write
 from kd_assets.errors import NothingToExportError, RecipeError
 from kd_assets.export.aside import FilesAside
+from kd_assets.export.columns import CachesOfRecipe, Column, tensor
 from kd_assets.export.documents import JoinedDocument
 from kd_assets.export.draft_vocabulary import DraftVocabulary, count_source, draft_vocabulary, require_can_count
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.draft_states import (
+    DRAFT_MEANINGS,
     StatesBeside,
+    blocks_in_words,
+    blocks_of_depth,
     chosen_blocks,
     chosen_final,
     default_blocks,
@@ -54,6 +58,9 @@ from kd_assets.store.schema import HiddenState
 FILES_A_FOLDER = 2000
 VOCABULARY_NAME = "vocab_mapping/vocab_mapping.pt"
 LAYERS_NAME = "layers.json"
+
+_BLOCKS_OF_EAGLE3 = 3
+_AFTER_NORM = "what comes out of the decoder's final norm and goes into the head"
 
 _WHY_LEFT_OUT = "no two tokens side by side are learned"
 
@@ -91,13 +98,36 @@ class SpecForge:
             return _Writer(folder, _Eagle3(blocks), vocabulary)
         return _Writer(folder, _Dflash(blocks, with_last="after_norm" in self._final(options)), None)
 
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        blocks = chosen_blocks(options)
+        if blocks is None and self.draft == "dflash":
+            blocks = _blocks_among(caches.states)
+        elif blocks is None and caches.n_blocks is not None:
+            blocks = blocks_of_depth(caches.n_blocks)
+        beside = ("1", "L", caches.hidden(_BLOCKS_OF_EAGLE3 if blocks is None else len(blocks)))
+        last = ("1", "L", caches.hidden())
+        found = [
+            tensor("input_ids", "int64", ("L",), DRAFT_MEANINGS["input_ids"]),
+            tensor("loss_mask", "int64", ("L",), DRAFT_MEANINGS["loss_mask"]),
+        ]
+        if self.draft == "eagle3":
+            return [
+                *found,
+                tensor("hidden_state", "bfloat16", last, _AFTER_NORM),
+                tensor("aux_hidden_state", "bfloat16", beside, blocks_in_words(blocks)),
+            ]
+        found.append(tensor("hidden_states", "bfloat16", beside, blocks_in_words(blocks)))
+        if "after_norm" in chosen_final(options):
+            found.append(tensor("target_last_hidden_states", "bfloat16", last, _AFTER_NORM))
+        return found
+
     def _blocks(self, source: Source, options: ExportOptions) -> list[int]:
         blocks = chosen_blocks(options)
         if blocks is None and self.draft == "eagle3":
             blocks = default_blocks(source, self.name)
         elif blocks is None:
-            blocks = sorted(state for state in source.states if isinstance(state, int))
-        if self.draft == "eagle3" and len(blocks) != 3:
+            blocks = _blocks_among(source.states)
+        if self.draft == "eagle3" and len(blocks) != _BLOCKS_OF_EAGLE3:
             raise RecipeError(
                 f"{self.name}: EAGLE-3 takes exactly three blocks, and {len(blocks)} were named: {blocks}"
             )
@@ -120,6 +150,10 @@ class SpecForge:
                 f"{self.name}: DFlash drafts have the teacher's vocabulary: draft_vocabulary is not for it"
             )
         require_can_count(source, size, self.name)
+
+
+def _blocks_among(states: Sequence[HiddenState]) -> list[int]:
+    return sorted(state for state in states if isinstance(state, int))
 
 
 class _Eagle3:

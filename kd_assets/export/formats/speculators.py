@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,14 @@ from kd_assets.contract import Asset
 from kd_assets.durable import atomic_file, atomic_write, prepare_folder
 from kd_assets.errors import RecipeError
 from kd_assets.export.aside import FileAside, FilesAside
+from kd_assets.export.columns import CachesOfRecipe, Column, columns_of, tensor
 from kd_assets.export.documents import Int64Array, JoinedDocument, StatesOfDocument
 from kd_assets.export.draft_vocabulary import count_source, draft_vocabulary, require_can_count
 from kd_assets.export.format import ExportOptions, Needs, SectionFiles, Source
 from kd_assets.export.formats.draft_states import (
+    DRAFT_MEANINGS,
+    blocks_in_words,
+    blocks_of_depth,
     chosen_blocks,
     chosen_final,
     default_blocks,
@@ -47,6 +51,7 @@ from kd_assets.store.schema import HiddenState
 LAYERS_NAME = "layers.json"
 STATES_FOLDER = "hidden_states"
 FREQUENCIES_NAME = "token_freq.pt"
+_DEFAULT_BLOCKS = 3
 
 _TOKENS_AT_A_TIME_BYTES = 8 << 20
 """Of states, which are put beside each other in memory."""
@@ -80,12 +85,43 @@ class Speculators:
             counts_V = count_source(source, max_length=options.max_length)
         return _Writer(folder, self._blocks(source, options), counts_V, options.draft_vocabulary)
 
+    def columns(self, caches: CachesOfRecipe, options: ExportOptions) -> Sequence[Column]:
+        blocks = chosen_blocks(options)
+        if blocks is None and caches.n_blocks is not None:
+            blocks = blocks_of_depth(caches.n_blocks)
+        n_states = (_DEFAULT_BLOCKS if blocks is None else len(blocks)) + 1
+        states = f"{blocks_in_words(blocks)}, and last the state before the final norm"
+        return [
+            *columns_of(
+                _SCHEMA,
+                {name: f"[L] {meaning}" for name, meaning in DRAFT_MEANINGS.items()}
+                | {"seq_len": "L: how many tokens the document has"},
+            ),
+            *(
+                tensor(f"{STATES_FOLDER}/hs_ROW.safetensors: {name}", dtype, shape, meaning)
+                for (name, dtype, shape), meaning in zip(
+                    _tensors("L", n_states, caches.hidden()), ("token ids, as input_ids", states), strict=True
+                )
+            ),
+        ]
+
     def _blocks(self, source: Source, options: ExportOptions) -> list[int]:
         blocks = chosen_blocks(options)
         if blocks is None:
             blocks = default_blocks(source, self.name)
         require_blocks(blocks, source, self.name)
         return blocks
+
+
+_N = TypeVar("_N")
+
+
+def _tensors(length: _N, n_states: _N, hidden_size: _N) -> list[tuple[str, str, tuple[_N, ...]]]:
+    """Name, dtype and shape of the tensors beside a row: readers look at them in place, widest elements first."""
+    return [
+        ("token_ids", "int64", (length,)),
+        ("hidden_states", "bfloat16", (length, n_states, hidden_size)),
+    ]
 
 
 class _Writer:
@@ -142,15 +178,9 @@ class _Writer:
         states: list[HiddenState] = [*self._blocks, "before_norm"]
         token_ids_L = document.input_ids_L.astype(np.int64)
         length, hidden_size = document.states.bits_NH["before_norm"].shape
-        shape = [length, len(states), hidden_size]
-        # Readers look at a tensor in place: the widest elements come first.
-        header = tensor_header(
-            [
-                ("token_ids", DTYPES["int64"], [length], token_ids_L.nbytes),
-                ("hidden_states", DTYPES["bfloat16"], shape, 2 * int(np.prod(shape))),
-            ]
-        )
-        file.write(header)
+        n_bytes = (token_ids_L.nbytes, 2 * length * len(states) * hidden_size)
+        tensors = zip(_tensors(length, len(states), hidden_size), n_bytes, strict=True)
+        file.write(tensor_header((name, DTYPES[dtype], list(shape), n) for (name, dtype, shape), n in tensors))
         file.write(tensor_bytes(token_ids_L))
         _write_beside_each_other(file, document.states, states)
 

@@ -22,7 +22,7 @@ from kd_assets.orchestration.platform import Platform
 from kd_assets.recipes.recipe import Recipe
 from kd_assets.sources.planning.plan import ShardPlan
 from kd_assets.sources.planning.token_rate import ASSUMED_BYTES_PER_TOKEN
-from kd_assets.store import Manifest
+from kd_assets.store import Manifest, quarantine_in_words
 from kd_assets.store.codecs.sizes import decoded_per_byte
 from kd_assets.store.codecs.state_codec import require_groups
 from kd_assets.store.params_in_identity import params_in_identity
@@ -154,7 +154,7 @@ def make_bill(recipe: Recipe, platform: Platform, planner: Planner, plan: ShardP
         tasks=tasks_lines(recipe, platform, plan.n_shards, teacher),
         folder=str(planner.recipe_folder),
         free_bytes=free,
-        said=plan.said,
+        said=(*plan.said, *quarantine_in_words(planner.recipe_folder, recipe.partitioned, set(plan.keys))),
         when_space_is_short=recipe.when_space_is_short,
     )
 

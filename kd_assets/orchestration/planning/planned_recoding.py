@@ -18,7 +18,7 @@ from kd_assets.errors import NO_ANSWER, CorruptManifestError, RecipeError, Store
 from kd_assets.model_files.digests import Say
 from kd_assets.orchestration.planning.planned_work import PlannedWork, damaged_in_words
 from kd_assets.orchestration.planning.planner import Planner
-from kd_assets.recipes.recipe import SHARDS_MANIFEST, Recipe
+from kd_assets.recipes.recipe import Recipe
 from kd_assets.store import Manifest, committed
 from kd_assets.store.recoding.recode import bytes_after, bytes_finished, hidden_size_of_source
 from kd_assets.store.recoding.sources import Form, Search, codec_names, find_source, has_other_forms
@@ -42,7 +42,7 @@ def recode_work(units: Sequence[WorkUnit], say: Say) -> PlannedWork:
     sources: Counter[str] = Counter()
     for unit in units:
         outputs: list[Output] = []
-        inputs: dict[str, tuple[str, ...]] = {SHARDS_MANIFEST: unit.inputs[SHARDS_MANIFEST]}
+        inputs = dict(unit.inputs)
         try:
             for output in unit.outputs:
                 # Of all partitions of a variant the same folders are looked at, once; most recipes have none of them.

@@ -293,8 +293,8 @@ class Planner:
         """The result of a partition: `variant` is how it is made, `made_of` the hash of its input (of an export JSON
         that names its caches)."""
         versions = {"format_version": FORMAT_VERSION, **computing_versions(asset, variant.get("params", {}))}
-        # Through JSON, so that what the worker reads back is what was hashed. What all partitions have in common is held
-        # once: of 10,000 partitions of three caches it would be 30 MB.
+        # Through JSON, so that what the worker reads back is what was hashed. What all partitions have in common is
+        # held once: of 10,000 partitions of three caches it would be 30 MB.
         text = json.dumps({"asset": asset, **versions, **variant})
         if (in_common := self._in_common.get(text)) is None:
             in_common = self._in_common[text] = json.loads(text)

@@ -21,8 +21,9 @@ CHECKS: dict[str, str] = {
 
 REBUILT = (
     "Log-probabilities that the teacher's head makes of a seeded sample of the final states equal those of the top-k "
-    "cache. Evaluated with the cache that is made last, where the teacher's head is proven."
+    "cache. Evaluated of both once both are made, where the teacher's head is proven."
 )
+REBUILT_NAME = "rebuilt"
 
 FILES = "Every file of the export has the size and the hash that were written."
 CODEC = (
@@ -43,8 +44,9 @@ PLAN_CHECKS: dict[str, str] = {
     COVERAGE: "Every partition of every asset of the recipe is made, from today's plan, teacher and parameters.",
 }
 ASSET_UP_TO_DATE = (
-    "No partition that is made is stale: of another plan, teacher or parameter, or of an input that has changed since. "
-    "(Those that are not made yet are counted as missing, and are no failure.)"
+    "No partition that is made is stale: of another plan, teacher or parameter, or of an input that has changed since; "
+    "and none is in quarantine, which Dagster itself goes on showing as materialized. (Those that are not made yet are "
+    "counted as missing, and are no failure.)"
 )
 
 
@@ -70,7 +72,7 @@ def _described(recipe: Recipe) -> list[tuple[Asset, str, str]]:
     described = [(asset, name, CHECKS[name]) for asset in recipe.caches for name in CHECKS]
     described += [(asset, "codec", CODEC) for asset in recipe.coded]
     described += [(asset, "recoded", RECODED) for asset in recipe.caches if _can_be_recoded(recipe, asset)]
-    described += [(asset, "rebuilt", REBUILT) for asset in recipe.rebuilt_from]
+    described += [(asset, REBUILT_NAME, REBUILT) for asset in recipe.rebuilt_from]
     return described + [(asset, "files", FILES) for asset in recipe.export_params]
 
 

@@ -26,11 +26,11 @@ from kd_assets.dagster_internals import (
 from kd_assets.errors import NO_ANSWER
 from kd_assets.orchestration.driving.waiting import STORAGE_PATIENCE_S, storage_waits
 from kd_assets.orchestration.planning.planned_exports import cache_versions
-from kd_assets.orchestration.recording.check_specs import UP_TO_DATE
+from kd_assets.orchestration.recording.check_specs import REBUILT_NAME, UP_TO_DATE
 from kd_assets.orchestration.recording.metadata import check_metadata, result_metadata
 from kd_assets.orchestration.staleness.latest_tags import remember
 from kd_assets.recipes.recipe import SHARD_PLAN, SHARDS_MANIFEST, Recipe
-from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all, check_files
+from kd_assets.store import CheckResult, Manifest, ResultFiles, check_all, check_files, check_rebuilt_with
 from kd_assets.store.fingerprint import INPUT_KEY
 
 COLLECT_RESULTS = 50
@@ -57,6 +57,17 @@ class _Collected:
     @property
     def asset(self) -> Asset:
         return self.output.asset
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checked:
+    """What the checks of a result found."""
+
+    asset: Asset
+    partition_key: str
+    results: Sequence[CheckResult]
+    data_version: str | None = None
+    """Of a result that another run has recorded: Dagster is told where its last materialization is of this one."""
 
 
 class Recorder:
@@ -88,6 +99,8 @@ class Recorder:
         self._to_check: list[_Collected] = []
         self._stored: dict[tuple[Asset, str], CheckTarget] = {}
         """Where the materializations of this run are."""
+        self._rebuilt: set[tuple[str, Asset]] = set()
+        """Partition key and asset of each result whose check `rebuilt` this run has recorded."""
         self._collecting_since = 0.0
         self._checking = storage_waits()
         self.failed_checks: dict[str, list[str]] = {}
@@ -139,13 +152,14 @@ class Recorder:
             self.flush()
 
     def _write_checks(self) -> None:
-        results: list[tuple[_Collected, Sequence[CheckResult]]] = []
+        checked: list[_Checked] = []
         shards: dict[str, ResultFiles] = {}
+        rebuilt = set(self._rebuilt)
         unreachable: list[_Collected] = []
         why: Exception | None = None
         for collected in self._to_check:
             try:
-                results.append((collected, self._check_results(collected, shards)))
+                checked += self._checked(collected, shards, rebuilt)
             except NO_ANSWER as e:
                 unreachable.append(collected)
                 why = e
@@ -154,11 +168,12 @@ class Recorder:
         else:
             self._wait_for(why)
             if self._checking.failing_for_s(self._clock()) >= STORAGE_PATIENCE_S:
-                results += [(collected, self._failed_by(collected, why)) for collected in unreachable]
+                checked += [self._failed_by(collected, why) for collected in unreachable]
                 unreachable.clear()
         with interrupts_held_back():
-            self._record_checks(results)
-            self._remember_failed(results)
+            self._record_checks(checked)
+            self._remember_failed(checked)
+            self._rebuilt = rebuilt
             self._to_check = unreachable
 
     def _wait_for(self, why: Exception) -> None:
@@ -243,57 +258,97 @@ class Recorder:
 
     # ------------------------------------------------------------------ checks
 
-    def _check_results(self, collected: _Collected, shards: dict[str, ResultFiles]) -> list[CheckResult]:
-        """The selected checks, computed now from the files; `shards` keeps what was read of each partition's shard."""
-        wanted = self._selected_checks(collected.asset)
+    def _checked(
+        self, collected: _Collected, shards: dict[str, ResultFiles], rebuilt: set[tuple[str, Asset]]
+    ) -> list[_Checked]:
+        """The selected checks, computed now from the files; `shards` keeps what was read of each partition's shard, and
+        `rebuilt` of which results that check is evaluated."""
+        asset, key = collected.asset, collected.partition_key
+        wanted = self._selected_checks(asset)
         if not wanted:
             return []
         result = ResultFiles(Path(collected.output.path), collected.manifest)
-        if collected.asset in EXPORTS:
-            return [check_files(result)]
+        if asset in EXPORTS:
+            return [_Checked(asset=asset, partition_key=key, results=[check_files(result)])]
         (shard_folder,) = collected.unit.inputs[SHARDS_MANIFEST]
         shard = shards.setdefault(shard_folder, ResultFiles(Path(shard_folder)))
         results = check_all(result, shard)
-        return [result for result in results if result.name in wanted]
+        checked = [
+            _Checked(asset=asset, partition_key=key, results=[found for found in results if found.name in wanted])
+        ]
+        if REBUILT_NAME in wanted and (other := _other_of_pair(self._recipe, collected)) is not None:
+            if any(found.name == REBUILT_NAME for found in results):
+                rebuilt.add((key, asset))
+                checked += self._rebuilt_of_other(collected, ResultFiles(other), result, rebuilt)
+            elif (found := check_rebuilt_with(result, ResultFiles(other))) is not None and (key, asset) not in rebuilt:
+                rebuilt.add((key, asset))
+                checked.append(_Checked(asset=asset, partition_key=key, results=[found]))
+        return checked
 
-    def _failed_by(self, collected: _Collected, why: Exception) -> list[CheckResult]:
+    def _rebuilt_of_other(
+        self, collected: _Collected, other: ResultFiles, result: ResultFiles, rebuilt: set[tuple[str, Asset]]
+    ) -> list[_Checked]:
+        """The check `rebuilt` of the other of its two caches, which this `result` has the record for: it would be shown
+        as never evaluated. Nothing where it has not passed, and where this run comes to that cache later."""
+        (asset,) = set(self._recipe.rebuilt_from) - {collected.asset}
+        of_other = (collected.partition_key, asset)
+        comes_later = REBUILT_NAME in self._selected_checks(asset) and of_other not in self._recorded
+        if comes_later or of_other in rebuilt:
+            return []
+        found = check_rebuilt_with(other, result)
+        if found is None or not found.passed:
+            return []
+        rebuilt.add(of_other)
+        return [
+            _Checked(
+                asset=asset,
+                partition_key=collected.partition_key,
+                results=[found],
+                data_version=other.manifest.data_version,
+            )
+        ]
+
+    def _failed_by(self, collected: _Collected, why: Exception) -> _Checked:
         """The selected checks as failed: files that they need cannot be reached."""
         names = sorted(self._selected_checks(collected.asset))
-        return [CheckResult(name=name, passed=False, description=str(why), numbers={}) for name in names]
+        results = [CheckResult(name=name, passed=False, description=str(why), numbers={}) for name in names]
+        return _Checked(asset=collected.asset, partition_key=collected.partition_key, results=results)
 
     def _selected_checks(self, asset: Asset) -> set[str]:
         key = self._recipe.key(asset)
         selected = self._context.selected_asset_check_keys
         return {check.name for check in selected if check.asset_key == key and check.name != UP_TO_DATE}
 
-    def _record_checks(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:
-        partitions: dict[Asset, list[str]] = {}
-        for collected, results in checked:
-            if results:
-                partitions.setdefault(collected.asset, []).append(collected.partition_key)
-        targets = {asset: self._check_targets(asset, keys) for asset, keys in partitions.items()}
+    def _record_checks(self, checked: Sequence[_Checked]) -> None:
+        partitions: dict[Asset, dict[str, str | None]] = {}
+        for one in checked:
+            if one.results:
+                partitions.setdefault(one.asset, {})[one.partition_key] = one.data_version
+        targets = {asset: self._check_targets(asset, versions) for asset, versions in partitions.items()}
         events = [
             dg.AssetCheckEvaluation(
-                asset_key=self._recipe.key(collected.asset),
+                asset_key=self._recipe.key(one.asset),
                 check_name=result.name,
                 passed=result.passed,
-                partition=collected.partition_key,
+                partition=one.partition_key,
                 # Dagster's own text names asset and check only: in a run's log they would all be alike.
-                description=f"{collected.partition_key}: {result.description}",
-                metadata=check_metadata(collected.partition_key, result),
+                description=f"{one.partition_key}: {result.description}",
+                metadata=check_metadata(one.partition_key, result),
                 # Without the target Dagster shows no status at the partition.
-                target_materialization_data=targets[collected.asset].get(collected.partition_key),
+                target_materialization_data=targets[one.asset].get(one.partition_key),
             )
-            for collected, results in checked
-            for result in results
+            for one in checked
+            for result in one.results
+            if one.data_version is None or one.partition_key in targets[one.asset]
         ]
         record_events(self._context, events)
 
-    def _check_targets(self, asset: Asset, partition_keys: Sequence[str]) -> dict[str, CheckTarget]:
-        """Partition → its last materialization; without those that have none. What this run has recorded is known."""
-        mine = {k: self._stored[asset, k] for k in partition_keys if (asset, k) in self._stored}
+    def _check_targets(self, asset: Asset, versions: Mapping[str, str | None]) -> dict[str, CheckTarget]:
+        """Partition → its last materialization; without those that have none, or one of another data version than is
+        given. What this run has recorded is known."""
+        mine = {k: self._stored[asset, k] for k in versions if (asset, k) in self._stored}
         instance, key = self._context.instance, self._recipe.key(asset)
-        ids = latest_storage_ids(instance, key, [k for k in partition_keys if k not in mine])
+        ids = latest_storage_ids(instance, key, [k for k in versions if k not in mine])
         if not ids:
             return mine
         records = instance.fetch_materializations(
@@ -302,20 +357,34 @@ class Recorder:
         return mine | {
             str(r.partition_key): CheckTarget(run_id=r.run_id, storage_id=r.storage_id, timestamp=r.timestamp)
             for r in records
+            if versions[str(r.partition_key)] in (None, _data_version(r))
         }
 
-    def _remember_failed(self, checked: Sequence[tuple[_Collected, Sequence[CheckResult]]]) -> None:
-        for collected, results in checked:
-            for result in results:
+    def _remember_failed(self, checked: Sequence[_Checked]) -> None:
+        for one in checked:
+            for result in one.results:
                 if not result.passed:
-                    self.failed_checks.setdefault(collected.partition_key, []).append(
-                        f"{collected.asset}: check {result.name} failed: {result.description}"
+                    self.failed_checks.setdefault(one.partition_key, []).append(
+                        f"{one.asset}: check {result.name} failed: {result.description}"
                     )
 
 
 def latest_data_version(instance: dg.DagsterInstance, key: dg.AssetKey) -> str | None:
     """The data version an unpartitioned asset's last materialization gave; None when there is none."""
     records = instance.fetch_materializations(key, limit=1).records
-    if not records or records[0].asset_materialization is None:
+    return _data_version(records[0]) if records else None
+
+
+def _other_of_pair(recipe: Recipe, collected: _Collected) -> Path | None:
+    """Where the result is, or will be, that the check `rebuilt` compares this one with."""
+    if collected.asset not in recipe.rebuilt_from:
         return None
-    return (records[0].asset_materialization.tags or {}).get(DATA_VERSION_TAG)
+    (asset,) = set(recipe.rebuilt_from) - {collected.asset}
+    made = [output.path for output in collected.unit.outputs if output.asset == asset]
+    return next((Path(folder) for folder in (*made, *collected.unit.inputs.get(asset, ()))), None)
+
+
+def _data_version(record: dg.EventLogRecord) -> str | None:
+    """The data version that a materialization gave."""
+    materialization = record.asset_materialization
+    return None if materialization is None else (materialization.tags or {}).get(DATA_VERSION_TAG)

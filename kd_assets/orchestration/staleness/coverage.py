@@ -9,7 +9,7 @@ sources, and what Dagster has recorded.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 
 import dagster as dg
 
@@ -20,6 +20,7 @@ from kd_assets.orchestration.platform import Platform
 from kd_assets.orchestration.recording.check_specs import COVERAGE, UP_TO_DATE
 from kd_assets.orchestration.recording.recorder import latest_data_version
 from kd_assets.orchestration.schedules import (
+    IN_QUARANTINE,
     assets_needed,
     is_fresh,
     latest_tags_of_plan,
@@ -42,7 +43,7 @@ def asset_evaluations(
     instance: dg.DagsterInstance,
     recipe: Recipe,
     keys: Sequence[str],
-    put_aside: Mapping[str, Set[str]],
+    put_aside: Mapping[str, Collection[str]],
     *,
     plan_version: str | None = None,
 ) -> list[dg.AssetCheckEvaluation]:
@@ -53,18 +54,23 @@ def asset_evaluations(
     evaluations, lines = [], []
     for asset in recipe.partitioned:
         lacking = [key for key in keys if asset in missing.get(key, ())]
-        stale = [key for key in keys if asset in needed.get(key, ()) and asset not in missing.get(key, ())]
-        n_made = len(keys) - len(lacking)
-        if lacking or stale:
-            lines.append(f"{asset}: {len(lacking):,} missing, {len(stale):,} stale")
-        if n_made:
+        recorded = [key for key in keys if asset in needed.get(key, ()) and asset not in missing.get(key, ())]
+        aside = [key for key in recorded if key in put_aside.get(asset, ())]
+        stale = [key for key in recorded if key not in put_aside.get(asset, ())]
+        n_made = len(keys) - len(lacking) - len(aside)
+        in_quarantine = f", {len(aside):,} {IN_QUARANTINE}" if aside else ""
+        if lacking or recorded:
+            lines.append(f"{asset}: {len(lacking):,} missing, {len(stale):,} stale{in_quarantine}")
+        if n_made or aside:
             counts = {"partitions": len(keys), "made": n_made, "missing": len(lacking), "stale": len(stale)}
+            counts |= {"in_quarantine": len(aside)} if aside else {}
             said = (
                 f"{len(stale):,} of {n_made:,} partitions that are made are stale: {_named(stale)}"
                 if stale
                 else f"all {n_made:,} partitions that are made are those of today"
             )
-            evaluations.append(_evaluation(recipe.key(asset), UP_TO_DATE, not stale, said, counts))
+            said += f"; {len(aside):,} {IN_QUARANTINE}, to be made again: {_named(aside)}" if aside else ""
+            evaluations.append(_evaluation(recipe.key(asset), UP_TO_DATE, not recorded, said, counts))
     n_done = len(keys) - len(needed)
     said = f"{n_done:,} of {len(keys):,} partitions are complete and those of today"
     said += f" ({'; '.join(lines)})" if lines else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import dagster as dg
@@ -189,7 +189,7 @@ def _plan_rests_on(instance: dg.DagsterInstance, recipe: Recipe, sources: str) -
     )
 
 
-def _results_rest_on(instance: dg.DagsterInstance, recipe: Recipe, put_aside: Mapping[str, Set[str]]) -> str:
+def _results_rest_on(instance: dg.DagsterInstance, recipe: Recipe, put_aside: Mapping[str, Collection[str]]) -> str:
     """A hash that changes with the recipe, the quarantine, and every materialization of the plan, of the recipe's
     assets, and of what makes the teacher."""
     teacher = [] if recipe.teacher_asset is None else [recipe.teacher_asset]

@@ -27,6 +27,7 @@ from kd_assets.store.recorded_checks import (
     codec_failure,
     codec_name,
     finite_failure,
+    is_rebuilt_with,
     measured_on,
     not_made_of,
     rebuilt_failure,
@@ -252,14 +253,40 @@ def check_rebuilt(result: ResultFiles) -> CheckResult | None:
 
     def check(numbers: dict[str, Number]) -> str:
         manifest = result.require_committed()
-        if isinstance(record, dict):
-            numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        said = _rebuilt_in_words(manifest, numbers)
         if why := rebuilt_failure(manifest):
             raise _FailedError(f"{result.folder}: {why}")
-        n_documents, of_source = numbers.get("n_documents", 0), _of_source(manifest, "rebuilt")
-        return f"{numbers.get('n_positions', 0)} positions of {n_documents} documents rebuilt{of_source}"
+        return said
 
     return _run("rebuilt", check)
+
+
+def check_rebuilt_with(result: ResultFiles, other: ResultFiles) -> CheckResult | None:
+    """`check_rebuilt` of a result without a record of it, by that of the `other` cache of the two; None where that has
+    none, none that passed, or one of another result than this. Of the other cache its manifest is read, and no more."""
+    try:
+        manifest = other.manifest
+        if result.manifest.checks.get("rebuilt") is not None or not is_rebuilt_with(result.manifest, manifest):
+            return None
+    except StorageUnavailableError:
+        raise  # says nothing about the result
+    except StoreError:  # of which every other check tells
+        return None
+
+    def check(numbers: dict[str, Number]) -> str:
+        result.require_committed()
+        return f"{_rebuilt_in_words(manifest, numbers)}, recorded with {manifest.asset}"
+
+    return _run("rebuilt", check)
+
+
+def _rebuilt_in_words(manifest: Manifest, numbers: dict[str, Number]) -> str:
+    """What was compared, by the record in this manifest; adds its numbers."""
+    record = manifest.checks["rebuilt"]
+    if isinstance(record, dict):
+        numbers |= {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    n_documents, of_source = numbers.get("n_documents", 0), _of_source(manifest, "rebuilt")
+    return f"{numbers.get('n_positions', 0)} positions of {n_documents} documents rebuilt{of_source}"
 
 
 def _of_source(manifest: Manifest, name: str) -> str:

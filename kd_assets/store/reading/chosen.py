@@ -28,6 +28,7 @@ from kd_assets.store.current_variants import chosen_variant
 from kd_assets.store.fingerprint import INPUT_KEY
 from kd_assets.store.layout import FOLDER_FINGERPRINT_LENGTH, is_result_folder_name, is_variant_name
 from kd_assets.store.manifest import Manifest, head_fingerprint, read_head, read_manifest
+from kd_assets.store.quarantine import still_put_aside
 from kd_assets.store.reading.planned import PlannedPartitions, planned_partitions
 from kd_assets.store.recorded_checks import failed_check
 
@@ -98,6 +99,7 @@ def choose(
             failed |= {key} if result.failed else set()
         else:
             found[key] = result
+    left_out = say_what_is_put_aside(recipe_folder, asset, folder.name, left_out)
     if left_out and (missing == "refuse" or not found):
         raise _missing(folder, left_out, failed, n_wanted=len(wanted))
     if partition_keys is None:
@@ -191,6 +193,15 @@ def _partitions_in(variant_folder: Path) -> dict[str, str | None]:
     """Partition, sorted → the fingerprint of its current result; None where one is committed, and none is current."""
     heads = {key: head_fingerprint(variant_folder / key) for key in listing(variant_folder)}
     return {key: head for key, head in heads.items() if head is not None or _others(variant_folder / key, "")}
+
+
+def say_what_is_put_aside(recipe_folder: Path, asset: str, variant: str, left_out: Mapping[str, str]) -> dict[str, str]:
+    """`left_out`, with partitions that are not there and whose result of this variant is in quarantine saying so."""
+    if NOT_THERE not in left_out.values():
+        return dict(left_out)
+    of_asset = still_put_aside(recipe_folder).get(asset, {})
+    aside = {key: said.in_words for key, said in of_asset.items() if said.variant == variant}
+    return {key: aside.get(key, why) if why == NOT_THERE else why for key, why in left_out.items()}
 
 
 def _wanted(plan: PlannedPartitions | None, partition_keys: Iterable[str] | None, there: Iterable[str]) -> list[str]:

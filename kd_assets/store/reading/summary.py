@@ -20,7 +20,13 @@ from kd_assets.errors import CorruptManifestError, NotCommittedError
 from kd_assets.store.fingerprint import INPUT_KEY
 from kd_assets.store.layout import HEAD_NAME, is_variant_name, recipe_folder_of, require_folder, result_folders
 from kd_assets.store.manifest import Manifest, merge_stats, read_head, read_manifest
-from kd_assets.store.reading.chosen import NOT_THERE, PLANNED_ASSETS, require_place, why_not_read
+from kd_assets.store.reading.chosen import (
+    NOT_THERE,
+    PLANNED_ASSETS,
+    require_place,
+    say_what_is_put_aside,
+    why_not_read,
+)
 from kd_assets.store.reading.planned import planned_partitions
 from kd_assets.store.reading.reader import CacheReader
 from kd_assets.store.recorded_checks import failed_check, measured_on, not_made_of
@@ -242,7 +248,8 @@ def _compared_with_plan(path: Path, results: Sequence[tuple[Path, Manifest]]) ->
     if plan is None:
         return None, left_out
     there = {m.partition_key for _, m in results}
-    return len(plan.input_hashes), left_out | {key: NOT_THERE for key in plan.input_hashes if key not in there}
+    left_out |= {key: NOT_THERE for key in plan.input_hashes if key not in there}
+    return len(plan.input_hashes), say_what_is_put_aside(recipe_folder, manifest.asset, of_variant.name, left_out)
 
 
 def _merged_checks(manifests: Sequence[Manifest]) -> dict[str, dict[str, Any]]:

@@ -113,6 +113,7 @@ class ResultWriter:
             raise ContractError(
                 f"{self.folder}: fingerprint or variant are not those of the identity: make outputs with plan_output"
             )
+        self.fingerprint = output.fingerprint
         self._output, self._recipe, self._partition_key, self._clock = output, recipe, partition_key, clock
         self._lease = Lease(self.folder / LEASE_NAME)
         self._journal = Journal(self.folder / JOURNAL_NAME, output.fingerprint, recoded_from=recoded_from)

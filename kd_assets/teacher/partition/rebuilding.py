@@ -32,6 +32,7 @@ class StoredCache:
     """The part files of a cache, in order."""
 
     folder: Path
+    fingerprint: str
     parts: Sequence[PartRecord]
     made_before: bool
     """Committed by an earlier job: then its files are hashed before they are read."""
@@ -85,14 +86,15 @@ def rebuilt_checks(
         raise  # the files may be there: the task is to be tried again
     except StoreError as e:  # of a result that was there before, which its own checks are about
         return {asset: not_made(str(e))}
-    return {asset: comparison.result()}
+    compared_with = next(cache.fingerprint for name, cache in caches.items() if cache is not None and name != asset)
+    return {asset: comparison.result() | {"compared_with": compared_with}}
 
 
 def _stored(asset: Asset, unit: WorkUnit, results: Mapping[Asset, ResultWriter]) -> StoredCache | None:
     """The cache as it is on disk; None where there is none. Raises StoreError for one that must not be relied on."""
     if (result := results.get(asset)) is not None:
         parts = [result.finished[index] for index in sorted(result.finished)]
-        return StoredCache(folder=result.folder, parts=parts, made_before=False)
+        return StoredCache(folder=result.folder, fingerprint=result.fingerprint, parts=parts, made_before=False)
     for folder in map(Path, unit.inputs.get(asset, ())):
         try:
             manifest = read_manifest(folder)
@@ -100,5 +102,5 @@ def _stored(asset: Asset, unit: WorkUnit, results: Mapping[Asset, ResultWriter])
             return None
         if (why := failed_check(manifest)) is not None:
             raise StoreError(f"{folder}: {why}")
-        return StoredCache(folder=folder, parts=manifest.parts, made_before=True)
+        return StoredCache(folder=folder, fingerprint=manifest.fingerprint, parts=manifest.parts, made_before=True)
     return None
